@@ -1,0 +1,480 @@
+"""`CLPConfig`: one dial, and one dataclass for each stage.
+
+Validation collects every mistake, unknown keys included, and reports them in one [`ConfigurationError`].
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from optimum.configuration_utils import BaseConfig
+from optimum.version import __version__ as optimum_version
+from packaging import version as package_version
+from transformers import __version__ as transformers_version
+
+from .errors import ConfigurationError, Problem
+from .version import __version__
+
+STRATEGIES = ("gate", "exhaustive")
+LOSSES = ("kd", "ce")
+WEIGHTS = ("int8", "int4")
+GROUP_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_LEVELS = (0, 1, 4)
+OPSETS = (21, 22, 23)
+
+
+@dataclasses.dataclass
+class CalibrationConfig:
+    """Where the text comes from, and how many tokens each stage gets.
+
+    Args:
+        dataset (`str`, `list[str]` or `None`): A `.txt`, `.json`, `.jsonl` or `.parquet` file; a `datasets` name as
+            `id[:config[:split]]`; `"wikitext2"` or `"c4"`; a list of strings; or `None`: the dense model writes its
+            own text.
+        text_column (`str`): Column that holds the text, where the source has columns.
+        sequence_length (`int`): Tokens in a row, at least 8; limited by the model's own context.
+        train_sequences (`int`): Rows for the search and for tuning.
+        validation_sequences (`int`): Rows for early stopping.
+        test_sequences (`int`): Rows for the figures in the report; never tuned on.
+        temperature (`float`): Of the sampling, for self-written text; 1 is the model's own distribution.
+        generation_batch_size (`int`): Rows that are written at once, for self-written text.
+        cache_dir (`str` or `None`): Where self-written text is kept; `None` for the user's cache folder.
+    """
+
+    dataset: str | list[str] | None = None
+    text_column: str = "text"
+    sequence_length: int = 256
+    train_sequences: int = 192
+    validation_sequences: int = 24
+    test_sequences: int = 24
+    temperature: float = 1.0
+    generation_batch_size: int = 32
+    cache_dir: str | None = None
+
+
+@dataclasses.dataclass
+class SearchConfig:
+    """How the segment is found.
+
+    Args:
+        strategy (`str`): `"gate"` (gradient descent on the concave gate's position) or `"exhaustive"` (every start,
+            same objective, same data).
+        num_sequences (`int`): Rows of the train split that the search looks at.
+        batch_size (`int`): Rows in one forward pass.
+        steps (`int`): Gradient steps of the gate, over all of its steepness schedule.
+        learning_rate (`float`): Step of the gate's start, in layers.
+        initial_steepness (`float`): Steepness of the gate at the first step, per layer.
+        final_steepness (`float`): Steepness at the last step, at least `initial_steepness`.
+        num_rescored (`int`): Integer segments scored exactly at the end of the gate search, 1 to 5.
+    """
+
+    strategy: str = "gate"
+    num_sequences: int = 32
+    batch_size: int = 8
+    steps: int = 24
+    learning_rate: float = 0.5
+    initial_steepness: float = 0.5
+    final_steepness: float = 4.0
+    num_rescored: int = 5
+
+
+@dataclasses.dataclass
+class TuningConfig:
+    """How the layers next to the cut are trained.
+
+    Args:
+        enabled (`bool`): `False` keeps the cut as it is.
+        loss (`str` or `dict[str, float]`): `"kd"` (KL to the dense model's logits), `"ce"` (next-token
+            cross-entropy), or weights such as `{"kd": 0.9, "ce": 0.1}`.
+        endpoint_width (`int`): Layers trained on each side of the cut.
+        learning_rate (`float` or `None`): Peak rate of AdamW. `None` takes 0.1 / hidden size.
+        epochs (`int`): Passes over the train split.
+        batch_size (`int`): Rows in one optimizer step.
+        warmup_ratio (`float`): Share of the steps over which the rate rises; a cosine takes it to 0 after that.
+        weight_decay (`float`): Of AdamW.
+        max_grad_norm (`float`): The gradient is clipped to this norm.
+        evaluations_per_epoch (`int`): How often the validation loss is taken.
+        patience (`int`): Evaluations without a better validation loss before tuning stops.
+    """
+
+    enabled: bool = True
+    loss: str | dict[str, float] = "kd"
+    endpoint_width: int = 1
+    learning_rate: float | None = None
+    epochs: int = 4
+    batch_size: int = 8
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    evaluations_per_epoch: int = 2
+    patience: int = 4
+
+    def loss_weights(self) -> dict[str, float]:
+        """The loss as `{name: weight}`."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else dict(self.loss)
+
+
+@dataclasses.dataclass
+class QuantizationConfig:
+    """Which weight-only quantized files are made.
+
+    Args:
+        weights (`list[str]`): Any of `"int8"` and `"int4"`: one ONNX file each, beside the float one.
+        group_size (`int`): Weights that share one scale: 16, 32, 64, 128 or 256.
+        accuracy_level (`int`): How ONNX Runtime multiplies: 4 with int8 activations (fast), 1 in float32, 0 its own
+            choice.
+        quantize_embeddings (`bool`): Also the embedding; a tied head is quantized with it.
+        quanto (`bool`): Also write an optimum-quanto checkpoint for each of `weights`, in folders `quanto-int8` and
+            `quanto-int4` of the output.
+    """
+
+    weights: list[str] = dataclasses.field(default_factory=lambda: ["int8", "int4"])
+    group_size: int = 32
+    accuracy_level: int = 4
+    quantize_embeddings: bool = True
+    quanto: bool = False
+
+
+@dataclasses.dataclass
+class ExportConfig:
+    """How the ONNX files are made.
+
+    Args:
+        enabled (`bool`): `False` writes no ONNX file.
+        opset (`int`): ONNX opset: 21, 22 or 23.
+        tolerance (`float`): Largest allowed max|difference| / max|logit| between ONNX Runtime and PyTorch in float32;
+            above it the export fails.
+    """
+
+    enabled: bool = True
+    opset: int = 21
+    tolerance: float = 1e-4
+
+
+STAGES: dict[str, type] = {
+    "calibration": CalibrationConfig,
+    "search": SearchConfig,
+    "tuning": TuningConfig,
+    "quantization": QuantizationConfig,
+    "export": ExportConfig,
+}
+_HOUSEKEEPING = {"model_type", "clp_version", "transformers_version", "optimum_version"}
+
+
+class CLPConfig(BaseConfig):
+    """Configuration of continuous layer pruning, saved as `clp_config.json`.
+
+    Args:
+        pruning_ratio (`float`): Share of the decoder layers to remove, in (0, 1); of `L` layers
+            `floor(pruning_ratio * L + 0.5)` go.
+        seed (`int`): Seed of everything random.
+        calibration ([`CalibrationConfig`] or `dict`): The text.
+        search ([`SearchConfig`] or `dict`): The search for the segment.
+        tuning ([`TuningConfig`] or `dict`): Cutoff endpoint tuning.
+        quantization ([`QuantizationConfig`] or `dict`): int8 and int4 files.
+        export ([`ExportConfig`] or `dict`): ONNX.
+        calibration_dataset: Short for `calibration.dataset`.
+
+    Raises:
+        ConfigurationError: Lists every value that is out of range and every key that is unknown.
+
+    Example:
+        >>> CLPConfig(pruning_ratio=0.25, calibration_dataset="corpus.txt", tuning={"epochs": 2})
+    """
+
+    CONFIG_NAME = "clp_config.json"
+    FULL_CONFIGURATION_FILE = "clp_config.json"
+    model_type = "clp"
+
+    def __init__(
+        self,
+        pruning_ratio: float = 0.2,
+        *,
+        seed: int = 0,
+        calibration: CalibrationConfig | dict | None = None,
+        search: SearchConfig | dict | None = None,
+        tuning: TuningConfig | dict | None = None,
+        quantization: QuantizationConfig | dict | None = None,
+        export: ExportConfig | dict | None = None,
+        calibration_dataset: str | list[str] | None = None,
+        **unknown: Any,
+    ):
+        newer = _newer_version(unknown)
+        problems = _unknown_keys(unknown, newer)
+        self.pruning_ratio = pruning_ratio
+        self.seed = seed
+        given = {
+            "calibration": calibration,
+            "search": search,
+            "tuning": tuning,
+            "quantization": quantization,
+            "export": export,
+        }
+        stages = {name: _stage(name, value, problems, newer) for name, value in given.items()}
+        self.calibration: CalibrationConfig = stages["calibration"]
+        self.search: SearchConfig = stages["search"]
+        self.tuning: TuningConfig = stages["tuning"]
+        self.quantization: QuantizationConfig = stages["quantization"]
+        self.export: ExportConfig = stages["export"]
+        if calibration_dataset is not None:
+            self.calibration.dataset = calibration_dataset
+        problems += self._problems()
+        if problems:
+            raise ConfigurationError(*problems)
+
+    def validate(self) -> None:
+        """Check every value again, for a configuration that was changed after it was made.
+
+        Raises:
+            ConfigurationError: Lists every value that is out of range.
+        """
+        problems = self._problems()
+        if problems:
+            raise ConfigurationError(*problems)
+
+    def _problems(self) -> list[Problem]:
+        problems = _check("pruning_ratio", self.pruning_ratio, _between(0, 1, open_ends=True))
+        problems += _check("seed", self.seed, _integer(0))
+        for name in STAGES:
+            stage = getattr(self, name)
+            for key, rule in _RULES[name].items():
+                problems += _check(f"{name}.{key}", getattr(stage, key), rule)
+        search = self.search
+        if not problems and search.final_steepness < search.initial_steepness:
+            problems.append(
+                Problem(
+                    "search.final_steepness",
+                    search.final_steepness,
+                    f"the gate gets steeper, so it is at least initial_steepness ({search.initial_steepness})",
+                    "Raise it, or lower search.initial_steepness",
+                )
+            )
+        return problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values, with the versions that wrote it."""
+        output: dict[str, Any] = {"model_type": self.model_type, "pruning_ratio": self.pruning_ratio, "seed": self.seed}
+        for name in STAGES:
+            output[name] = dataclasses.asdict(getattr(self, name))
+        output["clp_version"] = __version__
+        output["transformers_version"] = transformers_version
+        output["optimum_version"] = optimum_version
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Same as [`~CLPConfig.to_dict`]: a recipe states its defaults, which may change between versions."""
+        return self.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Make a configuration from a dictionary, as read from `clp_config.json`.
+
+        Args:
+            config_dict (`dict`): Keys of the constructor; the version keys that `to_dict` adds are allowed.
+            kwargs: Override keys of `config_dict`.
+
+        Raises:
+            ConfigurationError: For an unknown key, with the nearest valid name; if the file was written by a newer
+                version of this package, with the advice to upgrade.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        for internal in ("_from_auto", "_from_pipeline", "_commit_hash"):
+            kwargs.pop(internal, None)
+        merged = {**config_dict, **kwargs}
+        merged.pop("_commit_hash", None)
+        config = cls(**merged)
+        return (config, {}) if return_unused else config
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs: Any):
+        """Write `clp_config.json`, and upload it if asked.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder, made if missing.
+            push_to_hub (`bool`): Also upload, to `repo_id` in `kwargs` or else to the folder's name.
+            kwargs: Passed to `push_to_hub` (`repo_id`, `private`, `token`, `commit_message`, ...).
+        """
+        # optimum's own push path calls _create_repo, which transformers 5 has removed
+        super().save_pretrained(str(save_directory))
+        if push_to_hub:
+            return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CLPConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"CLPConfig {self.to_json_string(use_diff=False)}"
+
+
+Rule = tuple[Callable[[Any], bool], str, str]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _between(low: float, high: float, open_ends: bool = False) -> Rule:
+    def holds(value: Any) -> bool:
+        return _is_number(value) and (low < value < high if open_ends else low <= value <= high)
+
+    shown = f"between {low} and {high}" + (", both excluded" if open_ends else "")
+    return holds, f"it must be a number {shown}", f"Choose a number {shown}"
+
+
+def _positive() -> Rule:
+    return lambda v: _is_number(v) and v > 0, "it must be a number above 0", "Choose a number above 0"
+
+
+def _not_negative() -> Rule:
+    return lambda v: _is_number(v) and v >= 0, "it must be a number of at least 0", "Choose 0 or more"
+
+
+def _integer(low: int, high: int | None = None) -> Rule:
+    shown = f"at least {low}" if high is None else f"from {low} to {high}"
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+
+    return holds, f"it must be a whole number {shown}", f"Choose a whole number {shown}"
+
+
+def _one_of(*values: Any) -> Rule:
+    shown = ", ".join(repr(v) for v in values)
+    return (
+        lambda v: any(type(v) is type(x) and v == x for x in values),
+        f"it must be one of {shown}",
+        f"Choose one of {shown}",
+    )
+
+
+def _boolean() -> Rule:
+    return lambda v: isinstance(v, bool), "it must be True or False", "Choose True or False"
+
+
+def _text() -> Rule:
+    return lambda v: isinstance(v, str) and v != "", "it must be a string that is not empty", "Give a string"
+
+
+def _or_none(rule: Rule) -> Rule:
+    return lambda v: v is None or rule[0](v), f"{rule[1]}, or None", f"{rule[2]}, or None"
+
+
+def _is_dataset(value: Any) -> bool:
+    return (isinstance(value, str) and value != "") or (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
+    )
+
+
+def _is_loss(value: Any) -> bool:
+    if isinstance(value, dict):
+        weights = list(value.values())
+        return set(value) <= set(LOSSES) and all(_is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+    return value in LOSSES
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(v in WEIGHTS for v in value) and len(set(value)) == len(value)
+
+
+_RULES: dict[str, dict[str, Rule]] = {
+    "calibration": {
+        "dataset": _or_none((_is_dataset, "it must be a file, a dataset name or a list of strings", "Give one of them")),
+        "text_column": _text(),
+        "sequence_length": _integer(8),
+        "train_sequences": _integer(1),
+        "validation_sequences": _integer(1),
+        "test_sequences": _integer(1),
+        "temperature": _positive(),
+        "generation_batch_size": _integer(1),
+        "cache_dir": _or_none(_text()),
+    },
+    "search": {
+        "strategy": _one_of(*STRATEGIES),
+        "num_sequences": _integer(1),
+        "batch_size": _integer(1),
+        "steps": _integer(1),
+        "learning_rate": _positive(),
+        "initial_steepness": _positive(),
+        "final_steepness": _positive(),
+        "num_rescored": _integer(1, 5),
+    },
+    "tuning": {
+        "enabled": _boolean(),
+        "loss": (
+            _is_loss,
+            "it must be 'kd', 'ce', or weights of at least 0 for these, not all 0",
+            "Choose for example 'kd' or {'kd': 0.9, 'ce': 0.1}",
+        ),
+        "endpoint_width": _integer(1),
+        "learning_rate": _or_none(_positive()),
+        "epochs": _integer(1),
+        "batch_size": _integer(1),
+        "warmup_ratio": _between(0, 1),
+        "weight_decay": _not_negative(),
+        "max_grad_norm": _positive(),
+        "evaluations_per_epoch": _integer(1),
+        "patience": _integer(1),
+    },
+    "quantization": {
+        "weights": (_is_weights, "it must be a list of 'int8', 'int4', each at most once", "Choose for example ['int4']"),
+        "group_size": _one_of(*GROUP_SIZES),
+        "accuracy_level": _one_of(*ACCURACY_LEVELS),
+        "quantize_embeddings": _boolean(),
+        "quanto": _boolean(),
+    },
+    "export": {
+        "enabled": _boolean(),
+        "opset": _one_of(*OPSETS),
+        "tolerance": _positive(),
+    },
+}
+
+
+def _check(name: str, value: Any, rule: Rule) -> list[Problem]:
+    holds, text, remedy = rule
+    return [] if holds(value) else [Problem(name, value, text, remedy)]
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Valid keys are {', '.join(valid)}."
+
+
+def _newer_version(extra: dict[str, Any]) -> str:
+    """Advice to upgrade, if a newer version of this package wrote the configuration; else empty."""
+    written_by = str(extra.get("clp_version") or __version__)
+    if package_version.parse(written_by) > package_version.parse(__version__):
+        return f" The file was written by optimum-clp {written_by}, this is {__version__}: upgrade optimum-clp"
+    return ""
+
+
+def _unknown_keys(extra: dict[str, Any], newer: str) -> list[Problem]:
+    """Problems for the constructor's extra keys; the version keys of a saved file are not extra."""
+    valid = ["pruning_ratio", "seed", *STAGES, "calibration_dataset"]
+    return [
+        Problem(key, value, "this version of CLPConfig has no such key", _nearest(key, valid) + newer)
+        for key, value in extra.items()
+        if key not in _HOUSEKEEPING
+    ]
+
+
+def _stage(name: str, value: Any, problems: list[Problem], newer: str):
+    """`value` as the stage's dataclass; what is wrong with it is added to `problems`."""
+    cls = STAGES[name]
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return dataclasses.replace(value)
+    if not isinstance(value, dict):
+        problems.append(Problem(name, value, f"it must be a {cls.__name__} or a dict", f"Give {cls.__name__}(...)"))
+        return cls()
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in value:
+        if key not in valid:
+            rule = f"{cls.__name__} has no such key"
+            problems.append(Problem(f"{name}.{key}", value[key], rule, _nearest(key, valid) + newer))
+    return cls(**{k: v for k, v in value.items() if k in valid})
