@@ -1,0 +1,156 @@
+"""Perplexity, divergence from the dense model, and speed: the same code for PyTorch models and ONNX files."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import kl_divergence, next_token_cross_entropy
+from .progress import progress_bar
+from .teacher import DenseOutputs
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Token-mean figures over full rows of tokens.
+
+    Args:
+        perplexity (`float`): `exp(loss)`.
+        loss (`float`): Mean cross-entropy of every token after the first of its row, in nats.
+        num_tokens (`int`): Tokens that were predicted.
+        kl (`float` or `None`): Mean `KL(dense || model)` at every position, in nats; `None` without a reference.
+        top1_agreement (`float` or `None`): Share of positions where both find the same token most likely.
+        retention (`float` or `None`): Perplexity of the dense model divided by this one's: 1 is undamaged.
+    """
+
+    perplexity: float
+    loss: float
+    num_tokens: int
+    kl: float | None = None
+    top1_agreement: float | None = None
+    retention: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON-ready values."""
+        return asdict(self)
+
+
+def evaluate_tokens(
+    model: Any, tokens: Tensor, *, reference: DenseOutputs | None = None, batch_size: int = 8, quiet: bool = False
+) -> Evaluation:
+    """Perplexity of a model, and its divergence from the dense one.
+
+    Args:
+        model: Anything that is called with `input_ids` and `attention_mask` (int64 `[batch, length]`) and returns an object
+            with `.logits`; a PyTorch model or an [`OnnxCausalLM`].
+        tokens (`Tensor`): int64 `[rows, length]`, full rows, length at least 2.
+        reference ([`DenseOutputs`], *optional*): The dense model's outputs for exactly these rows.
+        batch_size (`int`): Rows in one forward pass; does not change the result beyond rounding.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`Evaluation`]
+    """
+    loss = kl = dense_loss = 0.0
+    agree = count = positions = 0
+    device = getattr(model, "device", torch.device("cpu"))
+    with torch.no_grad(), progress_bar(len(tokens), "Evaluation", quiet) as bar:
+        for first in range(0, len(tokens), batch_size):
+            rows = slice(first, first + batch_size)
+            batch = tokens[rows].to(device)
+            logits = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
+            losses = next_token_cross_entropy(logits, batch)
+            loss += losses.double().sum().item()
+            count += losses.numel()
+            if reference is not None:
+                dense = reference.logits(rows).to(logits.device)
+                kl += kl_divergence(dense, logits).double().sum().item()
+                dense_loss += next_token_cross_entropy(dense, batch).double().sum().item()
+                agree += int((dense.argmax(-1) == logits.argmax(-1)).sum())
+                positions += batch.numel()
+            bar.update(len(batch))
+    perplexity = _exp(loss / count)
+    if reference is None:
+        return Evaluation(perplexity, loss / count, count)
+    return Evaluation(
+        perplexity, loss / count, count, kl / positions, agree / positions, _exp((dense_loss - loss) / count)
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, batch 1: medians over the rounds.
+
+    Args:
+        prefill_tokens_per_second (`float`): Tokens of the prompt over the time of its forward pass.
+        decode_tokens_per_second (`float`): Tokens generated after the first, greedily, with a KV cache.
+    """
+
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+def measure_speed(
+    models: dict[str, Callable[[], Any]],
+    prompt: Tensor,
+    *,
+    new_tokens: int = 32,
+    rounds: int = 3,
+    quiet: bool = False,
+) -> dict[str, Speed]:
+    """Prefill and decode speed of several models in interleaved rounds, so that a drifting machine hits all alike.
+
+    Args:
+        models (`dict[str, Callable]`): For each name a function that gives the model; it is called once in each round,
+            and what it gives is dropped after its turn, so that the models need not fit in memory together.
+        prompt (`Tensor`): int64 `[1, length]`.
+        new_tokens (`int`): Tokens to decode, at least 2.
+        rounds (`int`): Rounds; the median of each figure is returned.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        `dict[str, Speed]`
+    """
+    prefill: dict[str, list[float]] = {name: [] for name in models}
+    decode: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad(), progress_bar(rounds * len(models), "Speed", quiet) as bar:
+        for _ in range(rounds):
+            for name, make in models.items():
+                model = make()
+                _decode(model, prompt[:, :8], 2)  # warm-up: allocations, kernels picked at first use
+                first, rest = _decode(model, prompt, new_tokens)
+                prefill[name].append(prompt.shape[1] / first)
+                decode[name].append((new_tokens - 1) / rest)
+                del model
+                bar.update(1)
+    return {name: Speed(statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
+
+
+def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Seconds of the prompt's forward pass, and of `new_tokens - 1` greedy steps after it."""
+    device = getattr(model, "device", torch.device("cpu"))
+    ids = prompt.to(device)
+    mask = torch.ones_like(ids)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now()
+    out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    middle = now()
+    for _ in range(new_tokens - 1):
+        ids = out.logits[:, -1:].argmax(-1)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+    return middle - start, now() - middle

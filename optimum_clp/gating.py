@@ -1,0 +1,120 @@
+"""Decoder layers that are partly open, skipped, or fed from a cache, for as long as a `with` block lasts.
+
+All of it is hooks and instance attributes on the caller's model, and all of it comes off at the end of the block, also
+after an exception. Weights are never touched.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def layer_hidden(output: Any) -> Tensor:
+    """The hidden states in a decoder layer's output, which is a tensor or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _with_hidden(output: Any, hidden: Tensor) -> Any:
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states in a decoder layer's arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+@contextmanager
+def gated(layers: nn.ModuleList, gate: Tensor) -> Iterator[None]:
+    """Mix every layer's output with its input: `gate * layer(x) + (1 - gate) * x`.
+
+    `torch.lerp` is exact at both ends: a gate of 1 leaves the model bit for bit as it is, a gate of 0 passes the input on
+    unchanged (if the layer's output is finite).
+
+    Args:
+        layers (`nn.ModuleList`): The decoder layers.
+        gate (`Tensor`): `[num_layers]`, values in [0, 1]; gradients flow to it.
+    """
+
+    def hook_for(value: Tensor):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            hidden = layer_hidden(output)
+            before = layer_input(args, kwargs).to(hidden.device)
+            return _with_hidden(output, torch.lerp(before, hidden, value.to(hidden.device, hidden.dtype)))
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, value in zip(layers, gate, strict=True):
+            stack.callback(layer.register_forward_hook(hook_for(value), with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def recorded_inputs(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the hidden states that enter some layers; index `len(layers)` stands for what leaves the last one.
+
+    Yields:
+        `dict[int, Tensor]`: Filled by each forward pass; `[batch, length, hidden]`, detached, the model's dtype.
+    """
+    found: dict[int, Tensor] = {}
+
+    def hook_for(index: int):
+        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            found[index] = layer_input(args, kwargs).detach()
+
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            found[index] = layer_hidden(output).detach()
+
+        if index == len(layers):
+            return layers[-1].register_forward_hook(after)
+        return layers[index].register_forward_pre_hook(before, with_kwargs=True)
+
+    with ExitStack() as stack:
+        for index in indices:
+            stack.callback(hook_for(index).remove)
+        yield found
+
+
+@contextmanager
+def resumed(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
+    """Run the model from layer `first` on: the layers below are not computed, and `hidden` enters layer `first`.
+
+    The model's own forward still does everything around the layers (masks, rotary embedding, final norm, head), so this
+    holds for every architecture. With `first = len(layers)` only norm and head run. Skipping the segment `[s, t)` for
+    inputs that are known is `resumed(layers, t, hidden_that_entered_s)`. (The supported architectures' layers return a
+    tensor, in transformers 4.57 and 5; a test holds this down.)
+
+    Args:
+        layers (`nn.ModuleList`): The decoder layers.
+        first (`int`): First layer that runs, in [1, len(layers)]; with 0 nothing is skipped and `hidden` is not used.
+        hidden (`Tensor`): `[batch, length, hidden]`.
+    """
+
+    def skip(value: Tensor | None):
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return hidden_states if value is None else value.to(hidden_states.device)
+
+        return forward
+
+    with ExitStack() as stack:
+        for index in range(first):
+            stack.enter_context(_replaced_forward(layers[index], skip(hidden if index == first - 1 else None)))
+        yield
+
+
+@contextmanager
+def _replaced_forward(layer: nn.Module, forward) -> Iterator[None]:
+    # accelerate keeps its own forward in the instance's dict; put back exactly what was there
+    missing = object()
+    before = layer.__dict__.get("forward", missing)
+    layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is missing:
+            del layer.__dict__["forward"]
+        else:
+            layer.__dict__["forward"] = before
