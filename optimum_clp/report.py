@@ -1,0 +1,306 @@
+"""What was measured: `clp_report.json`, and the table that is printed from it.
+
+Every stage writes its own section when it has run. A section that is `None` belongs to a stage that has not run, and
+nothing that is shown to a reader (the table, the model card, the plots) says anything about it. The format is in
+`docs/clp_report.schema.json`.
+"""
+
+import copy
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigurationError, Problem
+from .version import __version__
+
+REPORT_NAME = "clp_report.json"
+SCHEMA_VERSION = 1
+_LISTS = ("quantization",)
+_SECTIONS = (
+    "environment",
+    "base_model",
+    "calibration",
+    "search",
+    "cut",
+    "tuning",
+    "quantization",
+    "export",
+    "evaluation",
+)
+_HEADER = ("schema_version", "clp_version", "created")
+_ABSOLUTE_PATH = re.compile(r"(?<![\w:/\\.])(?:~?[/\\]|[A-Za-z]:[/\\])(?:[^\s/\\\"'(),;]+[/\\]+)*(?=[^\s/\\])")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+@dataclasses.dataclass
+class CLPReport:
+    """What each stage did and what was measured, saved as `clp_report.json`.
+
+    The sections are plain JSON-ready values; `docs/report.md` describes every key.
+
+    Args:
+        base_model (`dict` or `None`): The dense model: `name_or_path`, `revision`, `model_type`, `num_layers`,
+            `num_parameters`, `dtype`.
+        calibration (`dict` or `None`): Where the text came from and how many rows each split has.
+        search (`dict` or `None`): The segment, every scored candidate (KL in nats per token) and the gate's trajectory.
+        cut (`dict` or `None`): The layers that were removed.
+        tuning (`dict` or `None`): What was trained, and its losses in nats per token.
+        quantization (`list[dict]` or `None`): One entry for each optimum-quanto folder; sizes in bytes.
+        export (`dict` or `None`): One entry for each ONNX file; sizes in bytes.
+        evaluation (`dict` or `None`): The text that was measured on, and one row for each model or file.
+        environment (`dict` or `None`): See [`environment_info`].
+        created (`str`): ISO 8601 time in UTC.
+        clp_version (`str`): Version of this package that made the report.
+        schema_version (`int`): Version of the format.
+    """
+
+    base_model: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
+    search: dict[str, Any] | None = None
+    cut: dict[str, Any] | None = None
+    tuning: dict[str, Any] | None = None
+    quantization: list[dict[str, Any]] | None = None
+    export: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    environment: dict[str, Any] | None = None
+    created: str = dataclasses.field(default_factory=_now)
+    clp_version: str = __version__
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as a new dictionary that is valid JSON: NaN and infinities are `None`.
+
+        Local folders in the descriptions of the text are left out, so that a published report does not name them;
+        `base_model.name_or_path` stays as the user gave it, because a later stage loads the dense model from there.
+        """
+        output = {name: _json_ready(getattr(self, name)) for name in (*_HEADER, *_SECTIONS)}
+        for section, key in (("calibration", "source"), ("evaluation", "text")):
+            if output[section] and isinstance(output[section].get(key), str):
+                output[section][key] = _ABSOLUTE_PATH.sub("", output[section][key])
+        return output
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "CLPReport":
+        """Make a report from a dictionary, as read from `clp_report.json`.
+
+        Raises:
+            ConfigurationError: If a newer version of this package wrote it, or if it is not a report.
+        """
+        if not isinstance(values, dict):
+            raise _malformed("report", values, "a report is a JSON object")
+        version = values.get("schema_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise _malformed("schema_version", version, "a report has a whole number here")
+        if version > SCHEMA_VERSION:
+            raise ConfigurationError(
+                Problem(
+                    "schema_version",
+                    version,
+                    f"this is optimum-clp {__version__}, which reads reports up to version {SCHEMA_VERSION}",
+                    f"The report was written by optimum-clp {values.get('clp_version', '(unknown)')}: upgrade optimum-clp",
+                )
+            )
+        for name, value in values.items():
+            if name not in _HEADER and name not in _SECTIONS:
+                raise _malformed(name, value, f"a report has no such section, only {', '.join(_SECTIONS)}")
+            expected: type = str if name in _HEADER else list if name in _LISTS else dict
+            optional = name in _SECTIONS and value is None
+            if name != "schema_version" and not optional and not isinstance(value, expected):
+                raise _malformed(name, value, f"it must be of type {expected.__name__}")
+        _check_segments(values.get("cut"))
+        return cls(**copy.deepcopy(values))
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `clp_report.json` (sorted keys, indented) into `folder`, which is made if missing.
+
+        Returns:
+            `Path`: The file.
+        """
+        path = Path(folder) / REPORT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "CLPReport":
+        """Read `clp_report.json` from `folder` (or from the file itself).
+
+        Raises:
+            ConfigurationError: If the file is missing, is not JSON, is not a report, or is from a newer version.
+        """
+        path = Path(folder)
+        path = path / REPORT_NAME if path.is_dir() or path.suffix != ".json" else path
+        if not path.is_file():
+            remedy = "Give a folder that optimum-clp wrote"
+            raise ConfigurationError(Problem(REPORT_NAME, str(path), "there is no such file", remedy))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:  # not UTF-8, or not JSON
+            raise _malformed(REPORT_NAME, str(path), f"it is not valid JSON ({error})") from error
+        return cls.from_dict(values)
+
+    def to_table(self, markdown: bool = False) -> str:
+        """The evaluation as a table with one row for each model or file, and below it what was measured on.
+
+        Args:
+            markdown (`bool`): Write a Markdown table instead of one aligned for a terminal.
+
+        Returns:
+            `str`: Empty while nothing has been evaluated. A column without any value is left out.
+        """
+        rows = (self.evaluation or {}).get("rows") or []
+        if not rows:
+            return ""
+        used = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
+        cells = [["" if markdown else "model", *(title for title, _, _ in used)]]
+        cells += [[str(row.get("name")), *(_cell(row.get(key), show) for _, key, show in used)] for row in rows]
+        caption = self.measured_on()
+        return _markdown_table(cells) + f"\n\n{caption}" if markdown else _text_table(cells) + f"\n{caption}"
+
+    def measured_on(self) -> str:
+        """One sentence that says which text and which machine the figures of `evaluation` belong to."""
+        evaluation, environment = self.evaluation or {}, self.environment or {}
+        counts = sorted({row["num_tokens"] for row in evaluation.get("rows") or [] if row.get("num_tokens")})
+        tokens = f", {' or '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
+        threads = environment.get("num_threads")
+        machine = f", on {environment['device']}" if environment.get("device") else ""
+        machine += f" with {threads} thread{'s' if threads != 1 else ''}" if machine and threads else ""
+        return f"Measured on {self.to_dict()['evaluation'].get('text') or 'unnamed text'}{tokens}{machine}."
+
+
+def environment_info(device: Any = "cpu") -> dict[str, Any]:
+    """Versions and machine, for the report.
+
+    Args:
+        device (`str` or `torch.device`): Where the model is.
+
+    Returns:
+        `dict`: `python`, `torch`, `transformers`, `optimum`, `onnxruntime` (versions, or `None` where not installed),
+        `platform`, `device` (name of the processor), `num_threads` (PyTorch's intra-op threads).
+    """
+    import torch
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: _version(package) for package in ("transformers", "optimum", "onnxruntime")},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": f"{device.type} ({name})" if name else device.type,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpu_info.read_text(errors="replace"), re.MULTILINE)
+        if match:
+            return match.group(1).strip()
+    return platform.processor()
+
+
+def _malformed(name: str, value: Any, rule: str) -> ConfigurationError:
+    remedy = f"Make {REPORT_NAME} again with optimum-clp; docs/clp_report.schema.json describes it"
+    return ConfigurationError(Problem(name, value, rule, remedy))
+
+
+def _check_segments(cut: dict[str, Any] | None) -> None:
+    """A later stage cuts the dense model again from here, so these bounds have to be sound."""
+    if cut is None:
+        return
+    segments = cut.get("segments")
+    sound = isinstance(segments, list) and all(
+        isinstance(s, (list, tuple)) and len(s) == 2 and all(type(bound) is int for bound in s) and 0 <= s[0] < s[1]
+        for s in segments
+    )
+    if not (sound and segments):
+        raise _malformed("cut.segments", segments, "it must be a list of [start, stop] with 0 <= start < stop")
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json_ready(item) for key, item in value.items()}
+    if hasattr(value, "to_list"):
+        return value.to_list()
+    if isinstance(value, (list, tuple)):
+        return [_json_ready(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if hasattr(value, "item"):  # a scalar of NumPy or PyTorch
+        return _json_ready(value.item())
+    return str(value)
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes with a decimal unit (1 MB is 1,000,000 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def format_count(count: float) -> str:
+    """`count` with a decimal unit (1 M is 1,000,000)."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f}"
+
+
+def describe_loss(weights: dict[str, float]) -> str:
+    """The tuning loss as `"kd"` or `"0.9 kd + 0.1 ce"`."""
+    used = {name: weight for name, weight in weights.items() if weight > 0}
+    if len(used) == 1:
+        return next(iter(used))
+    return " + ".join(f"{weight:g} {name}" for name, weight in used.items())
+
+
+_COLUMNS = (
+    ("layers", "num_layers", "{:d}".format),
+    ("parameters", "num_parameters", format_count),
+    ("size", "bytes", format_bytes),
+    ("perplexity", "perplexity", "{:.3f}".format),
+    ("KL to dense", "kl", "{:.4f}".format),
+    ("prefill tok/s", "prefill_tokens_per_second", "{:,.0f}".format),
+    ("decode tok/s", "decode_tokens_per_second", "{:,.0f}".format),
+)
+
+
+def _cell(value: Any, show) -> str:
+    usable = value is not None and (not isinstance(value, float) or math.isfinite(value))
+    return show(value) if usable else "-"
+
+
+def _text_table(cells: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _markdown_table(cells: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    lines.insert(1, "|:--" + "|--:" * (len(cells[0]) - 1) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,176 @@
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+from report_example import example_report
+
+from optimum_clp.errors import ConfigurationError
+from optimum_clp.report import SCHEMA_VERSION, CLPReport, environment_info
+from optimum_clp.segments import LayerSegment
+
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
+def test_schema_is_itself_valid():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_schema_knows_every_section_and_no_other():
+    assert set(SCHEMA["properties"]) == {field.name for field in dataclasses.fields(CLPReport)}
+    assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
+
+
+@pytest.mark.parametrize("report", [CLPReport(), example_report()], ids=["empty", "full"])
+def test_saved_report_fits_the_schema_and_comes_back_equal(report, tmp_path):
+    path = report.save(tmp_path / "new" / "folder")
+    assert path.name == "clp_report.json"
+    values = json.loads(path.read_text())
+    VALIDATOR.validate(values)
+    assert list(values) == sorted(values)
+    assert CLPReport.load(path.parent) == report
+    assert CLPReport.load(path) == report
+
+
+def _violations():
+    yield "negative size", lambda r: r["export"]["files"][0].update(bytes=-1)
+    yield "unknown key", lambda r: r["tuning"].update(loss_name="kd")
+    yield "missing key", lambda r: r["cut"].pop("removed_layers")
+    yield "unknown row", lambda r: r["evaluation"]["rows"][0].update(name="dense int8")
+    yield "share above 1", lambda r: r["calibration"]["statistics"].update(distinct_4gram_share=1.5)
+    yield "one bound", lambda r: r["search"]["segments"].append([3])
+    yield "local time", lambda r: r.update(created="2026-01-02T03:04:05")
+    yield "other version", lambda r: r.update(schema_version=2)
+
+
+@pytest.mark.parametrize("change", [c for _, c in _violations()], ids=[n for n, _ in _violations()])
+def test_schema_refuses_a_planted_violation(change):
+    values = example_report().to_dict()
+    VALIDATOR.validate(values)
+    change(values)
+    with pytest.raises(jsonschema.ValidationError):
+        VALIDATOR.validate(values)
+
+
+def test_values_that_are_not_json_are_written_as_json(tmp_path):
+    report = example_report()
+    report.evaluation["rows"][1].update(perplexity=math.inf, kl=math.nan, num_tokens=np.int64(7))
+    report.cut["segments"] = (LayerSegment(7, 10),)
+    text = report.save(tmp_path).read_text()
+    values = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    row = values["evaluation"]["rows"][1]
+    assert row["perplexity"] is None and row["kl"] is None and row["num_tokens"] == 7
+    assert values["cut"]["segments"] == [[7, 10]]
+    VALIDATOR.validate(values)
+    assert math.isinf(report.evaluation["rows"][1]["perplexity"]), "the report in memory was changed"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("/home/someone/texts/corpus.txt", "corpus.txt"),
+        ("file /home/someone/corpus.txt (rows 0 to 9)", "file corpus.txt (rows 0 to 9)"),
+        ("C:\\Users\\someone\\corpus.txt", "corpus.txt"),
+        ("~/corpus.txt", "corpus.txt"),
+        ("roneneldan/TinyStories:default:train", "roneneldan/TinyStories:default:train"),
+        ("https://example.org/corpus.txt", "https://example.org/corpus.txt"),
+        ("self-written text, KL / CE", "self-written text, KL / CE"),
+    ],
+)
+def test_local_folders_do_not_get_into_the_file(source, shown, tmp_path):
+    report = example_report()
+    report.calibration["source"] = report.evaluation["text"] = source
+    report.base_model["name_or_path"] = "/home/someone/model"
+    values = json.loads(report.save(tmp_path).read_text())
+    assert values["calibration"]["source"] == values["evaluation"]["text"] == shown
+    assert values["base_model"]["name_or_path"] == "/home/someone/model", (
+        "a later stage loads the dense model from here"
+    )
+    assert shown in report.to_table() and "someone" not in report.to_table()
+
+
+def test_newer_report_is_refused_with_the_advice_to_upgrade():
+    values = {**example_report().to_dict(), "schema_version": SCHEMA_VERSION + 1, "clp_version": "9.1"}
+    with pytest.raises(ConfigurationError, match=r"schema_version is 2: .*written by optimum-clp 9\.1: upgrade"):
+        CLPReport.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": None}, "schema_version is None: a report has a whole number here"),
+        ({"schema_version": True}, "schema_version is True"),
+        ({"tuned": {}}, "tuned is {}: a report has no such section, only environment, base_model"),
+        ({"search": []}, r"search is \[\]: it must be of type dict"),
+        ({"quantization": {}}, "quantization is {}: it must be of type list"),
+        ({"created": 7}, "created is 7: it must be of type str"),
+        ({"cut": {"segments": [[4]]}}, r"cut\.segments is \[\[4\]\]: it must be a list of \[start, stop\]"),
+        ({"cut": {"segments": [[8, 4]]}}, r"cut\.segments is \[\[8, 4\]\]"),
+        ({"cut": {}}, "cut.segments is None"),
+    ],
+)
+def test_malformed_report_is_refused(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CLPReport.from_dict({**example_report().to_dict(), **change})
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"clp_report\.json is '.*': there is no such file"):
+        CLPReport.load(tmp_path)
+    (tmp_path / "clp_report.json").write_text('{"schema_version": 1,')
+    with pytest.raises(ConfigurationError, match="it is not valid JSON"):
+        CLPReport.load(tmp_path)
+    (tmp_path / "clp_report.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigurationError, match="it is not valid JSON"):
+        CLPReport.load(tmp_path)
+    (tmp_path / "clp_report.json").write_text("[]")
+    with pytest.raises(ConfigurationError, match=r"report is \[\]: a report is a JSON object"):
+        CLPReport.load(tmp_path)
+
+
+def test_reading_copies_the_values():
+    values = example_report().to_dict()
+    CLPReport.from_dict(values).cut["segments"].append([1, 2])
+    assert values["cut"]["segments"] == [[7, 10]]
+
+
+def test_table_is_aligned_and_says_what_was_measured():
+    lines = example_report().to_table().splitlines()
+    assert lines[0].split() == "model layers parameters size perplexity KL to dense prefill tok/s decode tok/s".split()
+    assert len({len(line) for line in lines[:-1]}) == 1, "columns are not aligned"
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["dense", "cut", "tuned", "onnx", "onnx int8", "onnx int4"]
+    assert lines[-2].split() == ["onnx", "int4", "13", "3.18", "M", "2.10", "MB", "9.100", "0.1200", "14,000", "720"]
+    assert lines[-1] == (
+        "Measured on self-written text (seed 1, temperature 1.0), 6,120 tokens, "
+        "on cpu (Example Processor) with 2 threads."
+    )
+
+
+def test_table_in_markdown_has_the_same_cells():
+    report = example_report()
+    report.evaluation["rows"][1].update(perplexity=math.nan, decode_tokens_per_second=None)
+    table = report.to_table(markdown=True).split("\n\n")[0].splitlines()
+    assert {line.count("|") for line in table} == {9}
+    assert table[3] == "| cut | 13 | 3.18 M | 12.72 MB | - | 0.4100 | 6,100 | - |"
+
+
+def test_table_leaves_out_what_was_not_measured():
+    report = example_report()
+    for row in report.evaluation["rows"]:
+        row.update(decode_tokens_per_second=None, kl=None)
+    assert "tok/s" in report.to_table() and "decode" not in report.to_table() and "KL" not in report.to_table()
+    assert CLPReport().to_table() == ""
+
+
+def test_environment_info_names_versions_and_fits_the_schema():
+    import torch
+    import transformers
+
+    info = environment_info()
+    assert info["torch"] == torch.__version__ and info["transformers"] == transformers.__version__
+    assert info["num_threads"] == torch.get_num_threads() and info["device"].startswith("cpu")
+    VALIDATOR.validate(CLPReport(environment=info).to_dict())
