@@ -1,0 +1,114 @@
+import json
+from unittest import mock
+
+import pytest
+
+from optimum_clp import CalibrationConfig, CLPConfig, TuningConfig
+from optimum_clp.errors import ConfigurationError
+
+
+def test_one_dial_is_enough():
+    config = CLPConfig(pruning_ratio=0.25)
+    assert config.pruning_ratio == 0.25
+    assert config.search.strategy == "gate"
+    assert config.tuning.loss == "kd"
+    assert config.calibration.dataset is None
+
+
+def test_json_round_trip(tmp_path):
+    config = CLPConfig(
+        0.3,
+        seed=7,
+        calibration_dataset=["one", "two"],
+        tuning={"loss": {"kd": 0.5, "ce": 0.5}, "learning_rate": 1e-4},
+        quantization={"weights": ["int4"]},
+    )
+    config.save_pretrained(tmp_path)
+    assert CLPConfig.from_pretrained(tmp_path) == config
+    saved = json.loads((tmp_path / "clp_config.json").read_text())
+    assert saved["calibration"]["dataset"] == ["one", "two"]
+    assert saved["tuning"]["loss"] == {"kd": 0.5, "ce": 0.5}
+
+
+def test_from_dict_takes_overrides():
+    assert CLPConfig.from_dict(CLPConfig(0.2).to_dict(), pruning_ratio=0.4).pruning_ratio == 0.4
+
+
+def test_stage_objects_are_copied():
+    tuning = TuningConfig(epochs=2)
+    config = CLPConfig(tuning=tuning)
+    config.tuning.epochs = 9
+    assert tuning.epochs == 2
+
+
+def test_every_mistake_is_reported_at_once():
+    with pytest.raises(ConfigurationError) as error:
+        CLPConfig(1.5, serch={}, tuning={"epoch": 3, "loss": "mse"}, quantization={"group_size": 48})
+    text = str(error.value)
+    assert text.startswith("5 problems:")
+    assert "serch is {}: this version of CLPConfig has no such key. Did you mean 'search'?" in text
+    assert "tuning.epoch is 3: TuningConfig has no such key. Did you mean 'epochs'?" in text
+    assert "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded" in text
+    assert "tuning.loss is 'mse': it must be 'kd', 'ce', or weights" in text
+    assert "quantization.group_size is 48: it must be one of 16, 32, 64, 128, 256" in text
+
+
+def test_a_file_from_a_newer_version_advises_to_upgrade(tmp_path):
+    values = CLPConfig().to_dict() | {"clp_version": "99.0", "tuning": {"magic": 1}}
+    with pytest.raises(ConfigurationError, match="written by optimum-clp 99.0, this is .*: upgrade optimum-clp"):
+        CLPConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), "0.2", True, None])
+def test_ratios_outside_the_open_interval_are_refused(ratio):
+    with pytest.raises(ConfigurationError, match="pruning_ratio is .*between 0 and 1, both excluded"):
+        CLPConfig(ratio)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "value", "message"),
+    [
+        ("calibration", "dataset", [], "it must be a file, a dataset name or a list of strings, or None"),
+        ("calibration", "sequence_length", 4, "it must be a whole number at least 8"),
+        ("calibration", "temperature", 0, "it must be a number above 0"),
+        ("calibration", "text_column", "", "it must be a string that is not empty"),
+        ("search", "strategy", "magic", "it must be one of 'gate', 'exhaustive'"),
+        ("search", "num_rescored", 6, "it must be a whole number from 1 to 5"),
+        ("tuning", "loss", {"kd": 0.0}, "weights of at least 0 for these, not all 0"),
+        ("tuning", "enabled", 1, "it must be True or False"),
+        ("tuning", "warmup_ratio", 1.5, "it must be a number between 0 and 1"),
+        ("tuning", "weight_decay", -1, "it must be a number of at least 0"),
+        ("tuning", "learning_rate", 0, "it must be a number above 0, or None"),
+        ("quantization", "weights", ["int4", "int4"], "each at most once"),
+        ("quantization", "accuracy_level", 2, "it must be one of 0, 1, 4"),
+        ("export", "opset", 18, "it must be one of 21, 22, 23"),
+    ],
+)
+def test_each_rule_names_key_value_and_rule(stage, key, value, message):
+    with pytest.raises(ConfigurationError) as error:
+        CLPConfig(**{stage: {key: value}})
+    assert f"{stage}.{key} is {value!r}: " in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_stage_of_the_wrong_type_is_refused():
+    with pytest.raises(ConfigurationError, match="calibration is 'wikitext2': it must be a CalibrationConfig or a dict"):
+        CLPConfig(calibration="wikitext2")
+
+
+def test_the_gate_may_not_get_shallower():
+    with pytest.raises(ConfigurationError, match="search.final_steepness is 0.1: the gate gets steeper"):
+        CLPConfig(search={"final_steepness": 0.1})
+
+
+def test_changes_after_construction_are_validated():
+    config = CLPConfig()
+    config.calibration = CalibrationConfig(sequence_length=0)
+    with pytest.raises(ConfigurationError, match="calibration.sequence_length is 0"):
+        config.validate()
+
+
+def test_push_to_hub_uploads_the_file(tmp_path):
+    with mock.patch.object(CLPConfig, "push_to_hub", return_value="url") as push:
+        assert CLPConfig().save_pretrained(tmp_path / "name", push_to_hub=True, private=True) == "url"
+    push.assert_called_once_with("name", private=True)
