@@ -1,0 +1,33 @@
+"""`export`: write the cut model as ONNX files."""
+
+import argparse
+
+from ..report import format_bytes
+from . import arguments
+from .session import Answer, load_cut_pruner, output_folder
+
+HELP = "write the cut model as ONNX files: float, int8, int4"
+USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
+EXAMPLE = "optimum-clp export --model qwen3-0.6b-clp20 --weights int4 qwen3-0.6b-clp20-onnx"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `export`."""
+    arguments.add_output(parser, "folder to write")
+    arguments.add_segment(parser)
+    arguments.add_model(parser, "dense model, with --segment; or a folder that `prune` or `tune` wrote")
+    arguments.add_recipe(parser)
+    arguments.add_quantization(parser)
+    arguments.add_export(parser)
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Run `export`; the answer is the report and the sizes of the files."""
+    output = output_folder(args)
+    pruner = load_cut_pruner(args)
+    pruner.export(output, overwrite=args.overwrite)
+    result = pruner.report.to_dict()
+    files = result["export"]["files"]
+    width = max(len(entry["file"]) for entry in files)
+    lines = [f"{entry['file']:<{width}}  {entry['weights']:<7}  {format_bytes(entry['bytes']):>9}" for entry in files]
+    return result, "\n".join([*lines, f"Written to {args.output}."])

@@ -1,0 +1,169 @@
+"""What every command does around its own work: read the recipe, load the model, print the answer or the error."""
+
+import argparse
+import contextlib
+import errno
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CLPError, ConfigurationError, OutputError, Problem
+from .arguments import configuration_values
+
+if TYPE_CHECKING:
+    from ..configuration import CLPConfig
+    from ..pruner import CLPPruner
+
+Answer = tuple[dict[str, Any], str]
+"""What a command returns: the result as JSON-ready values, and as text."""
+
+
+def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespace) -> int:
+    """Run a command and print its answer on standard output; everything else goes to standard error.
+
+    Args:
+        run (`Callable`): The command.
+        args (`argparse.Namespace`): Its arguments, with `json`, `quiet` and `debug`.
+
+    Returns:
+        `int`: Exit status: 0, 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: With status 2, if the output folder is missing and the command needs one.
+    """
+    if getattr(args, "output_required", False) and getattr(args, "output", None) is None:
+        args.usage_error("the following arguments are required: OUTPUT")
+    try:
+        with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
+            result, text = run(args)
+        print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)
+        return 0
+    except KeyboardInterrupt:
+        print("optimum-clp: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"optimum-clp: error: {_message(error)}", file=sys.stderr)
+        return 1
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Drop what the libraries print, log and draw, until an error is reported."""
+    disabled = logging.root.manager.disable
+    with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, CLPError):
+        return str(error)
+    if isinstance(error, OSError):
+        full = "Free some space, or choose an output folder on another disk"
+        advice = f". {full}." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        return f"{error}{advice}"
+    detail = str(error).strip() or "no message"
+    return f"unexpected {type(error).__name__}: {detail}\nThe option --debug shows where it came from."
+
+
+def output_folder(args: argparse.Namespace) -> Path | None:
+    """The output folder, checked before any work is done.
+
+    Raises:
+        OutputError: If it cannot be used, or if writing it would delete the model that is read.
+    """
+    from ..output import check_output
+
+    output = getattr(args, "output", None)
+    if output is None:
+        return None
+    target = check_output(output, args.overwrite)
+    for option in ("model", "reference"):
+        source = getattr(args, option, None)
+        if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
+            rule = f"--{option} is read from there, and the output folder is replaced as a whole"
+            raise OutputError(Problem("output folder", output, rule, "Choose a new folder"))
+    return target
+
+
+def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "CLPConfig":
+    """The recipe: `--config`, or else `base`, or else the defaults; overridden by the options.
+
+    Raises:
+        ConfigurationError: Lists every value that is out of range; or the file of `--config` cannot be read.
+    """
+    from ..configuration import CLPConfig
+
+    values = base.to_dict() if base is not None else {}
+    if args.config is not None:
+        values = _read_json(Path(args.config))
+    return CLPConfig.from_dict(configuration_values(args, values))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    path = path / "clp_config.json" if path.is_dir() else path
+    remedy = "Give a clp_config.json, or the folder that holds it"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        rule = f"it cannot be read ({error.strerror})"
+        raise ConfigurationError(Problem("--config", str(path), rule, remedy)) from error
+    except ValueError as error:
+        raise ConfigurationError(Problem("--config", str(path), f"it is not valid JSON ({error})", remedy)) from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(Problem("--config", str(path), "it does not hold a JSON object", remedy))
+    return values
+
+
+def load_pruner(args: argparse.Namespace) -> "CLPPruner":
+    """The model of `--model`."""
+    from ..pruner import CLPPruner
+
+    return CLPPruner.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        device_map=args.device_map,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        use_safetensors=not args.no_safetensors,
+        quiet=args.quiet,
+    )
+
+
+def load_cut_pruner(args: argparse.Namespace) -> "CLPPruner":
+    """The model of `--model`, cut at `--segment` or a folder that was cut before; its recipe is the command's.
+
+    Raises:
+        ConfigurationError: If the model is dense and no segment is given, or the other way round.
+    """
+    from ..segments import LayerSegment
+
+    read_config(args)  # a mistake in the options is reported before the model is loaded
+    segments = [LayerSegment(start, stop) for start, stop in args.segment or []]
+    pruner = load_pruner(args)
+    pruner.config = read_config(args, pruner.config)
+    if bool(segments) == bool(pruner.segments):
+        shown = ", ".join(map(str, segments)) or None
+        raise ConfigurationError(
+            Problem("--segment", shown, f"{args.model} is already cut", "Leave it out, or give the dense model")
+            if segments
+            else Problem(
+                "--segment",
+                shown,
+                f"{args.model} is a dense model, and this command works on a cut one",
+                "Give START:STOP (`optimum-clp search` finds it), or a folder that `optimum-clp prune` wrote",
+            )
+        )
+    if segments:
+        pruner.cut(segments)
+    return pruner

@@ -1,0 +1,43 @@
+"""`tune`: train the layers next to the cut."""
+
+import argparse
+from typing import Any
+
+from . import arguments
+from .session import Answer, load_cut_pruner, output_folder
+
+HELP = "train the layers next to the cut"
+USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
+EXAMPLE = "optimum-clp tune --model Qwen/Qwen3-0.6B --segment 20:26 --dataset wikitext2 qwen3-0.6b-tuned"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `tune`."""
+    arguments.add_output(parser, "folder to write")
+    arguments.add_segment(parser)
+    arguments.add_model(parser, "dense model, with --segment; or a folder that `prune` or `tune` wrote")
+    arguments.add_recipe(parser)
+    arguments.add_calibration(parser)
+    arguments.add_tuning(parser)
+
+
+def run(args: argparse.Namespace) -> Answer:
+    """Run `tune`; the answer is the report and the losses before and after."""
+    output = output_folder(args)
+    pruner = load_cut_pruner(args)
+    pruner.tune(pruner.config)
+    pruner.save_pretrained(output, overwrite=args.overwrite)
+    result = pruner.report.to_dict()
+    return result, f"{_outcome(result['tuning'])}\nWritten to {args.output}."
+
+
+def _outcome(tuning: dict[str, Any]) -> str:
+    before, after = (
+        "-" if tuning[key] is None else f"{tuning[key]:.5f}"
+        for key in ("initial_validation_loss", "best_validation_loss")
+    )
+    verdict = "the tuned weights were kept" if tuning["improved"] else "the weights stay as they were"
+    return (
+        f"Validation loss {before} -> {after} nats per token in {tuning['steps']} steps "
+        f"(stopped: {tuning['stopped']}); {verdict}."
+    )

@@ -1,0 +1,84 @@
+"""A `CLPPruner` that records what the commands ask of it; the real one has tests of its own."""
+
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from report_example import example_report
+
+from optimum_clp.configuration import CLPConfig
+from optimum_clp.report import CLPReport
+from optimum_clp.segments import LayerSegment
+
+
+class FakePruner:
+    """Stands in for `CLPPruner`; a folder named `cut` was cut before, everything else is dense."""
+
+    calls: list = []
+    fails_with: BaseException | None = None
+    chatter = ""
+
+    @classmethod
+    def from_pretrained(cls, model_or_path, file_name=None, **options):
+        cls.calls.append(("from_pretrained", model_or_path, options))
+        pruner = cls()
+        pruner.report = CLPReport(base_model=example_report().base_model)
+        pruner.config = CLPConfig()
+        pruner.segments = None
+        if Path(model_or_path).name == "cut":
+            pruner.segments = (LayerSegment(7, 10),)
+            pruner.config = CLPConfig(pruning_ratio=0.3, seed=5)
+            pruner.report = example_report()
+        return pruner
+
+    def _stage(self, name, *arguments, **options):
+        print(f"library noise on stdout {self.chatter}")
+        print(f"library noise on stderr {self.chatter}", file=sys.stderr)
+        self.calls.append((name, *arguments, options))
+        if self.fails_with is not None:
+            raise self.fails_with
+
+    def prune(self, config=None, save_directory=None, *, overwrite=False):
+        self._stage("prune", config, save_directory, overwrite=overwrite)
+        self.report = example_report()
+
+    def search(self, config=None):
+        self._stage("search", config)
+        self.report.search = example_report().search
+
+    def cut(self, segments=None):
+        self._stage("cut", segments)
+        self.segments = tuple(segments)
+
+    def tune(self, config=None):
+        self._stage("tune", config)
+        self.report.tuning = example_report().tuning
+
+    def quantize(self, save_directory, file_prefix=None, *, weights="int8", overwrite=False):
+        self._stage("quantize", save_directory, weights=weights, overwrite=overwrite)
+        self.report.quantization = example_report().quantization
+
+    def export(self, save_directory, *, overwrite=False):
+        self._stage("export", self.config, save_directory, overwrite=overwrite)
+        self.report.export = example_report().export
+
+    def evaluate(self, text=None, *, reference=None, file_name=None):
+        self._stage("evaluate", text, reference=reference, file_name=file_name)
+        return {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": None if reference is None else 0.41}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, *, overwrite=False):
+        self._stage("save_pretrained", save_directory, overwrite=overwrite)
+
+    def push_to_hub(self, repo_id):
+        self._stage("push_to_hub", repo_id)
+
+
+@pytest.fixture
+def pruner(monkeypatch, tmp_path):
+    """The fake's class, in place of the real one; the test runs in an empty folder."""
+    module = types.ModuleType("optimum_clp.pruner")
+    module.CLPPruner = type("CLPPruner", (FakePruner,), {"calls": []})
+    monkeypatch.setitem(sys.modules, "optimum_clp.pruner", module)
+    monkeypatch.chdir(tmp_path)
+    return module.CLPPruner

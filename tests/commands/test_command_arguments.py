@@ -1,0 +1,144 @@
+import argparse
+import re
+
+import pytest
+
+from optimum_clp import configuration
+from optimum_clp.commands import arguments
+from optimum_clp.commands.clp import COMMANDS, build_parser
+from optimum_clp.configuration import CLPConfig
+
+
+def parse(line):
+    return build_parser().parse_args(line.split())
+
+
+def values(line):
+    return arguments.configuration_values(parse(line), {})
+
+
+@pytest.mark.parametrize(
+    ("line", "weights", "output"),
+    [
+        ("--weights int8 int4 out", ["int8", "int4"], "out"),
+        ("--weights int4 out --json", ["int4"], "out"),
+        ("--weights int8,int4 out", ["int8", "int4"], "out"),
+        ("--weights int4 --json out", ["int4"], "out"),
+        ("out --weights int4", ["int4"], "out"),
+        ("--json out", None, "out"),
+    ],
+)
+def test_weights_and_output_in_any_order(line, weights, output):
+    args = parse(f"prune --model m {line}")
+    assert getattr(args, "quantization.weights") == weights
+    assert args.output == output
+
+
+@pytest.mark.parametrize("line", ["--weights int2 out", "--weights int8 out more", "out --weights int8 more"])
+def test_unknown_weights_are_refused(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(f"prune --model m {line}")
+    assert stopped.value.code == 2
+    assert re.search(
+        r"--weights: invalid choice: '(int2|out|more)' \(choose from int8, int4\)", capsys.readouterr().err
+    )
+
+
+def test_segments_are_pairs_of_numbers(capsys):
+    assert parse("tune --model m --segment 4:8 --segment 10:11 out").segment == [(4, 8), (10, 11)]
+    for text in ("4-8", "4:", "4:8:9", "a:b"):
+        with pytest.raises(SystemExit):
+            parse(f"tune --model m --segment {text} out")
+        assert f"{text!r} is not START:STOP, such as 4:8 for the layers 4, 5, 6 and 7" in capsys.readouterr().err
+
+
+def test_loss_is_a_name_or_weights(capsys):
+    assert values("prune --model m --loss ce out")["tuning"] == {"loss": "ce"}
+    assert values("prune --model m --loss kd=0.9,ce=0.1 out")["tuning"] == {"loss": {"kd": 0.9, "ce": 0.1}}
+    with pytest.raises(SystemExit):
+        parse("prune --model m --loss kd=much out")
+    assert "'kd=much' is neither a loss nor weights such as kd=0.9,ce=0.1" in capsys.readouterr().err
+
+
+def test_options_that_are_not_given_say_nothing():
+    assert values("prune --model m out") == {}
+
+
+def test_every_option_reaches_the_configuration():
+    line = (
+        "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --text-column body --sequence-length 64 "
+        "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
+        "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-steps 4 "
+        "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
+        "--no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
+        "--opset 22 --tolerance 1e-3 out"
+    )
+    config = CLPConfig.from_dict(values(line))
+    default = CLPConfig()
+    assert (config.pruning_ratio, config.seed) == (0.3, 7)
+    unchanged = {
+        f"{stage}.{key}"
+        for stage in configuration.STAGES
+        for key, value in vars(getattr(config, stage)).items()
+        if value == getattr(getattr(default, stage), key)
+    }
+    # the recipe's finer points are set in a file, with --config
+    assert unchanged == {
+        "search.learning_rate",
+        "search.initial_steepness",
+        "search.final_steepness",
+        "tuning.warmup_ratio",
+        "tuning.weight_decay",
+        "tuning.max_grad_norm",
+        "tuning.evaluations_per_epoch",
+    }
+
+
+def test_options_override_a_base_and_leave_it_as_it_is():
+    base = {"seed": 3, "calibration_dataset": "old.txt", "tuning": {"epochs": 9, "patience": 2}}
+    args = parse("prune --model m --epochs 1 --dataset new.txt out")
+    assert arguments.configuration_values(args, base) == {
+        "seed": 3,
+        "tuning": {"epochs": 1, "patience": 2},
+        "calibration": {"dataset": "new.txt"},
+    }
+    assert base == {"seed": 3, "calibration_dataset": "old.txt", "tuning": {"epochs": 9, "patience": 2}}
+
+
+def _configuration_actions():
+    for name, command in COMMANDS.items():
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        for action in parser._actions:
+            if "." in action.dest:
+                yield name, action
+
+
+def test_every_option_names_a_key_of_the_configuration():
+    config = CLPConfig()
+    seen = 0
+    for _, action in _configuration_actions():
+        stage, key = action.dest.split(".")
+        assert hasattr(getattr(config, stage), key), action.dest
+        assert action.default is None, action.option_strings
+        seen += 1
+    assert seen > 30
+
+
+def test_defaults_in_the_help_are_those_of_the_configuration():
+    config = CLPConfig()
+    checked = 0
+    for _, action in _configuration_actions():
+        default = getattr(getattr(config, action.dest.split(".")[0]), action.dest.split(".")[1])
+        shown = re.search(r"\(default: ([^ )]+)\)", action.help)
+        if shown and shown.group(1) != "both":
+            assert type(default)(shown.group(1)) == default, action.option_strings
+            checked += 1
+    assert checked > 20
+    assert config.quantization.weights == list(arguments.WEIGHTS) == list(configuration.WEIGHTS)
+    help_text = next(
+        a.help
+        for a in build_parser()._subparsers._group_actions[0].choices["prune"]._actions
+        if a.dest == "pruning_ratio"
+    )
+    assert f"(default: {config.pruning_ratio})" in help_text

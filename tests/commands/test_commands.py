@@ -1,0 +1,276 @@
+import errno
+import json
+import re
+
+import pytest
+from report_example import example_report
+
+from optimum_clp.commands.clp import COMMANDS, main
+from optimum_clp.configuration import CLPConfig
+from optimum_clp.errors import ModelError, OutputError, Problem
+from optimum_clp.segments import LayerSegment
+
+
+def names(pruner):
+    return [call[0] for call in pruner.calls]
+
+
+def error_of(capsys):
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("optimum-clp: error: ")]
+    return line
+
+
+def test_prune_runs_everything_and_prints_the_table(pruner, tmp_path, capsys):
+    assert main("prune --model some/model --pruning-ratio 0.3 --dataset d.txt --epochs 2 out".split()) == 0
+    (loaded, pruned) = pruner.calls
+    assert loaded[1] == "some/model" and loaded[2]["quiet"] is False
+    _, config, folder, options = pruned
+    assert config == CLPConfig(pruning_ratio=0.3, calibration_dataset="d.txt", tuning={"epochs": 2})
+    assert folder == tmp_path / "out" and options == {"overwrite": False}
+    captured = capsys.readouterr()
+    assert captured.out == f"{example_report().to_table()}\nWritten to out.\n"
+    assert "library noise on stdout" in captured.err and "library noise on stderr" in captured.err
+
+
+def test_loading_options_are_passed_on(pruner):
+    line = (
+        "prune --model m --dtype bfloat16 --device-map cpu --revision main --trust-remote-code --no-safetensors "
+        "--quiet --push-to-hub me/m out"
+    )
+    assert main(line.split()) == 0
+    assert pruner.calls[0][2] == {
+        "dtype": "bfloat16",
+        "device_map": "cpu",
+        "revision": "main",
+        "trust_remote_code": True,
+        "use_safetensors": False,
+        "quiet": True,
+    }
+    assert pruner.calls[-1][:2] == ("push_to_hub", "me/m")
+
+
+def test_remote_code_and_pickles_are_off_by_default(pruner):
+    assert main("prune --model m out".split()) == 0
+    assert pruner.calls[0][2]["trust_remote_code"] is False
+    assert pruner.calls[0][2]["use_safetensors"] is True
+
+
+def test_json_is_the_only_thing_on_standard_output(pruner, capsys):
+    assert main("prune --model m --json out".split()) == 0
+    assert json.loads(capsys.readouterr().out) == example_report().to_dict()
+
+
+def test_quiet_leaves_standard_error_empty(pruner, capsys):
+    assert main("prune --model m --quiet out".split()) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and "noise" not in captured.out and "perplexity" in captured.out
+
+
+def test_config_file_is_overridden_by_options(pruner, tmp_path):
+    CLPConfig(pruning_ratio=0.4, seed=3, tuning={"epochs": 9}).save_pretrained(tmp_path / "recipe")
+    for given in ("recipe", "recipe/clp_config.json"):
+        pruner.calls.clear()
+        assert main(f"prune --model m --config {given} --epochs 1 --overwrite out".split()) == 0
+        config = pruner.calls[-1][1]
+        assert (config.pruning_ratio, config.seed, config.tuning.epochs) == (0.4, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"--config is 'r.json': it cannot be read \(No such file"),
+        ("{", r"--config is 'r.json': it is not valid JSON \("),
+        ("[]", r"--config is 'r.json': it does not hold a JSON object"),
+        ('{"tuning": 3}', "tuning is 3: it must be a TuningConfig or a dict"),
+        ('{"prunning_ratio": 0.2}', "prunning_ratio is 0.2: .* Did you mean 'pruning_ratio'?"),
+    ],
+)
+def test_bad_config_file_is_one_message(content, message, pruner, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "r.json").write_text(content)
+    assert main("prune --model m --config r.json --epochs 3 out".split()) == 1
+    assert re.search(message, error_of(capsys))
+    assert pruner.calls == []
+
+
+def test_search_prints_the_scores_best_first(pruner, capsys, tmp_path):
+    assert main("search --model m --strategy exhaustive".split()) == 0
+    assert pruner.calls[-1][1].search.strategy == "exhaustive"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["layers", "KL", "to", "dense", "std.", "error"]
+    assert lines[1].split() == ["7:10", "0.41000", "0.02000", "<-", "chosen"]
+    assert [line.split()[0] for line in lines[2:4]] == ["8:11", "6:9"]
+    assert len(lines) == 1 + 14 + 1 and lines[-1].endswith("--segment 7:10")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_search_writes_recipe_and_report(pruner, tmp_path, capsys):
+    assert main("search --model m --seed 4 out".split()) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["clp_config.json", "clp_report.json"]
+    assert CLPConfig.from_pretrained(tmp_path / "out").seed == 4
+    assert json.loads((tmp_path / "out" / "clp_report.json").read_text())["search"]["segments"] == [[7, 10]]
+    assert capsys.readouterr().out.endswith("Written to out.\n")
+
+
+def test_tune_cuts_a_dense_model_first(pruner, tmp_path, capsys):
+    assert main("tune --model m --segment 7:9 --segment 11:12 --loss ce --overwrite out".split()) == 0
+    assert names(pruner) == ["from_pretrained", "cut", "tune", "save_pretrained"]
+    assert pruner.calls[1][1] == [LayerSegment(7, 9), LayerSegment(11, 12)]
+    assert pruner.calls[2][1].tuning.loss == "ce"
+    assert pruner.calls[3][1:] == (tmp_path / "out", {"overwrite": True})
+    assert (
+        "Validation loss 0.41000 -> 0.10060 nats per token in 96 steps (stopped: finished)" in capsys.readouterr().out
+    )
+
+
+def test_tune_starts_from_the_recipe_of_a_folder(pruner):
+    assert main("tune --model cut --epochs 2 out".split()) == 0
+    assert names(pruner) == ["from_pretrained", "tune", "save_pretrained"]
+    config = pruner.calls[1][1]
+    assert (config.pruning_ratio, config.seed, config.tuning.epochs) == (0.3, 5, 2)
+
+
+def test_quantize_writes_a_quanto_folder(pruner, tmp_path, capsys):
+    assert main("quantize --model cut --weights int4 out".split()) == 0
+    assert pruner.calls[-1] == ("quantize", tmp_path / "out", {"weights": "int4", "overwrite": False})
+    assert "91 modules quantized, 4.80 MB" in capsys.readouterr().out
+
+
+def test_export_uses_the_options(pruner, tmp_path, capsys):
+    assert main("export --model cut --opset 22 --weights int4 out".split()) == 0
+    _, config, folder, options = pruner.calls[-1]
+    assert (config.export.opset, config.quantization.weights, config.seed) == (22, ["int4"], 5)
+    assert folder == tmp_path / "out" and options == {"overwrite": False}
+    assert "onnx/model_q4.onnx         int4       2.10 MB" in capsys.readouterr().out
+
+
+def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
+    line = (
+        "evaluate --model cut --file onnx/model_q4.onnx --dataset d.txt --sequence-length 32 --reference dense --json"
+    )
+    assert main(line.split()) == 0
+    assert pruner.calls[-1] == ("evaluate", "d.txt", {"reference": "dense", "file_name": "onnx/model_q4.onnx"})
+    assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
+
+
+def test_evaluate_prints_one_figure_a_line(pruner, capsys):
+    assert main("evaluate --model cut".split()) == 0
+    assert pruner.calls[-1][1] is None, "a folder of ours is measured on the text of its report"
+    assert capsys.readouterr().out == "name        cut\nperplexity  12.5\nnum_tokens  6,120\n"
+
+
+def test_evaluate_of_another_model_needs_a_text(pruner, capsys):
+    assert main("evaluate --model m".split()) == 1
+    assert "--dataset is None: m has no clp_report.json" in error_of(capsys)
+
+
+@pytest.mark.parametrize("command", ["tune", "quantize", "export"])
+def test_dense_model_without_segment_is_refused(command, pruner, capsys):
+    assert main([command, "--model", "m", "out"]) == 1
+    assert "--segment is None: m is a dense model" in error_of(capsys)
+    assert names(pruner) == ["from_pretrained"]
+
+
+def test_segment_of_a_model_that_is_already_cut_is_refused(pruner, capsys):
+    assert main("tune --model cut --segment 2:3 out".split()) == 1
+    assert "--segment is '[2, 3)': cut is already cut" in error_of(capsys)
+
+
+def test_segment_that_is_empty_is_refused_before_loading(pruner, capsys):
+    assert main("tune --model m --segment 8:4 out".split()) == 1
+    assert "segment is (8, 4): a segment is a half-open range" in error_of(capsys)
+    assert pruner.calls == []
+
+
+def test_every_mistake_in_the_options_is_reported_before_loading(pruner, capsys):
+    for command in ("prune", "tune"):
+        assert main(f"{command} --model m --epochs 0 --batch-size 0 out".split()) == 1
+        captured = capsys.readouterr().err
+        assert captured.startswith("optimum-clp: error: 2 problems:")
+        assert "tuning.epochs is 0" in captured and "tuning.batch_size is 0" in captured
+        assert pruner.calls == []
+
+
+@pytest.mark.parametrize("command", ["prune", "search", "tune", "quantize", "export"])
+def test_output_folder_that_is_not_empty_is_refused_before_loading(command, pruner, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    assert main([command, "--model", "m", "out"]) == 1
+    assert "output folder is 'out': it is not empty" in error_of(capsys)
+    assert pruner.calls == []
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_output_folder_that_holds_the_model_is_refused(pruner, tmp_path, capsys):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    (tmp_path / "models" / "m" / "config.json").write_text("{}")
+    for output in ("models/m", "models"):
+        assert main(f"export --model models/m --segment 1:2 --overwrite {output}".split()) == 1
+        assert f"output folder is '{output}': --model is read from there" in error_of(capsys)
+    assert pruner.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModelError(Problem("model", "m", "it is broken", "Mend it")), "model is 'm': it is broken. Mend it."),
+        (
+            OutputError(Problem("output folder", "o", "it is full", "Empty it")),
+            "output folder is 'o': it is full. Empty it.",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "w.bin"),
+            "No space left on device: 'w.bin'. Free some space",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "w.bin"), "[Errno 13] Permission denied: 'w.bin'"),
+        (RuntimeError("shape '[3]' is invalid"), "unexpected RuntimeError: shape '[3]' is invalid"),
+        (MemoryError(), "unexpected MemoryError: no message"),
+    ],
+)
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_error_is_one_message_and_status_1(error, message, quiet, pruner, capsys):
+    pruner.fails_with = error
+    assert main(["prune", "--model", "m", *quiet, "out"]) == 1
+    assert message in error_of(capsys)
+
+
+def test_debug_shows_the_traceback(pruner, capsys):
+    pruner.fails_with = RuntimeError("shape")
+    assert main("prune --model m --debug out".split()) == 1
+    captured = capsys.readouterr().err
+    assert (
+        "Traceback (most recent call last)" in captured and "optimum-clp: error: unexpected RuntimeError" in captured
+    )
+
+
+def test_interrupt_is_status_130(pruner, capsys):
+    pruner.fails_with = KeyboardInterrupt()
+    assert main("prune --model m --quiet out".split()) == 130
+    assert capsys.readouterr().err == "optimum-clp: interrupted\n"
+
+
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("search", "evaluate")])
+def test_missing_output_is_a_usage_error(name, pruner, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--model", "m", "--quiet"])
+    assert stopped.value.code == 2
+    assert "the following arguments are required: OUTPUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["", "prune out", "dance --model m", "prune --model m --epochs many out"])
+def test_usage_errors_are_status_2(line, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(line.split())
+    assert stopped.value.code == 2
+    assert "usage: optimum-clp" in capsys.readouterr().err
+
+
+def test_example_in_the_help_is_valid():
+    from optimum_clp.commands.clp import build_parser
+
+    for name, command in COMMANDS.items():
+        args = build_parser().parse_args(command.EXAMPLE.split()[1:])
+        assert args.command == name
