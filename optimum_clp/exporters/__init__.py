@@ -1,0 +1,191 @@
+"""Export of a causal LM to ONNX: one float32 file, and weight-only int8 and int4 files made from the same graph."""
+
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedModel
+
+from ..configuration import ExportConfig, QuantizationConfig
+from ..progress import progress_bar
+from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
+from .onnx_file import save_graph
+from .onnx_float import export_float_graph, float32_twin, fold_weight_transposes
+from .onnx_quantization import QuantizedNodes, check_quantized_nodes, expected_nodes, quantize_graph
+
+FLOAT_FILE = "model.onnx"
+QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One ONNX file, and what was measured on it.
+
+    Args:
+        file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
+        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        bytes (`int`): Size on disk, the data file included.
+        num_quantized_matmuls (`int`): `MatMulNBits` nodes.
+        num_quantized_embeddings (`int`): `GatherBlockQuantized` nodes.
+        max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
+        seconds (`float`): Time to make, write and check the file.
+    """
+
+    file: str
+    weights: str
+    bytes: int
+    num_quantized_matmuls: int
+    num_quantized_embeddings: int
+    max_relative_error: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The files of one export.
+
+    Args:
+        opset (`int`): ONNX opset.
+        files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
+    """
+
+    opset: int
+    files: tuple[ExportedFile, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `export` section, as JSON-ready values."""
+        return {"opset": self.opset, "files": [asdict(file) for file in self.files]}
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    export: ExportConfig | None = None,
+    quantization: QuantizationConfig | None = None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> ExportResult:
+    """Write `onnx/model.onnx` and the quantized files to a folder, each checked against PyTorch.
+
+    The check runs every file in a plain ONNX Runtime session, over a left-padded batch and several cached steps. The
+    float file must agree with PyTorch within `export.tolerance`; of the quantized files the error is recorded, their
+    logits must be finite, and no linear layer may have been left in float. Files appear in the folder only after all
+    of them have passed.
+
+    A model in 16 bits or on an accelerator is exported in float32 from a copy on the CPU (4 bytes for each parameter);
+    a float32 model on the CPU is not copied. `model` itself is left as it is.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model, of any dtype, on any device.
+        directory (`str` or `os.PathLike`): Output folder; `onnx/` is made in it.
+        export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
+        quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
+        seed (`int`): Of the tokens of the check.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`ExportResult`]: Sizes, counts and errors.
+
+    Raises:
+        ExportError: If the model cannot be traced, or a file does not run, or differs from PyTorch.
+        QuantizationError: If a linear layer or the embedding was left in float.
+    """
+    export = export or ExportConfig()
+    quantization = quantization or QuantizationConfig()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=directory, prefix=".onnx-") as staging,
+        progress_bar(2 + len(quantization.weights), "Exporting to ONNX", quiet) as bar,
+    ):
+        started = time.perf_counter()
+        twin = float32_twin(model)
+        # the caller's own model is the better witness where it can be called without changing it
+        witness = model if _is_plain_float32(model) else twin
+        writer = _Writer(Path(staging), reference_steps(witness, seed=seed))
+        with _quiet_exporter():
+            graph = export_float_graph(twin, export.opset)
+        bar.update()
+        float_graph = graph.clone()
+        fold_weight_transposes(float_graph)
+        writer.add("float32", float_graph, QuantizedNodes(0, 0), export.tolerance, started)
+        del float_graph
+        bar.update()
+        expected = expected_nodes(twin, quantization.quantize_embeddings)
+        for weights in quantization.weights:
+            started = time.perf_counter()
+            quantized = graph.clone()
+            found = quantize_graph(
+                quantized,
+                _BITS[weights],
+                block_size=quantization.group_size,
+                accuracy_level=quantization.accuracy_level,
+                quantize_embeddings=quantization.quantize_embeddings,
+            )
+            check_quantized_nodes(quantized, found, expected)
+            writer.add(weights, quantized, found, None, started)
+            bar.update()
+        writer.publish(directory / "onnx")
+    return ExportResult(export.opset, tuple(writer.files))
+
+
+class _Writer:
+    """Writes graphs to a staging folder, checks them, and moves them to the output folder together."""
+
+    def __init__(self, staging: Path, steps: list[ReferenceStep]):
+        self.staging = staging
+        self.steps = steps
+        self.files: list[ExportedFile] = []
+
+    def add(
+        self, weights: str, graph: ir.Model, nodes: QuantizedNodes, tolerance: float | None, started: float
+    ) -> None:
+        """Write and check one graph; `tolerance=None` asks for finite logits only."""
+        file = self.staging / QUANTIZED_FILES.get(weights, FLOAT_FILE)
+        written = save_graph(graph, file)
+        error = relative_error(file, self.steps)
+        check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
+        self.files.append(
+            ExportedFile(
+                file=f"onnx/{file.name}",
+                weights=weights,
+                bytes=sum(path.stat().st_size for path in written),
+                num_quantized_matmuls=nodes.matmuls,
+                num_quantized_embeddings=nodes.embeddings,
+                max_relative_error=error,
+                seconds=time.perf_counter() - started,
+            )
+        )
+
+    def publish(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        for path in self.staging.iterdir():
+            os.replace(path, folder / path.name)
+
+
+def _is_plain_float32(model: PreTrainedModel) -> bool:
+    return not any(module.training for module in model.modules()) and all(
+        parameter.dtype == torch.float32 and parameter.device.type == "cpu" for parameter in model.parameters()
+    )
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Without torch's notes on packages that the export does not need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

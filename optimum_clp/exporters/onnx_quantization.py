@@ -1,0 +1,309 @@
+"""Weight-only int8 and int4 for an ONNX graph: symmetric round-to-nearest in blocks along the input axis.
+
+Linear layers become `MatMulNBits`, the embedding becomes `GatherBlockQuantized` (both are operators of ONNX Runtime).
+Everything else, such as the norms' weights, stays in float32.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import Problem, QuantizationError
+from .onnx_float import is_weight_transpose
+
+_CONTRIB = "com.microsoft"
+# Rows are quantized together up to this many weights, which bounds the working memory to a few of its copies.
+_CHUNK = 4 * 1024 * 1024
+# Shares of the largest weight that are tried as the end of the int4 range; 1 is what ONNX Runtime's own tool takes.
+_INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+
+@dataclass(frozen=True)
+class QuantizedNodes:
+    """How many nodes of the graph have quantized weights.
+
+    Args:
+        matmuls (`int`): `MatMulNBits` nodes.
+        embeddings (`int`): `GatherBlockQuantized` nodes.
+    """
+
+    matmuls: int
+    embeddings: int
+
+
+def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix to unsigned integers with one scale for each block of a row.
+
+    A weight is `(integer - 2**(bits - 1)) * scale`. The scale maps the block's largest weight to the integer range's
+    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken.
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Integers, uint8 of shape `[rows, blocks * block_size * bits / 8]`, the lower
+        half of a byte first where `bits` is 4; and scales, float32 of shape `[rows, blocks]`. The last block is filled
+        up with zeros.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
+    scales = np.empty((rows, blocks), dtype=np.float32)
+    step = max(1, _CHUNK // (blocks * block_size))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        padded = np.zeros((weight[part].shape[0], blocks * block_size), dtype=np.float32)
+        padded[:, :columns] = weight[part]
+        codes, scales[part] = _round_blocks(padded.reshape(-1, blocks, block_size), bits)
+        codes = codes.reshape(codes.shape[0], -1)
+        integers[part] = codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+    return integers, scales
+
+
+def dequantize_blocks(integers: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The matrix that [`quantize_blocks`] has stored.
+
+    Args:
+        integers (`np.ndarray`): Packed integers, from [`quantize_blocks`].
+        scales (`np.ndarray` of shape `[rows, blocks]`): From [`quantize_blocks`].
+        bits (`int`): 4 or 8.
+        columns (`int`): Columns of the matrix, without the filling.
+
+    Returns:
+        `np.ndarray` of shape `[rows, columns]`, float32.
+    """
+    codes = integers if bits == 8 else np.stack([integers & 15, integers >> 4], axis=-1)
+    codes = codes.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)
+    return (codes * scales[..., None]).reshape(len(scales), -1)[:, :columns]
+
+
+def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[rows, blocks, size]`."""
+    half = 2 ** (bits - 1)
+    largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
+    best_codes = best_scale = best_error = None
+    for share in _INT4_RANGES if bits == 4 else (1.0,):
+        # the largest weight, whatever its sign, goes to -half: that end of the range reaches one step further
+        scale = largest * np.float32(-share / half)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
+        codes = np.clip(np.rint(weight * inverse), -half, half - 1)
+        error = np.square(codes * scale - weight).sum(-1, keepdims=True)
+        if best_error is None:
+            best_codes, best_scale, best_error = codes, scale, error
+        else:
+            better = error < best_error
+            np.copyto(best_codes, codes, where=better)
+            np.copyto(best_scale, scale, where=better)
+            np.copyto(best_error, error, where=better)
+    return (best_codes + half).astype(np.uint8), best_scale[..., 0]
+
+
+def quantize_graph(
+    graph: ir.Model, bits: int, *, block_size: int, accuracy_level: int, quantize_embeddings: bool
+) -> QuantizedNodes:
+    """Quantize the weights of every `MatMul` and of the embedding, in place.
+
+    The head of a model with tied embeddings takes the embedding's integers and stores none of its own; without
+    `quantize_embeddings` both stay in float32.
+
+    Args:
+        graph (`onnx_ir.Model`): From [`~exporters.onnx_float.export_float_graph`].
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale: a power of two, at least 16.
+        accuracy_level (`int`): Of `MatMulNBits`: 4 multiplies in int8, 1 in float32, 0 is ONNX Runtime's choice.
+        quantize_embeddings (`bool`): Also the embedding.
+
+    Returns:
+        [`QuantizedNodes`]: What was quantized, counted in the graph.
+    """
+    embeddings = [node for node in graph.graph if _is_embedding(node)]
+    tables = {str(node.inputs[0].name) for node in embeddings}
+    quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level)
+    for node in list(graph.graph):
+        weight, transposed = _matmul_weight(node)
+        if weight is None or (weight.name in tables and not quantize_embeddings):
+            continue
+        quantizer.quantize_matmul(node, weight, transposed)
+    if quantize_embeddings:
+        for node in embeddings:
+            quantizer.quantize_embedding(node)
+    quantizer.remove_unused()
+    graph.opset_imports[_CONTRIB] = 1
+    operators = [node.op_type for node in graph.graph if node.domain == _CONTRIB]
+    return QuantizedNodes(operators.count("MatMulNBits"), operators.count("GatherBlockQuantized"))
+
+
+def expected_nodes(model: PreTrainedModel, quantize_embeddings: bool) -> QuantizedNodes:
+    """How many nodes a complete quantization has, from the PyTorch model: its linear layers and its embedding."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    matmuls = sum(isinstance(module, nn.Linear) for module in model.modules())
+    tied = head is not None and head.weight is embedding.weight
+    if quantize_embeddings:
+        return QuantizedNodes(matmuls, 1)
+    return QuantizedNodes(matmuls - int(tied), 0)
+
+
+def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: QuantizedNodes) -> None:
+    """Check that nothing was left in float.
+
+    Raises:
+        QuantizationError: If the counts differ; names the nodes whose weights are still in float32.
+    """
+    if found == expected:
+        return
+    left = [f"{node.op_type} {node.name} ({weight})" for node, weight in _float_nodes(graph.graph)]
+    raise QuantizationError(
+        Problem(
+            "quantized graph",
+            ", ".join(left) or "no weight in float32",
+            f"{found.matmuls} linear layers and {found.embeddings} embeddings are quantized, "
+            f"the model has {expected.matmuls} and {expected.embeddings}; the value lists what is still in float32",
+            "Set quantization.weights to [] to export the float32 file alone",
+        )
+    )
+
+
+def _float_nodes(nodes: Iterable[ir.Node]):
+    """Nodes that multiply by, or look up in, a float32 matrix of the graph; with that matrix's name."""
+    for node in nodes:
+        weight = _matmul_weight(node)[0]
+        if weight is None and (_is_embedding(node) or node.op_type == "Gemm"):
+            weight = node.inputs[0] if node.op_type == "Gather" else node.inputs[1]
+        if weight is not None:
+            yield node, weight.name
+
+
+def _is_embedding(node: ir.Node) -> bool:
+    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
+        return False
+    table = node.inputs[0]
+    return (
+        table is not None
+        and table.is_initializer()
+        and table.dtype == ir.DataType.FLOAT
+        and table.shape is not None
+        and len(table.shape) == 2
+    )
+
+
+def _matmul_weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
+    """The stored matrix that a `MatMul` multiplies by, and whether it is stored as `[outputs, inputs]`."""
+    if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+        return None, False
+    weight = node.inputs[1]
+    if weight is None:
+        return None, False
+    producer = weight.producer()
+    if producer is not None and is_weight_transpose(producer):
+        return producer.inputs[0], True
+    if weight.is_initializer() and weight.const_value is not None and len(weight.const_value.shape) == 2:
+        return weight, False
+    return None, False
+
+
+class _GraphQuantizer:
+    """Replaces nodes of one graph; a weight with several uses is quantized and stored once."""
+
+    def __init__(self, graph: ir.Model, tables: set[str], bits: int, block_size: int, accuracy_level: int):
+        self.graph = graph.graph
+        self.tables = tables
+        self.bits = bits
+        self.block_size = block_size
+        self.accuracy_level = accuracy_level
+        self.done: dict[str, tuple[ir.Value, ir.Value]] = {}
+
+    def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool) -> None:
+        integers, scales = self._quantize(weight, transposed)
+        outputs, inputs = weight.const_value.shape if transposed else weight.const_value.shape[::-1]
+        new = ir.node(
+            "MatMulNBits",
+            [node.inputs[0], self._in_blocks(integers, scales) if weight.name in self.tables else integers, scales],
+            {
+                "K": int(inputs),
+                "N": int(outputs),
+                "bits": self.bits,
+                "block_size": self.block_size,
+                "accuracy_level": self.accuracy_level,
+            },
+            domain=_CONTRIB,
+            name=node.name,
+        )
+        self._replace(node, new)
+
+    def quantize_embedding(self, node: ir.Node) -> None:
+        integers, scales = self._quantize(node.inputs[0], True)
+        columns = int(node.inputs[0].const_value.shape[1])
+        new = ir.node(
+            "GatherBlockQuantized",
+            [integers, node.inputs[1], scales],
+            {
+                "bits": self.bits,
+                "block_size": self.block_size,
+                "gather_axis": 0,
+                "quantize_axis": 1,
+            },
+            domain=_CONTRIB,
+            name=node.name,
+        )
+        if columns % self.block_size == 0:
+            self._replace(node, new)
+            return
+        # The last block is filled up with zeros, so that the head can use the same bytes: cut them off.
+        new.outputs[0].dtype = ir.DataType.FLOAT
+        self.graph.insert_before(node, new)
+        bounds = [
+            self._constant(f"{node.name}_{key}", [v]) for key, v in (("start", 0), ("end", columns), ("axis", -1))
+        ]
+        self._replace(node, ir.node("Slice", [new.outputs[0], *bounds], name=f"{node.name}_slice"))
+
+    def remove_unused(self) -> None:
+        """Remove the float weights that no node uses any more, and their `Transpose` nodes."""
+        for node in list(self.graph):
+            if is_weight_transpose(node) and not node.outputs[0].uses():
+                self.graph.remove(node, safe=True)
+        for name in self.done:
+            if not self.graph.initializers[name].uses():
+                del self.graph.initializers[name]
+
+    def _quantize(self, weight: ir.Value, transposed: bool) -> tuple[ir.Value, ir.Value]:
+        name = str(weight.name)
+        if name not in self.done:
+            matrix = weight.const_value.numpy()
+            integers, scales = quantize_blocks(matrix if transposed else matrix.T, self.bits, self.block_size)
+            if name not in self.tables:
+                integers = integers.reshape(*scales.shape, -1)
+            self.done[name] = (
+                self._initializer(f"{name}_int{self.bits}", integers),
+                self._initializer(f"{name}_scales", scales),
+            )
+        return self.done[name]
+
+    def _in_blocks(self, integers: ir.Value, scales: ir.Value) -> ir.Value:
+        """An embedding's integers for a tied head: a view `[outputs, blocks, bytes]`, made when the file is loaded."""
+        shape = self._constant(f"{integers.name}_shape", [*map(int, scales.const_value.shape), -1])
+        reshape = ir.node("Reshape", [integers, shape], name=f"{integers.name}_reshape")
+        reshape.outputs[0].name = f"{integers.name}_blocks"
+        self.graph.insert_before(self.graph[0], reshape)
+        return reshape.outputs[0]
+
+    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+        self.graph.register_initializer(value)
+        return value
+
+    def _constant(self, name: str, integers: list[int]) -> ir.Value:
+        return self._initializer(name, np.array(integers, dtype=np.int64))
+
+    def _replace(self, node: ir.Node, new: ir.Node) -> None:
+        old_output, output = node.outputs[0], new.outputs[0]
+        output.shape, output.type, output.name = old_output.shape, old_output.type, old_output.name
+        self.graph.insert_before(node, new)
+        old_output.replace_all_uses_with(output, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)

@@ -1,0 +1,304 @@
+"""Running an exported file: transformers' own `generate()` over ONNX Runtime."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, GenerationMixin, PretrainedConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .errors import ConfigurationError, ModelError, Problem
+
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
+
+
+class OnnxCausalLM(GenerationMixin):
+    """A causal LM in an ONNX file, called like the PyTorch model.
+
+    `generate()` is transformers' own: greedy, sampling, beam search, left-padded batches and streamers work as with a
+    PyTorch model. The key-value cache is a [`~transformers.DynamicCache`] whose tensors are ONNX Runtime's outputs,
+    handed over without a copy.
+
+    Args:
+        session (`onnxruntime.InferenceSession`): Over a file with this package's input and output names.
+        config ([`~transformers.PretrainedConfig`]): The model's configuration.
+        generation_config ([`~transformers.GenerationConfig`], *optional*): Made from `config` if not given.
+
+    Raises:
+        ModelError: If the session's inputs or outputs are not those of an exported causal LM.
+    """
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    dtype = torch.float32
+    device = torch.device("cpu")
+    _is_stateful = False
+    _supports_cache_class = True
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        config: PretrainedConfig,
+        generation_config: GenerationConfig | None = None,
+    ):
+        self.session = session
+        self.config = config
+        self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        # (heads, head size) of keys and values, layer by layer
+        self._past_shapes = _past_shapes(session)
+        self._past_names = list(self._past_shapes)
+        self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | os.PathLike,
+        file_name: str = "onnx/model.onnx",
+        *,
+        num_threads: int | None = None,
+        session_options: onnxruntime.SessionOptions | None = None,
+        providers: Sequence[Any] | None = None,
+    ) -> "OnnxCausalLM":
+        """Load a file from a folder with `config.json`.
+
+        Args:
+            folder (`str` or `os.PathLike`): Folder with `config.json` and, if there is one, `generation_config.json`.
+            file_name (`str`): The ONNX file, relative to `folder`: `"onnx/model.onnx"`,
+                `"onnx/model_quantized.onnx"` or `"onnx/model_q4.onnx"`.
+            num_threads (`int`, *optional*): Threads inside an operator, at least 1; by default one for each core.
+            session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`.
+            providers (`Sequence`, *optional*): Execution providers; by default the CPU's.
+
+        Returns:
+            [`OnnxCausalLM`]
+
+        Raises:
+            ModelError: If the file or `config.json` is missing, or the file cannot be loaded or is of another kind.
+            ConfigurationError: If `num_threads` is below 1, or is given beside `session_options`.
+        """
+        folder = Path(folder)
+        file = folder / file_name
+        _check_files(folder, file)
+        options = _session_options(num_threads, session_options)
+        try:
+            session = onnxruntime.InferenceSession(
+                str(file), options, providers=list(providers or ["CPUExecutionProvider"])
+            )
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise ModelError(
+                Problem(
+                    "file_name",
+                    str(file),
+                    f"ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)})",
+                    "Export it again, or update onnxruntime",
+                )
+            ) from error
+        try:
+            config = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                Problem("config.json", str(folder), _first_line(error), "Restore the model's config.json")
+            ) from error
+        generation_config = None
+        if (folder / "generation_config.json").is_file():
+            generation_config = GenerationConfig.from_pretrained(folder)
+        return cls(session, config, generation_config)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        return self.forward(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        cache_position: Tensor | None = None,
+        return_dict: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids (`Tensor` of shape `[batch, length]`): The new tokens, length at least 1.
+            attention_mask (`Tensor` of shape `[batch, past + length]`, *optional*): 0 on padding, 1 elsewhere, the
+                cached tokens included; all 1 by default.
+            position_ids (`Tensor` of shape `[batch, length]`, *optional*): By default counted along the mask.
+            past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
+            use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if
+                `past_key_values` is given.
+            cache_position, return_dict, output_attentions, output_hidden_states: What `generate()` passes on;
+                attentions and hidden states are not in the file and cannot be asked for.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape
+            `[batch, length, vocabulary]`, float32 on the CPU, and `past_key_values`.
+
+        Raises:
+            ModelError: If the mask does not fit, the cache is of another kind, or an output is asked for that the file
+                does not have.
+        """
+        _refuse_outputs(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        cache = self._cache(past_key_values)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        batch, length = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
+        if attention_mask.shape != (batch, past_length + length):
+            raise ModelError(
+                Problem(
+                    "attention_mask",
+                    tuple(attention_mask.shape),
+                    f"its shape must be {(batch, past_length + length)}: rows, cached tokens + new tokens",
+                    "Extend the mask by one column for each new token",
+                )
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
+        if use_cache is None:
+            use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
+        feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
+        feeds = {name: tensor.to("cpu", torch.long).contiguous() for name, tensor in feeds.items()}
+        feeds |= self._past(cache, batch, past_length)
+        logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
+        if use_cache:
+            cache = DynamicCache() if cache is None else cache
+            cache.layers[:] = [_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+
+    def can_generate(self) -> bool:
+        """`True`; asked by transformers."""
+        return True
+
+    def is_remote_code(self) -> bool:
+        """`False`; asked by transformers."""
+        return False
+
+    def get_experts_implementation(self) -> dict[str, str]:
+        """Empty; asked by transformers, which switches the kernels of mixture-of-experts models."""
+        return {}
+
+    def _cache(self, cache: Any) -> DynamicCache | None:
+        plain = cache is None or (
+            isinstance(cache, DynamicCache)
+            # a sliding layer is fine while it is empty: generate() makes such a cache from the configuration
+            and (cache.get_seq_length() == 0 or all(type(layer) is DynamicLayer for layer in cache.layers))
+        )
+        if not plain:
+            raise ModelError(
+                Problem(
+                    "past_key_values",
+                    type(cache).__name__,
+                    "ONNX Runtime takes the whole past of each layer, as a plain DynamicCache() holds it",
+                    "Pass the past_key_values of an earlier output, or none, and no cache_implementation",
+                )
+            )
+        return cache
+
+    def _past(self, cache: DynamicCache | None, batch: int, past_length: int) -> dict[str, Tensor]:
+        if cache is None or past_length == 0:
+            return {name: torch.empty(batch, heads, 0, size) for name, (heads, size) in self._past_shapes.items()}
+        states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        return {name: tensor.contiguous() for name, tensor in zip(self._past_names, states, strict=True)}
+
+    def _run(self, feeds: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
+        """Run the session on the tensors' own memory, and take its outputs' memory over."""
+        binding = self.session.io_binding()
+        for name, tensor in feeds.items():
+            kind = np.int64 if tensor.dtype == torch.long else np.float32
+            binding.bind_input(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+        for name in outputs:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+
+
+def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
+    # update() would copy both tensors
+    layer = DynamicLayer()
+    layer.keys, layer.values = keys, values
+    layer.dtype, layer.device = keys.dtype, keys.device
+    layer.is_initialized = True
+    return layer
+
+
+def _past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
+    """Heads and head size of each cache input, in the order of the layers, keys before values."""
+    inputs = {value.name: value for value in session.get_inputs()}
+    matches = [match for name in inputs if (match := _PAST.fullmatch(name))]
+    past = [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
+    missing = sorted({*_INPUTS, "past_key_values.0.key"} - set(inputs))
+    unknown = sorted(set(inputs) - {*_INPUTS, *past})
+    wanted = {"logits", *(name.replace("past_key_values", "present") for name in past)}
+    missing += sorted(wanted - {value.name for value in session.get_outputs()})
+    if missing or unknown or any(inputs[name].type != "tensor(float)" for name in past):
+        raise ModelError(
+            Problem(
+                "inputs",
+                sorted(inputs),
+                "the file is not a causal LM with a float32 cache as this package exports it"
+                + (f"; missing: {', '.join(missing)}" if missing else "")
+                + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
+                "Give a file that CLPPruner.export wrote",
+            )
+        )
+    return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
+
+
+def _check_files(folder: Path, file: Path) -> None:
+    if not file.is_file():
+        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
+        rule = "there is no such file" if folder.is_dir() else f"there is no folder {str(folder)!r}"
+        remedy = f"Files in the folder: {', '.join(found)}" if found else "Export the model first"
+        raise ModelError(Problem("file_name", str(file), rule, remedy))
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            Problem(
+                "folder",
+                str(folder),
+                "it has no config.json, which generate() needs",
+                "Give the folder that holds config.json, and the ONNX file in it as file_name",
+            )
+        )
+
+
+def _session_options(
+    num_threads: int | None, session_options: onnxruntime.SessionOptions | None
+) -> onnxruntime.SessionOptions:
+    if num_threads is not None and (session_options is not None or num_threads < 1):
+        raise ConfigurationError(
+            Problem(
+                "num_threads",
+                num_threads,
+                "it must be at least 1, and cannot be given beside session_options",
+                "Give one of them; session_options.intra_op_num_threads is the same setting",
+            )
+        )
+    if session_options is not None:
+        return session_options
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads or 0
+    return options
+
+
+def _refuse_outputs(**asked: bool | None) -> None:
+    for name, value in asked.items():
+        if value:
+            raise ModelError(
+                Problem(name, value, "the ONNX file has logits and the cache only", "Use the PyTorch model for this")
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
