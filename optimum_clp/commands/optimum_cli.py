@@ -33,3 +33,7 @@ class CLPCommand(BaseOptimumCLICommand):
 
     COMMAND = CommandInfo(name="clp", help=DESCRIPTION)
     SUBCOMMANDS = tuple(_subcommand(name, module) for name, module in COMMANDS.items())
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser):
+        parser.description = DESCRIPTION
