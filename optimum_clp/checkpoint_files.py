@@ -1,0 +1,246 @@
+"""The files of a checkpoint folder: what they tell before any weight is read, and how they are made portable.
+
+transformers checks little of this itself: a truncated file ends in a parser's message, and a checkpoint whose keys do
+not fit is filled up with random weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from .checkpoint_errors import model_error, quanto_error
+
+CONFIG_FILE = "config.json"
+SAFE_FILE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLE_FILE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+QUANTO_MAP_FILE = "quanto_qmap.json"
+QUANTO_FILE = "quanto.safetensors"
+# stands in the model_type of a quantized folder, so that the stock loader's error names the loader to use
+QUANTO_MODEL_TYPE = "optimum_clp.quantization.load_quantized"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "*.tiktoken",
+)
+_LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
+
+
+def read_json_object(path: Path, model: Any) -> dict[str, Any]:
+    """The JSON object in a file of the model called `model`.
+
+    Raises:
+        ModelError: If the file is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise model_error(model, f"its {path.name} is malformed ({error})", "Fetch or save the model again") from error
+    if not isinstance(content, dict):
+        raise model_error(model, f"its {path.name} holds no JSON object", "Fetch or save the model again")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object as indented, sorted JSON."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a local folder as a dictionary.
+
+    Raises:
+        ModelError: If there is none, if it is malformed, or if the folder holds something else than a checkpoint.
+    """
+    if (folder / QUANTO_MAP_FILE).is_file():
+        raise quanto_error(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise model_error(
+                folder, "it holds an adapter, not a model", "Merge the adapter into its base model first"
+            )
+        remedy = "Give the folder that save_pretrained wrote, with config.json, weights and tokenizer"
+        raise model_error(folder, "the folder has no config.json", remedy)
+    return read_json_object(folder / CONFIG_FILE, folder)
+
+
+def check_config(name: Any, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Check that `config.json` describes a dense causal language model that transformers can build.
+
+    Args:
+        name: The model, for messages.
+        config (`dict`): Content of `config.json`.
+        trust_remote_code (`bool`): Whether code that comes with the model may be run.
+
+    Raises:
+        ModelError: For a quantized model, an encoder, an encoder-decoder, any other class that is not a causal
+            language model, a model type that needs remote code or is unknown.
+    """
+    model_type = config.get("model_type")
+    if model_type == QUANTO_MODEL_TYPE:
+        raise quanto_error(name)
+    if config.get("quantization_config"):
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        rule = f"its weights are quantized ({method or 'bitsandbytes'}); only dense weights can be cut and tuned"
+        raise model_error(name, rule, "Give the dense checkpoint that it was made from")
+    remote = "auto_map" in config
+    if not isinstance(model_type, str) or not model_type:
+        raise model_error(name, "its config.json has no model_type", "Fetch or save the model again")
+    if model_type not in CONFIG_MAPPING and not (remote and trust_remote_code):
+        if remote:
+            rule = f"its type {model_type!r} needs code that comes with the model, and trust_remote_code is False"
+            raise model_error(name, rule, "Read that code, and pass trust_remote_code=True if you trust it")
+        rule = f"its type {model_type!r} is unknown to the installed transformers"
+        raise model_error(name, rule, "Check config.json, or upgrade transformers")
+    if not (remote and trust_remote_code):
+        check_class(name, model_type, config.get("architectures") or [], bool(config.get("is_encoder_decoder")))
+
+
+def check_class(name: Any, model_type: str, classes: list[str], is_encoder_decoder: bool) -> None:
+    """Check that a model is a decoder with a language model head.
+
+    Args:
+        name: The model, for messages.
+        model_type (`str`): As in `config.json`.
+        classes (`list[str]`): Its `architectures`; may be empty.
+        is_encoder_decoder (`bool`): As in `config.json`.
+
+    Raises:
+        ModelError: If it is not; the message names its class.
+    """
+    shown = " / ".join(classes) or f"a model of type {model_type!r}"
+    remedy = "Give a decoder-only model, such as one of the class LlamaForCausalLM"
+    if is_encoder_decoder:
+        raise model_error(name, f"{shown} is an encoder-decoder, not a causal language model", remedy)
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    if not (known.intersection(classes) if classes else model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        raise model_error(name, f"{shown} is not a causal language model", remedy)
+
+
+def check_weight_files(folder: Path, use_safetensors: bool) -> None:
+    """Check that the weight files of a local folder are there and whole, by their headers only.
+
+    Args:
+        folder (`Path`): A folder with `config.json`.
+        use_safetensors (`bool`): Refuse a folder that has pickled weights only.
+
+    Raises:
+        ModelError: If there are no weights, only pickled ones, a shard is missing, or a file is truncated.
+    """
+    if (folder / SAFE_FILE).is_file():
+        check_safetensors(folder / SAFE_FILE, folder)
+    elif (folder / SAFE_INDEX).is_file():
+        for shard in _shards(folder, SAFE_INDEX):
+            check_safetensors(folder / shard, folder)
+    elif (folder / PICKLE_FILE).is_file() or (folder / PICKLE_INDEX).is_file():
+        if use_safetensors:
+            rule = "it has pickled weights only (.bin), which can run code when they are read"
+            remedy = "Pass use_safetensors=False if you trust the file, or convert it to safetensors"
+            raise model_error(folder, rule, remedy)
+        if not (folder / PICKLE_FILE).is_file():
+            _shards(folder, PICKLE_INDEX)
+    elif any(folder.glob("*.onnx")) or any(folder.glob("onnx/*.onnx")):
+        remedy = "Give the folder of the PyTorch checkpoint that they were exported from"
+        raise model_error(folder, "it has ONNX files, but no PyTorch weights", remedy)
+    else:
+        raise model_error(folder, "the folder has no weights (model.safetensors)", "Fetch or save the model again")
+
+
+def _shards(folder: Path, index: str) -> list[str]:
+    weight_map = read_json_object(folder / index, folder).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise model_error(folder, f"its {index} has no weight_map", "Fetch or save the model again")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        rule = f"{len(missing)} of its {len(shards)} weight files are missing, the first is {missing[0]}"
+        raise model_error(folder, rule, "Fetch the model again")
+    return shards
+
+
+def check_safetensors(path: Path, model: Any) -> None:
+    """Check a safetensors file's length against its header.
+
+    Raises:
+        ModelError: If the file is truncated, or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if 8 + length <= size else b""
+    try:
+        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        expected = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        rule = f"its {path.name} is truncated or is no safetensors file (no header in its {size} bytes)"
+        raise model_error(model, rule, "Fetch the model again") from error
+    if size != expected:
+        rule = f"its {path.name} is truncated or damaged ({size} bytes, its header asks for {expected})"
+        raise model_error(model, rule, "Fetch the model again")
+
+
+def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary settings as transformers 4 reads them, from the `rope_parameters` of transformers 5.
+
+    transformers 4 ignores `rope_parameters` and takes its default base instead, without a word.
+
+    Args:
+        config (`dict`): Content of `config.json`.
+
+    Returns:
+        `dict`: `rope_theta`, `rope_scaling` and, where there is one, `partial_rotary_factor`; empty if `config` has no
+        `rope_parameters`, or one set of them for each type of layer, which transformers 4 cannot express.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or not rope or any(isinstance(value, dict) for value in rope.values()):
+        return {}
+    alone = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    scaling = {key: value for key, value in rope.items() if key not in alone}
+    plain = scaling.get("rope_type", "default") == "default"
+    return {**alone, "rope_scaling": None if plain else scaling}
+
+
+def make_config_portable(folder: Path, tied: bool) -> dict[str, Any]:
+    """Rewrite `config.json` so that transformers 4 and 5 read the same model from it, and no local path is left.
+
+    Args:
+        folder (`Path`): A folder that `save_pretrained` wrote.
+        tied (`bool`): Whether the model's head really is its embedding. transformers 5 leaves them apart if the
+            checkpoint that it reads holds two different tensors, whatever `config.json` says; transformers 4 does not.
+
+    Returns:
+        `dict`: The new content.
+    """
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config.update(legacy_rope(config), tie_word_embeddings=tied)
+    config.pop("_name_or_path", None)
+    write_json(folder / CONFIG_FILE, config)
+    return config
+
+
+def make_tokenizer_portable(folder: Path) -> None:
+    """Rewrite `tokenizer_config.json` so that transformers 4 reads what transformers 5 wrote, without local paths.
+
+    Args:
+        folder (`Path`): A folder that a tokenizer's `save_pretrained` wrote.
+    """
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # a list in transformers 5; transformers 4 knows it by the older name, and expects a mapping under this one
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for key in _LOCAL_ONLY_KEYS:
+        config.pop(key, None)
+    write_json(path, config)

@@ -1,0 +1,305 @@
+"""optimum-quanto checkpoints, in folders that only [`load_quantized`] reads.
+
+quanto stores each linear layer's weight as integers with scales: one per row for int8, one per row or group for int4.
+It saves space on disk and in memory; on a CPU it does not save time. The embedding, and a head tied to it, stay float.
+"""
+
+import contextlib
+import dataclasses
+import os
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from optimum.quanto import QLinear, QTensor, qtype, qtypes, quantize_weight
+from optimum.quanto.library.extensions import get_extension, is_extension_available
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .checkpoint import different_buffer, has_tied_head, save_configs, save_tokenizer
+from .checkpoint_errors import model_error
+from .checkpoint_files import (
+    CONFIG_FILE,
+    QUANTO_FILE,
+    QUANTO_MAP_FILE,
+    QUANTO_MODEL_TYPE,
+    check_safetensors,
+    read_json_object,
+    write_json,
+)
+from .errors import ConfigurationError, Problem, QuantizationError
+from .output import staged_folder
+from .progress import progress_bar
+
+_QTYPES = {"int8": "qint8", "int4": "qint4"}
+# the tensors that quanto stores in place of a linear layer's weight
+_PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
+_TYPE_KEY = "quantized_model_type"
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantoResult:
+    """What [`save_quantized`] wrote.
+
+    Args:
+        folder (`Path`): The folder.
+        weights (`str`): `"int8"` or `"int4"`.
+        num_quantized (`int`): Linear layers that are quantized: all of them, except a head tied to the embedding.
+        bytes (`int`): Size of the weight file.
+    """
+
+    folder: Path
+    weights: str
+    num_quantized: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values; the folder by its name alone, so that no local path gets into a report."""
+        return {**dataclasses.asdict(self), "folder": self.folder.name}
+
+
+@contextlib.contextmanager
+def without_compiler() -> Iterator[None]:
+    """Let int4 models run on the CPU inside the block without a C++ compiler.
+
+    quanto unpacks int4 weights with an extension that it compiles at the first use, into its own installation: a
+    minute, and an error where there is no compiler, no `ninja`, or no write access. Inside the block a PyTorch
+    function stands in for it, with the same result. An extension that is loaded already is kept in use. What was
+    there before is restored at the end; the replacement holds for the whole process while the block runs.
+
+    Example:
+        >>> model = load_quantized("model-int4")
+        >>> with without_compiler():
+        ...     model.generate(**tokenizer("Once", return_tensors="pt"))
+    """
+    if not is_extension_available("quanto_cpp"):
+        yield
+        return
+    extension = get_extension("quanto_cpp")
+    previous = extension._lib
+    if previous is None:
+        extension._lib = types.SimpleNamespace(unpack=_unpack)
+    try:
+        yield
+    finally:
+        extension._lib = previous
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    mask = 2**bits - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])
+
+
+def save_quantized(
+    model: PreTrainedModel,
+    tokenizer,
+    folder: str | os.PathLike,
+    weights: str = "int8",
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> QuantoResult:
+    """Write an optimum-quanto checkpoint of a model, and check it by reading it back.
+
+    The layers are quantized one at a time from the caller's tensors: the model is not changed and no second float copy
+    is made. Stock transformers refuses the folder with an error that names [`load_quantized`].
+
+    Args:
+        model (`PreTrainedModel`): A dense model, on any device.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): Saved beside it.
+        folder (`str` or `os.PathLike`): A folder of its own, see [`~optimum_clp.output.staged_folder`].
+        weights (`str`): `"int8"`: one scale per row. `"int4"`: one scale and offset per group of 128, 96, 64 or 32
+            inputs, the largest that divides a layer's inputs; per row if there are 128 inputs or fewer, or none
+            divides.
+        overwrite (`bool`): Replace a folder that is not empty.
+        quiet (`bool`): Show no progress bar.
+
+    Returns:
+        [`QuantoResult`]: Count and size.
+
+    Raises:
+        ConfigurationError: If `weights` is neither `"int8"` nor `"int4"`.
+        QuantizationError: If there is nothing to quantize, a layer cannot be quantized, or what is read back is not
+            the model. Nothing is left behind.
+        OutputError: If the folder cannot be used.
+    """
+    if weights not in _QTYPES:
+        rule = "it must be one of 'int8', 'int4'"
+        raise ConfigurationError(Problem("weights", weights, rule, "Choose 'int8' or 'int4'"))
+    kind = qtypes[_QTYPES[weights]]
+    with staged_folder(folder, overwrite) as staged:
+        layers = _layers_to_quantize(model)
+        state = _float_tensors(model, layers)
+        with progress_bar(len(layers), f"quanto {weights}", quiet) as bar:
+            for name, layer in layers.items():
+                state.update({f"{name}.{key}": value for key, value in _quantize(name, layer, kind).items()})
+                bar.update(1)
+        config = save_configs(model, staged)
+        config[_TYPE_KEY], config["model_type"] = config["model_type"], QUANTO_MODEL_TYPE
+        write_json(staged / CONFIG_FILE, config)
+        write_json(staged / QUANTO_MAP_FILE, {n: {"weights": kind.name, "activations": "none"} for n in layers})
+        save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
+        del state
+        save_tokenizer(tokenizer, staged)
+        _verify(load_quantized(staged), model, layers, kind)
+        size = (staged / QUANTO_FILE).stat().st_size
+    return QuantoResult(Path(folder), weights, len(layers), size)
+
+
+def _layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    if any(isinstance(tensor, QTensor) for tensor in model.parameters()):
+        raise _error(model, "it is quantized already", "Give the dense model")
+    tied = model.get_output_embeddings() if has_tied_head(model) else None
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not tied}
+    if not layers:
+        raise _error(
+            model, "it has no linear layers, which are all that quanto quantizes", "Use the ONNX files instead"
+        )
+    return layers
+
+
+def _float_tensors(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
+    """The tensors that stay as they are, on the CPU; those of a tied head once only."""
+    skipped = {f"{name}.{key}" for name in layers for key in ("weight", "bias")} | _tied_keys(model)
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in skipped}
+
+
+def _tied_keys(model: PreTrainedModel) -> set[str]:
+    if not has_tied_head(model):
+        return set()
+    head = model.get_output_embeddings()
+    (name,) = [n for n, m in model.named_modules() if m is head]
+    return {f"{name}.weight"}
+
+
+def _quantize(name: str, layer: nn.Linear, kind: qtype) -> dict[str, torch.Tensor]:
+    """What quanto stores for one linear layer, on the CPU."""
+    shell = QLinear.qcreate(layer, weights=kind, device="meta")
+    weight = layer.weight.detach().cpu()
+    try:
+        if kind.bits == 8:
+            scale, shift = shell.optimizer(weight, qtype=kind, axis=0), None
+        else:
+            scale, shift = shell.optimizer(weight, qtype=kind, axis=0, group_size=shell.weight_group_size)
+        # a kernel's own layout (optimized=True) does not give back the exact offsets in bfloat16
+        quantized = quantize_weight(weight, kind, 0, scale, shift, shell.weight_group_size, optimized=False)
+    except (ValueError, RuntimeError) as error:
+        rule = f"quanto cannot quantize it ({error})"
+        raise QuantizationError(Problem("layer", name, rule, "Use the ONNX files instead")) from error
+    state: dict[str, torch.Tensor] = {}
+    quantized.save_to_state_dict(state, "weight.", False)
+    if layer.bias is not None:
+        state["bias"] = layer.bias.detach().cpu()
+    state["input_scale"] = state["output_scale"] = torch.ones((), dtype=weight.dtype)
+    return {key: value.contiguous().clone() if value.ndim == 0 else value.contiguous() for key, value in state.items()}
+
+
+def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
+    """Load what [`save_quantized`] wrote: exactly the model that was saved, on the CPU, in eval mode.
+
+    To run an int4 model on the CPU, quanto compiles an extension at the first forward pass; see [`without_compiler`].
+
+    Args:
+        folder (`str` or `os.PathLike`): A local folder.
+
+    Returns:
+        `PreTrainedModel`: The model, with `optimum.quanto.QLinear` layers; no parameter requires a gradient.
+
+    Raises:
+        ModelError: If the folder holds no such checkpoint, or its files are missing, truncated, or do not fit.
+    """
+    folder = Path(folder)
+    config, kinds = _read_description(folder)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    for name, kind in kinds.items():
+        model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
+    # tensors in a file are aligned to 8 bytes; PyTorch's int8 kernel for bfloat16 crashes the process below 16
+    state = {key: tensor.clone() for key, tensor in load_file(folder / QUANTO_FILE).items()}
+    expected = _expected_keys(model, kinds, config.tie_word_embeddings)
+    if expected != state.keys():
+        missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)
+        rule = (
+            f"its {QUANTO_FILE} lacks {len(missing)} tensors and has {len(extra)} more, first {(missing + extra)[0]}"
+        )
+        raise model_error(folder, rule, "Quantize the dense model again")
+    # assign, because quanto's own requantize leaves what a file lacks uninitialised, without a word
+    with without_compiler():
+        model.load_state_dict(state, strict=False, assign=True)
+    if config.tie_word_embeddings:
+        model.tie_weights()
+    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    left += [name for name in kinds if not model.get_submodule(name).frozen]
+    if left:
+        raise model_error(folder, f"its tensor {left[0]} was not read", "Quantize the dense model again")
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.requires_grad_(False).eval()
+
+
+def _read_description(folder: Path):
+    """The configuration of a quantized folder, and quanto's name for the type of each quantized layer's weight."""
+    if not (folder / QUANTO_MAP_FILE).is_file():
+        remedy = (
+            "Give a folder that optimum_clp.quantization.save_quantized wrote; load others with AutoModelForCausalLM"
+        )
+        raise model_error(folder, f"the folder has no {QUANTO_MAP_FILE}", remedy)
+    raw = read_json_object(folder / CONFIG_FILE, folder)
+    if raw.get("model_type") != QUANTO_MODEL_TYPE or raw.get(_TYPE_KEY) not in CONFIG_MAPPING:
+        remedy = "Load it with optimum.quanto.QuantizedModelForCausalLM, or quantize the dense model again"
+        raise model_error(folder, "it was not written by optimum_clp.quantization.save_quantized", remedy)
+    raw["model_type"] = raw.pop(_TYPE_KEY)
+    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    kinds = {n: entry.get("weights") for n, entry in read_json_object(folder / QUANTO_MAP_FILE, folder).items()}
+    if not set(kinds.values()) <= set(_PARTS):
+        raise model_error(folder, f"its {QUANTO_MAP_FILE} is malformed", "Quantize the dense model again")
+    if not (folder / QUANTO_FILE).is_file():
+        raise model_error(
+            folder, f"the folder has no {QUANTO_FILE}", "Fetch it again, or quantize the dense model again"
+        )
+    check_safetensors(folder / QUANTO_FILE, folder)
+    return config, kinds
+
+
+def _expected_keys(model: PreTrainedModel, kinds: dict[str, str], tied: bool) -> set[str]:
+    keys = set(model.state_dict())
+    for name, kind in kinds.items():
+        keys.remove(f"{name}.weight")
+        keys |= {f"{name}.weight.{part}" for part in _PARTS[kind]}
+    head = model.get_output_embeddings()
+    return keys - {f"{n}.weight" for n, m in model.named_modules() if tied and m is head}
+
+
+def _verify(reloaded: PreTrainedModel, model: PreTrainedModel, layers: dict[str, nn.Linear], kind: qtype) -> None:
+    """Compare what was read back with the caller's model: all float tensors, and each weight within rounding."""
+    quantized = {n: m for n, m in reloaded.named_modules() if isinstance(m, QLinear) and m.frozen}
+    left = sorted(layers.keys() - quantized.keys())
+    if left or len(quantized) != len(layers):
+        rule = f"{len(quantized)} of {len(layers)} linear layers are quantized; left are {', '.join(left)}"
+        raise _error(model, rule, "Please report this with the model's name")
+    key = different_buffer(model, reloaded)
+    parameters = dict(reloaded.named_parameters())
+    for name, tensor in model.named_parameters():
+        layer, _, attribute = name.rpartition(".")
+        if layer in layers and attribute == "weight":
+            with without_compiler():
+                same = _close(tensor.detach().cpu(), quantized[layer].weight.dequantize(), kind)
+        else:
+            same = torch.equal(tensor.detach().cpu(), parameters[name])
+        key = key if same else key or name
+    if key:
+        raise _error(model, f"read back, its tensor {key} differs", "Please report this with the model's name")
+
+
+def _close(weight: torch.Tensor, rounded: torch.Tensor, kind: qtype) -> bool:
+    # half a step by rounding; in bfloat16 the scale and the product are rounded too, by up to another step
+    step = 2 * weight.abs().amax(dim=1, keepdim=True).float() / (2**kind.bits - 2)
+    return bool(((weight.float() - rounded.float()).abs() <= 2 * step + 1e-12).all())
+
+
+def _error(model: PreTrainedModel, rule: str, remedy: str) -> QuantizationError:
+    return QuantizationError(Problem("model", type(model).__name__, rule, remedy))
