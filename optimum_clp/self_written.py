@@ -1,0 +1,291 @@
+"""Text that the dense model writes itself: plain sampling, so that a model alone is enough to calibrate on.
+
+Each row has a random stream of its own (seed and row index), and a token is the inverse of the cumulative distribution
+at the next number of that stream. So a row does not depend on how many others are written, or on the global generator.
+What is written is kept on disk after each batch: a second run reads it, and an interrupted one goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import CalibrationError, Problem
+from .progress import progress_bar
+from .version import __version__
+
+# a change here, or in what the sampling does, makes every older file a miss
+_CACHE_FORMAT = 1
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Self-written text.
+
+    Args:
+        tokens (`torch.Tensor`): int64 `[rows, sequence_length]`, on the CPU.
+        losses (`torch.Tensor`): float64 `[rows]`: mean cross-entropy of the model over the `sequence_length - 1`
+            predicted tokens of each row, in nats, at temperature 1.
+    """
+
+    tokens: torch.Tensor
+    losses: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """Which tokens begin and end a document, and which may be written."""
+
+    start: int | None
+    ends: tuple[int, ...]
+    vocabulary: int
+    special: tuple[int, ...]
+
+
+def write_text(
+    model: PreTrainedModel,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    quiet: bool = False,
+) -> torch.Tensor:
+    """Let the model write rows of text.
+
+    A row begins with BOS (a model without BOS: with EOS; without both: with a random token that is not special). After
+    EOS comes BOS again, so every row is full. Nothing is done to the distribution but the temperature: no top-k, no
+    top-p.
+
+    Args:
+        model (`PreTrainedModel`): Left as it is, its training mode included.
+        num_sequences (`int`): Rows to write, at least 1.
+        sequence_length (`int`): Tokens in a row, BOS included.
+        seed (`int`): Same seed and batch size, same tokens; the global random state is not touched.
+        temperature (`float`): Above 0; 1 is the model's own distribution.
+        batch_size (`int`): Rows written at once.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): If given, ids that it does not have are never written.
+        cache_dir (`str`, `os.PathLike` or `None`): What is written is kept here, in a folder `optimum_clp`; `None`
+            for Hugging Face's cache folder (`HF_HOME`).
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        `torch.Tensor`: int64 `[num_sequences, sequence_length]`, on the CPU.
+
+    Raises:
+        CalibrationError: If the model's logits are not finite.
+    """
+    return sample_text(
+        model,
+        num_sequences=num_sequences,
+        sequence_length=sequence_length,
+        seed=seed,
+        temperature=temperature,
+        batch_size=batch_size,
+        tokenizer=tokenizer,
+        cache_dir=cache_dir,
+        quiet=quiet,
+    ).tokens
+
+
+def sample_text(
+    model: PreTrainedModel,
+    *,
+    num_sequences: int,
+    sequence_length: int,
+    seed: int,
+    temperature: float = 1.0,
+    batch_size: int = 32,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    quiet: bool = False,
+) -> Sample:
+    """Same as [`write_text`], with the model's own loss on each row.
+
+    Returns:
+        [`Sample`].
+    """
+    rules = _rules(model, tokenizer)
+    parameters = {
+        "num_sequences": num_sequences,
+        "sequence_length": sequence_length,
+        "seed": seed,
+        "temperature": temperature,
+        "batch_size": batch_size,
+        "rules": asdict(rules),
+    }
+    file = _cache_file(model, parameters, cache_dir)
+    sample = _load(file, num_sequences, sequence_length, batch_size)
+    with progress_bar(num_sequences * sequence_length, "Writing calibration text", quiet) as bar:
+        bar.update(len(sample.tokens) * sequence_length)
+        while (done := len(sample.tokens)) < num_sequences:
+            rows = range(done, min(done + batch_size, num_sequences))
+            uniforms = torch.stack([_stream(seed, row, sequence_length) for row in rows])
+            batch = _write_batch(model, uniforms, rules, temperature, bar)
+            sample = Sample(torch.cat([sample.tokens, batch.tokens]), torch.cat([sample.losses, batch.losses]))
+            file = _save(file, sample)
+    return sample
+
+
+def _stream(seed: int, row: int, length: int) -> torch.Tensor:
+    """The random numbers of one row: float64 `[length]` in [0, 1)."""
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+def _rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Rules:
+    size = model.get_input_embeddings().num_embeddings
+    vocabulary = size if tokenizer is None else min(size, len(tokenizer))
+    holders = [model.config.get_text_config(), getattr(model, "generation_config", None), tokenizer]
+
+    def token_ids(key: str) -> list[int]:
+        values = [getattr(holder, key, None) for holder in holders]
+        flat = [i for value in values for i in (value if isinstance(value, (list, tuple)) else [value])]
+        return [i for i in flat if i is not None and 0 <= i < vocabulary]
+
+    begins, ends = token_ids("bos_token_id"), token_ids("eos_token_id")
+    special = {*begins, *ends, *token_ids("pad_token_id")}
+    if tokenizer is not None:
+        special.update(tokenizer.all_special_ids)
+    start = next(iter(begins + ends), None)
+    # the start token may itself be one that ends a document (GPT-2, Qwen): it is not written twice
+    return _Rules(start, tuple(sorted(set(ends) - {start})), vocabulary, tuple(sorted(special)))
+
+
+@torch.no_grad()
+def _write_batch(model: PreTrainedModel, uniforms: torch.Tensor, rules: _Rules, temperature: float, bar) -> Sample:
+    """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
+    # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
+    device = model.get_input_embeddings().weight.device
+    rows, length = uniforms.shape
+    tokens = torch.empty(rows, length, dtype=torch.int64)
+    tokens[:, 0] = _first_tokens(uniforms[:, 0], rules)
+    losses = torch.zeros(rows, dtype=torch.float64)
+    ends = torch.tensor(rules.ends, dtype=torch.int64)
+    cache = None
+    bar.update(rows)
+    with _evaluation_mode(model):
+        for position in range(1, length):
+            current = tokens[:, position - 1]
+            output = model(input_ids=current[:, None].to(device), past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits = output.logits[:, -1].float()
+            drawn = _draw(logits[:, : rules.vocabulary] / temperature, uniforms[:, position].to(logits.device)).cpu()
+            if rules.start is not None:
+                drawn = torch.where(torch.isin(current, ends), rules.start, drawn)
+            tokens[:, position] = drawn
+            chosen = logits.gather(1, drawn[:, None].to(logits.device))[:, 0]
+            losses += (logits.logsumexp(-1) - chosen).double().cpu()
+            bar.update(rows)
+    return Sample(tokens, losses / max(length - 1, 1))
+
+
+def _first_tokens(uniforms: torch.Tensor, rules: _Rules) -> torch.Tensor:
+    if rules.start is not None:
+        return torch.full(uniforms.shape, rules.start, dtype=torch.int64)
+    special = set(rules.special)
+    ordinary = torch.tensor([i for i in range(rules.vocabulary) if i not in special])
+    return ordinary[(uniforms * len(ordinary)).long()]
+
+
+def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Token ids int64 `[rows]`: the cumulative distribution of float32 `logits` inverted at `uniforms`."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    if not torch.isfinite(total).all():
+        remedy = "Load it in bfloat16 or float32, and check its weights for NaN"
+        raise CalibrationError(Problem("model", "NaN", "its logits must be finite to write text", remedy))
+    # right=True skips tokens of probability 0; the clamp is for a product that rounds up to the total
+    index = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(index, last)[:, 0]
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _cache_file(
+    model: PreTrainedModel, parameters: dict[str, Any], cache_dir: str | os.PathLike | None
+) -> Path | None:
+    """Where this text is kept; the name depends on every bit of the weights. `None` if they are not in memory."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if any(tensor.is_meta for _, tensor in tensors):
+        return None
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
+    fingerprint = hashlib.sha256()
+    for header in (_CACHE_FORMAT, __version__, config, parameters):
+        fingerprint.update(json.dumps(header, sort_keys=True, default=str).encode())
+    for name, tensor in tensors:
+        fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    return folder / f"self_written-{fingerprint.hexdigest()[:32]}.safetensors"
+
+
+def _load(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:
+    """What an earlier run has written, in whole batches; no rows if there is nothing."""
+    nothing = Sample(torch.empty(0, sequence_length, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+    if file is None or not file.exists():
+        return nothing
+    try:
+        with safe_open(file, "pt") as stored:
+            checksum = stored.metadata()["sha256"]
+            sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone())
+        rows, length = sample.tokens.shape
+        if _checksum(sample) != checksum or length != sequence_length:
+            raise ValueError("the contents do not match the checksum")
+    except Exception as error:
+        warnings.warn(
+            f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
+        )
+        return nothing
+    return sample if rows == num_sequences or rows % batch_size == 0 else nothing
+
+
+def _save(file: Path | None, sample: Sample) -> Path | None:
+    """Replace the file at once; `None` if that cannot be done, so that it is tried and told only once."""
+    if file is None:
+        return None
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        contents = {"tokens": sample.tokens.int(), "losses": sample.losses}
+        save_file(contents, temporary, metadata={"sha256": _checksum(sample)})
+        os.replace(temporary, file)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(f"{file} cannot be written ({error}): the calibration text is not kept.", stacklevel=3)
+        return None
+    return file
+
+
+def _checksum(sample: Sample) -> str:
+    checksum = hashlib.sha256(sample.tokens.long().contiguous().numpy())
+    checksum.update(sample.losses.contiguous().numpy())
+    return checksum.hexdigest()

@@ -1,0 +1,255 @@
+"""Where text comes from: a local file, a list of strings, or a `datasets` name; read lazily, passage by passage.
+
+Local files are read directly, not through `datasets`, which would leave a converted copy of each in the user's cache.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import CalibrationError, Problem
+
+FILE_TYPES = (".txt", ".json", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of text.
+
+    Args:
+        text (`str`): Not blank.
+        opens (`bool`): A document begins with it.
+        closes (`bool`): A document ends with it.
+    """
+
+    text: str
+    opens: bool = True
+    closes: bool = True
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset of the Hugging Face Hub, as `datasets.load_dataset` takes it."""
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    evaluation_split: str = "train"
+    streaming: bool = True
+    # the rows are lines of one running text, not documents
+    running_text: bool = False
+
+
+# WikiText-2 is small and not streamed, so that a copy in the user's cache serves offline
+_ALIASES = {
+    "wikitext2": HubDataset(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        evaluation_split="test",
+        streaming=False,
+        running_text=True,
+    ),
+    "c4": HubDataset("allenai/c4", "en", evaluation_split="validation"),
+}
+
+
+def describe(dataset: str | list[str]) -> str:
+    """The source in a few words, for a report: a file's name without its folder, a dataset's name, a list's length."""
+    if not isinstance(dataset, str):
+        return f"list of {len(dataset)} strings"
+    return Path(dataset).name if Path(dataset).exists() else dataset
+
+
+def read_passages(
+    dataset: str | list[str],
+    *,
+    text_column: str = "text",
+    piece_characters: int = 2**20,
+    evaluation: bool = False,
+    name: str = "dataset",
+) -> Iterator[Passage]:
+    """The passages of a source, in its order, read as they are asked for.
+
+    Args:
+        dataset (`str` or `list[str]`): A file; a list of documents; or a `datasets` name `id[:config[:split]]`. A
+            local path that exists wins over a name. A file of another type than `FILE_TYPES` is read as plain text.
+        text_column (`str`): The column with the text, where there are columns.
+        piece_characters (`int`): Running text (a plain text file) comes in pieces of about so many characters, cut at
+            the ends of lines; rows of the other sources come whole, one document each.
+        evaluation (`bool`): For a name without a split: the split that is usual for measuring, not the one for
+            training. Only the aliases `wikitext2` and `c4` have one.
+        name (`str`): What the source is called in errors.
+
+    Raises:
+        CalibrationError: If the source is missing, cannot be read, or does not have the column.
+    """
+    if not isinstance(dataset, str):
+        return (Passage(text) for text in dataset if text.strip())
+    path = Path(dataset).expanduser()
+    if path.exists() or _looks_like_a_file(dataset):
+        return _read_file(path, dataset, text_column, piece_characters, name)
+    return _read_hub(_parse_name(dataset, evaluation), dataset, text_column, piece_characters, name)
+
+
+def _looks_like_a_file(dataset: str) -> bool:
+    return dataset.lower().endswith(FILE_TYPES) or dataset.startswith((".", "~", "/", "\\"))
+
+
+def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, name: str) -> Iterator[Passage]:
+    if not path.exists():
+        raise _error(name, shown, "there is no such file", "Check the path")
+    if not path.is_file():
+        raise _error(name, shown, "it is a folder", f"Give one file ({', '.join(FILE_TYPES)})")
+    try:
+        if path.suffix.lower() == ".parquet":
+            yield from _passages(_parquet_rows(path, shown, text_column, name), shown, text_column, name)
+        elif path.suffix.lower() in (".json", ".jsonl"):
+            yield from _passages(_json_rows(path, shown, name), shown, text_column, name)
+        else:
+            with path.open(encoding="utf-8-sig") as lines:
+                yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
+    except UnicodeDecodeError as error:
+        rule = f"it is not UTF-8 text ({error.reason})"
+        raise _error(name, shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8") from error
+    except OSError as error:
+        raise _error(name, shown, f"it cannot be read ({error})", "Check the file and its permissions") from error
+
+
+def _bounded_lines(file: Any, limit: int) -> Iterator[str]:
+    """The lines of a text file; one of more than `limit` characters comes in parts, cut after white space if it can."""
+    rest = ""
+    while part := file.readline(limit):
+        part = rest + part
+        rest = ""
+        if not part.endswith("\n") and len(part) >= limit:
+            cut = max(part.rfind(" "), part.rfind("\t")) + 1
+            part, rest = (part[:cut], part[cut:]) if cut > 0 else (part, "")
+        yield part
+    if rest:
+        yield rest
+
+
+def _running_text(lines: Iterable[str], piece_characters: int) -> Iterator[Passage]:
+    piece: list[str] = []
+    size, opens = 0, True
+    for line in itertools.chain(lines, [None]):
+        if line is not None:
+            piece.append(line)
+            size += len(line)
+        if line is None or size >= piece_characters:
+            text = "".join(piece)
+            if text.strip():
+                yield Passage(text, opens=opens, closes=False)
+                opens = False
+            piece, size = [], 0
+
+
+def _json_rows(path: Path, shown: str, name: str) -> Iterator[Any]:
+    if path.suffix.lower() == ".json":
+        text = path.read_text(encoding="utf-8-sig")
+        try:
+            rows = json.loads(text) if text.strip() else []
+            yield from rows if isinstance(rows, list) else [rows]
+            return
+        except json.JSONDecodeError as error:
+            # several objects one after the other: JSON lines under the name .json
+            if not error.msg.startswith("Extra data"):
+                raise _malformed(name, shown, error.lineno, error.msg) from error
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise _malformed(name, shown, number, error.msg) from error
+                yield row
+
+
+def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterator[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_column not in file.schema_arrow.names:
+                raise _missing_column(name, shown, text_column, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=256, columns=[text_column]):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise _error(name, shown, f"it is not a readable parquet file ({error})", "Write the file again") from error
+
+
+def _passages(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[Passage]:
+    for number, row in enumerate(rows, 1):
+        text = row
+        if isinstance(row, dict):
+            if text_column not in row:
+                raise _missing_column(name, shown, text_column, list(row))
+            text = row[text_column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            rule = f"row {number} holds a {type(text).__name__} where text should be"
+            raise _error(name, shown, rule, "Give rows that are strings, or objects with a text column")
+        if text.strip():
+            yield Passage(text)
+
+
+def _parse_name(dataset: str, evaluation: bool) -> HubDataset:
+    identifier, config, split = (dataset.split(":", 2) + ["", ""])[:3]
+    base = _ALIASES.get(identifier, HubDataset(identifier))
+    return HubDataset(
+        base.path,
+        config or base.config,
+        split or (base.evaluation_split if evaluation else base.split),
+        streaming=base.streaming,
+        running_text=base.running_text or base.path == identifier == "Salesforce/wikitext",
+    )
+
+
+def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters: int, name: str) -> Iterator[Passage]:
+    import datasets
+
+    # offline, only a copy in the user's cache can be read, and only without streaming
+    streaming = source.streaming and not datasets.config.HF_HUB_OFFLINE
+    try:
+        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=streaming)
+        passages = _passages(rows, shown, text_column, name)
+        if source.running_text:
+            passages = _running_text((passage.text for passage in passages), piece_characters)
+        yield from passages
+    except (CalibrationError, GeneratorExit):
+        raise
+    except Exception as error:
+        advice = "Give a local file or a list of strings, or leave it out: then the model writes its own text"
+        if _is_connection_error(error):
+            rule = f"the dataset {source.path} is not in the cache and the Hugging Face Hub could not be reached"
+            raise _error(name, shown, rule, advice) from error
+        rule = f"the dataset {source.path} could not be loaded ({type(error).__name__}: {error})"
+        raise _error(name, shown, rule, f"Give id, id:config or id:config:split. {advice}") from error
+
+
+def _is_connection_error(error: BaseException | None) -> bool:
+    """Whether the network is to blame: requests, httpx, aiohttp and huggingface_hub each have classes of their own."""
+    while error is not None:
+        names = {cls.__name__ for cls in type(error).__mro__}
+        if names & {"ConnectionError", "TransportError", "ClientConnectionError", "LocalEntryNotFoundError"}:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _error(name: str, value: Any, rule: str, remedy: str) -> CalibrationError:
+    return CalibrationError(Problem(name, value, rule, remedy))
+
+
+def _malformed(name: str, shown: str, line: int, message: str) -> CalibrationError:
+    return _error(name, shown, f"line {line} is not valid JSON ({message})", "Correct or remove that line")
+
+
+def _missing_column(name: str, shown: str, text_column: str, columns: list) -> CalibrationError:
+    rule = f"it has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
+    return _error(name, shown, rule, "Name the column with the text in calibration.text_column")
