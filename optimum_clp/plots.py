@@ -93,8 +93,7 @@ def plot_tuning(report: CLPReport, path: str | os.PathLike) -> Path:
         ("train_loss", "train", _BLUE, "s"),
         ("validation_loss", "validation", _VERMILION, "o"),
     ):
-        before = [(0, untuned)] if key == "validation_loss" and _drawable(untuned) else []
-        points = before + [(entry["step"], entry[key]) for entry in tuning["history"] if _drawable(entry.get(key))]
+        points = [(entry["step"], entry[key]) for entry in tuning["history"] if _drawable(entry.get(key))]
         axes.plot(*_columns(points), color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
     best = tuning.get("best_validation_loss")
     if tuning.get("improved") and _drawable(best):
@@ -130,14 +129,22 @@ def _draw_scores(axes, search: dict[str, Any]) -> None:
 
 
 def _draw_trajectory(axes, steps: Sequence[dict[str, Any]]) -> None:
-    points = [(entry["start"], entry["step"]) for entry in steps if _drawable(entry["start"])]
-    starts, numbers = _columns(points)
-    axes.plot(starts, numbers, color=_VERMILION, marker=".", linewidth=1.5)
-    last = (starts[-1], numbers[-1])
-    axes.plot(*last, "o", markersize=8, fillstyle="none", color=_VERMILION, mew=2)
-    axes.annotate("final gate", last, xytext=(10, 0), textcoords="offset points", va="center")
+    drawable = [entry for entry in steps if _drawable(entry["start"])]
+    first = min(entry["step"] for entry in drawable)
+    # several entries for the first step are places that were compared before the gate began to move
+    tried = [entry for entry in drawable if entry["step"] == first]
+    path = [entry for entry in drawable if entry["step"] > first or len(tried) == 1]
+    if len(tried) > 1:
+        scan = _columns([(entry["start"], entry["step"]) for entry in tried])
+        axes.plot(*scan, "x", color=_GREY, linestyle="none", label="tried to begin from")
+    starts, numbers = _columns([(entry["start"], entry["step"]) for entry in path])
+    axes.plot(starts, numbers, color=_VERMILION, marker=".", linewidth=1.5, label="gate")
+    axes.plot(
+        starts[-1:], numbers[-1:], "o", markersize=8, fillstyle="none", color=_VERMILION, mew=2, label="final gate"
+    )
     axes.set_ylabel("gate step")
     axes.invert_yaxis()
+    axes.legend(frameon=False)
 
 
 def _section(section: dict[str, Any] | None, name: str, key: str) -> dict[str, Any]:

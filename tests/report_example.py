@@ -38,7 +38,7 @@ def example_report() -> CLPReport:
             "dtype": "float32",
         },
         calibration={
-            "source": "self-written text (seed 0, temperature 1.0)",
+            "source": "self-written",
             "sequence_length": 256,
             "train_sequences": 192,
             "validation_sequences": 24,
@@ -51,12 +51,16 @@ def example_report() -> CLPReport:
             "score": 0.41,
             "scored": [{"start": i, "stop": i + 3, "kl": kl, "standard_error": 0.02} for i, kl in enumerate(kls)],
             "trajectory": [
-                {"step": i, "start": 7 - 2.5 * 0.8**i, "steepness": 0.5 + i * 0.15, "loss": 0.6 - 0.008 * i}
-                for i in range(24)
+                *({"step": 0, "start": s, "steepness": 0.5, "loss": 0.9 - 0.1 * s} for s in (0.0, 4.5, 9.0, 13.0)),
+                *(
+                    {"step": i, "start": 7 - 2.5 * 0.8**i, "steepness": 0.5 + i * 0.15, "loss": 0.6 - 0.008 * i}
+                    for i in range(1, 25)
+                ),
             ],
             "num_layers": 16,
             "num_removed": 3,
             "num_tokens": 8192,
+            "layer_passes": 310.5,
             "seconds": 12.5,
         },
         cut={
@@ -78,13 +82,16 @@ def example_report() -> CLPReport:
             "best_validation_loss": 0.1006,
             "improved": True,
             "history": [
-                {
-                    "step": 12 * (i + 1),
-                    "train_loss": 0.09 + 0.25 * 0.6**i,
-                    "validation_loss": 0.095 + 0.2 * 0.6**i,
-                    "learning_rate": 7.8e-4 * (1 - i / 8),
-                }
-                for i in range(8)
+                {"step": 0, "train_loss": None, "validation_loss": 0.41, "learning_rate": 0.0},
+                *(
+                    {
+                        "step": 12 * (i + 1),
+                        "train_loss": 0.09 + 0.25 * 0.6**i,
+                        "validation_loss": 0.095 + 0.2 * 0.6**i,
+                        "learning_rate": 7.8e-4 * (1 - i / 8),
+                    }
+                    for i in range(8)
+                ),
             ],
             "stopped": "finished",
             "num_tokens": 196_608,

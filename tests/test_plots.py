@@ -41,7 +41,11 @@ def test_search_plot_draws_the_scores_and_the_gate(tmp_path, drawn):
     scores, gate = drawn["s.png"].axes
     assert list(scores.containers[0].lines[0].get_ydata()) == [entry["kl"] for entry in report.search["scored"]]
     assert _line(scores, "cut").get_xydata().tolist() == [[7, 0.41]]
-    assert list(gate.lines[0].get_xdata()) == [entry["start"] for entry in report.search["trajectory"]]
+    steps = report.search["trajectory"]
+    assert _line(gate, "tried to begin from").get_xydata().tolist() == [
+        [e["start"], 0] for e in steps if e["step"] == 0
+    ]
+    assert list(_line(gate, "gate").get_xdata()) == [entry["start"] for entry in steps if entry["step"] > 0]
     assert "nats per token" in scores.get_ylabel() and gate.get_xlabel() == "first layer removed"
 
 
@@ -67,8 +71,9 @@ def test_tuning_plot_draws_both_losses_and_the_untuned_model(tmp_path, drawn):
     plots.plot_tuning(report, tmp_path / "t.png")
     (axes,) = drawn["t.png"].axes
     assert set(_line(axes, "validation, not tuned").get_ydata()) == {0.41}
-    assert list(_line(axes, "train").get_ydata()) == [entry["train_loss"] for entry in report.tuning["history"]]
-    assert list(_line(axes, "validation").get_xdata()) == [0, *(entry["step"] for entry in report.tuning["history"])]
+    history = report.tuning["history"]
+    assert list(_line(axes, "train").get_ydata()) == [entry["train_loss"] for entry in history if entry["step"] > 0]
+    assert list(_line(axes, "validation").get_xdata()) == [entry["step"] for entry in history]
     assert _line(axes, "kept").get_xydata().tolist() == [[96, 0.1006]]
 
 

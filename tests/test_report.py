@@ -6,11 +6,18 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from report_example import example_report
 
+from optimum_clp.calibration import CalibrationData
 from optimum_clp.errors import ConfigurationError
+from optimum_clp.evaluation import Evaluation
+from optimum_clp.exporters import ExportedFile, ExportResult
+from optimum_clp.quantization import QuantoResult
 from optimum_clp.report import SCHEMA_VERSION, CLPReport, environment_info
+from optimum_clp.search import GateStep, ScoredSegment, SearchResult
 from optimum_clp.segments import LayerSegment
+from optimum_clp.tuning import TuningResult, TuningStep
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -54,6 +61,54 @@ def test_schema_refuses_a_planted_violation(change):
     change(values)
     with pytest.raises(jsonschema.ValidationError):
         VALIDATOR.validate(values)
+
+
+def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
+    segment = LayerSegment(1, 3)
+    rows = torch.zeros(2, 8, dtype=torch.int64)
+    search = SearchResult(
+        strategy="gate",
+        segments=(segment,),
+        score=0.5,
+        scored=(ScoredSegment(segment, 0.5, math.nan),),
+        trajectory=(GateStep(0, 1.2, 0.5, 0.7),),
+        num_layers=4,
+        num_removed=2,
+        num_tokens=16,
+        layer_passes=9.5,
+        seconds=0.1,
+    )
+    tuning = TuningResult(
+        layers=(0, 1),
+        loss={"kd": 1.0},
+        num_trainable=10,
+        learning_rate=1e-3,
+        steps=3,
+        best_step=3,
+        initial_validation_loss=0.5,
+        best_validation_loss=0.4,
+        improved=True,
+        history=(TuningStep(0, None, 0.5, 0.0), TuningStep(3, 0.6, 0.4, 1e-3)),
+        stopped="finished",
+        num_tokens=48,
+        seconds=0.2,
+    )
+    row = {
+        **example_report().evaluation["rows"][0],
+        **Evaluation(perplexity=8.0, loss=2.08, num_tokens=14, kl=0.1, top1_agreement=0.9, retention=0.95).to_dict(),
+    }
+    report = CLPReport(
+        calibration=CalibrationData(rows, rows, rows, "corpus.txt").to_dict(),
+        search=search.to_dict(),
+        tuning=tuning.to_dict(),
+        quantization=[QuantoResult(tmp_path / "quanto-int8", "int8", 9, 100).to_dict()],
+        export=ExportResult(21, (ExportedFile("onnx/model.onnx", "float32", 100, 0, 0, 1e-7, 0.3),)).to_dict(),
+        evaluation={"text": "corpus.txt", "rows": [row]},
+    )
+    values = json.loads(report.save(tmp_path).read_text())
+    VALIDATOR.validate(values)
+    assert values["tuning"]["history"][0]["train_loss"] is None
+    assert values["quantization"][0]["folder"] == "quanto-int8"
 
 
 def test_values_that_are_not_json_are_written_as_json(tmp_path):
@@ -167,7 +222,6 @@ def test_table_leaves_out_what_was_not_measured():
 
 
 def test_environment_info_names_versions_and_fits_the_schema():
-    import torch
     import transformers
 
     info = environment_info()

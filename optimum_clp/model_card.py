@@ -1,0 +1,296 @@
+"""The README of the output folder: a model card that says only what the report has measured.
+
+A stage that did not run has no section. A local folder is never named: the dense model's entry in the metadata is for
+models of the Hub alone.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+
+from .plots import SEARCH_PLOT, TUNING_PLOT
+from .report import CLPReport, describe_loss, format_bytes, format_count
+
+if TYPE_CHECKING:
+    from .configuration import CLPConfig
+
+PAPER = "[arXiv 2510.23652](https://arxiv.org/abs/2510.23652)"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LIBRARIES = ("python", "torch", "transformers", "optimum", "onnxruntime")
+
+
+def write_model_card(
+    report: CLPReport, config: "CLPConfig", folder: str | os.PathLike, *, model_name: str | None = None
+) -> Path:
+    """Write `README.md` into `folder`.
+
+    The plots are shown if they are in `folder`, and the files of the checkpoint are listed from there, so the card is
+    written last.
+
+    Args:
+        report ([`CLPReport`]): What was done and measured.
+        config ([`CLPConfig`]): The recipe.
+        folder (`str` or `os.PathLike`): The output folder; it must exist.
+        model_name (`str`, *optional*): Title, and what the examples load: the repository on the Hub, or the folder's
+            name. Made from the dense model's name if not given.
+
+    Returns:
+        `Path`: The file.
+    """
+    folder = Path(folder)
+    title = model_name or f"{_base_name(report)}-clp"
+    sections = [
+        _introduction(report, title),
+        _removed(report, folder),
+        _recovery(report, folder),
+        _measurements(report),
+        _files(report, folder),
+        _usage(report, model_name, folder),
+        _limitations(report, config),
+        _reproduction(report, config),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    path = folder / "README.md"
+    ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}\n").save(path)
+    return path
+
+
+def hub_id(name_or_path: str | None) -> str | None:
+    """`name_or_path` if it is a repository of the Hub; `None` for a local folder or no name at all."""
+    if not name_or_path or not _HUB_ID.fullmatch(name_or_path) or Path(name_or_path).exists():
+        return None
+    return name_or_path
+
+
+def _base_name(report: CLPReport) -> str:
+    """The last part of the dense model's name, without any folder above it."""
+    name = (report.base_model or {}).get("name_or_path") or ""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if last.strip("./~") else "model"
+
+
+def _metadata(report: CLPReport) -> ModelCardData:
+    name = (report.base_model or {}).get("name_or_path")
+    repository = hub_id(name)
+    extra: dict[str, Any] = {"base_model_relation": "finetune"} if repository else {}
+    if report.cut:
+        extra["pruning"] = {
+            "method": "clp",
+            "num_hidden_layers_before": report.cut["num_layers_before"],
+            "num_hidden_layers_after": report.cut["num_layers_after"],
+            "removed_layers": list(report.cut["removed_layers"]),
+        }
+    return ModelCardData(
+        base_model=repository,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=_license(name, repository),
+        tags=["optimum", "optimum-clp", "pruning", "layer-pruning", "clp", *(["onnx"] if report.export else [])],
+        **extra,
+    )
+
+
+def _license(name: str | None, repository: str | None) -> str | None:
+    """The dense model's licence as its own card states it; `None` if there is no card, or it cannot be reached."""
+    try:
+        if repository:
+            data = HfApi().model_info(repository, timeout=10).card_data
+        elif name and (Path(name) / "README.md").is_file():
+            data = ModelCard.load(Path(name) / "README.md").data
+        else:
+            return None
+    except Exception:  # no network, no such repository, a card that is not valid: the licence is not known
+        return None
+    stated = data.get("license") if data is not None else None
+    return stated if isinstance(stated, str) else None
+
+
+def _introduction(report: CLPReport, title: str) -> str:
+    repository = hub_id((report.base_model or {}).get("name_or_path"))
+    base = f"[{repository}](https://huggingface.co/{repository})" if repository else f"`{_base_name(report)}`"
+    kind = (report.base_model or {}).get("model_type")
+    text = f"# {title}\n\n{base}" + (f" ({kind})" if kind else "")
+    if report.cut:
+        text += f" with {len(report.cut['removed_layers'])} of its {report.cut['num_layers_before']} decoder layers removed"
+    tuned = report.tuning and report.tuning["improved"]
+    text += ", and the layers next to the cut tuned to make up for them" if tuned else ""
+    return (
+        f"{text}. Made with optimum-clp {report.clp_version}, which does continuous layer pruning (CLP), "
+        f"reimplemented from the paper's abstract ({PAPER})."
+    )
+
+
+def _removed(report: CLPReport, folder: Path) -> str:
+    if not report.cut:
+        return ""
+    cut = report.to_dict()["cut"]
+    runs = " and ".join(
+        str(start) if stop == start + 1 else f"{start} to {stop - 1}" for start, stop in cut["segments"]
+    )
+    before, after = cut["num_parameters_before"], cut["num_parameters_after"]
+    lines = [
+        "## What was removed",
+        f"Layer{'s' if len(cut['removed_layers']) != 1 else ''} {runs} of {cut['num_layers_before']} (counted from 0) "
+        f"went: {format_count(before)} parameters became {format_count(after)} ({after / before - 1:+.1%}). What is "
+        f"left is an ordinary checkpoint of {cut['num_layers_after']} layers.",
+    ]
+    search = report.to_dict()["search"]
+    if search and search["segments"] == cut["segments"]:  # else the layers were chosen by hand
+        ways = {
+            "gate": "by gradient descent on the position of a concave gate over the layers, with all weights frozen",
+            "exhaustive": "by trying every start",
+        }
+        scored = len(search["scored"])
+        chosen = f"They were chosen {ways.get(search['strategy'], 'by strategy ' + search['strategy'])}"
+        if search["score"] is not None:
+            chosen += (
+                f": removing them costs a KL divergence from the dense model of {search['score']:.4f} nats per "
+                f"token, over {search['num_tokens']:,} tokens of {_source(report)}"
+            )
+        lines.append(f"{chosen}. {scored} candidate{'s were' if scored != 1 else ' was'} scored exactly.")
+        lines += _picture(folder, SEARCH_PLOT, "KL divergence of each scored candidate")
+    return "\n\n".join(lines)
+
+
+def _source(report: CLPReport) -> str:
+    source = (report.to_dict()["calibration"] or {}).get("source") or "the calibration text"
+    return "text that the dense model wrote itself" if source == "self-written" else source
+
+
+def _picture(folder: Path, name: str, text: str) -> list[str]:
+    return [f"![{text}]({name})"] if (folder / name).is_file() else []
+
+
+def _recovery(report: CLPReport, folder: Path) -> str:
+    tuning = report.to_dict()["tuning"]
+    if not tuning:
+        return ""
+    layers = ", ".join(map(str, tuning["layers"]))
+    text = (
+        f"The layers next to the cut ({layers} in the new numbering, {format_count(tuning['num_trainable'])} parameters) "
+        f"were trained in full with the loss `{describe_loss(tuning['loss'])}` for {tuning['steps']} steps, on "
+        f"{tuning['num_tokens']:,} tokens of {_source(report)}. "
+    )
+    before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
+    if not tuning["improved"]:
+        text += "The validation loss did not improve, and the weights were kept as they were."
+    elif before is not None and after is not None:
+        text += (
+            f"The validation loss went from {before:.4f} to {after:.4f} nats per token (step {tuning['best_step']})."
+        )
+    return "\n\n".join(["## Recovery", text, *_picture(folder, TUNING_PLOT, "Losses while tuning")])
+
+
+def _measurements(report: CLPReport) -> str:
+    table = report.to_table(markdown=True)
+    if not table:
+        return ""
+    names = {row["name"] for row in (report.evaluation or {})["rows"]}
+    legend = [
+        f"*{name}*: {text}"
+        for name, text in (
+            ("dense", "the model before anything was removed"),
+            ("cut", "layers removed, nothing else"),
+            ("tuned", "after recovery"),
+            ("onnx", "the same in ONNX Runtime"),
+        )
+        if name in names
+    ]
+    return f"## Measurements\n\n{table}\n\n{'; '.join(legend)}. KL is in nats per token."
+
+
+def _files(report: CLPReport, folder: Path) -> str:
+    rows = [(f"`{path.name}`", "", format_bytes(path.stat().st_size), "") for path in _weights(folder)]
+    for entry in (report.to_dict()["export"] or {}).get("files", []):
+        error = entry["max_relative_error"]
+        shown = "" if error is None else f"{error:.1e}"
+        rows.append((f"`{entry['file']}`", entry["weights"], format_bytes(entry["bytes"]), shown))
+    for entry in report.quantization or []:
+        rows.append((f"`{entry['folder']}/`", f"{entry['weights']} (quanto)", format_bytes(entry["bytes"]), ""))
+    if not rows:
+        return ""
+    table = _table(("file", "weights", "size", "largest relative logit error against PyTorch"), rows)
+    return f"## Files\n\n{table}"
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table without the columns that are empty in every row."""
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    lines = [[header[i] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
+    name = model_name or "path/to/this/folder"
+    from_hub = "/" in (model_name or "")
+    download = ["from huggingface_hub import snapshot_download"] if from_hub else []
+    place = [f'folder = snapshot_download("{name}")' if from_hub else f'folder = "{name}"']
+    files = [entry["file"] for entry in (report.export or {}).get("files", [])]
+    quanto = [entry["folder"] for entry in report.quantization or []]
+    parts = []
+    if _weights(folder):
+        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+        load = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
+        parts += ["With transformers alone:", _code(*imports, "", load, *_generation(f'"{name}"'))]
+    if files:
+        imports = [*download, "from optimum_clp import OnnxCausalLM", "from transformers import AutoTokenizer"]
+        load = f'model = OnnxCausalLM.from_pretrained(folder, "{files[-1]}")'
+        parts += ["In ONNX Runtime, with optimum-clp:", _code(*imports, "", *place, load, *_generation("folder"))]
+    if quanto:
+        imports = [*download, "from optimum_clp.quantization import load_quantized"]
+        load = f'model = load_quantized(f"{{folder}}/{quanto[0]}")'
+        parts += ["With optimum-quanto's weights, through optimum-clp:", _code(*imports, "", *place, load)]
+    return "\n\n".join(["## Use", *parts]) if parts else ""
+
+
+def _generation(source: str) -> list[str]:
+    return [
+        f"tokenizer = AutoTokenizer.from_pretrained({source})",
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
+    ]
+
+
+def _code(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def _limitations(report: CLPReport, config: "CLPConfig") -> str:
+    items = []
+    if report.evaluation:
+        items.append(
+            "Everything that was measured is in the table above, on that text alone. Other text, longer contexts, "
+            "benchmark tasks and safety behaviour were not measured."
+        )
+    else:
+        items.append("Nothing was measured on held-out text.")
+    if (report.calibration or {}).get("statistics"):
+        items.append(
+            "The text was written by the dense model itself: the figures show how close the model stays to the dense "
+            "one, not how good either is on other people's text."
+        )
+    if report.cut:
+        items.append("Limits and biases of the dense model apply; removing layers repairs none of them.")
+    weights = {entry["weights"] for entry in (report.export or {}).get("files", [])} - {"float32"}
+    if weights and config.quantization.accuracy_level == 4:
+        items.append(
+            f"ONNX Runtime multiplies the {' and '.join(sorted(weights, reverse=True))} weights with int8 activations "
+            "(accuracy level 4), which is fast and adds an error of its own."
+        )
+    return "\n".join(["## Limitations", "", *(f"- {item}" for item in items)])
+
+
+def _reproduction(report: CLPReport, config: "CLPConfig") -> str:
+    environment = report.environment or {}
+    versions = [f"- {name} {environment[name]}" for name in _LIBRARIES if environment.get(name)]
+    text = f"The recipe is in `{config.CONFIG_NAME}` (seed {config.seed}), every figure in `clp_report.json`."
+    lines = ["## Framework versions", "", f"- optimum-clp {report.clp_version}", *versions, "", text]
+    return "\n".join(lines)

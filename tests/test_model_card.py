@@ -1,0 +1,210 @@
+import re
+
+import huggingface_hub
+import pytest
+from huggingface_hub import ModelCard
+from report_example import example_report
+
+from optimum_clp import model_card
+from optimum_clp.configuration import CLPConfig
+from optimum_clp.model_card import hub_id, write_model_card
+from optimum_clp.plots import write_plots
+from optimum_clp.report import CLPReport
+
+
+class FakeHub:
+    """`HfApi` as far as the card uses it."""
+
+    card_data: object = None
+    asked: list = []
+
+    def model_info(self, repository, timeout):
+        self.asked.append(repository)
+        if self.card_data is None:
+            raise ConnectionError("no network")
+        return self
+
+
+@pytest.fixture(autouse=True)
+def hub(monkeypatch):
+    hub = type("Hub", (FakeHub,), {"asked": []})
+    monkeypatch.setattr(model_card, "HfApi", hub)
+    return hub
+
+
+def write(report, folder, **options):
+    path = write_model_card(report, CLPConfig(), folder, **options)
+    assert path == folder / "README.md"
+    return path.read_text(encoding="utf-8")
+
+
+def headings(text):
+    return re.findall(r"^## (.+)$", text, re.MULTILINE)
+
+
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_full_card_has_every_section(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2_500_000)
+    text = write(example_report(), tmp_path, model_name="me/stories-13l")
+    assert headings(text) == [
+        "What was removed",
+        "Recovery",
+        "Measurements",
+        "Files",
+        "Use",
+        "Limitations",
+        "Framework versions",
+    ]
+    assert "# me/stories-13l\n" in text
+    assert "with 3 of its 16 decoder layers removed" in text
+    assert "Layers 7 to 9 of 16 (counted from 0) went: 3.73 M parameters became 3.18 M (-14.7%)" in text
+    assert "0.4100 nats per token, over 8,192 tokens of text that the dense model wrote itself" in text
+    assert "(6, 7 in the new numbering, 366.00 k parameters)" in text
+    assert "went from 0.4100 to 0.1006 nats per token (step 96)" in text
+    assert example_report().to_table(markdown=True) in text
+    assert (
+        "| `model.safetensors` |  | 2.50 MB |  |" in text
+        and "| `onnx/model_q4.onnx` | int4 | 2.10 MB | 9.0e-02 |" in text
+    )
+    assert "reimplemented from the paper's abstract ([arXiv 2510.23652]" in text
+    assert "- transformers 5.23.0" in text
+
+
+def test_metadata_is_what_the_hub_reads(tmp_path, hub):
+    hub.card_data = huggingface_hub.ModelCardData(license="mit")
+    write(example_report(), tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data == {
+        "base_model": "example/stories-16l",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "mit",
+        "tags": ["optimum", "optimum-clp", "pruning", "layer-pruning", "clp", "onnx"],
+        "pruning": {
+            "method": "clp",
+            "num_hidden_layers_before": 16,
+            "num_hidden_layers_after": 13,
+            "removed_layers": [7, 8, 9],
+        },
+    }
+    assert hub.asked == ["example/stories-16l"]
+
+
+def test_unknown_license_is_not_written(tmp_path, hub):
+    assert "license" not in write(example_report(), tmp_path)
+    hub.card_data = huggingface_hub.ModelCardData()
+    assert "license" not in write(example_report(), tmp_path)
+
+
+@pytest.mark.parametrize("trailing", ["", "/"])
+def test_local_dense_model_is_neither_a_hub_id_nor_a_path_in_the_card(tmp_path, hub, trailing):
+    base, out = tmp_path / "private" / "my-model", tmp_path / "out"
+    base.mkdir(parents=True)
+    out.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# mine\n")
+    report = example_report()
+    report.base_model["name_or_path"] = f"{base}{trailing}"
+    report.calibration.update(source=str(tmp_path / "corpus.txt"), statistics=None)
+    report.evaluation["text"] = str(tmp_path / "corpus.txt")
+    text = write(report, out)
+    data = ModelCard.load(out / "README.md").data.to_dict()
+    assert "base_model" not in data and "base_model_relation" not in data
+    assert data["license"] == "apache-2.0"
+    assert hub.asked == []
+    assert "# my-model-clp\n\n`my-model` (llama) with 3 of" in text
+    assert "private" not in text and str(tmp_path) not in text
+    assert "tokens of corpus.txt" in text and "Measured on corpus.txt" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Qwen/Qwen3-0.6B", True),
+        ("gpt2", True),
+        ("", False),
+        (None, False),
+        ("/abs/model", False),
+        ("./model", False),
+        ("../a/b", False),
+        ("~/model", False),
+        ("a/b/c", False),
+        ("C:\\model", False),
+        ("here", False),
+    ],
+)
+def test_hub_ids_are_told_from_folders(name, found, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert hub_id(name) == (name if found else None)
+
+
+def test_stages_that_did_not_run_are_not_mentioned(tmp_path):
+    report = CLPReport(base_model=example_report().base_model, cut=example_report().cut)
+    text = write(report, tmp_path)
+    assert headings(text) == ["What was removed", "Limitations", "Framework versions"]
+    for word in ("KL", "gate", "tuned", "int8", "onnx", "quanto", "Measured", "!["):
+        assert word not in text.replace("reimplemented", ""), word
+    assert "Nothing was measured on held-out text." in text
+
+
+def test_empty_report_still_gives_a_valid_card(tmp_path):
+    text = write(CLPReport(), tmp_path)
+    assert headings(text) == ["Limitations", "Framework versions"]
+    assert "pruning" not in ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert "None" not in text
+
+
+def test_tuning_that_did_not_help_is_told(tmp_path):
+    report = example_report()
+    report.tuning.update(improved=False, best_step=0, best_validation_loss=0.41)
+    text = write(report, tmp_path)
+    assert "did not improve, and the weights were kept as they were" in text
+    assert "tuned to make up" not in text
+
+
+def test_figures_that_are_not_numbers_are_left_out(tmp_path):
+    report = example_report()
+    report.search["score"] = float("nan")
+    report.tuning["initial_validation_loss"] = float("inf")
+    report.export["files"][0]["max_relative_error"] = None
+    text = write(report, tmp_path)
+    assert not re.search(r"\b(nan|inf|None)\b", text)
+
+
+def test_plots_are_shown_if_they_are_there(tmp_path):
+    assert "![" not in write(example_report(), tmp_path)
+    write_plots(example_report(), tmp_path)
+    shown = re.findall(r"!\[.+\]\((.+)\)", write(example_report(), tmp_path))
+    assert shown == ["plots/search.png", "plots/tuning.png"]
+    assert all((tmp_path / name).is_file() for name in shown)
+
+
+@pytest.mark.parametrize("name", [None, "folder", "me/stories-13l"])
+def test_examples_are_valid_python(name, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    blocks = python_blocks(write(example_report(), tmp_path, model_name=name))
+    assert len(blocks) == 3
+    for block in blocks:
+        compile(block, "card", "exec")
+    assert all(("snapshot_download" in block) == (name == "me/stories-13l") for block in blocks[1:])
+    assert f'AutoModelForCausalLM.from_pretrained("{name or "path/to/this/folder"}")' in blocks[0]
+    assert '"onnx/model_q4.onnx"' in blocks[1] and 'load_quantized(f"{folder}/quanto-int8")' in blocks[2]
+
+
+def test_several_segments_and_single_layers_read_well(tmp_path):
+    report = example_report()
+    report.cut.update(segments=[[2, 3], [7, 9]], removed_layers=[2, 7, 8])
+    assert "Layers 2 and 7 to 8 of 16" in write(report, tmp_path)
+    report.cut.update(segments=[[2, 3]], removed_layers=[2], num_layers_after=15)
+    assert "Layer 2 of 16 (counted from 0) went" in write(report, tmp_path)
+
+
+def test_segment_that_the_search_did_not_choose_is_not_ascribed_to_it(tmp_path):
+    report = example_report()
+    assert "They were chosen" in write(report, tmp_path)
+    report.cut["segments"] = [[6, 9]]
+    assert "They were chosen" not in write(report, tmp_path)
