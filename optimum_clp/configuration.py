@@ -66,18 +66,19 @@ class SearchConfig:
         batch_size (`int`): Rows in one forward pass.
         steps (`int`): Gradient steps of the gate, over all of its steepness schedule.
         learning_rate (`float`): Step of the gate's start, in layers.
-        initial_steepness (`float`): Steepness of the gate at the first step, per layer.
-        final_steepness (`float`): Steepness at the last step, at least `initial_steepness`.
+        initial_steepness (`float`): Steepness of the gate at the first step, in units of 1 / segment length, so that
+            the valley has the same shape whatever its width.
+        final_steepness (`float`): Steepness at the last step, same unit, at least `initial_steepness`.
         num_rescored (`int`): Integer segments scored exactly at the end of the gate search, 1 to 5.
     """
 
     strategy: str = "gate"
     num_sequences: int = 32
     batch_size: int = 8
-    steps: int = 24
+    steps: int = 16
     learning_rate: float = 0.5
-    initial_steepness: float = 0.5
-    final_steepness: float = 4.0
+    initial_steepness: float = 6.0
+    final_steepness: float = 24.0
     num_rescored: int = 5
 
 

@@ -259,16 +259,20 @@ def _gate_search(objective: _Objective, length: int, config: SearchConfig, seed:
         cursor = (cursor + count) % len(order)
         return order[positions]
 
-    # a steep gate cannot cross the ridge between two valleys, so the shallow one's whole landscape is looked at first
-    coarse = [room * i / 4 for i in range(5)] if room > 4 else [float(i) for i in range(room + 1)]
-    losses = objective.gate_loss(coarse, length, config.initial_steepness, next_rows(2 * per_step))
-    start = coarse[min(range(len(coarse)), key=losses.__getitem__)]
-    trajectory = [GateStep(0, s, config.initial_steepness, loss) for s, loss in zip(coarse, losses, strict=True)]
+    # gradient descent stays in the valley it starts in, so one look along the whole stack, at steps of half a segment,
+    # chooses the valley; its runners-up get an exact score at the end
+    count = min(room + 1, max(5, math.ceil(2 * room / length) + 1))
+    coarse = torch.linspace(0, room, count).tolist() if count > 1 else [0.0]
+    initial, final = config.initial_steepness / length, config.final_steepness / length
+    losses = objective.gate_loss(coarse, length, initial, next_rows(2 * per_step))
+    ranked = sorted(coarse, key=lambda s: losses[coarse.index(s)])
+    start = ranked[0]
+    trajectory = [GateStep(0, s, initial, loss) for s, loss in zip(coarse, losses, strict=True)]
     momentum = scale = 0.0
     with progress_bar(config.steps, "Gate search", objective.quiet) as bar:
         for step in range(1, config.steps + 1):
             progress = (step - 1) / max(1, config.steps - 1)
-            steepness = config.initial_steepness * (config.final_steepness / config.initial_steepness) ** progress
+            steepness = initial * (final / initial) ** progress
             half = 0.5 / max(1.0, steepness)  # a steep gate changes within less than a layer
             low, high = max(0.0, start - half), min(float(room), start + half)
             below, above = objective.gate_loss([low, high], length, steepness, next_rows(per_step))
@@ -281,5 +285,6 @@ def _gate_search(objective: _Objective, length: int, config: SearchConfig, seed:
             trajectory.append(GateStep(step, start, steepness, (below + above) / 2))
             start = min(float(room), max(0.0, start - rate * corrected))
             bar.update(1)
-    nearest = sorted(range(room + 1), key=lambda s: (abs(s - start), s))[: config.num_rescored]
-    return objective.score([LayerSegment(s, s + length) for s in sorted(nearest)]), trajectory
+    nearest = sorted(range(room + 1), key=lambda s: (abs(s - start), s))
+    candidates = list(dict.fromkeys([*nearest[:3], *(round(s) for s in ranked), *nearest]))[: config.num_rescored]
+    return objective.score([LayerSegment(s, s + length) for s in sorted(candidates)]), trajectory
