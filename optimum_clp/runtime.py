@@ -209,7 +209,10 @@ class OnnxCausalLM(GenerationMixin):
     def _past(self, cache: DynamicCache | None, batch: int, past_length: int) -> dict[str, Tensor]:
         if cache is None or past_length == 0:
             return {name: torch.empty(batch, heads, 0, size) for name, (heads, size) in self._past_shapes.items()}
-        states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        states: list[Any] = []
+        for layer in cache.layers:
+            assert isinstance(layer, DynamicLayer)
+            states += [layer.keys, layer.values]
         return {name: tensor.contiguous() for name, tensor in zip(self._past_names, states, strict=True)}
 
     def _run(self, feeds: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
@@ -221,7 +224,12 @@ class OnnxCausalLM(GenerationMixin):
         for name in outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+        return [_tensor(value) for value in binding.get_outputs()]
+
+
+def _tensor(value: onnxruntime.OrtValue) -> Tensor:
+    # before ONNX Runtime 1.25 an output can only be copied
+    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.from_numpy(value.numpy())
 
 
 def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:

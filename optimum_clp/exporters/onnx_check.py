@@ -53,12 +53,11 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
     config = model.config
     window = getattr(config, "sliding_window", None) or 0
     limit = getattr(config, "max_position_embeddings", None) or 64
-    length = max(2, min(window + 8 if window <= 256 else 24, limit - sum(_DECODE_STEPS)))
-    length = min(max(length, 16), max(2, limit - sum(_DECODE_STEPS)))
+    length = max(2, min(max(16, window + 8 if window <= 256 else 0), limit - sum(_DECODE_STEPS)))
     padding = torch.tensor([0, length // 3, length - 1])
     attention_mask = (torch.arange(length)[None] >= padding[:, None]).long()
     cache = DynamicCache()
-    steps = []
+    steps: list[ReferenceStep] = []
     for size in (length, *_DECODE_STEPS):
         if steps:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(padding), size)], dim=1)

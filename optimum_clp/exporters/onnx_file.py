@@ -1,11 +1,15 @@
-"""Writing an ONNX graph to disk."""
+"""Writing an ONNX graph to disk, one weight in memory at a time."""
 
 from pathlib import Path
+from typing import BinaryIO
 
+import onnx
 import onnx_ir as ir
 
-# protobuf ends at 2 GiB; the graph itself and its value names take some of that
+# protobuf ends at 2 GiB; the graph without its weights takes some of that
 MAX_SINGLE_FILE_BYTES = 1_800_000_000
+# Tags of length-delimited protobuf fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
+_GRAPH, _INITIALIZER, _RAW_DATA = b"\x3a", b"\x2a", b"\x4a"
 
 
 def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_SINGLE_FILE_BYTES) -> list[Path]:
@@ -19,10 +23,55 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
     Returns:
         `list[Path]`: The files written.
     """
-    weights = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
-    if weights <= max_single_file_bytes:
-        ir.save(graph, file)
-        return [file]
-    data = file.with_name(file.name + "_data")
-    ir.save(graph, file, external_data=data.name)
-    return [file, data]
+    weights = [stored_tensor(value) for value in graph.graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in weights) > max_single_file_bytes:
+        data = file.with_name(file.name + "_data")
+        ir.save(graph, file, external_data=data.name)
+        return [file, data]
+    bare = graph.clone()
+    bare.graph.initializers.clear()
+    proto = ir.to_proto(bare)
+    graph_bytes = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    headers = [_tensor_header(tensor) for tensor in weights]
+    sizes = [len(header) + tensor.nbytes for header, tensor in zip(headers, weights, strict=True)]
+    with file.open("wb") as stream:
+        stream.write(proto.SerializeToString())
+        stream.write(_GRAPH + _varint(len(graph_bytes) + sum(len(_INITIALIZER + _varint(n)) + n for n in sizes)))
+        stream.write(graph_bytes)
+        for header, size, tensor in zip(headers, sizes, weights, strict=True):
+            stream.write(_INITIALIZER + _varint(size) + header)
+            _write_weight(stream, tensor)
+    return [file]
+
+
+def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol:
+    """The tensor that the graph stores for an initializer."""
+    assert value is not None and value.const_value is not None
+    return value.const_value
+
+
+def stored_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of a stored tensor, which has no symbolic size."""
+    return tuple(size for size in tensor.shape if isinstance(size, int))
+
+
+def _tensor_header(tensor: ir.TensorProtocol) -> bytes:
+    """A serialized TensorProto up to its data."""
+    proto = onnx.TensorProto(name=tensor.name, data_type=tensor.dtype.value, dims=stored_shape(tensor))
+    return proto.SerializeToString() + _RAW_DATA + _varint(tensor.nbytes)
+
+
+def _write_weight(stream: BinaryIO, tensor: ir.TensorProtocol) -> None:
+    data = tensor.tobytes()
+    assert len(data) == tensor.nbytes
+    stream.write(data)
+
+
+def _varint(number: int) -> bytes:
+    """Protobuf's variable-length form of a non-negative integer."""
+    parts = []
+    while number > 127:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])

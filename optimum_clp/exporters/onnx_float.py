@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ExportError, Problem
+from .onnx_file import stored_shape, stored_tensor
 
 # The rotary frequencies of these types depend on the length of the text, which a traced graph would freeze.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -155,7 +156,7 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
         ) from error
     assert program is not None
     graph = program.model
-    optimizer.optimize_ir(graph, should_fold=lambda node: False if is_weight_transpose(node) else None)
+    optimizer.optimize_ir(graph, should_fold=lambda node: False if transposed_weight(node) is not None else None)
     _strip(graph)
     return graph
 
@@ -167,26 +168,42 @@ def fold_weight_transposes(graph: ir.Model) -> None:
     ONNX Runtime folds that one when it loads the file. The new weights are transposed only while they are written.
     """
     for node in list(graph.graph):
-        if not is_weight_transpose(node) or len(node.inputs[0].uses()) > 1:
+        old = transposed_weight(node)
+        if old is None or len(old.uses()) > 1:
             continue
-        old = node.inputs[0]
-        tensor = old.const_value
-        new = ir.Value(name=old.name, shape=ir.Shape(tensor.shape[::-1]), type=ir.TensorType(tensor.dtype))
-        new.const_value = ir.LazyTensor(
-            lambda tensor=tensor: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=new.shape, name=old.name
-        )
+        tensor = stored_tensor(old)
+        new = _initializer_like(old, _lazy_transpose(tensor))
         node.outputs[0].replace_all_uses_with(new)
         graph.graph.remove(node, safe=True)
-        del graph.graph.initializers[old.name]
+        del graph.graph.initializers[str(old.name)]
         graph.graph.register_initializer(new)
 
 
-def is_weight_transpose(node: ir.Node) -> bool:
-    """Whether `node` is the `Transpose` of a matrix that is stored in the graph."""
-    if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx") or node.inputs[0] is None:
-        return False
-    weight = node.inputs[0]
-    return weight.is_initializer() and weight.const_value is not None and len(weight.const_value.shape) == 2
+def transposed_weight(node: ir.Node) -> ir.Value | None:
+    """The matrix stored in the graph that `node` transposes, if it is such a node."""
+    if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
+        return None
+    return node.inputs[0] if is_stored_matrix(node.inputs[0]) else None
+
+
+def is_stored_matrix(value: ir.Value | None) -> bool:
+    """Whether `value` is a float32 matrix that is stored in the graph."""
+    return (
+        value is not None
+        and value.is_initializer()
+        and value.const_value is not None
+        and value.const_value.dtype == ir.DataType.FLOAT
+        and len(value.const_value.shape) == 2
+    )
+
+
+def _lazy_transpose(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    shape = ir.Shape(stored_shape(tensor)[::-1])
+    return ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape, name=tensor.name)
+
+
+def _initializer_like(old: ir.Value, tensor: ir.LazyTensor) -> ir.Value:
+    return ir.Value(name=old.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def _refuse_length_dependent_rope(model: PreTrainedModel) -> None:
@@ -240,5 +257,6 @@ def _strip(graph: ir.Model) -> None:
     for value in values:
         value.metadata_props.clear()
     for name in list(graph.graph.initializers):
-        if name.startswith(_PREFIX):
-            graph.graph.initializers[name].name = name.removeprefix(_PREFIX)
+        value = graph.graph.initializers[name]
+        value.name = name.removeprefix(_PREFIX)
+        stored_tensor(value).name = value.name

@@ -4,7 +4,7 @@ Linear layers become `MatMulNBits`, the embedding becomes `GatherBlockQuantized`
 Everything else, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,13 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import Problem, QuantizationError
-from .onnx_float import is_weight_transpose
+from .onnx_file import stored_shape, stored_tensor
+from .onnx_float import is_stored_matrix, transposed_weight
 
 _CONTRIB = "com.microsoft"
 # Rows are quantized together up to this many weights, which bounds the working memory to a few of its copies.
 _CHUNK = 4 * 1024 * 1024
-# Shares of the largest weight that are tried as the end of the int4 range; 1 is what ONNX Runtime's own tool takes.
-_INT4_RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
+# Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
+_INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
 
 
 @dataclass(frozen=True)
@@ -87,21 +88,22 @@ def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[rows, blocks, size]`."""
     half = 2 ** (bits - 1)
     largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
-    best_codes = best_scale = best_error = None
-    for share in _INT4_RANGES if bits == 4 else (1.0,):
-        # the largest weight, whatever its sign, goes to -half: that end of the range reaches one step further
-        scale = largest * np.float32(-share / half)
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
-        codes = np.clip(np.rint(weight * inverse), -half, half - 1)
-        error = np.square(codes * scale - weight).sum(-1, keepdims=True)
-        if best_error is None:
-            best_codes, best_scale, best_error = codes, scale, error
-        else:
-            better = error < best_error
-            np.copyto(best_codes, codes, where=better)
-            np.copyto(best_scale, scale, where=better)
-            np.copyto(best_error, error, where=better)
+    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half)
+    for share in _INT4_RANGES if bits == 4 else ():
+        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half)
+        better = error < best_error
+        np.copyto(best_codes, codes, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_error, error, where=better)
     return (best_codes + half).astype(np.uint8), best_scale[..., 0]
+
+
+def _round_to(weight: np.ndarray, scale: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed codes of `weight` at `scale`, the scale itself, and the squared error of each block."""
+    # a block of zeros, or of numbers too small to divide by, becomes zeros
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
+    codes = np.clip(np.rint(weight * inverse), -half, half - 1)
+    return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)
 
 
 def quantize_graph(
@@ -123,7 +125,7 @@ def quantize_graph(
         [`QuantizedNodes`]: What was quantized, counted in the graph.
     """
     embeddings = [node for node in graph.graph if _is_embedding(node)]
-    tables = {str(node.inputs[0].name) for node in embeddings}
+    tables = {_name(node.inputs[0]) for node in embeddings}
     quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
@@ -169,27 +171,20 @@ def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: Quan
     )
 
 
-def _float_nodes(nodes: Iterable[ir.Node]):
+def _float_nodes(nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, str]]:
     """Nodes that multiply by, or look up in, a float32 matrix of the graph; with that matrix's name."""
     for node in nodes:
         weight = _matmul_weight(node)[0]
-        if weight is None and (_is_embedding(node) or node.op_type == "Gemm"):
-            weight = node.inputs[0] if node.op_type == "Gather" else node.inputs[1]
         if weight is not None:
-            yield node, weight.name
+            yield node, _name(weight)
+        elif _is_embedding(node):
+            yield node, _name(node.inputs[0])
+        elif node.op_type == "Gemm" and is_stored_matrix(node.inputs[1]):
+            yield node, _name(node.inputs[1])
 
 
 def _is_embedding(node: ir.Node) -> bool:
-    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
-        return False
-    table = node.inputs[0]
-    return (
-        table is not None
-        and table.is_initializer()
-        and table.dtype == ir.DataType.FLOAT
-        and table.shape is not None
-        and len(table.shape) == 2
-    )
+    return node.op_type == "Gather" and node.domain in ("", "ai.onnx") and is_stored_matrix(node.inputs[0])
 
 
 def _matmul_weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
@@ -197,14 +192,14 @@ def _matmul_weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
     if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
         return None, False
     weight = node.inputs[1]
-    if weight is None:
-        return None, False
-    producer = weight.producer()
-    if producer is not None and is_weight_transpose(producer):
-        return producer.inputs[0], True
-    if weight.is_initializer() and weight.const_value is not None and len(weight.const_value.shape) == 2:
+    if is_stored_matrix(weight):
         return weight, False
-    return None, False
+    producer = weight.producer() if weight is not None else None
+    return (transposed_weight(producer), True) if producer is not None else (None, False)
+
+
+def _name(value: ir.Value | None) -> str:
+    return str(value.name) if value is not None else ""
 
 
 class _GraphQuantizer:
@@ -220,13 +215,14 @@ class _GraphQuantizer:
 
     def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool) -> None:
         integers, scales = self._quantize(weight, transposed)
-        outputs, inputs = weight.const_value.shape if transposed else weight.const_value.shape[::-1]
+        shape = stored_shape(stored_tensor(weight))
+        outputs, inputs = shape if transposed else shape[::-1]
         new = ir.node(
             "MatMulNBits",
             [node.inputs[0], self._in_blocks(integers, scales) if weight.name in self.tables else integers, scales],
             {
-                "K": int(inputs),
-                "N": int(outputs),
+                "K": inputs,
+                "N": outputs,
                 "bits": self.bits,
                 "block_size": self.block_size,
                 "accuracy_level": self.accuracy_level,
@@ -237,8 +233,10 @@ class _GraphQuantizer:
         self._replace(node, new)
 
     def quantize_embedding(self, node: ir.Node) -> None:
-        integers, scales = self._quantize(node.inputs[0], True)
-        columns = int(node.inputs[0].const_value.shape[1])
+        table = node.inputs[0]
+        assert table is not None
+        integers, scales = self._quantize(table, True)
+        columns = stored_shape(stored_tensor(table))[1]
         new = ir.node(
             "GatherBlockQuantized",
             [integers, node.inputs[1], scales],
@@ -265,7 +263,7 @@ class _GraphQuantizer:
     def remove_unused(self) -> None:
         """Remove the float weights that no node uses any more, and their `Transpose` nodes."""
         for node in list(self.graph):
-            if is_weight_transpose(node) and not node.outputs[0].uses():
+            if transposed_weight(node) is not None and not node.outputs[0].uses():
                 self.graph.remove(node, safe=True)
         for name in self.done:
             if not self.graph.initializers[name].uses():
@@ -274,7 +272,7 @@ class _GraphQuantizer:
     def _quantize(self, weight: ir.Value, transposed: bool) -> tuple[ir.Value, ir.Value]:
         name = str(weight.name)
         if name not in self.done:
-            matrix = weight.const_value.numpy()
+            matrix = stored_tensor(weight).numpy()
             integers, scales = quantize_blocks(matrix if transposed else matrix.T, self.bits, self.block_size)
             if name not in self.tables:
                 integers = integers.reshape(*scales.shape, -1)
@@ -286,15 +284,15 @@ class _GraphQuantizer:
 
     def _in_blocks(self, integers: ir.Value, scales: ir.Value) -> ir.Value:
         """An embedding's integers for a tied head: a view `[outputs, blocks, bytes]`, made when the file is loaded."""
-        shape = self._constant(f"{integers.name}_shape", [*map(int, scales.const_value.shape), -1])
+        shape = self._constant(f"{integers.name}_shape", [*stored_shape(stored_tensor(scales)), -1])
         reshape = ir.node("Reshape", [integers, shape], name=f"{integers.name}_reshape")
         reshape.outputs[0].name = f"{integers.name}_blocks"
         self.graph.insert_before(self.graph[0], reshape)
         return reshape.outputs[0]
 
     def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

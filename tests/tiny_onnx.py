@@ -1,0 +1,52 @@
+"""Exports that several test files share: tracing a model takes seconds, so each is made once."""
+
+import functools
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from tiny_models import tiny_model
+
+from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.onnx_float import export_float_graph, float32_twin
+
+
+def onnx_test_model(model_type, tied, num_layers, **overrides):
+    """A random model whose norm weights differ from 1 and from each other."""
+    model = tiny_model(model_type, num_layers, tie_word_embeddings=tied, pad_token_id=0, **overrides)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.rand_like(parameter), alpha=0.5)
+    return model
+
+
+@functools.cache
+def exported_llama():
+    """A llama with a tied head and `export_onnx`'s folder: `model`, `folder`, `result`, `before`."""
+    model = onnx_test_model("llama", tied=True, num_layers=2)
+    before = state_of(model)
+    temporary = tempfile.TemporaryDirectory()
+    result = export_onnx(model, temporary.name, quiet=True)
+    model.config.save_pretrained(temporary.name)
+    return SimpleNamespace(model=model, folder=Path(temporary.name), result=result, before=before, temporary=temporary)
+
+
+@functools.cache
+def traced_qwen3():
+    """A qwen3 with a head of its own, head size unlike hidden / heads and one sliding layer: `model`, `graph`."""
+    model = onnx_test_model("qwen3", tied=False, num_layers=4)
+    return SimpleNamespace(model=model, graph=export_float_graph(float32_twin(model), opset=21))
+
+
+def state_of(model):
+    """Everything about a model that an export could change."""
+    return {
+        "config": model.config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "training": [module.training for module in model.modules()],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "parameters": [(n, p.dtype, p.device, p.requires_grad, p.data_ptr()) for n, p in model.named_parameters()],
+        "values": [parameter.detach().clone().tolist() for parameter in model.parameters()],
+    }
