@@ -97,7 +97,7 @@ def tune_layers(
     and `training` are as before afterwards; dropout is off.
 
     Args:
-        model (`PreTrainedModel`): The cut model; its layers below `min(layers)` must be the dense model's.
+        model (`PreTrainedModel`): The cut model.
         dense (`PreTrainedModel`): The teacher; may be the same architecture with more layers.
         layers (`Sequence[int]`): Layers of `model` to train.
         train (`Tensor`): int64 `[rows, length]`.
@@ -159,6 +159,12 @@ class _EndpointTrainer:
             name: DenseOutputs(dense, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
             for name, rows in (("train", train), ("validation", validation))
         }
+        self.inputs = {name: outputs.hidden[self.first] for name, outputs in self.teachers.items()}
+        if not _same_below(model, dense, self.first):
+            # lower layers were tuned before: what enters the first endpoint is the model's own
+            for name, rows in (("train", train), ("validation", validation)):
+                own = DenseOutputs(model, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
+                self.inputs[name] = own.hidden[self.first]
         self.learning_rate = config.learning_rate or default_learning_rate(model.config.hidden_size)
         self.per_epoch = math.ceil(len(train) / config.batch_size)
         self.total = self.per_epoch * config.epochs
@@ -275,7 +281,7 @@ class _EndpointTrainer:
         """Weighted loss of each row, float32 `[batch]`."""
         teacher = self.teachers[split]
         tokens = teacher.tokens[rows].to(self.model.device)
-        with resumed(self.layers, self.first, teacher.hidden[self.first][rows].to(self.model.device)):
+        with resumed(self.layers, self.first, self.inputs[split][rows].to(self.model.device)):
             logits = self.model(input_ids=tokens, use_cache=False).logits
         losses = torch.zeros(len(rows), device=logits.device)
         if self.weights.get("kd"):
@@ -283,6 +289,17 @@ class _EndpointTrainer:
         if self.weights.get("ce"):
             losses = losses + self.weights["ce"] * next_token_cross_entropy(logits, tokens).mean(-1)
         return losses
+
+
+def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> bool:
+    """Whether the embedding and the layers below `first` are the dense model's."""
+    pairs = [(model.get_input_embeddings(), dense.get_input_embeddings())]
+    pairs += list(zip(decoder_layers(model)[:first], decoder_layers(dense)[:first], strict=True))
+    return all(
+        a.data_ptr() == b.data_ptr() or torch.equal(a, b.to(a.device))
+        for ours, theirs in pairs
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )
 
 
 class _MasterWeights:

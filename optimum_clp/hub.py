@@ -1,0 +1,79 @@
+"""Upload of an output folder, with its subfolders, in one commit."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+
+from .model_card import hub_id, write_model_card
+from .report import CLPReport
+
+if TYPE_CHECKING:
+    from .configuration import CLPConfig
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    report: CLPReport,
+    config: "CLPConfig",
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> str:
+    """Upload `folder` as it is, but for three files: the card names the repository, and neither report nor recipe holds
+    a local folder or the user's own strings.
+
+    Args:
+        folder (`Path`): What [`CLPPruner.save_pretrained`] wrote.
+        repo_id (`str`): Repository on the Hub; made if it does not exist.
+        report ([`CLPReport`]): The folder's report.
+        config ([`CLPConfig`]): The folder's recipe.
+        private (`bool`, *optional*): For a repository that is made here.
+        token (`str` or `bool`, *optional*): Of a user who may write there.
+        kwargs: Passed to `HfApi.upload_folder` (`revision`, `commit_message`, `commit_description`, `create_pr`).
+
+    Returns:
+        `str`: The commit's address.
+    """
+    api = HfApi()
+    repository = api.create_repo(repo_id, private=private, token=token, exist_ok=True)
+    repo_id = getattr(repository, "repo_id", repo_id)
+    kwargs.setdefault("commit_message", "Upload with optimum-clp")
+    # hard links: the copy costs nothing, and the files that differ are replaced in it, not in the folder
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".upload-") as parent:
+        copy = Path(parent) / "folder"
+        shutil.copytree(folder, copy, copy_function=_link)
+        public = CLPReport.from_dict(report.to_dict())
+        base = public.base_model or {}
+        if hub_id(base.get("name_or_path")) is None:
+            public.base_model = {**base, "name_or_path": None}
+        for name in ("clp_report.json", "clp_config.json", "README.md"):
+            (copy / name).unlink(missing_ok=True)
+        public.save(copy)
+        _public_config(config).save_pretrained(copy)
+        write_model_card(public, config, copy, model_name=repo_id)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=str(copy), token=token, **kwargs)
+    return str(commit)
+
+
+def _public_config(config: "CLPConfig") -> "CLPConfig":
+    public = type(config).from_dict(config.to_dict())
+    dataset = public.calibration.dataset
+    if isinstance(dataset, str) and os.path.exists(dataset):
+        public.calibration.dataset = Path(dataset).name
+    elif isinstance(dataset, (list, tuple)):
+        public.calibration.dataset = [f"({len(dataset)} strings, not published)"]
+    public.calibration.cache_dir = None
+    return public
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(source, target)

@@ -1,0 +1,539 @@
+"""`CLPPruner`: a dense model goes in, a smaller one comes out."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+from transformers import PreTrainedModel
+
+from .architecture import find_architecture, num_layers
+from .calibration import CalibrationData, load_calibration, tokenize_dataset
+from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
+from .configuration import CLPConfig
+from .errors import CalibrationError, ConfigurationError, ModelError, Problem, TuningError
+from .evaluation import evaluate_tokens
+from .exporters import export_onnx
+from .hub import upload
+from .measurement import ROW_NAMES, Measurements
+from .model_card import write_model_card
+from .output import check_output, staged_folder
+from .plots import write_plots
+from .quantization import save_quantized
+from .report import REPORT_NAME, CLPReport, environment_info
+from .runtime import OnnxCausalLM
+from .search import SearchResult, search_segment
+from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
+from .surgery import count_parameters, cut_model
+from .teacher import DenseOutputs
+from .tuning import TuningResult, tune_layers
+
+
+class CLPPruner(OptimumQuantizer):
+    """Continuous layer pruning of a causal language model.
+
+    `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
+    The dense model is never changed: the cut model shares its tensors, and only the tuned layers get storage of their own.
+
+    Args:
+        model (`PreTrainedModel` or `None`): The dense model; `None` if only a cut one is at hand.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): Needed for given text; self-written text does without.
+        config ([`CLPConfig`], *optional*): The recipe.
+        report ([`CLPReport`], *optional*): What was measured so far.
+        pruned_model (`PreTrainedModel`, *optional*): The cut model, if there is one.
+        segments (`Iterable[LayerSegment]`, *optional*): What was cut, in the dense model's numbering.
+        quiet (`bool`): No progress bars.
+
+    Attributes:
+        model, pruned_model, tokenizer, config, report, segments: As above.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None,
+        tokenizer: Any = None,
+        config: CLPConfig | None = None,
+        *,
+        report: CLPReport | None = None,
+        pruned_model: PreTrainedModel | None = None,
+        segments: Iterable[LayerSegment] | None = None,
+        quiet: bool = False,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config or CLPConfig()
+        self.report = report or CLPReport()
+        self.pruned_model = pruned_model
+        self.segments = tuple(segments) if segments is not None else None
+        self.quiet = quiet
+        self._folder: Path | None = None
+        self._file: OnnxCausalLM | None = None
+        self._data: tuple[dict[str, Any], CalibrationData] | None = None
+        self._measurements: Measurements | None = None
+        if model is not None and self.report.base_model is None:
+            self._describe(model, model.name_or_path, None)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_or_path: PreTrainedModel | str | os.PathLike,
+        file_name: str | None = None,
+        *,
+        tokenizer: Any = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        use_safetensors: bool = True,
+        quiet: bool = False,
+    ) -> "CLPPruner":
+        """Open a dense model, or a folder that this class wrote.
+
+        Args:
+            model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, a Hub id, or a local folder. From a folder
+                that [`~CLPPruner.save_pretrained`] wrote, config, report and segments are restored; the dense model is
+                then loaded from `base_model` of the report when a step needs it.
+            file_name (`str`, *optional*): An ONNX file of the folder, such as `"onnx/model_q4.onnx"`: only that file is
+                opened, for [`~CLPPruner.evaluate`].
+            tokenizer (`PreTrainedTokenizerBase` or path, *optional*): If it does not lie beside the model.
+            dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
+            device_map: As in transformers.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*): For private or gated models.
+            trust_remote_code (`bool`): Run code that comes with the model.
+            use_safetensors (`bool`): `False` also allows pickled weights, which can run code when they are read.
+            quiet (`bool`): No progress bars.
+
+        Raises:
+            ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
+        """
+        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        is_model = isinstance(model_or_path, PreTrainedModel)
+        folder = Path(model_or_path) if not is_model and os.path.isdir(model_or_path) else None
+        written = folder is not None and (folder / REPORT_NAME).is_file()
+        config = CLPConfig.from_pretrained(folder) if written else None
+        report = CLPReport.load(folder) if folder is not None and written else None
+        if file_name is not None:
+            pruner = cls(None, config=config, report=report, quiet=quiet)
+            pruner._file = OnnxCausalLM.from_pretrained(model_or_path, file_name)  # type: ignore[arg-type]
+        else:
+            loaded = load_model(
+                model_or_path,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=use_safetensors,
+                quiet=quiet,
+                **hub,  # type: ignore[arg-type]
+            )
+            find_architecture(loaded.config)
+            if report is not None and report.cut is not None:
+                segments = [LayerSegment(*s) for s in report.cut["segments"]]
+                pruner = cls(None, config=config, report=report, pruned_model=loaded, segments=segments, quiet=quiet)
+            else:
+                pruner = cls(loaded, config=config, quiet=quiet)
+                name = loaded.name_or_path if is_model else os.fspath(model_or_path)  # type: ignore[arg-type]
+                pruner._describe(loaded, name, revision)
+        pruner._folder = folder
+        if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
+            pruner.tokenizer = tokenizer
+        elif tokenizer is not None or not is_model:
+            pruner.tokenizer = load_tokenizer(tokenizer or model_or_path, **hub)  # type: ignore[arg-type]
+        return pruner
+
+    def search(self, config: CLPConfig | None = None) -> SearchResult:
+        """Find the layers to remove; nothing is removed.
+
+        Args:
+            config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
+
+        Returns:
+            [`SearchResult`]: Also in `report.search`; its segments are the next `cut`'s.
+
+        Raises:
+            ConfigurationError: If the ratio removes no layer or all of them.
+            CalibrationError: If the text cannot be had.
+            SearchError: If no segment has a finite score.
+        """
+        config = self._use(config)
+        dense = self._dense()
+        count = number_of_layers_to_remove(config.pruning_ratio, num_layers(dense.config))
+        rows = self._calibration().train
+        result = search_segment(dense, rows, count, config.search, seed=config.seed, quiet=self.quiet)
+        self.segments = result.segments
+        self.report.search = result.to_dict()
+        return result
+
+    def cut(self, segments: Iterable[LayerSegment] | None = None) -> PreTrainedModel:
+        """Remove layers; the dense model stays whole, and the smaller one shares its tensors.
+
+        Args:
+            segments (`Iterable[LayerSegment]`, *optional*): What to remove; what `search` found if not given.
+
+        Returns:
+            `PreTrainedModel`: The cut model, also as `pruned_model`.
+
+        Raises:
+            ConfigurationError: If there are no segments, or they do not fit the model.
+            CutError: If the config cannot express the cut.
+        """
+        dense = self._dense()
+        if segments is None and self.segments is None:
+            raise ConfigurationError(
+                Problem("segments", None, "there is nothing to cut yet", "Call search() first, or give segments")
+            )
+        total = num_layers(dense.config)
+        chosen = check_segments(self.segments or () if segments is None else segments, total)
+        self.pruned_model = cut_model(dense, chosen)
+        self.segments = chosen
+        kept = kept_layers(chosen, total)
+        self.report.cut = {
+            "segments": [s.to_list() for s in chosen],
+            "removed_layers": [i for i in range(total) if i not in kept],
+            "num_layers_before": total,
+            "num_layers_after": len(kept),
+            "num_parameters_before": count_parameters(dense),
+            "num_parameters_after": count_parameters(self.pruned_model),
+        }
+        # what was measured of an earlier cut says nothing about this one
+        self.report.tuning = self.report.quantization = self.report.export = self.report.evaluation = None
+        self._measurements = None
+        return self.pruned_model
+
+    def tune(self, config: CLPConfig | None = None) -> TuningResult:
+        """Train the layers next to the cut towards the dense model.
+
+        Args:
+            config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
+
+        Returns:
+            [`TuningResult`]: Also in `report.tuning`. The weights with the best validation loss are in `pruned_model`;
+            these are the untuned ones if tuning did not help.
+
+        Raises:
+            TuningError: If the loss is not finite; the last good weights are in `pruned_model`.
+        """
+        config = self._use(config)
+        model, dense, data = self._cut_model(), self._dense(), self._calibration()
+        layers = endpoint_layers(self.segments or (), num_layers(dense.config), config.tuning.endpoint_width)
+        try:
+            result = tune_layers(
+                model,
+                dense,
+                layers,
+                data.train,
+                data.validation,
+                config.tuning,
+                seed=config.seed,
+                quiet=self.quiet,
+            )
+        except TuningError as error:
+            self.report.tuning = error.result.to_dict()  # type: ignore[attr-defined]
+            raise
+        self.report.tuning = result.to_dict()
+        return result
+
+    def quantize(  # type: ignore[override]  # Optimum's save_dir is save_directory in everything newer
+        self,
+        save_directory: str | os.PathLike,
+        file_prefix: str | None = None,
+        *,
+        weights: str = "int8",
+        overwrite: bool = False,
+    ) -> Path:
+        """Write an optimum-quanto checkpoint of the cut model, which [`load_quantized`] reads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): A folder of its own.
+            file_prefix (`None`): Part of Optimum's interface; quanto's file names are fixed.
+            weights (`str`): `"int8"` or `"int4"`.
+            overwrite (`bool`): Replace a folder that is not empty.
+
+        Returns:
+            `Path`: The folder.
+        """
+        if file_prefix is not None:
+            raise ConfigurationError(
+                Problem("file_prefix", file_prefix, "quanto checkpoints have fixed file names", "Leave it out")
+            )
+        target = check_output(save_directory, overwrite)
+        result = save_quantized(
+            self._cut_model(), self.tokenizer, target, weights, overwrite=overwrite, quiet=self.quiet
+        )
+        self.report.quantization = [*(self.report.quantization or []), result.to_dict()]
+        return target
+
+    def export(self, save_directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write the cut model as ONNX files (`onnx/...`), with config and tokenizer but without PyTorch weights.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Output folder.
+            overwrite (`bool`): Replace a folder that is not empty.
+
+        Returns:
+            `Path`: The folder.
+
+        Raises:
+            ExportError: If a file does not say what the PyTorch model says; nothing is written then.
+        """
+        target = check_output(save_directory, overwrite)
+        model = self._cut_model()
+        with staged_folder(target, overwrite) as folder:
+            save_configs(model, folder)
+            save_tokenizer(self.tokenizer, folder)
+            self._export_into(folder, model)
+            self._write_records(folder, target.name)
+        self._folder = target
+        return target
+
+    def evaluate(
+        self,
+        text: str | list[str] | None = None,
+        *,
+        reference: PreTrainedModel | str | os.PathLike | None = None,
+        file_name: str | None = None,
+    ) -> dict[str, Any]:
+        """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text.
+
+        Args:
+            text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if not given.
+            reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model, for KL, agreement and
+                retention; the pruner's own dense model if it is loaded.
+            file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
+
+        Returns:
+            `dict`: `perplexity`, `loss`, `num_tokens`, `kl`, `top1_agreement`, `retention` (dense perplexity divided by
+            this one's), as in [`Evaluation`].
+        """
+        model: Any = self._file or self.pruned_model or self.model
+        if file_name is not None:
+            if self._folder is None:
+                raise ConfigurationError(
+                    Problem("file_name", file_name, "no folder was opened or saved yet", "Save the model first")
+                )
+            model = OnnxCausalLM.from_pretrained(self._folder, file_name)
+        dense = self.model
+        if reference is not None:
+            dense = reference if isinstance(reference, PreTrainedModel) else load_model(reference, quiet=self.quiet)
+        if text is None:
+            tokens = self._calibration().test
+        else:
+            length = min(self.config.calibration.sequence_length, model.config.max_position_embeddings)
+            tokens = tokenize_dataset(
+                text,
+                self.tokenizer,
+                sequence_length=length,
+                text_column=self.config.calibration.text_column,
+                name="text",
+            )
+        batch = self.config.search.batch_size
+        outputs = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch, quiet=self.quiet)
+        return evaluate_tokens(model, tokens, reference=outputs, batch_size=batch, quiet=self.quiet).to_dict()
+
+    def prune(
+        self,
+        config: CLPConfig | None = None,
+        save_directory: str | os.PathLike | None = None,
+        *,
+        overwrite: bool = False,
+    ) -> PreTrainedModel:
+        """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
+
+        Args:
+            config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
+            save_directory (`str` or `os.PathLike`, *optional*): Output folder, see [`~CLPPruner.save_pretrained`].
+            overwrite (`bool`): Replace a folder that is not empty.
+
+        Returns:
+            `PreTrainedModel`: The smaller model.
+
+        Raises:
+            CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
+        """
+        config = self._use(config)
+        if save_directory is not None:
+            check_output(save_directory, overwrite)
+        self.search(config)
+        model = self.cut()
+        failure = None
+        if config.tuning.enabled:
+            self._measured().add_model("cut", model)
+            try:
+                self.tune()
+            except TuningError as error:
+                failure = error
+        if save_directory is not None:
+            self.save_pretrained(save_directory, overwrite=overwrite)
+        if failure is not None:
+            raise failure
+        return model
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, overwrite: bool = False, **kwargs: Any
+    ) -> Path:
+        """Write the whole output folder: checkpoint, tokenizer, recipe, report, model card, plots, ONNX files.
+
+        The checkpoint is an ordinary one; it is read back with transformers' own classes and compared before anything
+        else is done. The folder appears whole or not at all.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Output folder.
+            push_to_hub (`bool`): Also upload it, to `repo_id` in `kwargs` or else to the folder's name.
+            overwrite (`bool`): Replace a folder that is not empty.
+            kwargs: Passed to [`~CLPPruner.push_to_hub`].
+
+        Returns:
+            `Path`: The folder.
+        """
+        target = check_output(save_directory, overwrite)
+        model = self._cut_model()
+        with staged_folder(target, overwrite) as folder:
+            save_checkpoint(model, self.tokenizer, folder)
+            verify_checkpoint(folder, model)
+            if self.config.quantization.quanto:
+                made = [
+                    save_quantized(model, self.tokenizer, folder / f"quanto-{weights}", weights, quiet=self.quiet)
+                    for weights in self.config.quantization.weights
+                ]
+                self.report.quantization = [result.to_dict() for result in made]
+            if self.config.export.enabled:
+                self._export_into(folder, model)
+            self._measure_all(folder, model)
+            self._write_records(folder, target.name)
+        self._folder = target
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+        return target
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the output folder with its subfolders.
+
+        Args:
+            repo_id (`str`): Repository on the Hub; made if it does not exist.
+            kwargs: `private`, `token`, `revision`, `commit_message`, `commit_description`, `create_pr`.
+
+        Returns:
+            `str`: The commit's address.
+        """
+        if self._folder is not None and (self._folder / REPORT_NAME).is_file():
+            return upload(self._folder, repo_id, self.report, self.config, **kwargs)
+        with tempfile.TemporaryDirectory() as parent:
+            folder = self.save_pretrained(Path(parent) / repo_id.split("/")[-1])
+            try:
+                return upload(folder, repo_id, self.report, self.config, **kwargs)
+            finally:
+                self._folder = None
+
+    def _use(self, config: CLPConfig | None) -> CLPConfig:
+        if config is not None:
+            self.config = config
+        self.config.validate()
+        return self.config
+
+    def _describe(self, model: PreTrainedModel, name: str, revision: str | None) -> None:
+        self.report.base_model = {
+            "name_or_path": name or None,
+            "revision": revision,
+            "model_type": model.config.model_type,
+            "num_layers": num_layers(model.config),
+            "num_parameters": count_parameters(model),
+            "dtype": str(model.dtype).removeprefix("torch."),
+        }
+
+    def _cut_model(self) -> PreTrainedModel:
+        if self.pruned_model is None:
+            raise ConfigurationError(
+                Problem("pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first")
+            )
+        return self.pruned_model
+
+    def _dense(self) -> PreTrainedModel:
+        """The dense model; for a folder that was cut before, from where its report says."""
+        if self.model is None:
+            base = self.report.base_model or {}
+            name = base.get("name_or_path")
+            try:
+                if not name:
+                    raise ModelError(Problem("base_model", name, "the report does not name it", "Name it"))
+                like = self.pruned_model
+                self.model = load_model(
+                    name,
+                    revision=base.get("revision"),
+                    dtype="auto" if like is None else like.dtype,
+                    device_map=None if like is None else {"": like.device},
+                    quiet=self.quiet,
+                )
+            except ModelError as error:
+                raise ModelError(
+                    Problem(
+                        "base_model",
+                        name,
+                        f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
+                        "Start from the dense model, or set the pruner's `model` to it",
+                    )
+                ) from error
+        return self.model
+
+    def _calibration(self) -> CalibrationData:
+        """The recipe's text, read or written once for each recipe."""
+        source = {"seed": self.config.seed, **vars(self.config.calibration)}
+        if self._data is None or self._data[0] != source:
+            if self._file is not None:
+                raise CalibrationError(
+                    Problem("text", None, "an ONNX file alone has no test rows", "Name the text to measure on")
+                )
+            model = self._dense() if self.config.calibration.dataset is None else self.model or self.pruned_model
+            assert model is not None
+            data = load_calibration(self.config.calibration, self.tokenizer, model, self.config.seed, self.quiet)
+            self._data = (source, data)
+            self._measurements = None
+        self.report.calibration = self._data[1].to_dict()
+        return self._data[1]
+
+    def _measured(self) -> Measurements:
+        """The table under way; begun with the dense model."""
+        if self._measurements is None:
+            data = self._calibration()
+            self._measurements = Measurements(
+                data.test,
+                f"the test split of {data.source}" if data.statistics is None else "text that the dense model wrote",
+                self.model,
+                batch_size=self.config.search.batch_size,
+                quiet=self.quiet,
+            )
+            if self.model is not None:
+                self._measurements.add_model("dense", self.model)
+        return self._measurements
+
+    def _measure_all(self, folder: Path, model: PreTrainedModel) -> None:
+        measurements = self._measured()
+        name = "tuned" if self.report.tuning else "cut"
+        measurements.add_model(name, model)
+        makers: dict[str, Any] = {name: lambda: model}
+        if self.model is not None and self.segments is not None:
+            dense, segments = self.model, self.segments
+            makers = {"dense": lambda: dense, "cut": lambda: cut_model(dense, segments), **makers}
+        if self.report.export is not None:
+            measurements.add_files(folder, self.report.export, model)
+            for entry in self.report.export["files"]:
+                file = entry["file"]
+                makers[ROW_NAMES[entry["weights"]]] = lambda f=file: OnnxCausalLM.from_pretrained(folder, f)
+        measurements.add_speed({key: make for key, make in makers.items() if key in {r["name"] for r in measurements.rows}})
+        self.report.evaluation = measurements.to_dict()
+
+    def _export_into(self, folder: Path, model: PreTrainedModel) -> None:
+        result = export_onnx(
+            model, folder, self.config.export, self.config.quantization, seed=self.config.seed, quiet=self.quiet
+        )
+        self.report.export = result.to_dict()
+
+    def _write_records(self, folder: Path, name: str) -> None:
+        device = (self.pruned_model or self.model).device  # type: ignore[union-attr]
+        self.report.environment = environment_info(device)
+        self.config.save_pretrained(folder)
+        self.report.save(folder)
+        write_plots(self.report, folder)
+        write_model_card(self.report, self.config, folder, model_name=name)
