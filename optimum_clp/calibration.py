@@ -4,7 +4,6 @@ A document is what the tokenizer makes of it, its own BOS and EOS included; a pl
 `docs/calibration.md` gives the reasons, with figures.
 """
 
-import itertools
 import math
 import random
 import warnings
@@ -17,14 +16,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration import CalibrationConfig
 from .errors import CalibrationError, Problem
-from .self_written import sample_text
+from .self_written import embedding_weight, sample_text
 from .text_sources import Passage, describe, read_passages
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13
 # characters in the shuffled pool for each token that is wanted, about four times what is needed
 _POOL_CHARACTERS_PER_TOKEN = 16
-_TOKENIZED_AT_ONCE = 64
+_PASSAGES_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 2**18
 _MIN_DISTINCT_SHARE = 0.5
 
 
@@ -231,18 +231,30 @@ def _tokenize(passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBase, w
     before, after = _document_marks(tokenizer)
     parts: list[torch.Tensor] = []
     count = 0
-    remaining = iter(passages)
-    while wanted is None or count < wanted:
-        batch = list(itertools.islice(remaining, _TOKENIZED_AT_ONCE))
-        if not batch:
-            break
+    for batch in _batches(passages):
         encoded = tokenizer([p.text for p in batch], add_special_tokens=False, verbose=False)["input_ids"]
         ids: list[int] = []
         for passage, passage_ids in zip(batch, encoded, strict=True):
             ids += [*(before if passage.opens else ()), *passage_ids, *(after if passage.closes else ())]
         parts.append(torch.tensor(ids, dtype=torch.int64))
         count += len(ids)
+        if wanted is not None and count >= wanted:
+            break
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:
+    """Groups of passages, small enough that little is tokenized in vain."""
+    batch: list[Passage] = []
+    size = 0
+    for passage in passages:
+        batch.append(passage)
+        size += len(passage.text)
+        if len(batch) == _PASSAGES_AT_ONCE or size >= _CHARACTERS_AT_ONCE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _document_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -276,7 +288,7 @@ def _require_tokens(
 
 
 def _check_vocabulary(rows: torch.Tensor, model: PreTrainedModel) -> None:
-    size = model.get_input_embeddings().num_embeddings
+    size = len(embedding_weight(model))
     largest = int(rows.max())
     if largest >= size:
         rule = f"the text has this token, and the model's vocabulary ends at {size - 1}"

@@ -2,47 +2,26 @@
 
 Each row has a random stream of its own (seed and row index), and a token is the inverse of the cumulative distribution
 at the next number of that stream. So a row does not depend on how many others are written, or on the global generator.
-What is written is kept on disk after each batch: a second run reads it, and an interrupted one goes on where it stopped.
+What is written is kept on disk, batch by batch: a second run reads it, and an interrupted one goes on from there.
 """
 
 import contextlib
 import hashlib
-import json
 import os
-import uuid
-import warnings
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from huggingface_hub import constants
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError, Problem
 from .progress import progress_bar
-from .version import __version__
+from .sample_cache import Sample, load_sample, sample_file, save_sample
 
-# a change here, or in what the sampling does, makes every older file a miss
-_CACHE_FORMAT = 1
-_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Self-written text.
-
-    Args:
-        tokens (`torch.Tensor`): int64 `[rows, sequence_length]`, on the CPU.
-        losses (`torch.Tensor`): float64 `[rows]`: mean cross-entropy of the model over the `sequence_length - 1`
-            predicted tokens of each row, in nats, at temperature 1.
-    """
-
-    tokens: torch.Tensor
-    losses: torch.Tensor
+# seconds of writing that an interruption may cost, beside the batch that it falls into
+_SAVE_INTERVAL = 10.0
 
 
 @dataclass(frozen=True)
@@ -130,8 +109,9 @@ def sample_text(
         "batch_size": batch_size,
         "rules": asdict(rules),
     }
-    file = _cache_file(model, parameters, cache_dir)
-    sample = _load(file, num_sequences, sequence_length, batch_size)
+    file = sample_file(model, parameters, cache_dir, quiet)
+    sample = load_sample(file, num_sequences, sequence_length, batch_size)
+    saved = time.monotonic()
     with progress_bar(num_sequences * sequence_length, "Writing calibration text", quiet) as bar:
         bar.update(len(sample.tokens) * sequence_length)
         while (done := len(sample.tokens)) < num_sequences:
@@ -139,8 +119,14 @@ def sample_text(
             uniforms = torch.stack([_stream(seed, row, sequence_length) for row in rows])
             batch = _write_batch(model, uniforms, rules, temperature, bar)
             sample = Sample(torch.cat([sample.tokens, batch.tokens]), torch.cat([sample.losses, batch.losses]))
-            file = _save(file, sample)
+            if len(sample.tokens) == num_sequences or time.monotonic() - saved >= _SAVE_INTERVAL:
+                file, saved = save_sample(file, sample), time.monotonic()
     return sample
+
+
+def embedding_weight(model: PreTrainedModel) -> torch.Tensor:
+    """The token embedding, `[vocabulary, hidden]`, padding of the vocabulary included."""
+    return cast(torch.Tensor, model.get_input_embeddings().weight)
 
 
 def _stream(seed: int, row: int, length: int) -> torch.Tensor:
@@ -151,7 +137,7 @@ def _stream(seed: int, row: int, length: int) -> torch.Tensor:
 
 
 def _rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Rules:
-    size = model.get_input_embeddings().num_embeddings
+    size = len(embedding_weight(model))
     vocabulary = size if tokenizer is None else min(size, len(tokenizer))
     holders = [model.config.get_text_config(), getattr(model, "generation_config", None), tokenizer]
 
@@ -173,7 +159,7 @@ def _rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 def _write_batch(model: PreTrainedModel, uniforms: torch.Tensor, rules: _Rules, temperature: float, bar) -> Sample:
     """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
     # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     rows, length = uniforms.shape
     tokens = torch.empty(rows, length, dtype=torch.int64)
     tokens[:, 0] = _first_tokens(uniforms[:, 0], rules)
@@ -208,7 +194,7 @@ def _first_tokens(uniforms: torch.Tensor, rules: _Rules) -> torch.Tensor:
 def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Token ids int64 `[rows]`: the cumulative distribution of float32 `logits` inverted at `uniforms`."""
     cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
+    total = cumulative[:, -1:].contiguous()
     if not torch.isfinite(total).all():
         remedy = "Load it in bfloat16 or float32, and check its weights for NaN"
         raise CalibrationError(Problem("model", "NaN", "its logits must be finite to write text", remedy))
@@ -227,65 +213,3 @@ def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _cache_file(
-    model: PreTrainedModel, parameters: dict[str, Any], cache_dir: str | os.PathLike | None
-) -> Path | None:
-    """Where this text is kept; the name depends on every bit of the weights. `None` if they are not in memory."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    if any(tensor.is_meta for _, tensor in tensors):
-        return None
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
-    fingerprint = hashlib.sha256()
-    for header in (_CACHE_FORMAT, __version__, config, parameters):
-        fingerprint.update(json.dumps(header, sort_keys=True, default=str).encode())
-    for name, tensor in tensors:
-        fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
-    return folder / f"self_written-{fingerprint.hexdigest()[:32]}.safetensors"
-
-
-def _load(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:
-    """What an earlier run has written, in whole batches; no rows if there is nothing."""
-    nothing = Sample(torch.empty(0, sequence_length, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
-    if file is None or not file.exists():
-        return nothing
-    try:
-        with safe_open(file, "pt") as stored:
-            checksum = stored.metadata()["sha256"]
-            sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone())
-        rows, length = sample.tokens.shape
-        if _checksum(sample) != checksum or length != sequence_length:
-            raise ValueError("the contents do not match the checksum")
-    except Exception as error:
-        warnings.warn(
-            f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
-        )
-        return nothing
-    return sample if rows == num_sequences or rows % batch_size == 0 else nothing
-
-
-def _save(file: Path | None, sample: Sample) -> Path | None:
-    """Replace the file at once; `None` if that cannot be done, so that it is tried and told only once."""
-    if file is None:
-        return None
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        contents = {"tokens": sample.tokens.int(), "losses": sample.losses}
-        save_file(contents, temporary, metadata={"sha256": _checksum(sample)})
-        os.replace(temporary, file)
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        warnings.warn(f"{file} cannot be written ({error}): the calibration text is not kept.", stacklevel=3)
-        return None
-    return file
-
-
-def _checksum(sample: Sample) -> str:
-    checksum = hashlib.sha256(sample.tokens.long().contiguous().numpy())
-    checksum.update(sample.losses.contiguous().numpy())
-    return checksum.hexdigest()

@@ -32,17 +32,33 @@ class Passage:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hugging Face Hub, as `datasets.load_dataset` takes it."""
+    """A dataset of the Hugging Face Hub, as `datasets.load_dataset` takes it.
+
+    Args:
+        path (`str`): Its id.
+        config (`str` or `None`): The configuration.
+        split (`str`): The split for calibration.
+        evaluation_split (`str`): The split for measuring.
+        streaming (`bool`): Only what is needed is downloaded.
+        running_text (`bool`): The rows are lines of one text, not documents.
+    """
 
     path: str
     config: str | None = None
     split: str = "train"
     evaluation_split: str = "train"
     streaming: bool = True
-    # the rows are lines of one running text, not documents
     running_text: bool = False
 
 
+_CONNECTION_ERRORS = {
+    "ConnectionError",
+    "TimeoutError",
+    "Timeout",
+    "TransportError",
+    "ClientConnectionError",
+    "LocalEntryNotFoundError",
+}
 # WikiText-2 is small and not streamed, so that a copy in the user's cache serves offline
 _ALIASES = {
     "wikitext2": HubDataset(
@@ -50,7 +66,6 @@ _ALIASES = {
         "wikitext-2-raw-v1",
         evaluation_split="test",
         streaming=False,
-        running_text=True,
     ),
     "c4": HubDataset("allenai/c4", "en", evaluation_split="validation"),
 }
@@ -67,7 +82,7 @@ def read_passages(
     dataset: str | list[str],
     *,
     text_column: str = "text",
-    piece_characters: int = 2**20,
+    piece_characters: int = 2**18,
     evaluation: bool = False,
     name: str = "dataset",
 ) -> Iterator[Passage]:
@@ -87,7 +102,7 @@ def read_passages(
         CalibrationError: If the source is missing, cannot be read, or does not have the column.
     """
     if not isinstance(dataset, str):
-        return (Passage(text) for text in dataset if text.strip())
+        return _documents(dataset)
     path = Path(dataset).expanduser()
     if path.exists() or _looks_like_a_file(dataset):
         return _read_file(path, dataset, text_column, piece_characters, name)
@@ -105,9 +120,11 @@ def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, 
         raise _error(name, shown, "it is a folder", f"Give one file ({', '.join(FILE_TYPES)})")
     try:
         if path.suffix.lower() == ".parquet":
-            yield from _passages(_parquet_rows(path, shown, text_column, name), shown, text_column, name)
+            rows: Iterator[Any] = _parquet_rows(path, shown, text_column, name)
+            yield from _documents(_texts(rows, shown, text_column, name))
         elif path.suffix.lower() in (".json", ".jsonl"):
-            yield from _passages(_json_rows(path, shown, name), shown, text_column, name)
+            rows = _json_rows(path, shown, name)
+            yield from _documents(_texts(rows, shown, text_column, name))
         else:
             with path.open(encoding="utf-8-sig") as lines:
                 yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
@@ -182,7 +199,7 @@ def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterat
         raise _error(name, shown, f"it is not a readable parquet file ({error})", "Write the file again") from error
 
 
-def _passages(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[Passage]:
+def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[str]:
     for number, row in enumerate(rows, 1):
         text = row
         if isinstance(row, dict):
@@ -194,8 +211,11 @@ def _passages(rows: Iterable[Any], shown: str, text_column: str, name: str) -> I
         if not isinstance(text, str):
             rule = f"row {number} holds a {type(text).__name__} where text should be"
             raise _error(name, shown, rule, "Give rows that are strings, or objects with a text column")
-        if text.strip():
-            yield Passage(text)
+        yield text
+
+
+def _documents(texts: Iterable[str]) -> Iterator[Passage]:
+    return (Passage(text) for text in texts if text.strip())
 
 
 def _parse_name(dataset: str, evaluation: bool) -> HubDataset:
@@ -206,7 +226,7 @@ def _parse_name(dataset: str, evaluation: bool) -> HubDataset:
         config or base.config,
         split or (base.evaluation_split if evaluation else base.split),
         streaming=base.streaming,
-        running_text=base.running_text or base.path == identifier == "Salesforce/wikitext",
+        running_text=base.path == "Salesforce/wikitext",
     )
 
 
@@ -217,11 +237,13 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
     streaming = source.streaming and not datasets.config.HF_HUB_OFFLINE
     try:
         rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=streaming)
-        passages = _passages(rows, shown, text_column, name)
+        texts = _texts(rows, shown, text_column, name)
         if source.running_text:
-            passages = _running_text((passage.text for passage in passages), piece_characters)
-        yield from passages
-    except (CalibrationError, GeneratorExit):
+            # joined as published perplexities on WikiText join it
+            yield from _running_text((text + "\n\n" for text in texts), piece_characters)
+        else:
+            yield from _documents(texts)
+    except CalibrationError:
         raise
     except Exception as error:
         advice = "Give a local file or a list of strings, or leave it out: then the model writes its own text"
@@ -236,7 +258,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
     """Whether the network is to blame: requests, httpx, aiohttp and huggingface_hub each have classes of their own."""
     while error is not None:
         names = {cls.__name__ for cls in type(error).__mro__}
-        if names & {"ConnectionError", "TransportError", "ClientConnectionError", "LocalEntryNotFoundError"}:
+        if names & _CONNECTION_ERRORS:
             return True
         error = error.__cause__ or error.__context__
     return False

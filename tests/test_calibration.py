@@ -172,6 +172,23 @@ def test_reading_stops_when_there_is_enough(tokenizer, model, tmp_path):
         tokenize_dataset(str(file), tokenizer, sequence_length=8)
 
 
+def test_little_of_a_large_file_is_tokenized(tokenizer, model, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text((words(0, 1000) + "\n") * 500)
+    characters = []
+
+    class Counting:
+        eos_token_id = tokenizer.eos_token_id
+
+        def __call__(self, texts, **options):
+            characters.append(sum(map(len, texts)))
+            return tokenizer(texts, **options)
+
+    tokenize_dataset(str(file), Counting(), sequence_length=8, num_sequences=3)
+    load_calibration(config_for(str(file)), Counting(), model, seed=0)
+    assert sum(characters) < file.stat().st_size / 3
+
+
 def test_rows_are_no_longer_than_the_models_context(tokenizer, model):
     config = config_for([words(0, NUM_WORDS)], sequence_length=256)
     data = load_calibration(config, tokenizer, model, seed=0)

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from optimum_clp import self_written
+from optimum_clp import sample_cache, self_written
 from optimum_clp.errors import CalibrationError
 from optimum_clp.self_written import sample_text, write_text
 
@@ -230,6 +230,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, forward_calls, monke
             raise KeyboardInterrupt
         return original(*arguments)
 
+    monkeypatch.setattr(self_written, "_SAVE_INTERVAL", 0.0)
     monkeypatch.setattr(self_written, "_write_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(model, 10)
@@ -264,6 +265,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(write, tmp_path):
 
 
 def test_the_default_folder_is_the_hugging_face_cache(write, monkeypatch, tmp_path):
-    monkeypatch.setattr(self_written.constants, "HF_HOME", os.fspath(tmp_path / "home"))
+    monkeypatch.setattr(sample_cache.constants, "HF_HOME", os.fspath(tmp_path / "home"))
     write(small_model(), cache_dir=None)
     assert len(list((tmp_path / "home" / "optimum_clp").iterdir())) == 1

@@ -1,0 +1,106 @@
+"""Self-written text on disk, so that it is written once for a model.
+
+The file's name is a hash of every bit of the weights, the config and the sampling's parameters; the file is replaced
+at once or not at all, and carries a checksum.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .progress import progress_bar
+from .version import __version__
+
+# raised when the sampling or the file changes: every older file is then a miss
+_FORMAT = 1
+_VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Self-written text.
+
+    Args:
+        tokens (`torch.Tensor`): int64 `[rows, sequence_length]`, on the CPU.
+        losses (`torch.Tensor`): float64 `[rows]`: mean cross-entropy of the model over the `sequence_length - 1`
+            predicted tokens of each row, in nats, at temperature 1.
+    """
+
+    tokens: torch.Tensor
+    losses: torch.Tensor
+
+
+def sample_file(
+    model: PreTrainedModel, parameters: dict[str, Any], cache_dir: str | os.PathLike | None, quiet: bool = False
+) -> Path | None:
+    """Where this text is kept; the name depends on every bit of the weights. `None` if they are not in memory."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if any(tensor.is_meta for _, tensor in tensors):
+        return None
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
+    fingerprint = hashlib.sha256()
+    for header in (_FORMAT, __version__, config, parameters):
+        fingerprint.update(json.dumps(header, sort_keys=True, default=str).encode())
+    with progress_bar(len(tensors), "Fingerprint of the weights", quiet) as bar:
+        for name, tensor in tensors:
+            fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            bar.update(1)
+    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    return folder / f"self_written-{fingerprint.hexdigest()[:32]}.safetensors"
+
+
+def load_sample(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:
+    """What an earlier run has written, in whole batches; no rows if there is nothing."""
+    nothing = Sample(torch.empty(0, sequence_length, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+    if file is None or not os.path.exists(file):
+        return nothing
+    try:
+        with safe_open(file, "pt") as stored:
+            checksum = stored.metadata()["sha256"]
+            sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone())
+        rows, length = sample.tokens.shape
+        if _checksum(sample) != checksum or length != sequence_length:
+            raise ValueError("the contents do not match the checksum")
+    except Exception as error:
+        warnings.warn(
+            f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
+        )
+        return nothing
+    return sample if rows == num_sequences or rows % batch_size == 0 else nothing
+
+
+def save_sample(file: Path | None, sample: Sample) -> Path | None:
+    """Replace the file at once; `None` if that cannot be done, so that it is tried and told only once."""
+    if file is None:
+        return None
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        contents = {"tokens": sample.tokens.int(), "losses": sample.losses}
+        save_file(contents, temporary, metadata={"sha256": _checksum(sample)})
+        os.replace(temporary, file)
+    except Exception as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        warnings.warn(f"{file} cannot be written ({error}): the calibration text is not kept.", stacklevel=3)
+        return None
+    return file
+
+
+def _checksum(sample: Sample) -> str:
+    checksum = hashlib.sha256(sample.tokens.long().contiguous().numpy().data)
+    checksum.update(sample.losses.contiguous().numpy().data)
+    return checksum.hexdigest()
