@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .checkpoint_files import (
 from .errors import CutError, Problem
 
 PROBE_LENGTH = 64
+PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
 
 
 def load_model(
@@ -282,10 +284,25 @@ def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """Write a tokenizer that transformers 4.57 and 5 read alike; nothing for `None`."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        make_tokenizer_portable(folder)
+    """Write a tokenizer that transformers 4.57 and 5 read alike, beside a `config.json`; nothing for `None`.
+
+    Warns if `AutoTokenizer` reads back another one: transformers 5 insists on Qwen2's own class for a `qwen2` model.
+    """
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder)
+    if getattr(tokenizer, "_auto_class", None) is not None:
+        return
+    probe = PROBE_TEXT + " ".join(tokenizer.all_special_tokens)
+    with _transformers_quiet(bars=False):
+        reloaded = AutoTokenizer.from_pretrained(folder)
+    if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        warnings.warn(
+            f"AutoTokenizer makes a {type(reloaded).__name__} of the saved {type(tokenizer).__name__}, with other token "
+            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained",
+            stacklevel=3,
+        )
 
 
 def _unsavable_generation_config(model: PreTrainedModel) -> GenerationConfig | None:

@@ -227,17 +227,22 @@ def make_config_portable(folder: Path, tied: bool) -> dict[str, Any]:
 
 
 def make_tokenizer_portable(folder: Path) -> None:
-    """Rewrite `tokenizer_config.json` so that transformers 4 reads what transformers 5 wrote, without local paths.
+    """Rewrite `tokenizer_config.json` so that transformers 4 and 5 give the same token ids, without local paths.
 
     Args:
         folder (`Path`): A folder that a tokenizer's `save_pretrained` wrote.
     """
-    path = folder / "tokenizer_config.json"
+    path, model = folder / "tokenizer_config.json", folder / "tokenizer.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if model.is_file() and "auto_map" not in config:
+        # the one class that takes tokenizer.json as it is in both; others rebuild parts of it, each version its own way
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # transformers 4 overwrites the file's setting with False where the configuration does not repeat it
+        prefix = (json.loads(model.read_text(encoding="utf-8")).get("pre_tokenizer") or {}).get("add_prefix_space")
+        if prefix is not None:
+            config["add_prefix_space"] = prefix
     # a list in transformers 5; transformers 4 knows it by the older name, and expects a mapping under this one
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
