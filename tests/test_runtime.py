@@ -1,0 +1,247 @@
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from tiny_models import random_tokens
+from tiny_onnx import exported_llama
+from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from optimum_clp.errors import ConfigurationError, ModelError
+from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.runtime import OnnxCausalLM
+
+
+@pytest.fixture(scope="module")
+def pytorch():
+    return exported_llama().model
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return exported_llama().folder
+
+
+@pytest.fixture(scope="module")
+def onnx_model(folder):
+    return OnnxCausalLM.from_pretrained(folder, num_threads=1)
+
+
+def padded_batch():
+    """Rows of 9, 4 and 1 tokens, left-padded, and their mask."""
+    ids = random_tokens(3, 9, seed=5)
+    mask = (torch.arange(9)[None] >= torch.tensor([[0], [5], [8]])).long()
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def generate(model, ids, mask=None, **options):
+    settings = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, "pad_token_id": 0, **options}
+    mask = torch.ones_like(ids) if mask is None else mask
+    with torch.no_grad():
+        return model.generate(input_ids=ids, attention_mask=mask, **settings)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+def test_logits_are_pytorchs_in_any_call(onnx_model, pytorch):
+    ids, mask = padded_batch()
+    with torch.no_grad():
+        expected = pytorch(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    output = onnx_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert output.past_key_values is None
+    assert output.logits.dtype == torch.float32 and output.logits.shape == (3, 9, pytorch.config.vocab_size)
+    real = mask.bool()
+    torch.testing.assert_close(output.logits[real], expected[real], rtol=1e-4, atol=1e-4)
+    # without a mask there is no padding
+    alone = onnx_model(ids[1:2, 5:]).logits
+    torch.testing.assert_close(alone, output.logits[1:2, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_cached_logits_are_the_uncached_ones(onnx_model):
+    ids, mask = padded_batch()
+    whole = onnx_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    cache, parts = None, []
+    for first, last in ((0, 4), (4, 5), (5, 8), (8, 9)):
+        output = onnx_model(
+            input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache, use_cache=True
+        )
+        cache = output.past_key_values
+        assert cache.get_seq_length() == last
+        parts.append(output.logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, dim=1)[real], whole[real], rtol=1e-4, atol=1e-4)
+
+
+def test_cache_is_extended_in_place_and_older_tensors_stay_whole(onnx_model):
+    ids = random_tokens(2, 6)
+    cache = DynamicCache()
+    output = onnx_model(ids[:, :4], past_key_values=cache)
+    assert output.past_key_values is cache and cache.get_seq_length() == 4
+    keys = cache.layers[0].keys
+    copy = keys.clone()
+    onnx_model(ids[:, 4:], past_key_values=cache)
+    assert cache.get_seq_length() == 6
+    assert torch.equal(keys, copy) and torch.equal(cache.layers[0].keys[:, :, :4], copy)
+
+
+def test_greedy_tokens_are_pytorchs(onnx_model, pytorch):
+    ids = random_tokens(1, 6, seed=2)
+    expected = generate(pytorch, ids)
+    assert len(set(expected[0, 6:].tolist())) > 8  # not one token over and over
+    assert torch.equal(generate(onnx_model, ids), expected)
+    assert torch.equal(generate(onnx_model, ids, use_cache=False), expected)
+
+
+def test_left_padded_batch_generates_what_each_row_does_alone(onnx_model, pytorch):
+    ids, mask = padded_batch()
+    together = generate(onnx_model, ids, mask)
+    assert torch.equal(together, generate(pytorch, ids, mask))
+    for row in range(3):
+        alone = generate(onnx_model, ids[row : row + 1, mask[row] == 1])
+        assert torch.equal(together[row, 9:], alone[0, mask[row].sum() :])
+
+
+def test_sampling_with_a_seed_is_pytorchs(onnx_model, pytorch):
+    ids, mask = padded_batch()
+    sampled = []
+    for model in (pytorch, onnx_model):
+        torch.manual_seed(11)
+        sampled.append(generate(model, ids, mask, do_sample=True, temperature=0.9, top_k=20))
+    assert torch.equal(*sampled)
+    torch.manual_seed(12)
+    assert not torch.equal(generate(onnx_model, ids, mask, do_sample=True, temperature=0.9, top_k=20), sampled[0])
+
+
+def test_beam_search_is_pytorchs(onnx_model, pytorch):
+    ids, mask = padded_batch()
+    options = {"num_beams": 3, "max_new_tokens": 10, "min_new_tokens": 10}
+    assert torch.equal(generate(onnx_model, ids, mask, **options), generate(pytorch, ids, mask, **options))
+
+
+def test_streamer_gets_the_same_tokens(onnx_model):
+    ids = random_tokens(1, 6, seed=2)
+    streamer = Recorder()
+    tokens = generate(onnx_model, ids, streamer=streamer)
+    assert streamer.tokens == tokens[0].tolist() and streamer.ended
+
+
+def test_generation_stops_at_the_end_token(onnx_model):
+    ids = random_tokens(1, 6, seed=2)
+    free = generate(onnx_model, ids)[0, 6:].tolist()
+    stopped = generate(onnx_model, ids, min_new_tokens=0, eos_token_id=free[3])[0, 6:].tolist()
+    assert stopped == free[: free.index(free[3]) + 1]
+
+
+@pytest.mark.parametrize("file", ["onnx/model_quantized.onnx", "onnx/model_q4.onnx"])
+def test_quantized_files_run_with_the_same_code(folder, onnx_model, file):
+    model = OnnxCausalLM.from_pretrained(folder, file)
+    ids, mask = padded_batch()
+    exact, ours = (m(input_ids=ids, attention_mask=mask).logits[mask.bool()] for m in (onnx_model, model))
+    assert 0 < (ours - exact).abs().max() < exact.abs().max()
+    assert generate(model, ids, mask).shape == (3, 33)
+
+
+def test_evaluation_measures_file_and_model_alike(onnx_model, pytorch):
+    tokens = random_tokens(4, 16)
+    ours, theirs = (evaluate_tokens(model, tokens, quiet=True) for model in (onnx_model, pytorch))
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-5)
+
+
+def test_session_options_and_generation_config_are_used(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy/generation_config.json").write_text(
+        '{"eos_token_id": 7, "max_new_tokens": 5, "pad_token_id": 0}'
+    )
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    model = OnnxCausalLM.from_pretrained(tmp_path / "copy", session_options=options)
+    assert model.generation_config.eos_token_id == 7
+    assert model.generate(random_tokens(1, 4)).shape[1] <= 9
+    assert model.session.get_session_options().intra_op_num_threads == 1
+    limited = OnnxCausalLM.from_pretrained(folder, num_threads=2)
+    assert limited.session.get_session_options().intra_op_num_threads == 2
+    for arguments in ({"num_threads": 0}, {"num_threads": 2, "session_options": options}):
+        with pytest.raises(
+            ConfigurationError, match="num_threads is [02]: it must be at least 1, and cannot be given"
+        ):
+            OnnxCausalLM.from_pretrained(folder, **arguments)
+
+
+def test_missing_file_is_named_with_what_is_there(folder, tmp_path):
+    with pytest.raises(ModelError, match=r"model_q2\.onnx'.*no such file.*onnx/model\.onnx, onnx/model_q4\.onnx"):
+        OnnxCausalLM.from_pretrained(folder, "onnx/model_q2.onnx")
+    with pytest.raises(ModelError, match="there is no folder .*nowhere"):
+        OnnxCausalLM.from_pretrained(tmp_path / "nowhere")
+
+
+def test_missing_or_broken_config_is_named(folder, tmp_path):
+    shutil.copytree(folder / "onnx", tmp_path / "onnx")
+    with pytest.raises(ModelError, match=r"folder is .*it has no config\.json"):
+        OnnxCausalLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config\.json is .*Restore the model's config\.json"):
+        OnnxCausalLM.from_pretrained(tmp_path)
+
+
+def test_broken_file_is_named(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    (tmp_path / "model.onnx").write_bytes((folder / "onnx/model.onnx").read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"file_name is .*model\.onnx'.*cannot load it"):
+        OnnxCausalLM.from_pretrained(tmp_path, "model.onnx")
+
+
+def test_file_of_another_kind_is_refused(folder, tmp_path):
+    shutil.copy(folder / "config.json", tmp_path)
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", ["pixels"], ["logits"])],
+        "g",
+        [value("pixels", onnx.TensorProto.FLOAT, [1])],
+        [value("logits", onnx.TensorProto.FLOAT, [1])],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10),
+        tmp_path / "model.onnx",
+    )
+    with pytest.raises(ModelError, match=r"\['pixels'\].*missing: attention_mask, input_ids.*unknown: pixels"):
+        OnnxCausalLM.from_pretrained(tmp_path, "model.onnx")
+
+
+def test_mask_of_another_length_is_refused(onnx_model):
+    cache = onnx_model(random_tokens(2, 3), use_cache=True).past_key_values
+    with pytest.raises(ModelError, match=r"attention_mask is \(2, 1\): its shape must be \(2, 4\)"):
+        onnx_model(random_tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+def test_cache_of_another_kind_is_refused(onnx_model):
+    cache = StaticCache(config=onnx_model.config, max_cache_len=16)
+    with pytest.raises(ModelError, match="past_key_values is 'StaticCache'"):
+        onnx_model(random_tokens(1, 3), past_key_values=cache)
+
+
+def test_outputs_that_the_file_lacks_are_refused(onnx_model):
+    with pytest.raises(ModelError, match="output_attentions is True: the ONNX file has logits and the cache only"):
+        onnx_model(random_tokens(1, 3), output_attentions=True)
+
+
+def test_shapes_of_the_cache_come_from_the_file(folder, pytorch, tmp_path):
+    """A configuration that states another head size changes nothing."""
+    shutil.copytree(folder, tmp_path / "copy")
+    config = type(pytorch.config).from_pretrained(folder)
+    config.head_dim, config.num_key_value_heads = 8, 4
+    config.save_pretrained(tmp_path / "copy")
+    ids = random_tokens(1, 6, seed=2)
+    model = OnnxCausalLM.from_pretrained(tmp_path / "copy")
+    np.testing.assert_array_equal(generate(model, ids), generate(pytorch, ids))
