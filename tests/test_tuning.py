@@ -1,0 +1,182 @@
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+from optimum_clp.architecture import decoder_layers
+from optimum_clp.configuration import TuningConfig
+from optimum_clp.errors import ModelError, TuningError
+from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.losses import kl_divergence
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery import cut_model
+from optimum_clp.teacher import DenseOutputs
+from optimum_clp.tuning import default_learning_rate, tune_layers
+
+SEGMENTS = [LayerSegment(2, 4)]
+
+
+def settings(**overrides):
+    return TuningConfig(**{"epochs": 3, "batch_size": 4, "learning_rate": 3e-3, **overrides})
+
+
+def tuned(model, config, *, layers=(1, 2), seed=0, dense=None):
+    result = tune_layers(
+        model,
+        dense or tiny_model(dtype=model.dtype),
+        layers,
+        random_tokens(16, 20, seed=1),
+        random_tokens(4, 20, seed=2),
+        config,
+        seed=seed,
+        quiet=True,
+    )
+    return result
+
+
+@pytest.fixture
+def dense():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("loss", ["kd", "ce", {"kd": 0.7, "ce": 0.3}], ids=str)
+def test_only_the_endpoints_change(dense, loss):
+    cut = cut_model(dense, SEGMENTS)
+    before, dense_before = copy.deepcopy(cut.state_dict()), copy.deepcopy(dense.state_dict())
+    result = tuned(cut, settings(loss=loss), dense=dense)
+    assert result.improved and result.best_validation_loss < result.initial_validation_loss
+    for name, tensor in cut.state_dict().items():
+        inside = name.startswith(("model.layers.1.", "model.layers.2."))
+        assert torch.equal(tensor, before[name]) != inside, name
+    assert all(torch.equal(t, dense_before[n]) for n, t in dense.state_dict().items())
+    assert result.num_trainable == 2 * sum(p.numel() for p in dense.model.layers[0].parameters())
+
+
+def test_recovery_brings_the_model_closer_to_the_dense_one(dense):
+    cut, test = cut_model(dense, SEGMENTS), random_tokens(8, 20, seed=5)
+    reference = DenseOutputs(dense, test)
+    before = evaluate_tokens(cut, test, reference=reference).kl
+    tuned(cut, settings(epochs=8), dense=dense)
+    assert evaluate_tokens(cut, test, reference=reference).kl < 0.9 * before
+
+
+def test_the_reported_losses_are_those_of_the_model(dense):
+    cut, rows = cut_model(dense, SEGMENTS), random_tokens(4, 20, seed=2)
+
+    def loss():
+        with torch.no_grad():
+            return kl_divergence(dense(rows).logits, cut(rows).logits).mean().item()
+
+    before = loss()
+    result = tuned(cut, settings(), dense=dense)
+    assert result.initial_validation_loss == pytest.approx(before, rel=1e-4)
+    assert result.best_validation_loss == pytest.approx(loss(), rel=1e-4)
+    assert result.best_validation_loss == min(h.validation_loss for h in result.history)
+    assert result.history[0].step == 0 and result.num_tokens == result.steps * 4 * 20
+
+
+def test_a_step_equals_plain_adamw_over_the_whole_model(dense):
+    """One step through the cached hidden states against one step of ordinary training."""
+    config = settings(epochs=1, batch_size=16, warmup_ratio=0.0, evaluations_per_epoch=1, loss="ce")
+    cut = cut_model(dense, SEGMENTS)
+    plain = copy.deepcopy(cut)
+    tuned(cut, config, dense=dense)
+    plain.requires_grad_(False)
+    parameters = [p for i in (1, 2) for p in plain.model.layers[i].parameters()]
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    rows = random_tokens(16, 20, seed=1)
+    plain(rows, labels=rows).loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    for a, b in zip(cut.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_flags_mode_and_dtype_are_restored(dense):
+    cut = cut_model(dense, SEGMENTS).train()
+    cut.model.embed_tokens.requires_grad_(False)
+    flags = [p.requires_grad for p in cut.parameters()]
+    tuned(cut, settings(epochs=1), dense=dense)
+    assert [p.requires_grad for p in cut.parameters()] == flags
+    assert all(m.training for m in cut.modules())
+    assert all(p.grad is None for p in cut.parameters()) and cut.dtype == torch.float32
+
+
+def test_untuned_weights_stay_if_validation_does_not_improve(dense):
+    cut = cut_model(dense, SEGMENTS)
+    before = copy.deepcopy(cut.state_dict())
+    result = tuned(cut, settings(learning_rate=5.0, max_grad_norm=1e6, patience=2), dense=dense)
+    assert not result.improved and result.best_step == 0 and result.stopped == "patience"
+    assert result.best_validation_loss == result.initial_validation_loss
+    assert all(torch.equal(t, before[n]) for n, t in cut.state_dict().items())
+
+
+def test_master_weights_keep_steps_that_bfloat16_would_lose():
+    dense = tiny_model().to(torch.bfloat16)
+    cut = cut_model(dense, SEGMENTS)
+    before = cut.model.layers[1].mlp.up_proj.weight.float().clone()
+    # steps of 2e-5 vanish against bfloat16 weights of 0.15; over 48 of them the float32 masters move enough to show
+    result = tuned(cut, settings(epochs=12, learning_rate=2e-5, patience=99), dense=dense)
+    assert cut.dtype == torch.bfloat16
+    assert result.steps == 48 and result.improved
+    assert (cut.model.layers[1].mlp.up_proj.weight.float() != before).float().mean() > 0.02
+
+
+def test_the_same_seed_gives_the_same_weights(dense):
+    first, second = cut_model(dense, SEGMENTS), cut_model(dense, SEGMENTS)
+    assert tuned(first, settings(), dense=dense, seed=4) == tuned(second, settings(), dense=dense, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(dense, monkeypatch):
+    cut = cut_model(dense, SEGMENTS)
+    calls = []
+
+    def planted(teacher, student, *args):
+        calls.append(1)
+        return kl_divergence(teacher, student) * (math.nan if len(calls) == 8 else 1.0)
+
+    monkeypatch.setattr("optimum_clp.tuning.kl_divergence", planted)
+    with pytest.raises(TuningError) as error:
+        tuned(cut, settings(), dense=dense)
+    text = str(error.value)
+    assert "tuning loss is nan: it must stay finite, and at step " in text
+    assert "were kept. Lower tuning.learning_rate (now 0.003)" in text
+    result = error.value.result
+    assert result.stopped == "nan"
+    assert all(p.isfinite().all() for p in cut.parameters())
+    monkeypatch.undo()
+    rows = random_tokens(4, 20, seed=2)
+    with torch.no_grad():
+        loss = kl_divergence(dense(rows).logits, cut(rows).logits).mean().item()
+    assert loss == pytest.approx(result.best_validation_loss, rel=1e-4)
+
+
+def test_a_second_tuning_starts_from_the_models_own_lower_layers(dense):
+    cut, rows = cut_model(dense, SEGMENTS), random_tokens(4, 20, seed=2)
+    tuned(cut, settings(), dense=dense, layers=(0, 1, 2, 3))
+    with torch.no_grad():
+        expected = kl_divergence(dense(rows).logits, cut(rows).logits).mean().item()
+    again = tuned(cut, settings(epochs=1), dense=dense, layers=(1, 2))
+    assert again.initial_validation_loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("segment", "layers"), [((0, 2), (0,)), ((4, 6), (3,))])
+def test_segments_at_the_ends_have_one_endpoint(dense, segment, layers):
+    cut = cut_model(dense, [LayerSegment(*segment)])
+    assert tuned(cut, settings(), dense=dense, layers=layers).improved
+    assert len(decoder_layers(cut)) == 4
+
+
+def test_layers_outside_the_model_are_refused(dense):
+    with pytest.raises(ModelError, match="the model has layers 0 to 3"):
+        tuned(cut_model(dense, SEGMENTS), settings(), dense=dense, layers=(3, 4))
+
+
+def test_wider_models_take_smaller_steps():
+    assert default_learning_rate(128) == pytest.approx(7.8e-4, rel=0.01)
+    assert default_learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
