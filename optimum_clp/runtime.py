@@ -123,6 +123,7 @@ class OnnxCausalLM(GenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: None = None,
         cache_position: Tensor | None = None,
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
@@ -138,18 +139,22 @@ class OnnxCausalLM(GenerationMixin):
             past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
             use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if
                 `past_key_values` is given.
-            cache_position, return_dict, output_attentions, output_hidden_states: What `generate()` passes on;
-                attentions and hidden states are not in the file and cannot be asked for.
+            inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states: What `generate()`
+                passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape
             `[batch, length, vocabulary]`, float32 on the CPU, and `past_key_values`.
 
         Raises:
-            ModelError: If the mask does not fit, the cache is of another kind, or an output is asked for that the file
+            ModelError: If the mask does not fit, the cache is of another kind, or something is asked for that the file
                 does not have.
         """
-        _refuse_outputs(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
+        _refuse(
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
         cache = self._cache(past_key_values)
         past_length = 0 if cache is None else cache.get_seq_length()
         batch, length = input_ids.shape
@@ -300,12 +305,12 @@ def _session_options(
     return options
 
 
-def _refuse_outputs(**asked: bool | None) -> None:
+def _refuse(**asked: Any) -> None:
     for name, value in asked.items():
-        if value:
-            raise ModelError(
-                Problem(name, value, "the ONNX file has logits and the cache only", "Use the PyTorch model for this")
-            )
+        if value is not None and value is not False:
+            rule = "the ONNX file takes token ids, and gives logits and the cache only"
+            shown = value if isinstance(value, bool) else type(value).__name__
+            raise ModelError(Problem(name, shown, rule, "Use the PyTorch model for this"))
 
 
 def _first_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ def exported_llama():
 @functools.cache
 def traced_qwen3():
     """A qwen3 with a head of its own, head size unlike hidden / heads and one sliding layer: `model`, `graph`."""
-    model = onnx_test_model("qwen3", tied=False, num_layers=4)
+    model = onnx_test_model("qwen3", tied=False, num_layers=2, max_window_layers=1)
     return SimpleNamespace(model=model, graph=export_float_graph(float32_twin(model), opset=21))
 
 
