@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from optimum.quanto import QLinear, QTensor, qtype, qtypes, quantize_weight
+from optimum.quanto import QLinear, QTensor, WeightQBitsTensor, qtype, qtypes, quantize_weight
 from optimum.quanto.library.extensions import get_extension, is_extension_available
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,6 +27,7 @@ from .checkpoint_files import (
     QUANTO_FILE,
     QUANTO_MAP_FILE,
     QUANTO_MODEL_TYPE,
+    check_config,
     check_safetensors,
     read_json_object,
     write_json,
@@ -38,7 +39,8 @@ from .progress import progress_bar
 _QTYPES = {"int8": "qint8", "int4": "qint4"}
 # the tensors that quanto stores in place of a linear layer's weight
 _PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
-_TYPE_KEY = "quantized_model_type"
+# config.json of the folder holds the model's own configuration under this key
+_CONFIG_KEY = "model_config"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,9 +140,7 @@ def save_quantized(
             for name, layer in layers.items():
                 state.update({f"{name}.{key}": value for key, value in _quantize(name, layer, kind).items()})
                 bar.update(1)
-        config = save_configs(model, staged)
-        config[_TYPE_KEY], config["model_type"] = config["model_type"], QUANTO_MODEL_TYPE
-        write_json(staged / CONFIG_FILE, config)
+        write_json(staged / CONFIG_FILE, {"model_type": QUANTO_MODEL_TYPE, _CONFIG_KEY: save_configs(model, staged)})
         write_json(staged / QUANTO_MAP_FILE, {n: {"weights": kind.name, "activations": "none"} for n in layers})
         save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
         del state
@@ -229,6 +229,7 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
         raise model_error(folder, rule, "Quantize the dense model again")
     # assign, because quanto's own requantize leaves what a file lacks uninitialised, without a word
     with without_compiler():
+        _load_odd_layers(model, kinds, state)
         model.load_state_dict(state, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.tie_weights()
@@ -241,6 +242,17 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     return model.requires_grad_(False).eval()
 
 
+def _load_odd_layers(model: PreTrainedModel, kinds: dict[str, str], state: dict[str, torch.Tensor]) -> None:
+    """Load the int4 weights that quanto would hand to a bfloat16 kernel which refuses their number of outputs."""
+    for name in kinds:
+        layer: Any = model.get_submodule(name)
+        if layer.weight_group_size == 128 and layer.out_features % 16:
+            size, stride = layer.weight.size(), layer.weight.stride()
+            prefix, kind, missing = f"{name}.weight.", layer.weight_qtype, []  # type: ignore[var-annotated]
+            weight = WeightQBitsTensor.load_from_state_dict(state, prefix, kind, 0, 128, size, stride, missing)
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
 def _read_description(folder: Path):
     """The configuration of a quantized folder, and quanto's name for the type of each quantized layer's weight."""
     if not (folder / QUANTO_MAP_FILE).is_file():
@@ -249,11 +261,12 @@ def _read_description(folder: Path):
         )
         raise model_error(folder, f"the folder has no {QUANTO_MAP_FILE}", remedy)
     raw = read_json_object(folder / CONFIG_FILE, folder)
-    if raw.get("model_type") != QUANTO_MODEL_TYPE or raw.get(_TYPE_KEY) not in CONFIG_MAPPING:
+    own = raw.get(_CONFIG_KEY)
+    if raw.get("model_type") != QUANTO_MODEL_TYPE or not isinstance(own, dict):
         remedy = "Load it with optimum.quanto.QuantizedModelForCausalLM, or quantize the dense model again"
         raise model_error(folder, "it was not written by optimum_clp.quantization.save_quantized", remedy)
-    raw["model_type"] = raw.pop(_TYPE_KEY)
-    config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    check_config(folder, own, trust_remote_code=False)
+    config = CONFIG_MAPPING[own["model_type"]].from_dict(own)
     kinds = {n: entry.get("weights") for n, entry in read_json_object(folder / QUANTO_MAP_FILE, folder).items()}
     if not set(kinds.values()) <= set(_PARTS):
         raise model_error(folder, f"its {QUANTO_MAP_FILE} is malformed", "Quantize the dense model again")
