@@ -52,3 +52,14 @@ def make_identity(model, indices):
             model.model.layers[index].self_attn.o_proj.weight.zero_()
             model.model.layers[index].mlp.down_proj.weight.zero_()
     return model
+
+
+def tiny_tokenizer():
+    """One token for each of the words `w3` to `w96`; `<s>` starts and `</s>` ends a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

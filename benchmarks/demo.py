@@ -1,0 +1,51 @@
+"""`make demo`: the whole pipeline on the small model that comes with the project, without network.
+
+The model writes its own calibration text (seed 0), is searched, cut, tuned, exported and quantized; everything is
+measured on a second sample of its own text (seed 1); at the end the int4 ONNX file writes a few sentences.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from optimum_clp import CLPConfig, CLPPruner, OnnxCausalLM
+
+HERE = Path(__file__).parent
+PROMPTS = ("one day, a little girl named", "the dog was happy because", "apollo was the")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(HERE / "models" / "stories-llama-16l"))
+    parser.add_argument("--output", default=str(HERE.parent / "demo-output"))
+    parser.add_argument("--pruning-ratio", type=float, default=0.2)
+    args = parser.parse_args()
+
+    begin = time.perf_counter()
+    pruner = CLPPruner.from_pretrained(args.model)
+    pruner.prune(CLPConfig(args.pruning_ratio), save_directory=args.output, overwrite=True)
+    search, tuning = pruner.report.search, pruner.report.tuning
+    print(
+        f"\nThe {search['strategy']} search chose layers {', '.join(map(str, pruner.segments))} of {search['num_layers']}; "
+        f"layers {', '.join(map(str, tuning['layers']))} of the cut model were tuned in {tuning['steps']} steps.\n"
+    )
+    print(pruner.report.to_table())
+
+    file = "onnx/model_q4.onnx"
+    print(f"\nWritten by {file} through ONNX Runtime (sampled, seed 0):\n")
+    tokenizer = AutoTokenizer.from_pretrained(args.output)
+    model = OnnxCausalLM.from_pretrained(args.output, file)
+    torch.manual_seed(0)
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, temperature=0.6)
+        print("  " + tokenizer.decode(out[0], skip_special_tokens=True).replace("\n", " "))
+    print(f"\nEverything is in {args.output} ({time.perf_counter() - begin:.0f} s).")
+
+
+if __name__ == "__main__":
+    main()

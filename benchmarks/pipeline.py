@@ -1,0 +1,131 @@
+"""The whole pipeline on a real model and real text: what a cut costs, what tuning brings back, what int8 and int4 cost.
+
+For each ratio and each source of tuning text: the segment by gate and by exhaustive search; held-out perplexity and KL
+to the dense model of the cut, the tuned, the int8 and the int4 model; the same on text of another kind; and the dense
+model given the same steps on the same layers (what exceeds that is adaptation to the text, not recovery).
+
+    python benchmarks/pipeline.py --model MODEL --data FOLDER --other TEST.txt --output results.json
+
+FOLDER holds `train.txt` (calibration and tuning) and `test.txt` (measured on, never tuned on).
+"""
+
+import argparse
+import copy
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp.calibration import load_calibration, tokenize_dataset
+from optimum_clp.configuration import SearchConfig
+from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.report import environment_info
+from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.search import search_segment
+from optimum_clp.segments import endpoint_layers
+from optimum_clp.teacher import DenseOutputs
+from optimum_clp.tuning import tune_layers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--other", type=Path, required=True, help="test text of another kind")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--sources", nargs="+", default=["given", "self-written"], choices=["given", "self-written"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+
+    pruner = CLPPruner.from_pretrained(args.model, quiet=True)
+    texts = {"test": args.data / "test.txt", "other": args.other}
+    length = min(256, pruner.model.config.max_position_embeddings)
+    tokens = {name: tokenize_dataset(str(f), pruner.tokenizer, sequence_length=length) for name, f in texts.items()}
+    references = {name: DenseOutputs(pruner.model, rows, quiet=True) for name, rows in tokens.items()}
+
+    def measure(model) -> dict:
+        return {
+            name: evaluate_tokens(model, tokens[name], reference=references[name], quiet=True).to_dict()
+            for name in tokens
+        }
+
+    results = {
+        "model": Path(args.model).name,
+        "texts": {name: f"{f.parent.name}/{f.name}" for name, f in texts.items()},
+        "seed": args.seed,
+        "environment": environment_info(),
+        "dense": measure(pruner.model),
+        "runs": [],
+    }
+    for source in args.sources:
+        for ratio in args.ratios:
+            begin = time.perf_counter()
+            run = one_run(pruner, source, ratio, args, measure)
+            run["seconds"] = time.perf_counter() - begin
+            results["runs"].append(run)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")  # an interrupted run keeps what it has
+            print(summary(run), flush=True)
+
+
+def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespace, measure) -> dict:
+    """All figures of one ratio and one source of tuning text."""
+    dataset = str(args.data / "train.txt") if source == "given" else None
+    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset)
+    gate = pruner.search(config)
+    data = load_calibration(config.calibration, pruner.tokenizer, pruner.model, config.seed, quiet=True)
+    oracle = search_segment(
+        pruner.model, data.train, gate.num_removed, SearchConfig(strategy="exhaustive"), seed=args.seed, quiet=True
+    )
+    run = {
+        "source": source,
+        "ratio": ratio,
+        "gate": gate.to_dict(),
+        "exhaustive": oracle.to_dict(),
+        "gate_excess": gate.score / oracle.score - 1,
+        "cut": measure(pruner.cut()),
+    }
+    run["tuning"] = pruner.tune().to_dict()
+    run["tuned"] = measure(pruner.pruned_model)
+    run["dense_control"] = dense_control(pruner, data, config, measure)
+    with tempfile.TemporaryDirectory() as folder:
+        pruner.export(folder)
+        run["export"] = pruner.report.export
+        for entry in pruner.report.export["files"]:
+            run[f"onnx {entry['weights']}"] = measure(OnnxCausalLM.from_pretrained(folder, entry["file"]))
+    return run
+
+
+def dense_control(pruner: CLPPruner, data, config: CLPConfig, measure) -> dict:
+    """The dense model after the same tuning of the layers that became the endpoints."""
+    layers = endpoint_layers(pruner.segments, pruner.model.config.num_hidden_layers, config.tuning.endpoint_width)
+    kept = [i for i in range(pruner.model.config.num_hidden_layers) if not any(s.start <= i < s.stop for s in pruner.segments)]
+    control = copy.deepcopy(pruner.model)
+    result = tune_layers(
+        control,
+        pruner.model,
+        [kept[j] for j in layers],
+        data.train,
+        data.validation,
+        config.tuning,
+        seed=config.seed,
+        quiet=True,
+    )
+    return {**measure(control), "improved": result.improved}
+
+
+def summary(run: dict) -> str:
+    """One line for a terminal."""
+    figures = "  ".join(
+        f"{name} {run[name]['test']['perplexity']:.2f}/{run[name]['other']['perplexity']:.2f}"
+        for name in ("cut", "tuned", "dense_control", "onnx float32", "onnx int8", "onnx int4")
+    )
+    return (
+        f"{run['source']} {run['ratio']}: gate {run['gate']['segments']} excess {run['gate_excess']:+.2%}  "
+        f"{figures}  ({run['seconds']:.0f} s)"
+    )
+
+
+if __name__ == "__main__":
+    main()
