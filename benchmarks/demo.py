@@ -42,7 +42,9 @@ def main() -> None:
     for prompt in PROMPTS:
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], dim=1)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, temperature=0.6)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=True, temperature=0.6
+        )
         print("  " + tokenizer.decode(out[0], skip_special_tokens=True).replace("\n", " "))
     print(f"\nEverything is in {args.output} ({time.perf_counter() - begin:.0f} s).")
 

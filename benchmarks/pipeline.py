@@ -100,7 +100,11 @@ def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespa
 def dense_control(pruner: CLPPruner, data, config: CLPConfig, measure) -> dict:
     """The dense model after the same tuning of the layers that became the endpoints."""
     layers = endpoint_layers(pruner.segments, pruner.model.config.num_hidden_layers, config.tuning.endpoint_width)
-    kept = [i for i in range(pruner.model.config.num_hidden_layers) if not any(s.start <= i < s.stop for s in pruner.segments)]
+    kept = [
+        i
+        for i in range(pruner.model.config.num_hidden_layers)
+        if not any(s.start <= i < s.stop for s in pruner.segments)
+    ]
     control = copy.deepcopy(pruner.model)
     result = tune_layers(
         control,

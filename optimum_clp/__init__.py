@@ -21,7 +21,7 @@ _HOMES = {
     "CLPError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
     from .configuration import (  # noqa: F401

@@ -64,7 +64,7 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
         raise ModelError(
             Problem(
                 "per_layer_config",
-                sorted(config.per_layer_attributes),
+                sorted(config.per_layer_attributes or ()),
                 "a config that describes single layers cannot be renumbered exactly",
                 "Use a checkpoint whose layers are all alike",
             )
@@ -74,7 +74,9 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers, in order."""
-    return model.get_submodule(find_architecture(model.config).layers)
+    layers = model.get_submodule(find_architecture(model.config).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def num_layers(config: PretrainedConfig) -> int:

@@ -257,7 +257,11 @@ class CLPConfig(BaseConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, with the versions that wrote it."""
-        output: dict[str, Any] = {"model_type": self.model_type, "pruning_ratio": self.pruning_ratio, "seed": self.seed}
+        output: dict[str, Any] = {
+            "model_type": self.model_type,
+            "pruning_ratio": self.pruning_ratio,
+            "seed": self.seed,
+        }
         for name in STAGES:
             output[name] = dataclasses.asdict(getattr(self, name))
         output["clp_version"] = __version__
@@ -338,7 +342,9 @@ def _integer(low: int, high: int | None = None) -> Rule:
     shown = f"at least {low}" if high is None else f"from {low} to {high}"
 
     def holds(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        return (
+            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+        )
 
     return holds, f"it must be a whole number {shown}", f"Choose a whole number {shown}"
 
@@ -383,7 +389,9 @@ def _is_weights(value: Any) -> bool:
 
 _RULES: dict[str, dict[str, Rule]] = {
     "calibration": {
-        "dataset": _or_none((_is_dataset, "it must be a file, a dataset name or a list of strings", "Give one of them")),
+        "dataset": _or_none(
+            (_is_dataset, "it must be a file, a dataset name or a list of strings", "Give one of them")
+        ),
         "text_column": _text(),
         "sequence_length": _integer(8),
         "train_sequences": _integer(1),
@@ -421,7 +429,11 @@ _RULES: dict[str, dict[str, Rule]] = {
         "patience": _integer(1),
     },
     "quantization": {
-        "weights": (_is_weights, "it must be a list of 'int8', 'int4', each at most once", "Choose for example ['int4']"),
+        "weights": (
+            _is_weights,
+            "it must be a list of 'int8', 'int4', each at most once",
+            "Choose for example ['int4']",
+        ),
         "group_size": _one_of(*GROUP_SIZES),
         "accuracy_level": _one_of(*ACCURACY_LEVELS),
         "quantize_embeddings": _boolean(),
@@ -463,9 +475,9 @@ def _unknown_keys(extra: dict[str, Any], newer: str) -> list[Problem]:
     ]
 
 
-def _stage(name: str, value: Any, problems: list[Problem], newer: str):
+def _stage(name: str, value: Any, problems: list[Problem], newer: str) -> Any:
     """`value` as the stage's dataclass; what is wrong with it is added to `problems`."""
-    cls = STAGES[name]
+    cls: Any = STAGES[name]
     if value is None:
         return cls()
     if isinstance(value, cls):

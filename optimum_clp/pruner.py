@@ -112,8 +112,8 @@ class CLPPruner(OptimumQuantizer):
             ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
         """
         hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        is_model = isinstance(model_or_path, PreTrainedModel)
-        folder = Path(model_or_path) if not is_model and os.path.isdir(model_or_path) else None
+        path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
+        folder = Path(path) if path is not None and os.path.isdir(path) else None
         written = folder is not None and (folder / REPORT_NAME).is_file()
         config = CLPConfig.from_pretrained(folder) if written else None
         report = CLPReport.load(folder) if folder is not None and written else None
@@ -135,13 +135,12 @@ class CLPPruner(OptimumQuantizer):
                 pruner = cls(None, config=config, report=report, pruned_model=loaded, segments=segments, quiet=quiet)
             else:
                 pruner = cls(loaded, config=config, quiet=quiet)
-                name = loaded.name_or_path if is_model else os.fspath(model_or_path)  # type: ignore[arg-type]
-                pruner._describe(loaded, name, revision)
+                pruner._describe(loaded, path or loaded.name_or_path, revision)
         pruner._folder = folder
         if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
             pruner.tokenizer = tokenizer
-        elif tokenizer is not None or not is_model:
-            pruner.tokenizer = load_tokenizer(tokenizer or model_or_path, **hub)  # type: ignore[arg-type]
+        elif tokenizer is not None or path is not None:
+            pruner.tokenizer = load_tokenizer(tokenizer or path, **hub)  # type: ignore[arg-type]
         return pruner
 
     def search(self, config: CLPConfig | None = None) -> SearchResult:
@@ -433,7 +432,7 @@ class CLPPruner(OptimumQuantizer):
         self.config.validate()
         return self.config
 
-    def _describe(self, model: PreTrainedModel, name: str, revision: str | None) -> None:
+    def _describe(self, model: PreTrainedModel, name: str | None, revision: str | None) -> None:
         self.report.base_model = {
             "name_or_path": name or None,
             "revision": revision,
@@ -521,7 +520,9 @@ class CLPPruner(OptimumQuantizer):
             for entry in self.report.export["files"]:
                 file = entry["file"]
                 makers[ROW_NAMES[entry["weights"]]] = lambda f=file: OnnxCausalLM.from_pretrained(folder, f)
-        measurements.add_speed({key: make for key, make in makers.items() if key in {r["name"] for r in measurements.rows}})
+        measurements.add_speed(
+            {key: make for key, make in makers.items() if key in {r["name"] for r in measurements.rows}}
+        )
         self.report.evaluation = measurements.to_dict()
 
     def _export_into(self, folder: Path, model: PreTrainedModel) -> None:

@@ -185,7 +185,7 @@ def _dispatch_like(cut: PreTrainedModel, dense: PreTrainedModel, layers_path: st
 
         dispatch_model(cut, renumbered)
     else:
-        cut.hf_device_map = renumbered
+        cut.hf_device_map = renumbered  # type: ignore[assignment]
 
 
 def _layer_differences(new: nn.Module, old: nn.Module, index: int) -> Iterator[tuple[str, Any, Any]]:

@@ -188,7 +188,7 @@ class _EndpointTrainer:
         if stopped == "finished":
             with progress_bar(self.total, "Endpoint tuning", self.quiet) as bar:
                 for rows in self._batches():
-                    rate = schedule.get_last_lr()[0]
+                    rate = float(schedule.get_last_lr()[0])
                     losses.append(self._train_step(rows, optimizer))
                     if not math.isfinite(losses[-1]):
                         stopped = "nan"
@@ -308,7 +308,8 @@ class _MasterWeights:
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
         self.masters = [
-            p if p.dtype == torch.float32 else nn.Parameter(p.detach().to(torch.float32, copy=True)) for p in parameters
+            p if p.dtype == torch.float32 else nn.Parameter(p.detach().to(torch.float32, copy=True))
+            for p in parameters
         ]
 
     def take_gradients(self, max_norm: float) -> float:

@@ -14,7 +14,9 @@ def test_layers_are_found(model_type):
 
 
 def test_an_unknown_type_is_refused_with_the_supported_ones():
-    with pytest.raises(ModelError, match="model_type is 'gpt2': the supported architectures are llama, mistral, qwen2, "):
+    with pytest.raises(
+        ModelError, match="model_type is 'gpt2': the supported architectures are llama, mistral, qwen2, "
+    ):
         find_architecture(AutoConfig.for_model("gpt2"))
 
 

@@ -92,7 +92,9 @@ def test_each_rule_names_key_value_and_rule(stage, key, value, message):
 
 
 def test_a_stage_of_the_wrong_type_is_refused():
-    with pytest.raises(ConfigurationError, match="calibration is 'wikitext2': it must be a CalibrationConfig or a dict"):
+    with pytest.raises(
+        ConfigurationError, match="calibration is 'wikitext2': it must be a CalibrationConfig or a dict"
+    ):
         CLPConfig(calibration="wikitext2")
 
 

@@ -123,7 +123,9 @@ def test_a_restored_folder_whose_dense_model_is_gone_says_so(dense_folder, tmp_p
     CLPPruner.from_pretrained(dense_folder, quiet=True).prune(recipe(tmp_path), save_directory=tmp_path / "out")
     dense_folder.rename(tmp_path / "elsewhere")
     again = CLPPruner.from_pretrained(tmp_path / "out", quiet=True)
-    with pytest.raises(ModelError, match="base_model is .*this step needs the dense model, and it could not be loaded"):
+    with pytest.raises(
+        ModelError, match="base_model is .*this step needs the dense model, and it could not be loaded"
+    ):
         again.tune()
     again.model = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere").eval()
     assert again.tune().steps > 0
@@ -243,7 +245,9 @@ class TestUpload:
         seen = {}
 
         def record(self, *, repo_id, folder_path, **options):
-            files = {str(p.relative_to(folder_path)): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file()}
+            files = {
+                str(p.relative_to(folder_path)): p.read_bytes() for p in Path(folder_path).rglob("*") if p.is_file()
+            }
             seen.update(repo_id=repo_id, files=files, options=options)
             return "https://hub/commit"
 

@@ -63,9 +63,7 @@ def test_storage_is_shared_and_the_dense_model_is_untouched():
     assert model.config.num_hidden_layers == 6
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not any(t.is_meta for t in [*smaller.parameters(), *smaller.buffers()])
-    assert not any(
-        isinstance(v, torch.Tensor) and v.is_meta for m in smaller.modules() for v in vars(m).values()
-    )
+    assert not any(isinstance(v, torch.Tensor) and v.is_meta for m in smaller.modules() for v in vars(m).values())
 
 
 def test_owned_layers_no_longer_share():

@@ -4,7 +4,7 @@ import argparse
 
 from ..report import format_bytes
 from . import arguments
-from .session import Answer, load_cut_pruner, output_folder
+from .session import Answer, load_cut_pruner, required_output
 
 HELP = "write the cut model as ONNX files: float, int8, int4"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `export`; the answer is the report and the sizes of the files."""
-    output = output_folder(args)
+    output = required_output(args)
     pruner = load_cut_pruner(args)
     pruner.export(output, overwrite=args.overwrite)
     result = pruner.report.to_dict()

@@ -3,7 +3,7 @@
 import argparse
 
 from . import arguments
-from .session import Answer, load_pruner, output_folder, read_config
+from .session import Answer, load_pruner, read_config, required_output
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `prune`; the answer is the report and its table."""
-    output = output_folder(args)
+    output = required_output(args)
     config = read_config(args)
     pruner = load_pruner(args)
     pruner.prune(config, output, overwrite=args.overwrite)

@@ -4,7 +4,7 @@ import argparse
 
 from ..report import format_bytes
 from . import arguments
-from .session import Answer, load_cut_pruner, output_folder
+from .session import Answer, load_cut_pruner, required_output
 
 HELP = "write an optimum-quanto checkpoint of the cut model (ONNX files are made by `export`)"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `quantize`; the answer is the report and the size of the folder."""
-    output = output_folder(args)
+    output = required_output(args)
     pruner = load_cut_pruner(args)
     pruner.quantize(output, weights=args.weights, overwrite=args.overwrite)
     result = pruner.report.to_dict()

@@ -96,6 +96,13 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     return target
 
 
+def required_output(args: argparse.Namespace) -> Path:
+    """As [`output_folder`], for the commands that `execute` does not run without one."""
+    target = output_folder(args)
+    assert target is not None
+    return target
+
+
 def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "CLPConfig":
     """The recipe: `--config`, or else `base`, or else the defaults; overridden by the options.
 

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from . import arguments
-from .session import Answer, load_cut_pruner, output_folder
+from .session import Answer, load_cut_pruner, required_output
 
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `tune`; the answer is the report and the losses before and after."""
-    output = output_folder(args)
+    output = required_output(args)
     pruner = load_cut_pruner(args)
     pruner.tune(pruner.config)
     pruner.save_pretrained(output, overwrite=args.overwrite)
