@@ -135,7 +135,7 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     _add(group, "search", "--strategy", help="gate or exhaustive (default: gate)")
     _add(group, "search", "--search-sequences", "num_sequences", type=int, help="rows it looks at (default: 32)")
     _add(group, "search", "--search-batch-size", "batch_size", type=int, help="rows in one pass (default: 8)")
-    _add(group, "search", "--search-steps", "steps", type=int, help="gradient steps of the gate (default: 24)")
+    _add(group, "search", "--search-steps", "steps", type=int, help="gradient steps of the gate (default: 16)")
     _add(group, "search", "--num-rescored", type=int, help="segments scored exactly after the gate (default: 5)")
 
 
