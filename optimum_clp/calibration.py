@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration import CalibrationConfig
 from .errors import CalibrationError, Problem
+from .sample_cache import Sample
 from .self_written import embedding_weight, sample_text
 from .text_sources import Passage, describe, read_passages
 
@@ -83,8 +84,9 @@ def load_calibration(
         quiet (`bool`): No progress bar.
 
     Returns:
-        [`CalibrationData`]. The three splits follow one another in the shuffled source, so a document can lie in two
-        of them only where one split ends and the next begins, and no token position is in two.
+        [`CalibrationData`]. The three splits of given text follow one another in the shuffled source, so a document can
+        lie in two of them only where one split ends and the next begins, and no token position is in two. The test
+        split of self-written text is a second sample, with `seed + 1`.
 
     Raises:
         CalibrationError: If the text cannot be read, there is too little of it, or a token is not in the model's
@@ -94,21 +96,27 @@ def load_calibration(
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
     statistics = None
     if config.dataset is None:
-        sample = sample_text(
-            model,
-            num_sequences=sum(sizes),
-            sequence_length=length,
-            seed=seed,
-            temperature=config.temperature,
-            batch_size=config.generation_batch_size,
-            tokenizer=tokenizer,
-            cache_dir=config.cache_dir,
-            quiet=quiet,
-        )
-        rows, source = sample.tokens, "self-written"
+
+        def sample(rows: int, seed: int) -> Sample:
+            return sample_text(
+                model,
+                num_sequences=rows,
+                sequence_length=length,
+                seed=seed,
+                temperature=config.temperature,
+                batch_size=config.generation_batch_size,
+                tokenizer=tokenizer,
+                cache_dir=config.cache_dir,
+                quiet=quiet,
+            )
+
+        # what is measured on is a sample of its own, not the rest of the one that was tuned on
+        written, held_out = sample(sum(sizes[:2]), seed), sample(sizes[2], seed + 1)
+        rows = torch.cat([written.tokens, held_out.tokens])
+        source = "self-written"
         statistics = {
             "distinct_4gram_share": distinct_ngram_share(rows[: sizes[0]], 4),
-            "dense_perplexity": math.exp(min(sample.losses[: sizes[0]].mean().item(), 700.0)),
+            "dense_perplexity": math.exp(min(written.losses[: sizes[0]].mean().item(), 700.0)),
             "seed": seed,
             "temperature": config.temperature,
         }

@@ -498,7 +498,9 @@ class CLPPruner(OptimumQuantizer):
             data = self._calibration()
             self._measurements = Measurements(
                 data.test,
-                f"the test split of {data.source}" if data.statistics is None else "text that the dense model wrote",
+                f"the test split of {data.source}"
+                if data.statistics is None
+                else f"text that the dense model wrote (seed {self.config.seed + 1}; calibrated on seed {self.config.seed})",
                 self.model,
                 batch_size=self.config.search.batch_size,
                 quiet=self.quiet,
