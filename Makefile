@@ -5,9 +5,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
+VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types install clean
+.PHONY: demo test test-slow test-transformers4 lint types install clean
 
 install: $(STAMP)
 
@@ -26,6 +27,16 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
 
+# the same tests with the last transformers 4, in an environment of its own
+$(VENV4)/.installed: setup.cfg pyproject.toml constraints-transformers4.txt
+	test -x $(VENV4)/bin/python || $(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/python -m pip install -q $(TORCH)
+	$(VENV4)/bin/python -m pip install -q -c constraints-transformers4.txt -e ".[tests]"
+	touch $@
+
+test-transformers4: $(VENV4)/.installed
+	$(VENV4)/bin/python -m pytest
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,4 +45,4 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV4) build dist *.egg-info demo-output

@@ -243,6 +243,8 @@ def make_tokenizer_portable(folder: Path) -> None:
         prefix = (json.loads(model.read_text(encoding="utf-8")).get("pre_tokenizer") or {}).get("add_prefix_space")
         if prefix is not None:
             config["add_prefix_space"] = prefix
+        # without it transformers 4 also gives token_type_ids, which decoders refuse
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
     # a list in transformers 5; transformers 4 knows it by the older name, and expects a mapping under this one
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

@@ -373,6 +373,7 @@ def test_saved_tokenizer(prefix_space, tmp_path):
     assert not isinstance(config.get("extra_special_tokens"), list)
     reloaded = AutoTokenizer.from_pretrained(tmp_path)
     assert reloaded(TEXT).input_ids == tokenizer(TEXT).input_ids
+    assert set(reloaded(TEXT)) == {"input_ids", "attention_mask"}
     assert sorted(reloaded.all_special_tokens) == sorted(tokenizer.all_special_tokens)
     assert reloaded.chat_template == tokenizer.chat_template
 
