@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 import sysconfig
@@ -303,6 +304,7 @@ def test_what_torch_cannot_trace_is_reported(monkeypatch):
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError, match=r"LlamaForCausalLM.*cannot trace it \(unsupported operator\)"):
         export_float_graph(float32_twin(tiny_model("llama", 1)), 21)
+    assert gc.isenabled()
 
 
 @pytest.mark.slow
