@@ -4,7 +4,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .checkpoint_files import (
     make_tokenizer_portable,
     read_config,
 )
-from .errors import CutError, Problem
+from .errors import CLPError, CutError, Problem
 
 PROBE_LENGTH = 64
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
@@ -41,6 +41,7 @@ def load_model(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     use_safetensors: bool = True,
+    accept: Callable[[Any], Any] | None = None,
     quiet: bool = False,
 ) -> PreTrainedModel:
     """Load a dense causal language model, in eval mode, and check that every weight came from the checkpoint.
@@ -55,6 +56,7 @@ def load_model(
         trust_remote_code (`bool`): Allow code that comes with the model to run.
         use_safetensors (`bool`): `False` also allows pickled weights, where there are no others; reading them can run
             code.
+        accept (`Callable`, *optional*): Called with the model's config before any weight is read; raises to refuse it.
         quiet (`bool`): Show no progress bars.
 
     Returns:
@@ -85,6 +87,8 @@ def load_model(
     with _transformers_quiet(bars=quiet):
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub, **rope)
+            if accept is not None:
+                accept(config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -95,6 +99,8 @@ def load_model(
                 output_loading_info=True,
                 **hub,
             )
+        except CLPError:
+            raise
         # whatever a library says about a bad file, the user gets one message with the model's name
         except Exception as error:
             raise load_error(path, error) from error
@@ -192,7 +198,10 @@ def load_tokenizer(
     Raises:
         ModelError: If there is none, it is empty, or it cannot be read.
     """
-    name, remedy = os.fspath(path), "Pass the tokenizer, or the folder or Hub id of one, as tokenizer="
+    name, remedy = (
+        os.fspath(path),
+        "Pass the tokenizer, or the folder or Hub id of one, as tokenizer= (--tokenizer on the command line)",
+    )
     if not os.path.isdir(name):
         _refuse_local_looking(name)
     elif not any(any(Path(name).glob(pattern)) for pattern in TOKENIZER_FILES):

@@ -126,6 +126,7 @@ class CLPPruner(OptimumQuantizer):
                 dtype=dtype,
                 device_map=device_map,
                 use_safetensors=use_safetensors,
+                accept=find_architecture,
                 quiet=quiet,
                 **hub,  # type: ignore[arg-type]
             )

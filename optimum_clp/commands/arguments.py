@@ -54,6 +54,7 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     """`--model` and how it is loaded."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", required=True, metavar="MODEL", help=help_text)
+    group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, if it does not lie beside the model")
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto is what the checkpoint says")
     group.add_argument("--device-map", help="where the model goes: cpu, cuda, auto, ...")

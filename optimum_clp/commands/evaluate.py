@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Answer:
     """Run `evaluate`; the answer is what was measured."""
     read_config(args)  # a mistake in the options is reported before the model is loaded
-    pruner = load_pruner(args)
+    pruner = load_pruner(args, args.file)
     pruner.config = read_config(args, pruner.config)
     text = getattr(args, "calibration.dataset")
     if text is None and args.config is not None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> Answer:
     if text is None and not pruner.report.calibration:
         rule = f"{args.model} has no {REPORT_NAME} that says which text it was measured on"
         raise ConfigurationError(Problem("--dataset", text, rule, "Name the text to measure on"))
-    result = pruner.evaluate(text, reference=args.reference, file_name=args.file)
+    result = pruner.evaluate(text, reference=args.reference)
     result = {key: value for key, value in result.items() if value is not None}
     width = max(map(len, result))
     return result, "\n".join(f"{key:<{width}}  {_shown(value)}" for key, value in result.items())

@@ -132,12 +132,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_pruner(args: argparse.Namespace) -> "CLPPruner":
-    """The model of `--model`."""
+def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
+    """The model of `--model`, or one ONNX file of that folder."""
     from ..pruner import CLPPruner
 
     return CLPPruner.from_pretrained(
         args.model,
+        file_name,
+        tokenizer=args.tokenizer,
         dtype=args.dtype,
         device_map=args.device_map,
         revision=args.revision,

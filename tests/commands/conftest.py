@@ -21,6 +21,7 @@ class FakePruner:
 
     @classmethod
     def from_pretrained(cls, model_or_path, file_name=None, **options):
+        options = options if file_name is None else {"file_name": file_name, **options}
         cls.calls.append(("from_pretrained", model_or_path, options))
         pruner = cls()
         pruner.report = CLPReport(base_model=example_report().base_model)

@@ -38,10 +38,12 @@ def test_prune_runs_everything_and_prints_the_table(pruner, tmp_path, capsys):
 def test_loading_options_are_passed_on(pruner):
     line = (
         "prune --model m --dtype bfloat16 --device-map cpu --revision main --trust-remote-code --no-safetensors "
+        "--tokenizer t "
         "--quiet --push-to-hub me/m out"
     )
     assert main(line.split()) == 0
     assert pruner.calls[0][2] == {
+        "tokenizer": "t",
         "dtype": "bfloat16",
         "device_map": "cpu",
         "revision": "main",
@@ -152,7 +154,8 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
         "evaluate --model cut --file onnx/model_q4.onnx --dataset d.txt --sequence-length 32 --reference dense --json"
     )
     assert main(line.split()) == 0
-    assert pruner.calls[-1] == ("evaluate", "d.txt", {"reference": "dense", "file_name": "onnx/model_q4.onnx"})
+    assert pruner.calls[-1] == ("evaluate", "d.txt", {"reference": "dense", "file_name": None})
+    assert pruner.calls[0][2]["file_name"] == "onnx/model_q4.onnx"
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
 
 

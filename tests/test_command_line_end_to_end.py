@@ -1,0 +1,163 @@
+"""The real commands on small models: what a user types, what comes out, and what bad input is answered."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model, tiny_tokenizer
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+
+from optimum_clp.commands.clp import main
+
+FAST = (
+    "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "
+    "--search-sequences 4 --search-steps 2 --quiet"
+)
+TUNING = "--epochs 1 --batch-size 4"
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A current folder with a dense model in `dense`; nothing of the user's own is touched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optimum_clp.measurement.NEW_TOKENS", 3)
+    tiny_model(tie_word_embeddings=True).save_pretrained("dense")
+    tiny_tokenizer().save_pretrained("dense")
+    return tmp_path
+
+
+def call(line, capsys):
+    status = main(line.split())
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_prune_then_every_other_command_on_what_it_wrote(workplace, capsys):
+    fast = f"{FAST} --cache-dir {workplace / 'cache'}"
+    status, out, err = call(f"prune --model dense {fast} {TUNING} --no-export --json out", capsys)
+    assert status == 0 and err == ""
+    report = json.loads(out)
+    assert [row["name"] for row in report["evaluation"]["rows"]] == ["dense", "cut", "tuned"]
+    status, out, err = call(f"search --model dense {fast} --strategy exhaustive", capsys)
+    assert status == 0 and out.count("chosen") == 1
+    status, out, err = call(f"tune --model out --cache-dir {workplace / 'cache'} --no-export --quiet tuned", capsys)
+    assert (status, err) == (0, "") and "Validation loss" in out
+    status, out, err = call("quantize --model out --weights int8 --quiet quanto", capsys)
+    assert (status, err) == (0, "")
+    (workplace / "text.txt").write_text(" ".join(f"w{i}" for i in random_tokens(1, 400)[0].tolist()))
+    status, out, err = call("evaluate --model out --dataset text.txt --reference dense --quiet --json", capsys)
+    assert status == 0 and json.loads(out)["kl"] > 0
+
+
+def test_export_and_evaluate_the_file(workplace, capsys):
+    status, out, err = call("export --model dense --segment 2:4 --weights int4 --group-size 16 --quiet out", capsys)
+    assert (status, err) == (0, "") and "onnx/model_q4.onnx" in out
+    assert not (workplace / "out" / "model.safetensors").exists()
+    (workplace / "text.txt").write_text(" ".join(f"w{i}" for i in random_tokens(1, 400)[0].tolist()))
+    line = "evaluate --model out --file onnx/model_q4.onnx --dataset text.txt --reference dense --quiet --json"
+    status, out, err = call(line, capsys)
+    assert status == 0 and json.loads(out)["perplexity"] > 1
+
+
+def no_config():
+    os.remove("dense/config.json")
+
+
+def no_weights():
+    os.remove("dense/model.safetensors")
+
+
+def no_tokenizer():
+    for name in os.listdir("dense"):
+        if name.startswith("tokenizer"):
+            os.remove(f"dense/{name}")
+
+
+def truncated():
+    os.truncate("dense/model.safetensors", 10_000)
+
+
+def not_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained("dense")
+
+
+def replaced_by(model):
+    no_weights()
+    model.save_pretrained("dense")
+
+
+def bert():
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=50)
+    replaced_by(BertModel(config))
+
+
+def gpt2():
+    replaced_by(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50)))
+
+
+def t5():
+    config = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=50)
+    replaced_by(T5ForConditionalGeneration(config))
+
+
+def quanto():
+    assert main("quantize --model dense --segment 2:4 --quiet quanto".split()) == 0
+    os.rename("dense", "kept")
+    os.rename("quanto", "dense")
+
+
+def full_output():
+    os.mkdir("out")
+    open("out/precious", "w").close()
+
+
+def short_text():
+    with open("text.txt", "w") as file:
+        file.write("w5 w6 w7 w8")
+
+
+def nothing():
+    pass
+
+
+BAD_INPUT = [
+    (no_config, "", "model is 'dense': the folder has no config.json. Give the folder"),
+    (no_weights, "", "model is 'dense': the folder has no weights (model.safetensors)"),
+    (no_tokenizer, "", "model is 'dense': the folder has no tokenizer (tokenizer.json). Pass the tokenizer"),
+    (truncated, "", "model is 'dense': its model.safetensors is truncated or damaged (10000 bytes"),
+    (not_finite, "", "its tensor model.layers.3.mlp.up_proj.weight has 1 values that are NaN or infinite"),
+    (bert, "", "model is 'dense': BertModel is not a causal language model"),
+    (gpt2, "", "model_type is 'gpt2': the supported architectures are llama, mistral, qwen2, qwen3"),
+    (t5, "", "T5ForConditionalGeneration is an encoder-decoder, not a causal language model"),
+    (quanto, "", "its weights are quantized with quanto and cannot be cut, tuned or exported"),
+    (full_output, "", "output folder is 'out': it is not empty"),
+    (short_text, "--dataset text.txt", "12 rows of 24 tokens need 288 tokens, and it has 4. Give more text"),
+    (nothing, "--dataset wikitext2", "the Hugging Face Hub could not be reached. Give a local file"),
+    (nothing, "--pruning-ratio 1.5", "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded"),
+    (nothing, "--pruning-ratio 0.01", "it removes none of the model's 6 layers. The nearest valid ratio is 0.1667"),
+    (nothing, "--pruning-ratio 0.99", "it leaves none of the model's 6 layers. The nearest valid ratio is 0.8333"),
+    (nothing, "--learning-rate -1", "tuning.learning_rate is -1.0: it must be a number above 0, or None"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "options", "message"), BAD_INPUT, ids=[m[2][:40] for m in BAD_INPUT])
+def test_bad_input_is_one_message_and_nothing_written(workplace, capsys, spoil, options, message):
+    spoil()
+    capsys.readouterr()
+    before = sorted(str(p) for p in workplace.rglob("*"))
+    line = f"prune --model dense {FAST} --cache-dir {workplace / 'cache'} {TUNING} {options} out"
+    status, out, err = call(line, capsys)
+    assert status == 1 and out == ""
+    assert err.startswith("optimum-clp: error: ") and message in err
+    assert "Traceback" not in err and err.count("optimum-clp: error") == 1
+    left = [str(p) for p in workplace.rglob("*") if "cache" not in p.parts]
+    assert sorted(left) == before
+
+
+def test_a_missing_model_is_refused(workplace, capsys):
+    status, out, err = call("prune --model ./missing out", capsys)
+    assert status == 1 and "model is './missing': there is no such folder" in err
