@@ -183,10 +183,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     _add(group, "export", "--tolerance", type=float, help="largest relative error against PyTorch (default: 1e-4)")
 
 
-def add_stage_switches(parser: argparse.ArgumentParser) -> None:
-    """Which stages run."""
+def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
+    """Which stages run; `tuning=False` leaves out `--no-tune`."""
     group = parser.add_argument_group("stages")
-    _switch(group, "tuning.enabled", "--no-tune", False, "keep the cut as it is")
+    if tuning:
+        _switch(group, "tuning.enabled", "--no-tune", False, "keep the cut as it is")
     _switch(group, "export.enabled", "--no-export", False, "write no ONNX file")
     _switch(group, "quantization.quanto", "--quanto", True, "also write optimum-quanto checkpoints")
 

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_segment(parser)
     arguments.add_model(parser, "dense model, with --segment; or a folder that `prune` or `tune` wrote")
     arguments.add_recipe(parser)
+    arguments.add_stage_switches(parser, tuning=False)
     arguments.add_calibration(parser)
     arguments.add_tuning(parser)
 
