@@ -21,8 +21,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) benchmarks/demo.py
 
+# two processes of one thread each: small models gain nothing from more threads
+PYTEST := -m pytest -n 2 --dist loadfile
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) $(PYTEST)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
@@ -34,8 +37,9 @@ $(VENV4)/.installed: setup.cfg pyproject.toml constraints-transformers4.txt
 	$(VENV4)/bin/python -m pip install -q -c constraints-transformers4.txt -e ".[tests]"
 	touch $@
 
+test-transformers4: export OMP_NUM_THREADS = 1
 test-transformers4: $(VENV4)/.installed
-	$(VENV4)/bin/python -m pytest
+	$(VENV4)/bin/python $(PYTEST)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -198,6 +198,8 @@ class CLPPruner(OptimumQuantizer):
             "num_parameters_before": count_parameters(dense),
             "num_parameters_after": count_parameters(self.pruned_model),
         }
+        if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
+            self.report.search = None  # these layers are not what that search chose
         # what was measured of an earlier cut says nothing about this one
         self.report.tuning = self.report.quantization = self.report.export = self.report.evaluation = None
         self._measurements = None

@@ -137,10 +137,12 @@ def test_the_steps_can_be_called_alone(tmp_path):
     pruner = CLPPruner.from_pretrained(dense, tokenizer=tiny_tokenizer(), quiet=True)
     assert pruner.search(recipe(tmp_path)).segments == (LayerSegment(2, 4),)
     cut = pruner.cut()
+    assert pruner.report.search["segments"] == [[2, 4]]
     ids = random_tokens(2, 16)
     with torch.no_grad():
         torch.testing.assert_close(cut(ids).logits, dense(ids).logits)
     pruner.cut([(1, 3)])
+    assert pruner.report.search is None
     assert pruner.report.cut["removed_layers"] == [1, 2] and pruner.report.tuning is None
     assert pruner.tune().layers == (0, 1)
     pruner.save_pretrained(tmp_path / "out")
