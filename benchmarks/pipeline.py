@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--other", type=Path, required=True, help="test text of another kind")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--sources", nargs="+", default=["given", "self-written"], choices=["given", "self-written"])
+    parser.add_argument("--loss", default="kd", choices=["kd", "ce"])
+    parser.add_argument("--no-onnx", action="store_true", help="leave out the export")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -72,7 +74,7 @@ def main() -> None:
 def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespace, measure) -> dict:
     """All figures of one ratio and one source of tuning text."""
     dataset = str(args.data / "train.txt") if source == "given" else None
-    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset)
+    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset, tuning={"loss": args.loss})
     gate = pruner.search(config)
     data = load_calibration(config.calibration, pruner.tokenizer, pruner.model, config.seed, quiet=True)
     oracle = search_segment(
@@ -81,6 +83,7 @@ def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespa
     run = {
         "source": source,
         "ratio": ratio,
+        "loss": args.loss,
         "gate": gate.to_dict(),
         "exhaustive": oracle.to_dict(),
         "gate_excess": gate.score / oracle.score - 1,
@@ -89,6 +92,8 @@ def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespa
     run["tuning"] = pruner.tune().to_dict()
     run["tuned"] = measure(pruner.pruned_model)
     run["dense_control"] = dense_control(pruner, data, config, measure)
+    if args.no_onnx:
+        return run
     with tempfile.TemporaryDirectory() as folder:
         pruner.export(folder)
         run["export"] = pruner.report.export
@@ -124,6 +129,7 @@ def summary(run: dict) -> str:
     figures = "  ".join(
         f"{name} {run[name]['test']['perplexity']:.2f}/{run[name]['other']['perplexity']:.2f}"
         for name in ("cut", "tuned", "dense_control", "onnx float32", "onnx int8", "onnx int4")
+        if name in run
     )
     return (
         f"{run['source']} {run['ratio']}: gate {run['gate']['segments']} excess {run['gate_excess']:+.2%}  "
