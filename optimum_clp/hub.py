@@ -1,4 +1,4 @@
-"""Upload of an output folder, with its subfolders, in one commit."""
+"""Our own files on the Hub: upload of an output folder in one commit, and reading recipe and report back."""
 
 import os
 import shutil
@@ -7,12 +7,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
+from transformers.utils import cached_file
 
 from .model_card import hub_id, write_model_card
 from .report import CLPReport
 
 if TYPE_CHECKING:
     from .configuration import CLPConfig
+
+
+def written_file(path: str | None, name: str, revision: str | None, token: str | bool | None) -> str | None:
+    """One of our files in a local folder or a repository of the Hub; `None` where there is none, or no network."""
+    if path is None or (not os.path.isdir(path) and hub_id(path) is None):
+        return None
+    return cached_file(
+        path,
+        name,
+        revision=revision,
+        token=token,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
 
 
 def upload(

@@ -17,7 +17,7 @@ from .configuration import CLPConfig
 from .errors import CalibrationError, ConfigurationError, ModelError, Problem, TuningError
 from .evaluation import evaluate_tokens
 from .exporters import export_onnx
-from .hub import upload
+from .hub import upload, written_file
 from .measurement import ROW_NAMES, Measurements
 from .model_card import write_model_card
 from .output import check_output, staged_folder
@@ -114,9 +114,9 @@ class CLPPruner(OptimumQuantizer):
         hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
         folder = Path(path) if path is not None and os.path.isdir(path) else None
-        written = folder is not None and (folder / REPORT_NAME).is_file()
-        config = CLPConfig.from_pretrained(folder) if written else None
-        report = CLPReport.load(folder) if folder is not None and written else None
+        recipe, record = (written_file(path, name, revision, token) for name in (CLPConfig.CONFIG_NAME, REPORT_NAME))
+        config = CLPConfig.from_pretrained(recipe) if recipe else None
+        report = CLPReport.load(record) if record else None
         if file_name is not None:
             pruner = cls(None, config=config, report=report, quiet=quiet)
             pruner._file = OnnxCausalLM.from_pretrained(model_or_path, file_name)  # type: ignore[arg-type]
@@ -163,6 +163,8 @@ class CLPPruner(OptimumQuantizer):
         count = number_of_layers_to_remove(config.pruning_ratio, num_layers(dense.config))
         rows = self._calibration().train
         result = search_segment(dense, rows, count, config.search, seed=config.seed, quiet=self.quiet)
+        if result.segments != self.segments:
+            self._forget_cut()
         self.segments = result.segments
         self.report.search = result.to_dict()
         return result
@@ -187,6 +189,7 @@ class CLPPruner(OptimumQuantizer):
             )
         total = num_layers(dense.config)
         chosen = check_segments(self.segments or () if segments is None else segments, total)
+        self._forget_cut()
         self.pruned_model = cut_model(dense, chosen)
         self.segments = chosen
         kept = kept_layers(chosen, total)
@@ -200,9 +203,6 @@ class CLPPruner(OptimumQuantizer):
         }
         if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
             self.report.search = None  # these layers are not what that search chose
-        # what was measured of an earlier cut says nothing about this one
-        self.report.tuning = self.report.quantization = self.report.export = self.report.evaluation = None
-        self._measurements = None
         return self.pruned_model
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
@@ -434,6 +434,11 @@ class CLPPruner(OptimumQuantizer):
             self.config = config
         self.config.validate()
         return self.config
+
+    def _forget_cut(self) -> None:
+        """Drop the cut model: what was done to it and measured of it says nothing about another cut."""
+        self.pruned_model = self._measurements = self.report.cut = self.report.tuning = None
+        self.report.quantization = self.report.export = self.report.evaluation = None
 
     def _describe(self, model: PreTrainedModel, name: str | None, revision: str | None) -> None:
         self.report.base_model = {

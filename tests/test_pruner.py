@@ -150,6 +150,15 @@ def test_the_steps_can_be_called_alone(tmp_path):
     assert all(torch.equal(t, before[n]) for n, t in dense.state_dict().items())
 
 
+def test_a_new_search_forgets_the_old_cut(tmp_path):
+    pruner = CLPPruner.from_pretrained(make_identity(tiny_model(), [2, 3]), quiet=True)
+    pruner.cut([(0, 2)])
+    pruner.search(recipe(tmp_path))
+    assert pruner.pruned_model is None and pruner.report.cut is None
+    with pytest.raises(ConfigurationError, match="nothing has been cut yet"):
+        pruner.tune()
+
+
 def test_a_model_without_tokenizer_writes_its_own_text(tmp_path):
     pruner = CLPPruner.from_pretrained(tiny_model(), quiet=True)
     pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
@@ -240,6 +249,23 @@ def test_quantize_writes_a_quanto_folder(dense_folder, tmp_path):
     assert pruner.report.quantization[0]["weights"] == "int8"
     with pytest.raises(ConfigurationError, match="file_prefix is 'x': quanto checkpoints have fixed file names"):
         pruner.quantize(tmp_path / "q2", "x")
+
+
+def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, monkeypatch):
+    CLPPruner.from_pretrained(dense_folder, quiet=True).prune(recipe(tmp_path), save_directory=tmp_path / "out")
+    asked = []
+
+    def cached_file(path, name, **options):
+        asked.append((path, name, options["revision"]))
+        return str(tmp_path / "out" / name)
+
+    monkeypatch.setattr("optimum_clp.hub.cached_file", cached_file)
+    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    monkeypatch.setattr("optimum_clp.pruner.load_model", lambda path, **options: cut)
+    monkeypatch.setattr("optimum_clp.pruner.load_tokenizer", lambda path, **options: tiny_tokenizer())
+    pruner = CLPPruner.from_pretrained("me/name", revision="v1", quiet=True)
+    assert asked == [("me/name", "clp_config.json", "v1"), ("me/name", "clp_report.json", "v1")]
+    assert pruner.pruned_model is cut and pruner.segments is not None
 
 
 class TestUpload:
