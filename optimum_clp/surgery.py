@@ -1,5 +1,6 @@
 """The cut: a smaller model of the same class, built from its new config, over the dense model's own tensors."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ def cut_model(dense: PreTrainedModel, segments: Iterable[LayerSegment]) -> PreTr
     cut.tie_weights()
     cut.eval()
     if dense.generation_config is not None:
-        cut.generation_config = type(dense.generation_config).from_dict(dense.generation_config.to_dict())
+        cut.generation_config = copy.deepcopy(dense.generation_config)
     cut.name_or_path = dense.name_or_path
     _dispatch_like(cut, dense, architecture.layers, kept)
     check_cut(cut, dense, kept)
