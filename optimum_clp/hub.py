@@ -4,16 +4,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi
 from transformers.utils import cached_file
 
+from .configuration import CLPConfig
 from .model_card import hub_id, write_model_card
 from .report import CLPReport
-
-if TYPE_CHECKING:
-    from .configuration import CLPConfig
 
 
 def written_file(path: str | None, name: str, revision: str | None, token: str | bool | None) -> str | None:
@@ -34,8 +32,6 @@ def written_file(path: str | None, name: str, revision: str | None, token: str |
 def upload(
     folder: Path,
     repo_id: str,
-    report: CLPReport,
-    config: "CLPConfig",
     *,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -47,8 +43,6 @@ def upload(
     Args:
         folder (`Path`): What [`CLPPruner.save_pretrained`] wrote.
         repo_id (`str`): Repository on the Hub; made if it does not exist.
-        report ([`CLPReport`]): The folder's report.
-        config ([`CLPConfig`]): The folder's recipe.
         private (`bool`, *optional*): For a repository that is made here.
         token (`str` or `bool`, *optional*): Of a user who may write there.
         kwargs: Passed to `HfApi.upload_folder` (`revision`, `commit_message`, `commit_description`, `create_pr`).
@@ -64,7 +58,7 @@ def upload(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".upload-") as parent:
         copy = Path(parent) / "folder"
         shutil.copytree(folder, copy, copy_function=_link)
-        public = CLPReport.from_dict(report.to_dict())
+        public, config = CLPReport.load(copy), CLPConfig.from_pretrained(copy)
         base = public.base_model or {}
         if hub_id(base.get("name_or_path")) is None:
             public.base_model = {**base, "name_or_path": None}
@@ -77,7 +71,7 @@ def upload(
     return str(commit)
 
 
-def _public_config(config: "CLPConfig") -> "CLPConfig":
+def _public_config(config: CLPConfig) -> CLPConfig:
     public = type(config).from_dict(config.to_dict())
     dataset = public.calibration.dataset
     if isinstance(dataset, str) and os.path.exists(dataset):

@@ -1,7 +1,8 @@
 """The rows of the report's table: what each model or file weighs, says and takes."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,61 @@ from transformers import PreTrainedModel
 from .architecture import num_layers
 from .evaluation import evaluate_tokens, measure_speed
 from .runtime import OnnxCausalLM
-from .surgery import count_bytes, count_parameters
+from .segments import LayerSegment
+from .surgery import count_bytes, count_parameters, cut_model
 from .teacher import DenseOutputs
 
 ROW_NAMES = {"float32": "onnx", "int8": "onnx int8", "int4": "onnx int4"}
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32
+
+
+def measure_outcome(
+    tokens: Tensor,
+    text: str,
+    *,
+    dense: PreTrainedModel | None,
+    pruned: PreTrainedModel,
+    segments: Iterable[LayerSegment],
+    tuned: bool,
+    folder: Path,
+    export: dict[str, Any] | None,
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Measure everything that a run leaves: dense, cut and tuned model, and each ONNX file.
+
+    Args:
+        tokens (`Tensor`): int64 `[rows, length]`, the test rows.
+        text (`str`): What they are, in a few words.
+        dense (`PreTrainedModel` or `None`): The dense model; without it there are no rows `dense` and `cut`, and no KL.
+        pruned (`PreTrainedModel`): The cut model, tuned or not.
+        segments (`Iterable[LayerSegment]`): What was cut.
+        tuned (`bool`): Whether `pruned` was tuned; the untuned cut is then made again over the dense model's tensors.
+        folder (`Path`): Where the ONNX files are.
+        export (`dict` or `None`): The `export` section of the report.
+        batch_size (`int`): Rows in one forward pass.
+        quiet (`bool`): No progress bars.
+
+    Returns:
+        `dict`: The `evaluation` section of the report.
+    """
+    table = Measurements(tokens, text, dense, batch_size=batch_size, quiet=quiet)
+    models: dict[str, PreTrainedModel] = {}
+    if dense is not None:
+        models["dense"] = dense
+        if tuned:
+            models["cut"] = cut_model(dense, segments)
+    models["tuned" if tuned else "cut"] = pruned
+    makers: dict[str, Callable[[], Any]] = {}
+    for name, model in models.items():
+        table.add_model(name, model)
+        makers[name] = partial(_given, model)
+    for entry in export["files"] if export else ():
+        table.add_file(folder, entry, pruned)
+        makers[ROW_NAMES[entry["weights"]]] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
+    table.add_speed(makers)
+    return table.to_dict()
 
 
 class Measurements:
@@ -39,21 +89,19 @@ class Measurements:
         """Measure what a PyTorch model says."""
         self._add(name, "PyTorch", model, num_layers(model.config), count_parameters(model), count_bytes(model))
 
-    def add_files(self, folder: Path, export: dict[str, Any], model: PreTrainedModel) -> None:
-        """Measure what the ONNX files of `folder` say; `model` is the one that they were made from."""
-        for entry in export["files"]:
-            session = OnnxCausalLM.from_pretrained(folder, entry["file"])
-            layers, parameters = num_layers(model.config), count_parameters(model)
-            self._add(ROW_NAMES[entry["weights"]], "ONNX Runtime", session, layers, parameters, entry["bytes"])
+    def add_file(self, folder: Path, entry: dict[str, Any], model: PreTrainedModel) -> None:
+        """Measure what an ONNX file of `folder` says; `model` is the one that it was made from."""
+        session = OnnxCausalLM.from_pretrained(folder, entry["file"])
+        layers, parameters = num_layers(model.config), count_parameters(model)
+        self._add(ROW_NAMES[entry["weights"]], "ONNX Runtime", session, layers, parameters, entry["bytes"])
 
     def add_speed(self, models: dict[str, Callable[[], Any]]) -> None:
-        """Measure the speed of rows that are there, interleaved; `models` gives each row's model when it is called."""
+        """Measure the speed of every row, interleaved; `models` gives each row's model when it is called."""
         prompt = self.tokens[:1, :PROMPT_TOKENS]
         speeds = measure_speed(models, prompt, new_tokens=NEW_TOKENS, quiet=self.quiet)
         for row in self.rows:
-            if row["name"] in speeds:
-                row["prefill_tokens_per_second"] = speeds[row["name"]].prefill_tokens_per_second
-                row["decode_tokens_per_second"] = speeds[row["name"]].decode_tokens_per_second
+            row["prefill_tokens_per_second"] = speeds[row["name"]].prefill_tokens_per_second
+            row["decode_tokens_per_second"] = speeds[row["name"]].decode_tokens_per_second
         gc.collect()
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +112,6 @@ class Measurements:
         found = evaluate_tokens(
             model, self.tokens, reference=self.reference, batch_size=self.batch_size, quiet=self.quiet
         )
-        self.rows = [row for row in self.rows if row["name"] != name]
         self.rows.append(
             {
                 "name": name,
@@ -80,3 +127,7 @@ class Measurements:
                 "decode_tokens_per_second": None,
             }
         )
+
+
+def _given(model: PreTrainedModel) -> PreTrainedModel:
+    return model

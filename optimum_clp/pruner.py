@@ -18,7 +18,7 @@ from .errors import CalibrationError, ConfigurationError, ModelError, Problem, T
 from .evaluation import evaluate_tokens
 from .exporters import export_onnx
 from .hub import upload, written_file
-from .measurement import ROW_NAMES, Measurements
+from .measurement import measure_outcome
 from .model_card import write_model_card
 from .output import check_output, staged_folder
 from .plots import write_plots
@@ -72,7 +72,6 @@ class CLPPruner(OptimumQuantizer):
         self._folder: Path | None = None
         self._file: OnnxCausalLM | None = None
         self._data: tuple[dict[str, Any], CalibrationData] | None = None
-        self._measurements: Measurements | None = None
         if model is not None and self.report.base_model is None:
             self._describe(model, model.name_or_path, None)
 
@@ -221,6 +220,7 @@ class CLPPruner(OptimumQuantizer):
         config = self._use(config)
         model, dense, data = self._cut_model(), self._dense(), self._calibration()
         layers = endpoint_layers(self.segments or (), num_layers(dense.config), config.tuning.endpoint_width)
+        self._folder = None  # what was saved before is not this model
         try:
             result = tune_layers(
                 model,
@@ -362,7 +362,6 @@ class CLPPruner(OptimumQuantizer):
         model = self.cut()
         failure = None
         if config.tuning.enabled:
-            self._measured().add_model("cut", model)
             try:
                 self.tune()
             except TuningError as error:
@@ -403,7 +402,7 @@ class CLPPruner(OptimumQuantizer):
                 self.report.quantization = [result.to_dict() for result in made]
             if self.config.export.enabled:
                 self._export_into(folder, model)
-            self._measure_all(folder, model)
+            self._measure(folder, model)
             self._write_records(folder, target.name)
         self._folder = target
         if push_to_hub:
@@ -411,7 +410,7 @@ class CLPPruner(OptimumQuantizer):
         return target
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the output folder with its subfolders.
+        """Upload the output folder that was saved or opened last, with its subfolders; save one first if there is none.
 
         Args:
             repo_id (`str`): Repository on the Hub; made if it does not exist.
@@ -421,11 +420,11 @@ class CLPPruner(OptimumQuantizer):
             `str`: The commit's address.
         """
         if self._folder is not None and (self._folder / REPORT_NAME).is_file():
-            return upload(self._folder, repo_id, self.report, self.config, **kwargs)
+            return upload(self._folder, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as parent:
             folder = self.save_pretrained(Path(parent) / repo_id.split("/")[-1])
             try:
-                return upload(folder, repo_id, self.report, self.config, **kwargs)
+                return upload(folder, repo_id, **kwargs)
             finally:
                 self._folder = None
 
@@ -437,7 +436,7 @@ class CLPPruner(OptimumQuantizer):
 
     def _forget_cut(self) -> None:
         """Drop the cut model: what was done to it and measured of it says nothing about another cut."""
-        self.pruned_model = self._measurements = self.report.cut = self.report.tuning = None
+        self.pruned_model = self._folder = self.report.cut = self.report.tuning = None
         self.report.quantization = self.report.export = self.report.evaluation = None
 
     def _describe(self, model: PreTrainedModel, name: str | None, revision: str | None) -> None:
@@ -496,44 +495,24 @@ class CLPPruner(OptimumQuantizer):
             assert model is not None
             data = load_calibration(self.config.calibration, self.tokenizer, model, self.config.seed, self.quiet)
             self._data = (source, data)
-            self._measurements = None
         self.report.calibration = self._data[1].to_dict()
         return self._data[1]
 
-    def _measured(self) -> Measurements:
-        """The table under way; begun with the dense model."""
-        if self._measurements is None:
-            data = self._calibration()
-            self._measurements = Measurements(
-                data.test,
-                f"the test split of {data.source}"
-                if data.statistics is None
-                else f"text that the dense model wrote (seed {self.config.seed + 1}; calibrated on seed {self.config.seed})",
-                self.model,
-                batch_size=self.config.search.batch_size,
-                quiet=self.quiet,
-            )
-            if self.model is not None:
-                self._measurements.add_model("dense", self.model)
-        return self._measurements
-
-    def _measure_all(self, folder: Path, model: PreTrainedModel) -> None:
-        measurements = self._measured()
-        name = "tuned" if self.report.tuning else "cut"
-        measurements.add_model(name, model)
-        makers: dict[str, Any] = {name: lambda: model}
-        if self.model is not None and self.segments is not None:
-            dense, segments = self.model, self.segments
-            makers = {"dense": lambda: dense, "cut": lambda: cut_model(dense, segments), **makers}
-        if self.report.export is not None:
-            measurements.add_files(folder, self.report.export, model)
-            for entry in self.report.export["files"]:
-                file = entry["file"]
-                makers[ROW_NAMES[entry["weights"]]] = lambda f=file: OnnxCausalLM.from_pretrained(folder, f)
-        measurements.add_speed(
-            {key: make for key, make in makers.items() if key in {r["name"] for r in measurements.rows}}
+    def _measure(self, folder: Path, model: PreTrainedModel) -> None:
+        data, seed = self._calibration(), self.config.seed
+        written = f"text that the dense model wrote (seed {seed + 1}; calibrated on seed {seed})"
+        self.report.evaluation = measure_outcome(
+            data.test,
+            f"the test split of {data.source}" if data.statistics is None else written,
+            dense=self.model,
+            pruned=model,
+            segments=self.segments or (),
+            tuned=self.report.tuning is not None,
+            folder=folder,
+            export=self.report.export,
+            batch_size=self.config.search.batch_size,
+            quiet=self.quiet,
         )
-        self.report.evaluation = measurements.to_dict()
 
     def _export_into(self, folder: Path, model: PreTrainedModel) -> None:
         result = export_onnx(

@@ -146,7 +146,7 @@ def test_the_steps_can_be_called_alone(tmp_path):
     assert pruner.report.cut["removed_layers"] == [1, 2] and pruner.report.tuning is None
     assert pruner.tune().layers == (0, 1)
     pruner.save_pretrained(tmp_path / "out")
-    assert [r["name"] for r in pruner.report.evaluation["rows"]] == ["dense", "tuned"]
+    assert [r["name"] for r in pruner.report.evaluation["rows"]] == ["dense", "cut", "tuned"]
     assert all(torch.equal(t, before[n]) for n, t in dense.state_dict().items())
 
 
