@@ -391,6 +391,8 @@ class CLPPruner(OptimumQuantizer):
         """
         target = check_output(save_directory, overwrite)
         model = self._cut_model()
+        # the report of a folder speaks of that folder's files alone
+        self.report.quantization = self.report.export = self.report.evaluation = None
         with staged_folder(target, overwrite) as folder:
             save_checkpoint(model, self.tokenizer, folder)
             verify_checkpoint(folder, model)

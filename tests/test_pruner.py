@@ -324,6 +324,10 @@ def test_onnx_files_are_written_measured_and_evaluated_by_the_same_code(dense_fo
     assert rows["onnx"]["perplexity"] == pytest.approx(rows["tuned"]["perplexity"], rel=1e-4)
     assert rows["onnx int8"]["kl"] < rows["onnx int4"]["kl"]
     assert rows["onnx int4"]["bytes"] < rows["onnx int8"]["bytes"] < rows["onnx"]["bytes"]
+    again = CLPPruner.from_pretrained(tmp_path / "out", quiet=True)
+    again.config.export.enabled = False
+    again.save_pretrained(tmp_path / "without")
+    assert again.report.export is None and "onnx/" not in (tmp_path / "without" / "README.md").read_text()
     found = CLPPruner.from_pretrained(tmp_path / "out", "onnx/model_q4.onnx", quiet=True)
     words = " ".join(f"w{i}" for i in random_tokens(1, 300)[0].tolist())
     assert found.evaluate([words])["perplexity"] > 1
