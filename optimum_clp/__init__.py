@@ -24,18 +24,16 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .configuration import (  # noqa: F401
-        CalibrationConfig,
-        CLPConfig,
-        ExportConfig,
-        QuantizationConfig,
-        SearchConfig,
-        TuningConfig,
-    )
-    from .errors import CLPError  # noqa: F401
-    from .pruner import CLPPruner  # noqa: F401
-    from .runtime import OnnxCausalLM  # noqa: F401
-    from .segments import LayerSegment  # noqa: F401
+    from .configuration import CalibrationConfig as CalibrationConfig
+    from .configuration import CLPConfig as CLPConfig
+    from .configuration import ExportConfig as ExportConfig
+    from .configuration import QuantizationConfig as QuantizationConfig
+    from .configuration import SearchConfig as SearchConfig
+    from .configuration import TuningConfig as TuningConfig
+    from .errors import CLPError as CLPError
+    from .pruner import CLPPruner as CLPPruner
+    from .runtime import OnnxCausalLM as OnnxCausalLM
+    from .segments import LayerSegment as LayerSegment
 
 
 def __getattr__(name: str):

@@ -68,6 +68,8 @@ def load_model(
             its `config.json`, or one of them has values that are not finite.
     """
     if isinstance(model_or_path, PreTrainedModel):
+        if accept is not None:
+            accept(model_or_path.config)
         _check_in_memory(model_or_path)
         return model_or_path
     if not isinstance(model_or_path, (str, os.PathLike)):

@@ -309,8 +309,6 @@ class CLPConfig(BaseConfig):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CLPConfig) and self.to_dict() == other.to_dict()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"CLPConfig {self.to_json_string(use_diff=False)}"
 

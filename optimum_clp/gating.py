@@ -78,6 +78,29 @@ def recorded_inputs(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[d
         yield found
 
 
+class _Reached(Exception):
+    """Ends a forward pass whose remaining layers are not needed."""
+
+
+@contextmanager
+def stopped_before(layer: nn.Module) -> Iterator[None]:
+    """End the block's forward pass when it reaches `layer`; what follows in the block is not run.
+
+    Hooks that were put on `layer` before see its input; see [`recorded_inputs`].
+    """
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def resumed(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
     """Run the model from layer `first` on: the layers below are not computed, and `hidden` enters layer `first`.

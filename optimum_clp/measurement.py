@@ -1,6 +1,5 @@
 """The rows of the report's table: what each model or file weighs, says and takes."""
 
-import gc
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -102,7 +101,6 @@ class Measurements:
         for row in self.rows:
             row["prefill_tokens_per_second"] = speeds[row["name"]].prefill_tokens_per_second
             row["decode_tokens_per_second"] = speeds[row["name"]].decode_tokens_per_second
-        gc.collect()
 
     def to_dict(self) -> dict[str, Any]:
         """The `evaluation` section of the report."""

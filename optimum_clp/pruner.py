@@ -73,7 +73,7 @@ class CLPPruner(OptimumQuantizer):
         self._file: OnnxCausalLM | None = None
         self._data: tuple[dict[str, Any], CalibrationData] | None = None
         if model is not None and self.report.base_model is None:
-            self._describe(model, model.name_or_path, None)
+            self.report.base_model = _description(model, model.name_or_path, None)
 
     @classmethod
     def from_pretrained(
@@ -129,13 +129,12 @@ class CLPPruner(OptimumQuantizer):
                 quiet=quiet,
                 **hub,  # type: ignore[arg-type]
             )
-            find_architecture(loaded.config)
             if report is not None and report.cut is not None:
                 segments = [LayerSegment(*s) for s in report.cut["segments"]]
                 pruner = cls(None, config=config, report=report, pruned_model=loaded, segments=segments, quiet=quiet)
             else:
-                pruner = cls(loaded, config=config, quiet=quiet)
-                pruner._describe(loaded, path or loaded.name_or_path, revision)
+                report = CLPReport(base_model=_description(loaded, path or loaded.name_or_path, revision))
+                pruner = cls(loaded, config=config, report=report, quiet=quiet)
         pruner._folder = folder
         if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
             pruner.tokenizer = tokenizer
@@ -441,16 +440,6 @@ class CLPPruner(OptimumQuantizer):
         self.pruned_model = self._folder = self.report.cut = self.report.tuning = None
         self.report.quantization = self.report.export = self.report.evaluation = None
 
-    def _describe(self, model: PreTrainedModel, name: str | None, revision: str | None) -> None:
-        self.report.base_model = {
-            "name_or_path": name or None,
-            "revision": revision,
-            "model_type": model.config.model_type,
-            "num_layers": num_layers(model.config),
-            "num_parameters": count_parameters(model),
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-
     def _cut_model(self) -> PreTrainedModel:
         if self.pruned_model is None:
             raise ConfigurationError(
@@ -529,3 +518,15 @@ class CLPPruner(OptimumQuantizer):
         self.report.save(folder)
         write_plots(self.report, folder)
         write_model_card(self.report, self.config, folder, model_name=name)
+
+
+def _description(model: PreTrainedModel, name: str | None, revision: str | None) -> dict[str, Any]:
+    """The `base_model` section of the report."""
+    return {
+        "name_or_path": name or None,
+        "revision": revision,
+        "model_type": model.config.model_type,
+        "num_layers": num_layers(model.config),
+        "num_parameters": count_parameters(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -17,7 +17,7 @@ from .architecture import decoder_layers
 from .configuration import SearchConfig
 from .errors import Problem, SearchError
 from .gate import concave_gate
-from .gating import gated, recorded_inputs, resumed
+from .gating import gated, recorded_inputs, resumed, stopped_before
 from .losses import kl_divergence
 from .progress import progress_bar
 from .segments import LayerSegment, candidate_segments
@@ -205,30 +205,9 @@ class _Objective:
     def _inputs_of(self, starts: Sequence[int], rows: slice) -> dict[int, Tensor]:
         """Hidden states that enter the layers `starts`; the layers after the last of them are not run."""
         batch = self.tokens[rows].to(self.model.device)
-        with recorded_inputs(self.layers, starts) as found, _stopping_before(self.layers[starts[-1]]):
-            try:
-                self.model.base_model(input_ids=batch, use_cache=False)
-            except _Reached:
-                pass
+        with recorded_inputs(self.layers, starts) as found, stopped_before(self.layers[starts[-1]]):
+            self.model.base_model(input_ids=batch, use_cache=False)
         return dict(found)
-
-
-class _Reached(Exception):
-    """Ends a forward pass whose remaining layers are not needed."""
-
-
-class _stopping_before:
-    def __init__(self, layer: nn.Module):
-        def stop(module: nn.Module, args: tuple) -> None:
-            raise _Reached
-
-        self.handle = layer.register_forward_pre_hook(stop)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: Any) -> None:
-        self.handle.remove()
 
 
 def _scored(segment: LayerSegment, rows: Tensor) -> ScoredSegment:

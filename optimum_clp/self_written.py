@@ -34,7 +34,7 @@ class _Rules:
     special: tuple[int, ...]
 
 
-def write_text(
+def sample_text(
     model: PreTrainedModel,
     *,
     num_sequences: int,
@@ -45,7 +45,7 @@ def write_text(
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache_dir: str | os.PathLike | None = None,
     quiet: bool = False,
-) -> torch.Tensor:
+) -> Sample:
     """Let the model write rows of text.
 
     A row begins with BOS (a model without BOS: with EOS; without both: with a random token that is not special). After
@@ -65,40 +65,10 @@ def write_text(
         quiet (`bool`): No progress bar.
 
     Returns:
-        `torch.Tensor`: int64 `[num_sequences, sequence_length]`, on the CPU.
+        [`Sample`]: int64 tokens `[num_sequences, sequence_length]` on the CPU, and the model's own loss on each row.
 
     Raises:
         CalibrationError: If the model's logits are not finite.
-    """
-    return sample_text(
-        model,
-        num_sequences=num_sequences,
-        sequence_length=sequence_length,
-        seed=seed,
-        temperature=temperature,
-        batch_size=batch_size,
-        tokenizer=tokenizer,
-        cache_dir=cache_dir,
-        quiet=quiet,
-    ).tokens
-
-
-def sample_text(
-    model: PreTrainedModel,
-    *,
-    num_sequences: int,
-    sequence_length: int,
-    seed: int,
-    temperature: float = 1.0,
-    batch_size: int = 32,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    quiet: bool = False,
-) -> Sample:
-    """Same as [`write_text`], with the model's own loss on each row.
-
-    Returns:
-        [`Sample`].
     """
     rules = _rules(model, tokenizer)
     parameters = {

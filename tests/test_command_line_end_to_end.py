@@ -8,6 +8,7 @@ import torch
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from optimum_clp import tuning
 from optimum_clp.commands.clp import main
 
 FAST = (
@@ -156,6 +157,21 @@ def test_bad_input_is_one_message_and_nothing_written(workplace, capsys, spoil, 
     assert "Traceback" not in err and err.count("optimum-clp: error") == 1
     left = [str(p) for p in workplace.rglob("*") if "cache" not in p.parts]
     assert sorted(left) == before
+
+
+def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_saved(workplace, capsys, monkeypatch):
+    original, calls = tuning.kl_divergence, []
+
+    def planted(teacher, student, *args):
+        calls.append(1)
+        return original(teacher, student) * (float("nan") if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(tuning, "kl_divergence", planted)
+    line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
+    status, out, err = call(line, capsys)
+    assert status == 1 and out == ""
+    assert err.count("\n") == 1 and "tuning loss is nan: it must stay finite" in err and "were kept" in err
+    assert json.loads((workplace / "out" / "clp_report.json").read_text())["tuning"]["stopped"] == "nan"
 
 
 def test_a_missing_model_is_refused(workplace, capsys):

@@ -4,7 +4,7 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture import decoder_layers
 from optimum_clp.gate import concave_gate, hard_gate
-from optimum_clp.gating import gated, recorded_inputs, resumed
+from optimum_clp.gating import gated, recorded_inputs, resumed, stopped_before
 
 
 def hooks(model):
@@ -34,6 +34,23 @@ def test_resuming_behind_a_segment_equals_the_closed_gate(model_type, start, sto
             model(ids, use_cache=False)
         with resumed(layers, stop, found[start]):
             assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+def test_a_forward_pass_can_end_before_a_layer():
+    model, ids, ran = tiny_model(), random_tokens(2, 20), []
+    layers = decoder_layers(model)
+    handles = [layer.register_forward_hook(lambda m, a, o, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    with torch.no_grad():
+        with recorded_inputs(layers, [1, 3]) as whole:
+            model(ids)
+        ran.clear()
+        with recorded_inputs(layers, [1, 3]) as found, stopped_before(layers[3]):
+            model(ids)
+    for handle in handles:
+        handle.remove()
+    assert ran == [0, 1, 2]
+    assert torch.equal(found[1], whole[1]) and torch.equal(found[3], whole[3])
+    assert hooks(model) == 0
 
 
 def test_a_partly_open_layer_is_the_mixture():

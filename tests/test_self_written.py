@@ -16,7 +16,7 @@ from transformers import (
 
 from optimum_clp import sample_cache, self_written
 from optimum_clp.errors import CalibrationError
-from optimum_clp.self_written import sample_text, write_text
+from optimum_clp.self_written import sample_text
 
 SMALL = {
     "vocab_size": 64,
@@ -66,7 +66,8 @@ def word_tokenizer(size, **special):
 def write(tmp_path):
     def write(model, num_sequences=6, sequence_length=24, seed=0, **changes):
         changes = {"batch_size": 4, "cache_dir": tmp_path, "quiet": True, **changes}
-        return write_text(model, num_sequences=num_sequences, sequence_length=sequence_length, seed=seed, **changes)
+        sizes = {"num_sequences": num_sequences, "sequence_length": sequence_length}
+        return sample_text(model, seed=seed, **sizes, **changes).tokens
 
     return write
 
