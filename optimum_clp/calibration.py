@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .configuration import CalibrationConfig
 from .errors import CalibrationError, Problem
-from .sample_cache import Sample
+from .sample_cache import Sample, weights_fingerprint
 from .self_written import embedding_weight, sample_text
 from .text_sources import Passage, describe, read_passages
 
@@ -96,6 +96,7 @@ def load_calibration(
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
     statistics = None
     if config.dataset is None:
+        fingerprint = weights_fingerprint(model, quiet)
 
         def sample(rows: int, seed: int) -> Sample:
             return sample_text(
@@ -107,6 +108,7 @@ def load_calibration(
                 batch_size=config.generation_batch_size,
                 tokenizer=tokenizer,
                 cache_dir=config.cache_dir,
+                fingerprint=fingerprint,
                 quiet=quiet,
             )
 

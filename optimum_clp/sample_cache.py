@@ -42,24 +42,33 @@ class Sample:
     losses: torch.Tensor
 
 
-def sample_file(
-    model: PreTrainedModel, parameters: dict[str, Any], cache_dir: str | os.PathLike | None, quiet: bool = False
-) -> Path | None:
-    """Where this text is kept; the name depends on every bit of the weights. `None` if they are not in memory."""
+def weights_fingerprint(model: PreTrainedModel, quiet: bool = False) -> str | None:
+    """A hash of every bit of the weights, about a second per gigabyte; `None` if they are not in memory."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if any(tensor.is_meta for _, tensor in tensors):
         return None
-    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
     fingerprint = hashlib.sha256()
-    for header in (_FORMAT, __version__, config, parameters):
-        fingerprint.update(json.dumps(header, sort_keys=True, default=str).encode())
     with progress_bar(len(tensors), "Fingerprint of the weights", quiet) as bar:
         for name, tensor in tensors:
             fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             bar.update(1)
+    return fingerprint.hexdigest()
+
+
+def sample_file(
+    model: PreTrainedModel,
+    fingerprint: str | None,
+    parameters: dict[str, Any],
+    cache_dir: str | os.PathLike | None,
+) -> Path | None:
+    """Where this text is kept; `None` without a fingerprint of the weights."""
+    if fingerprint is None:
+        return None
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
+    headers = json.dumps([_FORMAT, __version__, config, parameters, fingerprint], sort_keys=True, default=str)
     folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
-    return folder / f"self_written-{fingerprint.hexdigest()[:32]}.safetensors"
+    return folder / f"self_written-{hashlib.sha256(headers.encode()).hexdigest()[:32]}.safetensors"
 
 
 def load_sample(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:

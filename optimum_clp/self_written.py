@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import CalibrationError, Problem
 from .progress import progress_bar
-from .sample_cache import Sample, load_sample, sample_file, save_sample
+from .sample_cache import Sample, load_sample, sample_file, save_sample, weights_fingerprint
 
 # seconds of writing that an interruption may cost, beside the batch that it falls into
 _SAVE_INTERVAL = 10.0
@@ -44,6 +44,7 @@ def sample_text(
     batch_size: int = 32,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache_dir: str | os.PathLike | None = None,
+    fingerprint: str | None = None,
     quiet: bool = False,
 ) -> Sample:
     """Let the model write rows of text.
@@ -62,6 +63,7 @@ def sample_text(
         tokenizer (`PreTrainedTokenizerBase` or `None`): If given, ids that it does not have are never written.
         cache_dir (`str`, `os.PathLike` or `None`): What is written is kept here, in a folder `optimum_clp`; `None`
             for Hugging Face's cache folder (`HF_HOME`).
+        fingerprint (`str` or `None`): Of the weights, if [`weights_fingerprint`] was taken before.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -79,7 +81,7 @@ def sample_text(
         "batch_size": batch_size,
         "rules": asdict(rules),
     }
-    file = sample_file(model, parameters, cache_dir, quiet)
+    file = sample_file(model, fingerprint or weights_fingerprint(model, quiet), parameters, cache_dir)
     sample = load_sample(file, num_sequences, sequence_length, batch_size)
     saved = time.monotonic()
     with progress_bar(num_sequences * sequence_length, "Writing calibration text", quiet) as bar:

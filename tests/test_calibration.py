@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from optimum_clp import sample_cache
 from optimum_clp.calibration import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
 from optimum_clp.configuration import CalibrationConfig
 from optimum_clp.errors import CalibrationError
@@ -369,6 +370,20 @@ def test_self_written_text_needs_no_tokenizer(model, tmp_path):
     assert len(torch.unique(torch.cat(splits(data)), dim=0)) == 30
     other = load_calibration(config, None, model, seed=5, quiet=True)
     assert not torch.equal(other.train, data.train)
+
+
+def test_the_weights_are_read_once_for_both_samples(model, tmp_path, monkeypatch):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return sample_cache.weights_fingerprint(*arguments)
+
+    monkeypatch.setattr("optimum_clp.calibration.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.self_written.weights_fingerprint", counted)
+    load_calibration(config_for(None, cache_dir=str(tmp_path)), None, model, seed=0, quiet=True)
+    assert len(calls) == 1
+    assert len(list((tmp_path / "optimum_clp").iterdir())) == 2
 
 
 def test_text_that_repeats_itself_is_a_warning(tmp_path):
