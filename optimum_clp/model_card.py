@@ -254,8 +254,7 @@ def _usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
 def _generation(source: str) -> list[str]:
     return [
         f"tokenizer = AutoTokenizer.from_pretrained({source})",
-        # transformers 4.57 makes token type ids for a plain PreTrainedTokenizerFast, and generate() refuses them
-        'inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
 

@@ -282,6 +282,7 @@ class CLPPruner(OptimumQuantizer):
         """
         target = check_output(save_directory, overwrite)
         model = self._cut_model()
+        self.report.quantization = None  # quanto folders made before are elsewhere
         with staged_folder(target, overwrite) as folder:
             save_configs(model, folder)
             save_tokenizer(self.tokenizer, folder)

@@ -249,6 +249,8 @@ def test_quantize_writes_a_quanto_folder(dense_folder, tmp_path):
     assert pruner.report.quantization[0]["weights"] == "int8"
     with pytest.raises(ConfigurationError, match="file_prefix is 'x': quanto checkpoints have fixed file names"):
         pruner.quantize(tmp_path / "q2", "x")
+    exported = CLPReport.load(pruner.export(tmp_path / "onnx"))
+    assert exported.quantization is None and len(exported.export["files"]) == 3
 
 
 def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, monkeypatch):
