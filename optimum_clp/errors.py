@@ -68,7 +68,16 @@ class CutError(CLPError, RuntimeError):
 
 
 class TuningError(CLPError, RuntimeError):
-    """Endpoint tuning went wrong; the last good weights were kept."""
+    """Endpoint tuning went wrong; the last good weights were kept.
+
+    Args:
+        *problems (`Problem`): What is wrong.
+        result (`TuningResult`, *optional*): The record of the steps that were taken.
+    """
+
+    def __init__(self, *problems: Problem, result: Any = None):
+        super().__init__(*problems)
+        self.result = result
 
 
 class QuantizationError(CLPError, RuntimeError):

@@ -232,7 +232,7 @@ class CLPPruner(OptimumQuantizer):
                 quiet=self.quiet,
             )
         except TuningError as error:
-            self.report.tuning = error.result.to_dict()  # type: ignore[attr-defined]
+            self.report.tuning = error.result.to_dict()
             raise
         self.report.tuning = result.to_dict()
         return result

@@ -121,17 +121,16 @@ def tune_layers(
         stopped = trainer.run()
     result = trainer.result(stopped, time.perf_counter() - begin)
     if stopped == "nan":
-        error = TuningError(
+        raise TuningError(
             Problem(
                 "tuning loss",
                 trainer.last_loss,
                 f"it must stay finite, and at step {result.steps} it did not; the weights of step {result.best_step} "
                 f"(validation loss {result.best_validation_loss:.4f}) were kept",
                 f"Lower tuning.learning_rate (now {result.learning_rate:.3g}), or check the text and the weights",
-            )
+            ),
+            result=result,
         )
-        error.result = result  # type: ignore[attr-defined]
-        raise error
     return result
 
 
