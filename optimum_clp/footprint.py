@@ -1,0 +1,216 @@
+"""Bytes that a model takes on disk and while it is tuned, from its shapes alone: a model on the meta device will do.
+
+What is exact here is arithmetic over tensors that another module makes; the tests count those tensors. What is an
+estimate says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architecture import decoder_layers, text_config
+from .configuration import QuantizationConfig, TuningConfig
+from .losses import CHUNK_TOKENS
+from .surgery import count_bytes
+
+_FLOAT32 = 4
+_TOKEN = 8  # int64
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True)
+class TuningMemory:
+    """Bytes that cutoff endpoint tuning holds at its peak, part by part.
+
+    Exact, up to a few bytes for each tensor: everything but `activations` and `logits`. These two are estimates, see
+    [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
+    its way through one layer, and what an allocator keeps in reserve.
+
+    Args:
+        weights (`int`): The dense model, which the cut one shares.
+        endpoints (`int`): The trained layers' own storage, in the model's dtype.
+        best (`int`): Their best state so far, in the model's dtype, in main memory.
+        masters (`int`): float32 master weights; 0 for a float32 model, which is its own master.
+        gradients (`int`): float32.
+        moments (`int`): AdamW's two, float32.
+        caches (`int`): Tokens, and the hidden states that enter the first trained layer and that leave the dense model's
+            last one, for all train and validation rows, in main memory.
+        activations (`int`): What autograd keeps of one step above the first trained layer's input (estimate).
+        logits (`int`): Logits and probabilities of one step (estimate).
+    """
+
+    weights: int
+    endpoints: int
+    best: int
+    masters: int
+    gradients: int
+    moments: int
+    caches: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return sum(asdict(self).values())
+
+    @property
+    def main_memory(self) -> int:
+        """The parts that stay in main memory when the model is on an accelerator."""
+        return self.best + self.caches
+
+    def to_dict(self) -> dict[str, int]:
+        """All parts, `main_memory` and `total`, in bytes."""
+        return {**asdict(self), "main_memory": self.main_memory, "total": self.total}
+
+
+def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: QuantizationConfig) -> int:
+    """Bytes of the weights in an exported ONNX file; a tied head and embedding are stored once.
+
+    float32 takes 4 bytes for each parameter. A quantized matrix `[rows, columns]` takes
+    `rows * ceil(columns / group_size) * (group_size * bits / 8 + 4)`: integers, the last group of a row filled up, and a
+    float32 scale for each group. Quantized are the linear layers and, with `quantize_embeddings`, the embedding; without
+    it a tied head stays in float32 too. Everything else stays in float32, also experts that are one 3-D parameter.
+
+    The file also holds the graph, about 10 kB for each layer, and aligns the larger weights where they lie in a second
+    file (above 1.8 GB).
+
+    Args:
+        model (`PreTrainedModel`): The model that is exported; may be on the meta device.
+        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        quantization ([`QuantizationConfig`]): Group size, and whether the embedding is quantized.
+
+    Returns:
+        `int`: Bytes.
+    """
+    if weights not in _BITS:
+        return sum(p.numel() for p in model.parameters()) * _FLOAT32
+    quantized = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    embedding: Any = model.get_input_embeddings()
+    if quantization.quantize_embeddings:
+        quantized.add(id(embedding.weight))
+    else:
+        quantized.discard(id(embedding.weight))
+    group = quantization.group_size
+    total = 0
+    for parameter in model.parameters():
+        if id(parameter) in quantized:
+            rows, columns = parameter.shape
+            total += rows * -(-columns // group) * (group * _BITS[weights] // 8 + _FLOAT32)
+        else:
+            total += parameter.numel() * _FLOAT32
+    return total
+
+
+def tuning_memory(
+    dense: PreTrainedModel,
+    kept: Sequence[int],
+    endpoints: Sequence[int],
+    config: TuningConfig,
+    *,
+    activations: Sequence[tuple[int, int]],
+    train_rows: int,
+    validation_rows: int,
+    sequence_length: int,
+) -> TuningMemory:
+    """What [`~optimum_clp.tuning.tune_layers`] will hold.
+
+    Args:
+        dense (`PreTrainedModel`): The dense model; may be on the meta device.
+        kept (`Sequence[int]`): Its layers that stay, ascending.
+        endpoints (`Sequence[int]`): The trained ones, as indices into `kept`, ascending.
+        config ([`TuningConfig`]): Batch size and loss.
+        activations (`Sequence[tuple[int, int]]`): [`layer_activations`] of every dense layer, frozen and trained.
+        train_rows (`int`): Rows to train on.
+        validation_rows (`int`): Rows of the validation split; their states are cached too.
+        sequence_length (`int`): Tokens in a row.
+
+    Returns:
+        [`TuningMemory`]
+    """
+    layers, embedding = decoder_layers(dense), cast(Any, dense.get_input_embeddings())
+    hidden, itemsize = text_config(dense.config).hidden_size, dense.dtype.itemsize
+    trained = list({id(p): p for i in endpoints for p in layers[kept[i]].parameters()}.values())
+    own = sum(p.numel() * p.element_size() for p in trained)
+    in_float32 = sum(p.numel() for p in trained) * _FLOAT32
+    tokens = min(config.batch_size, train_rows) * sequence_length
+    saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
+    return TuningMemory(
+        weights=count_bytes(dense),
+        endpoints=own,
+        best=own,
+        masters=sum(p.numel() for p in trained if p.element_size() != _FLOAT32) * _FLOAT32,
+        gradients=in_float32,
+        moments=2 * in_float32,
+        caches=(train_rows + validation_rows) * sequence_length * (2 * hidden * itemsize + _TOKEN),
+        activations=tokens * (saved + norm_activations(hidden)),
+        logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
+    )
+
+
+def norm_activations(width: int) -> int:
+    """Bytes for each token that a frozen norm keeps: its input, and one number, in float32."""
+    return _FLOAT32 * (width + 1)
+
+
+def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
+    """Estimate of the bytes that autograd keeps of one decoder layer, for each token of a step.
+
+    Made for layers as llama's, mistral's, qwen2's and qwen3's: RMS norms in float32, attention that does not keep its
+    matrix (`sdpa`; `eager` does), a gated MLP. With `b` bytes in a number, width `H`, query, key and value widths `q`,
+    `k`, `v` and MLP width `I`, a frozen layer keeps `8 (H + 1) + b (2q + k + v + 3I)`, and a trained one
+    `b (4H + q + I)` more, the inputs of its weights. Other layers go by the same rule over their modules: a norm keeps
+    its input, in each block of linear layers the last keeps its input and the others their output. Neither masks nor
+    sparse experts are understood: the figure is rough there.
+
+    Args:
+        layer (`nn.Module`): A decoder layer; may be on the meta device.
+        itemsize (`int`): Bytes in a number of the model's dtype.
+        trained (`bool`): Whether its weights get gradients.
+
+    Returns:
+        `int`: Bytes for each token.
+    """
+    norms, blocks = list(_norm_widths(layer)), list(_linear_blocks(layer))
+    total = sum(map(norm_activations, norms))
+    for linears in blocks:
+        total += itemsize * (linears[-1].in_features + sum(linear.out_features for linear in linears[:-1]))
+    if trained:
+        total += itemsize * (2 * sum(norms) + sum(linears[-1].in_features for linears in blocks))
+    return total
+
+
+def logit_bytes(tokens: int, vocabulary: int, itemsize: int, config: TuningConfig) -> int:
+    """Estimate of the bytes that the head and the losses hold at the end of a forward pass.
+
+    Two sets of logits in the model's dtype (with `ce` alone one), float32 probabilities for the backward pass (two sets
+    for `kd`, one for `ce`), and three float32 copies of the chunk of tokens that is being computed.
+    """
+    weights = config.loss_weights()
+    distributions = 2 * bool(weights.get("kd")) + bool(weights.get("ce"))
+    logits = 1 + bool(weights.get("kd"))
+    chunk = 3 * min(tokens, CHUNK_TOKENS)
+    return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
+
+
+def _norm_widths(layer: nn.Module) -> Iterator[int]:
+    """Width of the tensor that each norm sees: modules with nothing but a vector of weights (and biases)."""
+    for module in layer.modules():
+        for name, child in module.named_children():
+            own = list(child.parameters())
+            if isinstance(child, nn.Linear) or not own or any(p.dim() != 1 for p in own) or list(child.children()):
+                continue
+            # qwen3's q_norm has the width of one head and sees all that q_proj puts out
+            projection = getattr(module, name.replace("_norm", "_proj"), None)
+            yield projection.out_features if isinstance(projection, nn.Linear) else own[0].numel()
+
+
+def _linear_blocks(layer: nn.Module) -> Iterator[list[nn.Linear]]:
+    """The linear layers of each submodule that holds some directly, in the order of their declaration."""
+    for module in layer.modules():
+        linears = [child for child in module.children() if isinstance(child, nn.Linear)]
+        if linears:
+            yield linears

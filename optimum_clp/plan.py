@@ -1,0 +1,241 @@
+"""What `prune` would do to a model, predicted from its config: no weight is read, allocated or written."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from .architecture import allowed_segments, cut_config, decoder_layers, num_layers, text_config
+from .configuration import CLPConfig
+from .errors import ConfigurationError, ModelError, Problem
+from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
+from .guard import check_cut
+from .segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
+from .surgery import count_bytes, count_parameters, cut_model
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """One segment that can be removed, and the model that is left.
+
+    Args:
+        segment ([`LayerSegment`]): The layers that go.
+        num_parameters (`int`): Distinct parameters that are left.
+        bytes (`int`): Of these, in the model's dtype: `model.safetensors` without its header.
+        onnx (`dict[str, int]`): Bytes of the weights in each ONNX file of the recipe, by kind of weights; empty without
+            export.
+        tuning ([`TuningMemory`] or `None`): What endpoint tuning holds; `None` where the recipe does without.
+    """
+
+    segment: LayerSegment
+    num_parameters: int
+    bytes: int
+    onnx: dict[str, int]
+    tuning: TuningMemory | None
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """What `prune` would do.
+
+    Args:
+        name_or_path (`str` or `None`): Where the config came from.
+        model_type (`str`): As in `config.json`.
+        model_class (`str`): The class that transformers builds.
+        dtype (`str`): Of the weights.
+        pruning_ratio (`float`): As in the recipe.
+        num_layers (`int`): Decoder layers of the dense model.
+        num_removed (`int`): Layers that go.
+        num_parameters (`int`): Distinct parameters of the dense model.
+        bytes (`int`): Of these.
+        layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
+        cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
+            the meta device and has passed the guard of [`~optimum_clp.surgery.cut_model`].
+    """
+
+    name_or_path: str | None
+    model_type: str
+    model_class: str
+    dtype: str
+    pruning_ratio: float
+    num_layers: int
+    num_removed: int
+    num_parameters: int
+    bytes: int
+    layer_parameters: tuple[int, ...]
+    cuts: tuple[PlannedCut, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values; `docs/dry_run.md` describes every key."""
+        return {
+            "base_model": {
+                "name_or_path": self.name_or_path,
+                "model_type": self.model_type,
+                "class": self.model_class,
+                "dtype": self.dtype,
+                "num_layers": self.num_layers,
+                "num_parameters": self.num_parameters,
+                "bytes": self.bytes,
+                "layer_parameters": list(self.layer_parameters),
+            },
+            "pruning_ratio": self.pruning_ratio,
+            "num_removed": self.num_removed,
+            "cuts": [
+                {
+                    "start": cut.segment.start,
+                    "stop": cut.segment.stop,
+                    "num_parameters": cut.num_parameters,
+                    "bytes": cut.bytes,
+                    "onnx": dict(cut.onnx),
+                    "tuning": None if cut.tuning is None else cut.tuning.to_dict(),
+                }
+                for cut in self.cuts
+            ],
+        }
+
+
+def plan_pruning(
+    config: PretrainedConfig, recipe: CLPConfig | None = None, *, dtype: torch.dtype | str | None = None
+) -> PruningPlan:
+    """Predict what pruning does to the model that a config describes, without its weights.
+
+    The dense model is built on the meta device, and every allowed segment is cut from it there: the config is rewritten
+    and the guard compares every layer, as in the real cut. Segments whose rewritten configs are equal share one built
+    model; the guard runs for each.
+
+    Args:
+        config (`PretrainedConfig`): Of the dense model; not changed.
+        recipe ([`CLPConfig`], *optional*): Pruning ratio, and what tuning, quantization and export are to do.
+        dtype (`torch.dtype` or `str`, *optional*): Of the weights; `None` or `"auto"` takes the config's, or float32 where
+            it names none.
+
+    Returns:
+        [`PruningPlan`]
+
+    Raises:
+        ConfigurationError: If the ratio removes no layer or all, or `dtype` is no floating-point type.
+        ModelError: If the architecture is not supported, no segment of that length can be cut from it, or transformers
+            cannot build the model.
+        CutError: If a cut model is not the dense model without those layers.
+    """
+    recipe = recipe or CLPConfig()
+    recipe.validate()
+    depth = num_layers(config)
+    removed = number_of_layers_to_remove(recipe.pruning_ratio, depth)
+    segments = allowed_segments(config, removed)
+    dense = build_on_meta(config, _weight_dtype(config, dtype))
+    return PruningPlan(
+        name_or_path=getattr(config, "name_or_path", None) or None,
+        model_type=config.model_type,
+        model_class=type(dense).__name__,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        pruning_ratio=recipe.pruning_ratio,
+        num_layers=depth,
+        num_removed=removed,
+        num_parameters=count_parameters(dense),
+        bytes=count_bytes(dense),
+        layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
+        cuts=tuple(_plan_cuts(dense, segments, recipe)),
+    )
+
+
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a config describes, in eval mode, on the meta device.
+
+    Args:
+        config (`PretrainedConfig`): Not changed.
+        dtype (`torch.dtype`): Of the weights.
+
+    Raises:
+        ModelError: If transformers cannot build it.
+    """
+    try:
+        # not torch.device("meta"): some constructors read values of small tensors that they make on the way
+        with init_empty_weights(include_buffers=True):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    # whatever a model's class makes of a malformed config, the user gets one message
+    except Exception as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            Problem(
+                "model",
+                getattr(config, "name_or_path", None) or config.model_type,
+                f"transformers cannot build it from its config without weights ({said})",
+                "Check its config.json",
+            )
+        ) from error
+    return model.eval()
+
+
+def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe: CLPConfig) -> list[PlannedCut]:
+    depth, itemsize = num_layers(dense.config), dense.dtype.itemsize
+    activations = [
+        (layer_activations(layer, itemsize, trained=False), layer_activations(layer, itemsize, trained=True))
+        for layer in decoder_layers(dense)
+    ]
+    built: dict[str, tuple[PreTrainedModel, dict[str, Any]]] = {}  # by rewritten config
+    cuts = []
+    for segment in segments:
+        kept = kept_layers([segment], depth)
+        key = json.dumps(cut_config(dense.config, kept).to_dict(), sort_keys=True, default=str)
+        if key in built:
+            check_cut(built[key][0], dense, kept)
+        else:
+            cut = cut_model(dense, [segment])
+            built[key] = cut, _sizes(cut, recipe)
+        tuning = _tuning(dense, kept, segment, activations, recipe) if recipe.tuning.enabled else None
+        cuts.append(PlannedCut(segment=segment, tuning=tuning, **built[key][1]))
+    return cuts
+
+
+def _sizes(cut: PreTrainedModel, recipe: CLPConfig) -> dict[str, Any]:
+    kinds = ["float32", *recipe.quantization.weights] if recipe.export.enabled else []
+    return {
+        "num_parameters": count_parameters(cut),
+        "bytes": count_bytes(cut),
+        "onnx": {kind: onnx_weight_bytes(cut, kind, recipe.quantization) for kind in kinds},
+    }
+
+
+def _tuning(
+    dense: PreTrainedModel,
+    kept: Sequence[int],
+    segment: LayerSegment,
+    activations: Sequence[tuple[int, int]],
+    recipe: CLPConfig,
+) -> TuningMemory:
+    text = recipe.calibration
+    longest = getattr(text_config(dense.config), "max_position_embeddings", None)
+    return tuning_memory(
+        dense,
+        kept,
+        endpoint_layers([segment], num_layers(dense.config), recipe.tuning.endpoint_width),
+        recipe.tuning,
+        activations=activations,
+        train_rows=text.train_sequences,
+        validation_rows=text.validation_sequences,
+        sequence_length=min(text.sequence_length, longest) if longest else text.sequence_length,
+    )
+
+
+def _weight_dtype(config: PretrainedConfig, dtype: torch.dtype | str | None) -> torch.dtype:
+    """`dtype`, or what the config names, or float32."""
+    chosen: Any = None if dtype == "auto" else dtype
+    for source in (config, text_config(config)):
+        chosen = chosen or getattr(source, "dtype", None)
+    named = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen or torch.float32
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ConfigurationError(
+            Problem(
+                "dtype",
+                chosen,
+                "it must be a floating-point type of torch, or auto",
+                "Choose float32, bfloat16 or float16",
+            )
+        )
+    return named
