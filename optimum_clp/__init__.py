@@ -18,6 +18,8 @@ _HOMES = {
     "CLPPruner": "pruner",
     "LayerSegment": "segments",
     "OnnxCausalLM": "runtime",
+    "PruningPlan": "plan",
+    "plan_pruning": "plan",
     "CLPError": "errors",
 }
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from .configuration import SearchConfig as SearchConfig
     from .configuration import TuningConfig as TuningConfig
     from .errors import CLPError as CLPError
+    from .plan import PruningPlan as PruningPlan
+    from .plan import plan_pruning as plan_pruning
     from .pruner import CLPPruner as CLPPruner
     from .runtime import OnnxCausalLM as OnnxCausalLM
     from .segments import LayerSegment as LayerSegment

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from .architecture import decoder_layers, text_config
 from .configuration import QuantizationConfig, TuningConfig
@@ -70,10 +72,11 @@ class TuningMemory:
 def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: QuantizationConfig) -> int:
     """Bytes of the weights in an exported ONNX file; a tied head and embedding are stored once.
 
-    float32 takes 4 bytes for each parameter. A quantized matrix `[rows, columns]` takes
+    float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 4)`: integers, the last group of a row filled up, and a
-    float32 scale for each group. Quantized are the linear layers and, with `quantize_embeddings`, the embedding; without
-    it a tied head stays in float32 too. Everything else stays in float32, also experts that are one 3-D parameter.
+    float32 scale for each group. Quantized are the linear layers, the experts and, with `quantize_embeddings`, the
+    embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
+    choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there.
 
     The file also holds the graph, about 10 kB for each layer, and aligns the larger weights where they lie in a second
     file (above 1.8 GB).
@@ -88,21 +91,33 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     """
     if weights not in _BITS:
         return sum(p.numel() for p in model.parameters()) * _FLOAT32
-    quantized = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
-    embedding: Any = model.get_input_embeddings()
-    if quantization.quantize_embeddings:
-        quantized.add(id(embedding.weight))
-    else:
-        quantized.discard(id(embedding.weight))
+    embedding: Any = model.get_input_embeddings().weight
+    shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
+    shapes[id(embedding)] = tuple(embedding.shape)
+    if not quantization.quantize_embeddings:
+        del shapes[id(embedding)]
     group = quantization.group_size
     total = 0
     for parameter in model.parameters():
-        if id(parameter) in quantized:
-            rows, columns = parameter.shape
+        if id(parameter) in shapes:
+            rows, columns = shapes[id(parameter)]
             total += rows * -(-columns // group) * (group * _BITS[weights] // 8 + _FLOAT32)
         else:
             total += parameter.numel() * _FLOAT32
     return total
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[Tensor, int, int]]:
+    """Weights that the export quantizes, with their numbers of outputs and inputs; experts are stacks of them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            yield module.weight, module.out_features, module.in_features
+        elif isinstance(module, Conv1D):
+            yield module.weight, module.weight.shape[1], module.weight.shape[0]
+        elif not isinstance(module, _ConvNd):
+            for parameter in module.parameters(recurse=False):
+                if parameter.dim() == 3:
+                    yield parameter, parameter.shape[0] * parameter.shape[1], parameter.shape[2]
 
 
 def tuning_memory(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .architecture import allowed_segments, cut_config, decoder_layers, num_layers, text_config
@@ -54,6 +55,7 @@ class PruningPlan:
         num_parameters (`int`): Distinct parameters of the dense model.
         bytes (`int`): Of these.
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
+        layer_bytes (`tuple[int, ...]`): Of these.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
             the meta device and has passed the guard of [`~optimum_clp.surgery.cut_model`].
     """
@@ -68,6 +70,7 @@ class PruningPlan:
     num_parameters: int
     bytes: int
     layer_parameters: tuple[int, ...]
+    layer_bytes: tuple[int, ...]
     cuts: tuple[PlannedCut, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class PruningPlan:
                 "num_parameters": self.num_parameters,
                 "bytes": self.bytes,
                 "layer_parameters": list(self.layer_parameters),
+                "layer_bytes": list(self.layer_bytes),
             },
             "pruning_ratio": self.pruning_ratio,
             "num_removed": self.num_removed,
@@ -140,6 +144,7 @@ def plan_pruning(
         num_parameters=count_parameters(dense),
         bytes=count_bytes(dense),
         layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
+        layer_bytes=tuple(count_bytes(layer) for layer in decoder_layers(dense)),
         cuts=tuple(_plan_cuts(dense, segments, recipe)),
     )
 
@@ -169,7 +174,22 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
                 "Check its config.json",
             )
         ) from error
+    _move_to_meta(model)
     return model.eval()
+
+
+def _move_to_meta(model: PreTrainedModel) -> None:
+    """Drop the values that a constructor has made in spite of everything (diffllama draws some); tied ones stay tied."""
+    moved: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or tensor.is_meta:
+                    continue
+                empty = tensor.detach().to("meta")
+                if isinstance(tensor, nn.Parameter):
+                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+                tensors[name] = moved.setdefault(id(tensor), empty)  # type: ignore[assignment]
 
 
 def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe: CLPConfig) -> list[PlannedCut]:

@@ -99,6 +99,16 @@ def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """`--dry-run`, which needs no output folder."""
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="only predict layers, sizes and memory from the model's config.json; nothing is loaded or written, "
+        "and OUTPUT may be left out",
+    )
+
+
 def add_segment(parser: argparse.ArgumentParser) -> None:
     """`--segment`, for stages that start from a dense model."""
     parser.add_argument(

@@ -1,19 +1,24 @@
-"""`prune`: all stages, from a dense model to the output folder."""
+"""`prune`: all stages, from a dense model to the output folder; or, with `--dry-run`, what they would give."""
 
 import argparse
+from collections.abc import Callable, Iterable
+from typing import Any
 
+from ..report import format_bytes, format_count
 from . import arguments
-from .session import Answer, load_pruner, read_config, required_output
+from .session import Answer, load_config, load_pruner, output_folder, read_config, required_output
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
 EXAMPLE = "optimum-clp prune --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2 qwen3-0.6b-clp20"
+_TRAINED = ("endpoints", "best", "masters", "gradients", "moments")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `prune`."""
     arguments.add_output(parser, "folder to write")
     arguments.add_pruning_ratio(parser)
+    arguments.add_dry_run(parser)
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the output folder to the Hub")
     arguments.add_model(parser, "dense model: Hub id or local folder")
     arguments.add_recipe(parser)
@@ -26,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Answer:
-    """Run `prune`; the answer is the report and its table."""
+    """Run `prune`; the answer is the report and its table, or the plan and its table."""
+    if args.dry_run:
+        return _dry_run(args)
     output = required_output(args)
     config = read_config(args)
     pruner = load_pruner(args)
@@ -36,3 +43,76 @@ def run(args: argparse.Namespace) -> Answer:
         pruner.push_to_hub(args.push_to_hub)
         where += f" Uploaded to {args.push_to_hub}."
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip()
+
+
+def _dry_run(args: argparse.Namespace) -> Answer:
+    output_folder(args)  # a folder that the real run would refuse
+    config = read_config(args)
+    from ..plan import plan_pruning
+
+    plan = plan_pruning(load_config(args), config, dtype=args.dtype).to_dict()
+    return plan, planned(plan)
+
+
+def planned(plan: dict[str, Any]) -> str:
+    """A plan as a table: sizes before and after, and what tuning takes; a range where the segments differ."""
+    base, cuts = plan["base_model"], plan["cuts"]
+    left = base["num_layers"] - plan["num_removed"]
+    rows = [
+        ("", "layers", "parameters", "size"),
+        ("dense", base["num_layers"], format_count(base["num_parameters"]), format_bytes(base["bytes"])),
+        (
+            "a layer",
+            1,
+            *(_range(base[f"layer_{k}"], f) for k, f in (("parameters", format_count), ("bytes", format_bytes))),
+        ),
+        ("cut", left, *(_range((c[k] for c in cuts), f) for k, f in _COUNTS)),
+    ]
+    rows += [
+        (f"ONNX {kind}", left, "", _range((c["onnx"][kind] for c in cuts), format_bytes)) for kind in cuts[0]["onnx"]
+    ]
+    lines = [
+        f"{base['class']} in {base['dtype']}: {plan['num_removed']} of {base['num_layers']} layers would go. "
+        f"{len(cuts)} segments can: {_segments(cuts)}",
+        *_aligned(rows),
+    ]
+    if cuts[0]["tuning"] is not None:
+        lines += ["", "Endpoint tuning holds at its peak", *_aligned(_tuning_rows([c["tuning"] for c in cuts]))]
+    return "\n".join([*lines, "No weight was read, and nothing was written."])
+
+
+_COUNTS: tuple[tuple[str, Callable[[float], str]], ...] = (("num_parameters", format_count), ("bytes", format_bytes))
+
+
+def _tuning_rows(parts: list[dict[str, int]]) -> list[tuple]:
+    return [
+        ("the dense model", _range((p["weights"] for p in parts), format_bytes)),
+        ("the trained layers", _range((sum(p[key] for key in _TRAINED) for p in parts), format_bytes)),
+        ("cached hidden states", _range((p["caches"] for p in parts), format_bytes)),
+        ("activations and logits", f"about {_range((p['activations'] + p['logits'] for p in parts), format_bytes)}"),
+        ("together", f"about {_range((p['total'] for p in parts), format_bytes)}"),
+    ]
+
+
+def _range(values: Iterable[float], show: Callable[[float], str]) -> str:
+    found = list(values)
+    low, high = show(min(found)), show(max(found))
+    return low if low == high else f"{low} to {high}"
+
+
+def _segments(cuts: list[dict[str, Any]]) -> str:
+    """Runs of neighbouring segments: `0:16 to 64:80`, or `0:2, 4:6 to 6:8`."""
+    runs: list[list[dict[str, Any]]] = []
+    for cut in cuts:
+        if runs and cut["start"] == runs[-1][-1]["start"] + 1:
+            runs[-1].append(cut)
+        else:
+            runs.append([cut])
+    ends = [dict.fromkeys(f"{c['start']}:{c['stop']}" for c in (run[0], run[-1])) for run in runs]
+    return ", ".join(" to ".join(run) for run in ends) + "."
+
+
+def _aligned(rows: list[tuple]) -> list[str]:
+    cells = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]

@@ -16,6 +16,8 @@ from ..errors import CLPError, ConfigurationError, OutputError, Problem
 from .arguments import configuration_values
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from ..configuration import CLPConfig
     from ..pruner import CLPPruner
 
@@ -36,7 +38,8 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
     Raises:
         SystemExit: With status 2, if the output folder is missing and the command needs one.
     """
-    if getattr(args, "output_required", False) and getattr(args, "output", None) is None:
+    needs_output = getattr(args, "output_required", False) and not getattr(args, "dry_run", False)
+    if needs_output and getattr(args, "output", None) is None:
         args.usage_error("the following arguments are required: OUTPUT")
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
@@ -130,6 +133,47 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigurationError(Problem("--config", str(path), "it does not hold a JSON object", remedy))
     return values
+
+
+def load_config(args: argparse.Namespace) -> "PretrainedConfig":
+    """The config of the dense model of `--model`; no weights and no tokenizer are needed beside it.
+
+    Raises:
+        ModelError: If there is none, it cannot be read, it is no causal language model's, or the model was cut before.
+    """
+    from packaging import version
+    from transformers import AutoConfig, PretrainedConfig
+    from transformers import __version__ as transformers_version
+
+    from ..checkpoint_errors import load_error, model_error
+    from ..checkpoint_files import check_config, legacy_rope
+    from ..checkpoint_files import read_config as read_config_file
+    from ..hub import written_file
+    from ..report import REPORT_NAME, CLPReport
+
+    name = args.model
+    if os.path.isfile(name):
+        raise model_error(name, "it is a file, not a folder", "Give the folder that holds config.json")
+    try:
+        raw = (
+            read_config_file(Path(name))
+            if os.path.isdir(name)
+            else PretrainedConfig.get_config_dict(name, revision=args.revision)[0]
+        )
+        check_config(name, raw, args.trust_remote_code)
+        record = written_file(name, REPORT_NAME, args.revision, None)
+        if record is not None and CLPReport.load(record).cut is not None:
+            remedy = "Give the dense model that its report names"
+            raise model_error(name, "it was cut before, and pruning starts from a dense model", remedy)
+        # transformers 4 does not know rope_parameters
+        rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
+        return AutoConfig.from_pretrained(
+            name, revision=args.revision, trust_remote_code=args.trust_remote_code, **rope
+        )
+    except CLPError:
+        raise
+    except Exception as error:
+        raise load_error(name, error) from error
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":

@@ -1,0 +1,97 @@
+"""Plans for the large published shapes, each in a process of its own: seconds and peak memory of `prune --dry-run`.
+
+    python benchmarks/big_shapes.py [RESULT.json]
+
+Only configs are needed, and they are made here: no download, no weights, a few minutes on one core. The figures are
+those of the whole command, imports included.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+COMMAND = """
+import resource, sys
+from optimum_clp.commands.clp import main
+status = main(["prune", "--model", sys.argv[1], "--dry-run", "--json", "--quiet"])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("result", nargs="?", help="JSON file to write")
+    args = parser.parse_args()
+    from big_shapes import BIG_SHAPES, PUBLISHED
+
+    rows = []
+    print(f"{'shape':<12} {'parameters':>15} {'cut':>15} {'segments':>8} {'seconds':>8} {'peak MiB':>9}")
+    for name, shape in BIG_SHAPES.items():
+        plan, seconds, peak = measure(shape)
+        assert plan["base_model"]["num_parameters"] == PUBLISHED[name]
+        rows.append({"shape": name, "seconds": round(seconds, 2), "peak_rss_bytes": peak, **summary(plan)})
+        print(
+            f"{name:<12} {plan['base_model']['num_parameters']:>15,} {plan['cuts'][0]['num_parameters']:>15,} "
+            f"{len(plan['cuts']):>8} {seconds:>8.1f} {peak / 2**20:>9.0f}",
+            flush=True,
+        )
+    if args.result:
+        result = {"command": "python benchmarks/big_shapes.py", "environment": environment(), "rows": rows}
+        Path(args.result).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def measure(shape) -> tuple[dict, float, int]:
+    """The plan of a shape, the command's wall-clock seconds and its peak resident bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        shape.config().save_pretrained(folder)
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND, folder],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        seconds = time.perf_counter() - begin
+    if done.returncode:
+        sys.exit(done.stderr)
+    peak = int(done.stderr.split()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    return json.loads(done.stdout), seconds, peak
+
+
+def summary(plan: dict) -> dict:
+    """A plan without its long lists: figures of the dense model, and the smallest and largest of all cuts."""
+    base, cuts = plan["base_model"], plan["cuts"]
+    totals = [cut["tuning"]["total"] for cut in cuts]
+    return {
+        "num_layers": base["num_layers"],
+        "num_removed": plan["num_removed"],
+        "num_segments": len(cuts),
+        "num_parameters": base["num_parameters"],
+        "bytes": base["bytes"],
+        "layer_parameters": sorted(set(base["layer_parameters"])),
+        "num_parameters_after": sorted({cut["num_parameters"] for cut in cuts}),
+        "bytes_after": sorted({cut["bytes"] for cut in cuts}),
+        "onnx_bytes": {kind: sorted({cut["onnx"][kind] for cut in cuts}) for kind in cuts[0]["onnx"]},
+        "tuning_bytes": [min(totals), max(totals)],
+        "tuning_of_first_segment": cuts[0]["tuning"],
+        "tuning_of_last_segment": cuts[-1]["tuning"],
+    }
+
+
+def environment() -> dict:
+    from optimum_clp.report import environment_info
+
+    return environment_info()
+
+
+if __name__ == "__main__":
+    main()
