@@ -1,91 +1,159 @@
-"""Where a model keeps its decoder layers, and which fields of its config depend on how many there are.
+"""Where a model keeps its decoder layers, which layers may go, and the config of what is left.
 
-An architecture is data: one row of `ARCHITECTURES` for each `model_type`.
+Layers are found by structure: the one list of as many modules as the config has layers. What structure cannot tell is
+data: the rules of `depth_fields` for config fields, and the rows of `architecture_table`.
 """
 
 import copy
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .errors import ModelError, Problem
+from .architecture_table import ARCHITECTURES, COMMON_FIELDS, REFUSED, Architecture
+from .depth_fields import DepthField, NotRepresentable
+from .errors import CutError, ModelError, Problem
+from .segments import LayerSegment, candidate_segments, kept_layers
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """What structure alone does not tell about a `model_type`.
-
-    Args:
-        model_type (`str`): As in `config.json`.
-        layers (`str`): Dotted path of the `ModuleList` of decoder layers.
-        count (`str`): Config field with the number of layers.
-        per_layer (`tuple[str, ...]`): Config lists with one entry for each layer.
-        counts_below (`tuple[str, ...]`): Config fields that say "the first k layers".
-    """
-
-    model_type: str
-    layers: str = "model.layers"
-    count: str = "num_hidden_layers"
-    per_layer: tuple[str, ...] = ("layer_types",)
-    counts_below: tuple[str, ...] = ()
-
-
-ARCHITECTURES = {
-    a.model_type: a
-    for a in (
-        Architecture("llama"),
-        Architecture("mistral"),
-        Architecture("qwen2", counts_below=("max_window_layers",)),
-        Architecture("qwen3", counts_below=("max_window_layers",)),
-    )
-}
+# how a model computes; kept in the config object, not in its file
+_RUNTIME_SETTINGS = ("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path")
 
 
 def find_architecture(config: PretrainedConfig) -> Architecture:
     """The row for a model's config.
 
     Raises:
-        ModelError: If the `model_type` is not supported, or the config describes layers one by one in a way that no
-            rule here rewrites (transformers' `per_layer_config`).
+        ModelError: If the `model_type` is refused, with the reason, or unknown; or if no cut of this model can be exact.
     """
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
+    if model_type in REFUSED:
+        raise ModelError(Problem("model_type", model_type, *REFUSED[model_type]))
     if model_type not in ARCHITECTURES:
         raise ModelError(
             Problem(
                 "model_type",
                 model_type,
-                f"the supported architectures are {', '.join(sorted(ARCHITECTURES))}",
-                "Use a model of one of these types; cutting others could corrupt them silently",
+                "it is not one of the architectures whose cuts are tested; cutting it could corrupt it silently",
+                f"Use one of: {', '.join(sorted(ARCHITECTURES))}; or add it, see docs/architectures.md",
             )
         )
-    if getattr(config, "is_heterogeneous", False):
-        raise ModelError(
-            Problem(
-                "per_layer_config",
-                sorted(config.per_layer_attributes or ()),
-                "a config that describes single layers cannot be renumbered exactly",
-                "Use a checkpoint whose layers are all alike",
-            )
-        )
-    return ARCHITECTURES[model_type]
+    architecture = ARCHITECTURES[model_type]
+    inner = text_config(config)
+    for condition in architecture.conditions:
+        reason = condition.refusal(inner)
+        if reason is not None:
+            raise ModelError(Problem("model_type", model_type, *reason))
+    return architecture
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The model's decoder layers, in order."""
-    layers = model.get_submodule(find_architecture(model.config).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that describes the text decoder: the config itself, or one nested in it."""
+    return config.get_text_config(decoder=True)
 
 
 def num_layers(config: PretrainedConfig) -> int:
     """Number of decoder layers."""
-    return getattr(config, find_architecture(config).count)
+    return getattr(text_config(config), find_architecture(config).count)
+
+
+def decoder_path(model: PreTrainedModel) -> str:
+    """Dotted path of the list of decoder layers in the model.
+
+    Raises:
+        ModelError: If not exactly one list of modules in the text decoder has as many members as the config has layers.
+    """
+    count = num_layers(model.config)
+    inner = text_config(model.config)
+    found = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    # a list of experts may be as long as the stack, but it lies inside a layer
+    found = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    if len(found) > 1:
+        owners = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "config", None) for n in found}
+        found = [n for n, owner in owners.items() if isinstance(owner, type(inner))]
+    if len(found) != 1:
+        raise ModelError(
+            Problem(
+                "model",
+                type(model).__name__,
+                f"its decoder layers were not found: lists of {count} modules are {found or 'nowhere'}",
+                "Use a model whose config.json and layers belong together",
+            )
+        )
+    return found[0]
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The model's decoder layers, in order."""
+    layers = model.get_submodule(decoder_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def depth_fields(config: PretrainedConfig) -> tuple[DepthField, ...]:
+    """The rules for all fields of this config that may say something about single layers."""
+    return COMMON_FIELDS + find_architecture(config).fields
+
+
+def describe_layers(config: PretrainedConfig) -> dict[str, list]:
+    """What the config says about each of its layers: for each rule, by its fields' names, a list with an entry for each layer."""
+    inner, count = text_config(config), num_layers(config)
+    described = {", ".join(field.names): field.describe(inner, count) for field in depth_fields(config)}
+    return {names: values for names, values in described.items() if values is not None}
+
+
+def cut_obstacle(config: PretrainedConfig, kept: Sequence[int]) -> str | None:
+    """Why a cut is not exact, or `None` if it is.
+
+    Args:
+        config (`PretrainedConfig`): Of the dense model.
+        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
+    """
+    try:
+        _rewritten(config, kept)
+    except NotRepresentable as reason:
+        return str(reason)
+    return None
+
+
+def allowed_segments(config: PretrainedConfig, length: int) -> list[LayerSegment]:
+    """The segments of `length` layers whose removal is exact, by start; for most architectures all of them.
+
+    Raises:
+        ModelError: If there is none; names the reason for the first.
+    """
+    count = num_layers(config)
+    reasons: dict[LayerSegment, str | None] = {
+        segment: cut_obstacle(config, kept_layers([segment], count)) for segment in candidate_segments(count, length)
+    }
+    allowed = [segment for segment, reason in reasons.items() if reason is None]
+    if allowed:
+        return allowed
+    raise ModelError(
+        Problem(
+            "num_removed",
+            length,
+            f"no run of {length} of the model's {count} layers can be removed exactly ({next(iter(reasons.values()))})",
+            f"Remove another number of layers: {_lengths_that_work(config, length) or 'none works'}",
+        )
+    )
+
+
+def _lengths_that_work(config: PretrainedConfig, length: int) -> str:
+    count = num_layers(config)
+    works = [
+        n
+        for n in range(1, count)
+        if n != length
+        and any(cut_obstacle(config, kept_layers([s], count)) is None for s in candidate_segments(count, n))
+    ]
+    return ", ".join(map(str, sorted(works, key=lambda n: abs(n - length))[:4]))
 
 
 def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
     """The config of the model that keeps only some layers; `config` itself stays as it is.
+
+    It is written and read once, so that it is what a saved checkpoint's config will be.
 
     Args:
         config (`PretrainedConfig`): Of the dense model.
@@ -93,27 +161,52 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
 
     Returns:
         `PretrainedConfig`: A copy with every depth-dependent field rewritten.
+
+    Raises:
+        ModelError: If the architecture is not supported.
+        CutError: If no config describes the model that would be left.
     """
+    try:
+        return _reread(_rewritten(config, kept))
+    except NotRepresentable as reason:
+        removed = sorted(set(range(num_layers(config))) - set(kept))
+        raise CutError(
+            Problem(
+                "removed layers",
+                removed,
+                f"{reason}; no config describes what would be left",
+                "Choose other layers: search() looks only at those that can go, optimum_clp.architecture."
+                "allowed_segments lists them",
+            )
+        ) from None
+
+
+def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
     architecture = find_architecture(config)
-    before = getattr(config, architecture.count)
+    old, count = text_config(config), num_layers(config)
+    for condition in architecture.conditions:
+        condition.check(old, kept, count)
     new = copy.deepcopy(config)
+    inner = text_config(new)
     # lists first: transformers 5 checks their lengths against the count when the config is saved
-    for name in architecture.per_layer:
-        values = getattr(config, name, None)
-        if values is not None:
-            if len(values) != before:
-                raise ModelError(
-                    Problem(
-                        f"config.{name}",
-                        values,
-                        f"it must have one entry for each of the {before} layers",
-                        "Repair the checkpoint's config.json",
-                    )
-                )
-            setattr(new, name, [values[i] for i in kept])
-    for name in architecture.counts_below:
-        value = getattr(config, name, None)
-        if value is not None:
-            setattr(new, name, sum(i < value for i in kept))
-    setattr(new, architecture.count, len(kept))
+    for field in COMMON_FIELDS + architecture.fields:
+        field.rewrite(old, inner, kept, count)
+    setattr(inner, architecture.count, len(kept))
     return new
+
+
+def _reread(config: PretrainedConfig) -> PretrainedConfig:
+    """The config as it comes back from its file, with the settings that are not in the file."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        reread = type(config).from_pretrained(folder)
+    for before, after in zip(_with_nested(config), _with_nested(reread), strict=True):
+        for name in _RUNTIME_SETTINGS:
+            if name in vars(before):
+                setattr(after, name, vars(before)[name])
+    return reread
+
+
+def _with_nested(config: PretrainedConfig) -> list[PretrainedConfig]:
+    nested = [getattr(config, name, None) for name in sorted(config.sub_configs)]
+    return [config, *(c for n in nested if isinstance(n, PretrainedConfig) for c in _with_nested(n))]

@@ -15,6 +15,7 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from .architecture import text_config
 from .checkpoint_errors import load_error, model_error, quanto_error
 from .checkpoint_files import (
     TOKENIZER_FILES,
@@ -379,8 +380,9 @@ def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) 
         owner, _, attribute = name.rpartition(".")
         setattr(reloaded.get_submodule(owner), attribute, buffer)
     generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_LENGTH, getattr(model.config, "max_position_embeddings", None) or PROBE_LENGTH)
-    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    config = text_config(model.config)
+    length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

@@ -10,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architecture import decoder_layers, find_architecture
 
 
 def layer_hidden(output: Any) -> Tensor:
-    """The hidden states in a decoder layer's output, which is a tensor or a tuple that starts with it."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in a decoder layer's output, which is a tensor, or a tuple or list that starts with it."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _with_hidden(output: Any, hidden: Tensor) -> Any:
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
 
 
 def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -41,7 +44,7 @@ def gated(layers: nn.ModuleList, gate: Tensor) -> Iterator[None]:
     def hook_for(value: Tensor):
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
             hidden = layer_hidden(output)
-            before = layer_input(args, kwargs).to(hidden.device)
+            before = layer_input(args, kwargs).to(hidden)
             return _with_hidden(output, torch.lerp(before, hidden, value.to(hidden.device, hidden.dtype)))
 
         return hook
@@ -101,35 +104,91 @@ def stopped_before(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-@contextmanager
-def resumed(layers: nn.ModuleList, first: int, hidden: Tensor) -> Iterator[None]:
-    """Run the model from layer `first` on: the layers below are not computed, and `hidden` enters layer `first`.
+def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
+    """What each decoder layer returns: `None` for a tensor, the length of a tuple otherwise.
 
-    The model's own forward still does everything around the layers (masks, rotary embedding, final norm, head), so this
-    holds for every architecture. With `first = len(layers)` only norm and head run. Skipping the segment `[s, t)` for
-    inputs that are known is `resumed(layers, t, hidden_that_entered_s)`. (The supported architectures' layers return a
-    tensor, in transformers 4.57 and 5; a test holds this down.)
+    It differs between architectures and between versions of transformers, so it is seen in a forward pass of one token.
+    """
+    layers = decoder_layers(model)
+    forms: dict[int, int | None] = {}
+
+    def hook_for(index: int):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            forms[index] = len(output) if isinstance(output, (tuple, list)) else None
+
+        return hook
+
+    with torch.no_grad(), ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.callback(layer.register_forward_hook(hook_for(index)).remove)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    return tuple(forms[index] for index in range(len(layers)))
+
+
+class LayerStack:
+    """A model's decoder layers, and how a forward pass is started in the middle of them.
 
     Args:
+        model (`PreTrainedModel`): Not changed beyond the length of a `with` block.
+
+    Attributes:
         layers (`nn.ModuleList`): The decoder layers.
-        first (`int`): First layer that runs, in [1, len(layers)]; with 0 nothing is skipped and `hidden` is not used.
-        hidden (`Tensor`): `[batch, length, hidden]`.
     """
 
-    def skip(value: Tensor | None):
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return hidden_states if value is None else value.to(hidden_states.device)
+    def __init__(self, model: PreTrainedModel):
+        self.layers = decoder_layers(model)
+        self._forms = layer_forms(model)
+        self._threads_state = find_architecture(model.config).threads_state
 
-        return forward
+    def __len__(self) -> int:
+        return len(self.layers)
 
-    with ExitStack() as stack:
-        for index in range(first):
-            stack.enter_context(_replaced_forward(layers[index], skip(hidden if index == first - 1 else None)))
-        yield
+    @contextmanager
+    def resumed(self, first: int, hidden: Tensor) -> Iterator[None]:
+        """Run the model from layer `first` on: the layers below are not computed, and `hidden` enters layer `first`.
+
+        The model's own forward still does everything around the layers (masks, rotary embedding, final norm, head), so
+        this holds for every architecture. With `first = len(layers)` only norm and head run. Skipping the segment
+        `[s, t)` for inputs that are known is `resumed(t, hidden_that_entered_s)`.
+
+        Where layers hand later ones more than hidden states (shared keys and values), the layers below are computed
+        for that, and only their hidden states are thrown away.
+
+        Args:
+            first (`int`): First layer that runs, in [1, len(layers)]; with 0 nothing is skipped and `hidden` is not used.
+            hidden (`Tensor`): `[batch, length, hidden]`.
+        """
+        with ExitStack() as stack:
+            if self._threads_state and 0 < first < len(self.layers):
+                stack.callback(self.layers[first - 1].register_forward_hook(_replace_output(hidden)).remove)
+            else:
+                for index in range(first):
+                    forward = _hand_on(hidden if index == first - 1 else None, self._forms[index])
+                    stack.enter_context(replaced_forward(self.layers[index], forward))
+            yield
+
+
+def _replace_output(hidden: Tensor):
+    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+        return _with_hidden(output, hidden.to(layer_hidden(output).device))
+
+    return hook
+
+
+def _hand_on(value: Tensor | None, form: int | None):
+    """A layer's forward that computes nothing: its input, or `value`, in the form in which the layer returns it."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = layer_input(args, kwargs)
+        hidden = hidden if value is None else value.to(hidden.device)
+        return hidden if form is None else (hidden, *[None] * (form - 1))
+
+    return forward
 
 
 @contextmanager
-def _replaced_forward(layer: nn.Module, forward) -> Iterator[None]:
+def replaced_forward(layer: nn.Module, forward) -> Iterator[None]:
+    """Call `forward` instead of the layer's own until the block ends."""
     # accelerate keeps its own forward in the instance's dict; put back exactly what was there
     missing = object()
     before = layer.__dict__.get("forward", missing)

@@ -1,5 +1,6 @@
 """`CLPPruner`: a dense model goes in, a smaller one comes out."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -10,7 +11,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from .architecture import find_architecture, num_layers
+from .architecture import allowed_segments, find_architecture, num_layers, text_config
 from .calibration import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .configuration import CLPConfig
@@ -159,6 +160,7 @@ class CLPPruner(OptimumQuantizer):
         config = self._use(config)
         dense = self._dense()
         count = number_of_layers_to_remove(config.pruning_ratio, num_layers(dense.config))
+        allowed_segments(dense.config, count)  # refused before any text is read or written
         rows = self._calibration().train
         result = search_segment(dense, rows, count, config.search, seed=config.seed, quiet=self.quiet)
         if result.segments != self.segments:
@@ -323,7 +325,8 @@ class CLPPruner(OptimumQuantizer):
         if text is None:
             tokens = self._calibration().test
         else:
-            length = min(self.config.calibration.sequence_length, model.config.max_position_embeddings)
+            maximum = getattr(text_config(model.config), "max_position_embeddings", None) or math.inf
+            length = min(self.config.calibration.sequence_length, maximum)
             tokens = tokenize_dataset(
                 text,
                 self.tokenizer,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import decoder_layers
+from .architecture import allowed_segments
 from .configuration import SearchConfig
 from .errors import Problem, SearchError
 from .gate import concave_gate
-from .gating import gated, recorded_inputs, resumed, stopped_before
+from .gating import gated, recorded_inputs, stopped_before
 from .losses import kl_divergence
 from .progress import progress_bar
-from .segments import LayerSegment, candidate_segments
+from .segments import LayerSegment
 from .teacher import DenseOutputs
 
 
@@ -125,14 +125,16 @@ def search_segment(
         [`SearchResult`]
 
     Raises:
+        ModelError: If no segment of this length can be cut exactly.
         SearchError: If no segment has a finite score.
     """
     begin = time.perf_counter()
     tokens = tokens[: config.num_sequences]
+    allowed = allowed_segments(model.config, num_removed)  # before any work: there may be none
     objective = _Objective(model, tokens, config.batch_size, quiet)
     strategies: dict[str, Callable] = {"gate": _gate_search, "exhaustive": _exhaustive_search}
     with torch.no_grad():
-        scored, trajectory = strategies[config.strategy](objective, num_removed, config, seed)
+        scored, trajectory = strategies[config.strategy](objective, allowed, config, seed)
     finite = [s for s in scored if math.isfinite(s.kl)]
     if not finite:
         raise SearchError(
@@ -164,10 +166,11 @@ class _Objective:
     def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int, quiet: bool):
         self.model = model
         self.tokens = tokens
-        self.layers: nn.ModuleList = decoder_layers(model)
         self.batch_size = batch_size
         self.quiet = quiet
         self.dense = DenseOutputs(model, tokens, batch_size=batch_size, quiet=quiet)
+        self.stack = self.dense.stack
+        self.layers: nn.ModuleList = self.stack.layers
         self.layer_passes = float(len(self.layers))
 
     def row_kl(self, rows: Tensor | slice, dense_logits: Tensor) -> Tensor:
@@ -196,7 +199,7 @@ class _Objective:
                 dense = self.dense.logits(rows)
                 inputs = self._inputs_of(starts, rows)
                 for segment in segments:
-                    with resumed(self.layers, segment.stop, inputs[segment.start]):
+                    with self.stack.resumed(segment.stop, inputs[segment.start]):
                         found[segment].append(self.row_kl(rows, dense))
                     bar.update(len(dense))
         self.layer_passes += starts[-1] + sum(len(self.layers) - s.stop for s in segments)
@@ -215,17 +218,18 @@ def _scored(segment: LayerSegment, rows: Tensor) -> ScoredSegment:
     return ScoredSegment(segment, rows.mean().item(), error)
 
 
-def _exhaustive_search(objective: _Objective, length: int, config: SearchConfig, seed: int):
-    return objective.score(candidate_segments(len(objective.layers), length)), []
+def _exhaustive_search(objective: _Objective, allowed: list[LayerSegment], config: SearchConfig, seed: int):
+    return objective.score(allowed), []
 
 
-def _gate_search(objective: _Objective, length: int, config: SearchConfig, seed: int):
+def _gate_search(objective: _Objective, allowed: list[LayerSegment], config: SearchConfig, seed: int):
     """Gradient descent on the gate's start while it gets steeper, then the exact score of the nearest integers.
 
     The gate has one parameter, so its derivative is taken as a central difference: two forward passes, no activations
     kept (a backward pass through the frozen layers costs about two forwards as well, and all activations). Both ends see
     the same rows, so their noise cancels in the difference.
     """
+    length, starts = len(allowed[0]), [segment.start for segment in allowed]
     room = len(objective.layers) - length
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(objective.tokens), generator=generator)
@@ -264,6 +268,7 @@ def _gate_search(objective: _Objective, length: int, config: SearchConfig, seed:
             trajectory.append(GateStep(step, start, steepness, (below + above) / 2))
             start = min(float(room), max(0.0, start - rate * corrected))
             bar.update(1)
-    nearest = sorted(range(room + 1), key=lambda s: (abs(s - start), s))
-    candidates = list(dict.fromkeys([*nearest[:3], *(round(s) for s in ranked), *nearest]))[: config.num_rescored]
+    nearest = sorted(starts, key=lambda s: (abs(s - start), s))
+    ranked = [min(starts, key=lambda s: (abs(s - r), s)) for r in ranked]  # each valley by the allowed start next to it
+    candidates = list(dict.fromkeys([*nearest[:3], *ranked, *nearest]))[: config.num_rescored]
     return objective.score([LayerSegment(s, s + length) for s in sorted(candidates)]), trajectory

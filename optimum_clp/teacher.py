@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architecture import decoder_layers
-from .gating import recorded_inputs, resumed
+from .gating import LayerStack, recorded_inputs
 from .progress import progress_bar
 
 
@@ -37,12 +36,12 @@ class DenseOutputs:
     ):
         self.model = model
         self.tokens = tokens
-        self.layers = decoder_layers(model)
-        wanted = sorted({*inputs_of, len(self.layers)})
+        self.stack = LayerStack(model)
+        wanted = sorted({*inputs_of, len(self.stack)})
         kept: dict[int, list[Tensor]] = {i: [] for i in wanted}
         with (
             torch.no_grad(),
-            recorded_inputs(self.layers, wanted) as found,
+            recorded_inputs(self.stack.layers, wanted) as found,
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
             for rows in tokens.split(batch_size):
@@ -56,6 +55,6 @@ class DenseOutputs:
     def logits(self, rows: slice | Tensor) -> Tensor:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""
         tokens = self.tokens[rows].to(self.model.device)
-        last = len(self.layers)
-        with torch.no_grad(), resumed(self.layers, last, self.hidden[last][rows].to(self.model.device)):
+        last = len(self.stack)
+        with torch.no_grad(), self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)):
             return self.model(input_ids=tokens, use_cache=False).logits

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import decoder_layers
+from .architecture import decoder_layers, text_config
 from .configuration import TuningConfig
 from .errors import ModelError, Problem, TuningError
-from .gating import resumed
+from .gating import LayerStack
 from .losses import kl_divergence, next_token_cross_entropy
 from .progress import progress_bar
 from .surgery import own_layers
@@ -151,8 +151,8 @@ class _EndpointTrainer:
         self.model, self.config, self.quiet = model, config, quiet
         self.indices = layers
         self.first = layers[0]
-        self.layers = decoder_layers(model)
-        self.parameters = [p for i in layers for p in self.layers[i].parameters()]
+        self.stack = LayerStack(model)
+        self.parameters = [p for i in layers for p in self.stack.layers[i].parameters()]
         self.weights = config.loss_weights()
         self.teachers = {
             name: DenseOutputs(dense, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
@@ -164,7 +164,7 @@ class _EndpointTrainer:
             for name, rows in (("train", train), ("validation", validation)):
                 own = DenseOutputs(model, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
                 self.inputs[name] = own.hidden[self.first]
-        self.learning_rate = config.learning_rate or default_learning_rate(model.config.hidden_size)
+        self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
         self.per_epoch = math.ceil(len(train) / config.batch_size)
         self.total = self.per_epoch * config.epochs
         self.order = torch.Generator().manual_seed(seed)
@@ -280,7 +280,7 @@ class _EndpointTrainer:
         """Weighted loss of each row, float32 `[batch]`."""
         teacher = self.teachers[split]
         tokens = teacher.tokens[rows].to(self.model.device)
-        with resumed(self.layers, self.first, self.inputs[split][rows].to(self.model.device)):
+        with self.stack.resumed(self.first, self.inputs[split][rows].to(self.model.device)):
             logits = self.model(input_ids=tokens, use_cache=False).logits
         losses = torch.zeros(len(rows), device=logits.device)
         if self.weights.get("kd"):

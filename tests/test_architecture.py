@@ -3,7 +3,7 @@ from tiny_models import MODEL_TYPES, tiny_config, tiny_model
 from transformers import AutoConfig
 
 from optimum_clp.architecture import cut_config, decoder_layers, find_architecture, num_layers
-from optimum_clp.errors import ModelError
+from optimum_clp.errors import CutError, ModelError
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -14,10 +14,14 @@ def test_layers_are_found(model_type):
 
 
 def test_an_unknown_type_is_refused_with_the_supported_ones():
+    config = AutoConfig.for_model("llama")
+    config.model_type = "brand-new"
     with pytest.raises(
-        ModelError, match="model_type is 'gpt2': the supported architectures are llama, mistral, qwen2, "
+        ModelError,
+        match=r"model_type is 'brand-new': it is not one of the architectures whose cuts are tested; cutting it could "
+        r"corrupt it silently\. Use one of: afmoe, .*, zamba; or add it, see docs/architectures.md",
     ):
-        find_architecture(AutoConfig.for_model("gpt2"))
+        find_architecture(config)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
@@ -34,14 +38,15 @@ def test_depth_dependent_fields_are_rewritten(model_type):
 def test_a_list_of_the_wrong_length_is_refused():
     config = tiny_config("qwen3")
     config.__dict__["layer_types"] = ["full_attention"] * 5
-    with pytest.raises(ModelError, match="config.layer_types is .*one entry for each of the 6 layers"):
+    with pytest.raises(CutError, match="config.layer_types has 5 entries, and it must have one for each of the 6 layers"):
         cut_config(config, [0, 1])
 
 
-def test_a_config_with_settings_of_single_layers_is_refused():
+def test_settings_of_single_layers_move_with_their_layers():
     config = tiny_config("llama")
     if not hasattr(config, "per_layer_config"):
         pytest.skip("transformers 4 has no per-layer configs")
-    config.per_layer_config = {2: {"hidden_act": "gelu"}}
-    with pytest.raises(ModelError, match="per_layer_config is .*cannot be renumbered exactly"):
-        find_architecture(config)
+    config.per_layer_config = {2: {"intermediate_size": 40}, 4: {"intermediate_size": 24}}
+    new = cut_config(config, [0, 1, 4, 5])
+    assert [layer.intermediate_size for layer in new.per_layer_config] == [56, 56, 24, 56]
+    assert [layer.intermediate_size for layer in config.per_layer_config] == [56, 56, 40, 56, 24, 56]

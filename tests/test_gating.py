@@ -4,7 +4,7 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture import decoder_layers
 from optimum_clp.gate import concave_gate, hard_gate
-from optimum_clp.gating import gated, recorded_inputs, resumed, stopped_before
+from optimum_clp.gating import LayerStack, gated, recorded_inputs, replaced_forward, stopped_before
 
 
 def hooks(model):
@@ -32,7 +32,7 @@ def test_resuming_behind_a_segment_equals_the_closed_gate(model_type, start, sto
             expected = model(ids, use_cache=False).logits
         with recorded_inputs(layers, [start]) as found:
             model(ids, use_cache=False)
-        with resumed(layers, stop, found[start]):
+        with LayerStack(model).resumed(stop, found[start]):
             assert torch.equal(model(ids, use_cache=False).logits, expected)
 
 
@@ -91,7 +91,7 @@ def test_everything_comes_off_after_an_exception(block):
     blocks = {
         "gated": lambda: gated(layers, torch.zeros(6)),
         "recorded": lambda: recorded_inputs(layers, [0, 3, 6]),
-        "resumed": lambda: resumed(layers, 3, torch.zeros(1, 8, 32)),
+        "resumed": lambda: LayerStack(model).resumed(3, torch.zeros(1, 8, 32)),
     }
     with pytest.raises(RuntimeError, match="planted"):
         with blocks[block]():
@@ -111,6 +111,6 @@ def test_a_forward_that_was_replaced_before_is_put_back():
         return original(*args, **kwargs)
 
     layers[0].forward = theirs
-    with resumed(layers, 1, torch.zeros(1, 8, 32)):
+    with replaced_forward(layers[0], lambda *args, **kwargs: args[0]):
         assert layers[0].forward is not theirs
     assert layers[0].forward is theirs

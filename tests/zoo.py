@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tiny_models import VOCABULARY
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import __version__ as transformers_version
 
 NUM_LAYERS = 8
 COMMON = {
@@ -52,7 +53,7 @@ GATED_DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8}
+INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
 SLIDING, FULL = "sliding_attention", "full_attention"
 # irregular on purpose: no cut of two layers leaves it periodic
 WINDOWS = {"sliding_window": 6, "layer_types": [SLIDING, FULL, SLIDING, SLIDING, FULL, SLIDING, FULL, FULL]}
@@ -70,6 +71,7 @@ class TinyType:
         transformers (`str`): Configuration values that exist in one major version only are kept apart by it: `"4"`,
             `"5"`, or `""` for both.
         tying (`bool`): Whether the class can tie its head to its embedding.
+        variant (`str`): Tells apart several models of one type.
         outer (`dict`): Configuration outside a nested text configuration.
     """
 
@@ -78,12 +80,21 @@ class TinyType:
     cuts: tuple[tuple[tuple[int, int], ...], ...] = (((0, 2),), ((3, 5),), ((6, 8),), ((1, 2), (4, 6)))
     transformers: str = ""
     tying: bool = True
+    variant: str = ""
     outer: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """For test ids."""
+        return f"{self.model_type}-{self.variant}" if self.variant else self.model_type
 
-def _(model_type: str, /, *, cuts=None, transformers="", tying=True, outer=None, **settings: Any) -> TinyType:
+
+def _(
+    model_type: str, /, *, cuts=None, transformers="", tying=True, variant="", outer=None, **settings: Any
+) -> TinyType:
     more = {} if cuts is None else {"cuts": cuts}
-    return TinyType(model_type, settings, transformers=transformers, tying=tying, outer=outer or {}, **more)
+    outer = outer or {}
+    return TinyType(model_type, settings, transformers=transformers, tying=tying, variant=variant, outer=outer, **more)
 
 
 SPARSE = ["dense", "sparse", "sparse", "dense", "sparse", "sparse", "dense", "sparse"]
@@ -94,9 +105,15 @@ ALL = (
     _("aria_text", moe_num_experts=4, moe_topk=2),
     _("axk1", **MLA, **GROUPS, mlp_layer_types=SPARSE),
     _("axk2", **MLA, **INDEXER, **GROUPS, mlp_layer_types=SPARSE),
-    _("bailing_hybrid", **MLA, **GROUPS, layer_types=[LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR, LINEAR, FULL], mlp_layer_types=SPARSE),
-    _("bamba", **MAMBA2, attn_layer_indices=[1, 4, 5]),
-    _("beam", **WINDOWS, **GROUPS, mlp_layer_types=SPARSE),
+    _(
+        "bailing_hybrid",
+        **MLA,
+        **GROUPS,
+        layer_types=[LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR, LINEAR, FULL],
+        mlp_layer_types=SPARSE,
+    ),
+    _("bamba", **MAMBA2, attn_layer_indices=[1, 4, 5], cuts=(((0, 2),), ((3, 5),), ((6, 8),), ((1, 2), (4, 5)))),
+    _("beam", **WINDOWS, **GROUPS, mlp_layer_types=SPARSE, cuts=(((7, 8),), ((5, 8),), ((4, 8),))),
     _("biogpt"),
     _("bitnet"),
     _("bloom", n_head=4),
@@ -104,21 +121,49 @@ ALL = (
     _("cohere"),
     _("cohere2", **WINDOWS),
     _("cohere2_moe", **WINDOWS, mlp_layer_types=SPARSE),
-    _("cohere_compass_text", **WINDOWS, rope_parameters={k: {"rope_type": "default", "rope_theta": 10000.0} for k in (SLIDING, FULL)}),
-    _("cpmant", dim_ff=48, dim_head=8),
+    _(
+        "cohere_compass_text",
+        **WINDOWS,
+        rope_parameters={k: {"rope_type": "default", "rope_theta": 10000.0} for k in (SLIDING, FULL)},
+    ),
     _("ctrl", dff=48),
     _("cwm", **WINDOWS),
-    _("dbrx", d_model=32, n_heads=4, n_layers=8, max_seq_len=128, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}, transformers="4"),
-    _("dbrx", d_model=32, n_heads=4, n_layers=8, max_seq_len=128, attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, ffn_config={"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2}, transformers="5"),
+    _(
+        "dbrx",
+        d_model=32,
+        n_heads=4,
+        n_layers=8,
+        max_seq_len=128,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        transformers="4",
+    ),
+    _(
+        "dbrx",
+        d_model=32,
+        n_heads=4,
+        n_layers=8,
+        max_seq_len=128,
+        attn_config={"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        ffn_config={"hidden_size": 32, "ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        transformers="5",
+    ),
     _("deepseek_v2", **MLA, **GROUPS, first_k_dense_replace=4),
     _("deepseek_v3", **MLA, **GROUPS, first_k_dense_replace=4),
     _("deepseek_v32", **MLA, **INDEXER, **GROUPS, mlp_layer_types=SPARSE),
     _("deepseek_v4", **MLA, **INDEXER),
-    _("diffllama"),
+    _("diffllama", cuts=(((7, 8),), ((5, 8),), ((4, 8),))),
     _("doge"),
     _("dots1", **WINDOWS, **GROUPS, first_k_dense_replace=4, max_window_layers=3),
     _("ernie4_5"),
-    _("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=1, moe_layer_end_index=6, moe_layer_interval=2),
+    _(
+        "ernie4_5_moe",
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=1,
+        moe_layer_end_index=6,
+        moe_layer_interval=2,
+    ),
     _("exaone4", **WINDOWS),
     _("exaone_moe", **WINDOWS, **GROUPS, mlp_layer_types=SPARSE),
     _("falcon"),
@@ -129,70 +174,207 @@ ALL = (
     _("gemma"),
     _("gemma2", **WINDOWS),
     _("gemma3_text", **WINDOWS),
-    _("gemma3", **WINDOWS, outer={"vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 8, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}, "mm_tokens_per_image": 4}),
-    _("gemma3n_text"),
-    _("gemma4_text", **WINDOWS, hidden_size_per_layer_input=0, global_head_dim=16),
-    _("gemma4_unified_text", **WINDOWS, global_head_dim=16),
+    _(
+        "gemma3",
+        **WINDOWS,
+        outer={
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 2,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    _(
+        "gemma4_text",
+        **WINDOWS,
+        hidden_size_per_layer_input=0,
+        global_head_dim=16,
+        cuts=(((0, 2),), ((3, 5),), ((5, 7),), ((1, 2), (4, 6))),
+    ),
+    _(
+        "gemma4_unified_text",
+        **WINDOWS,
+        global_head_dim=16,
+        num_kv_shared_layers=3,
+        variant="shared_kv",
+        cuts=(((0, 2),), ((2, 3),), ((5, 6),), ((0, 2), (5, 7))),
+    ),
+    _("gemma4_unified_text", **WINDOWS, global_head_dim=16, cuts=(((0, 2),), ((3, 5),), ((5, 7),), ((1, 2), (4, 6)))),
     _("glm", pad_token_id=0),
     _("glm4"),
     _("glm4_moe", **GROUPS, first_k_dense_replace=4),
     _("glm4_moe_lite", **MLA, **GROUPS, mlp_layer_types=SPARSE),
-    _("glm_moe_dsa", **MLA, **INDEXER, **GROUPS, mlp_layer_types=SPARSE),
+    _(
+        "glm_moe_dsa",
+        **MLA,
+        **INDEXER,
+        **GROUPS,
+        mlp_layer_types=SPARSE,
+        indexer_types=["full", "full", "shared", "full", "shared", "shared", "full", "shared"],
+        cuts=(((1, 3),), ((3, 6),), ((6, 8),), ((1, 3), (6, 8))),
+    ),
     _("gpt2"),
     _("gpt_bigcode"),
-    _("gpt_neo", num_layers=8, attention_types=[[["global", "local", "local"], 2], [["local", "global"], 1]], window_size=6),
+    _(
+        "gpt_neo",
+        num_layers=8,
+        attention_types=[[["global", "local", "local"], 2], [["local", "global"], 1]],
+        window_size=6,
+    ),
     _("gpt_neox"),
-    _("gpt_neox_japanese"),
+    _("gpt_neox_japanese", cuts=(((0, 2),), ((3, 5),), ((5, 7),), ((1, 2), (4, 6)))),
     _("gpt_oss", **WINDOWS),
     _("gptj", rotary_dim=4),
     _("granite"),
     _("granite_swa", **WINDOWS),
     _("granitemoe"),
     _("granitemoe_swa", **WINDOWS),
-    _("granitemoehybrid", **MAMBA2, layer_types=["mamba", "attention", "mamba", "mamba", "attention", "mamba", "attention", "mamba"], transformers="4"),
-    _("granitemoehybrid", **MAMBA2, layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR], transformers="5"),
+    _(
+        "granitemoehybrid",
+        **MAMBA2,
+        layer_types=["mamba", "attention", "mamba", "mamba", "attention", "mamba", "attention", "mamba"],
+        transformers="4",
+    ),
+    _(
+        "granitemoehybrid",
+        **MAMBA2,
+        layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR],
+        transformers="5",
+    ),
     _("granitemoeshared"),
     _("helium"),
-    _("hrm_text"),
     _("hunyuan_v1_dense"),
     _("hunyuan_v1_moe"),
     _("hy_v3", mlp_layer_types=SPARSE),
-    _("hy_v4", **MLA, **INDEXER, mlp_layer_types=SPARSE),
+    _("hy_v4", **MLA, **INDEXER, mlp_layer_types=SPARSE, cuts=(((2, 4),), ((5, 8),), ((6, 8),), ((2, 3), (5, 8)))),
     _("hyperclovax"),
-    _("inkling2_text", layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid"]),
-    _("inkling_text", swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=8, sliding_window_size=6, rel_extent=16, layer_types=["hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid_sliding", "hybrid", "hybrid"], mlp_layer_types=SPARSE),
+    _(
+        "inkling_text",
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        sliding_window_size=6,
+        rel_extent=16,
+        layer_types=[
+            "hybrid_sliding",
+            "hybrid",
+            "hybrid_sliding",
+            "hybrid_sliding",
+            "hybrid",
+            "hybrid_sliding",
+            "hybrid",
+            "hybrid",
+        ],
+        mlp_layer_types=SPARSE,
+        tying=False,
+    ),
     _("internlm3"),
     _("iquestcoder"),
     _("jais2"),
-    _("jamba", **MAMBA1, attn_layer_period=4, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1),
+    _(
+        "jamba",
+        **MAMBA1,
+        attn_layer_period=4,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        cuts=(((0, 4),), ((2, 6),), ((6, 8),), ((0, 2), (6, 8))),
+    ),
     _("jetmoe"),
-    _("kimi_linear", **MLA, **GROUPS, linear_head_dim=8, linear_num_heads=4, layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL], mlp_layer_types=SPARSE),
+    _(
+        "kimi_linear",
+        **MLA,
+        **GROUPS,
+        linear_head_dim=8,
+        linear_num_heads=4,
+        layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+        mlp_layer_types=SPARSE,
+    ),
     _("kolibri1"),
     _("laguna", **WINDOWS, mlp_layer_types=SPARSE),
     _("lfm2", layer_types=["conv", "conv", FULL, "conv", FULL, "conv", "conv", FULL]),
     _("lfm2_moe", layer_types=["conv", "conv", FULL, "conv", FULL, "conv", "conv", FULL], num_dense_layers=4),
     _("lfm3"),
     _("llama"),
-    _("llama4_text", layer_types=["chunked_attention", FULL, "chunked_attention", "chunked_attention", FULL, "chunked_attention", FULL, FULL], no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 0], moe_layers=[1, 2, 5], intermediate_size_mlp=40, attention_chunk_size=6),
-    _("longcat_flash", **MLA, num_layers=8, ffn_hidden_size=48, expert_ffn_hidden_size=16, moe_topk=2, zero_expert_num=2),
+    _(
+        "llama4_text",
+        layer_types=[
+            "chunked_attention",
+            FULL,
+            "chunked_attention",
+            "chunked_attention",
+            FULL,
+            "chunked_attention",
+            FULL,
+            FULL,
+        ],
+        no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 0],
+        moe_layers=[1, 2, 5],
+        intermediate_size_mlp=40,
+        attention_chunk_size=6,
+    ),
+    _(
+        "longcat_flash",
+        **MLA,
+        num_layers=8,
+        ffn_hidden_size=48,
+        expert_ffn_hidden_size=16,
+        moe_topk=2,
+        zero_expert_num=2,
+    ),
     _("mamba", state_size=4, time_step_rank=2),
     _("mamba2", num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8),
     _("mellum", **WINDOWS, mlp_layer_types=SPARSE),
     _("mimo_v2_flash", **WINDOWS, mlp_layer_types=SPARSE),
-    _("minicpm3", **MLA),
-    _("minimax", layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL]),
+    _("minicpm3", **MLA, cuts=(((0, 2),), ((3, 5),), ((6, 8),), ((1, 2), (4, 5)))),
     _("minimax_m2"),
-    _("minimax_m3_vl_text", mlp_layer_types=SPARSE, dense_intermediate_size=48, shared_intermediate_size=16, rotary_dim=4, index_n_heads=2, index_head_dim=16, index_block_size=4, index_topk_blocks=2),
+    _(
+        "minimax_m3_vl_text",
+        mlp_layer_types=SPARSE,
+        dense_intermediate_size=48,
+        shared_intermediate_size=16,
+        rotary_dim=4,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=4,
+        index_topk_blocks=2,
+    ),
     _("ministral", **WINDOWS),
     _("ministral3"),
     _("mistral", sliding_window=6),
     _("mixtral", sliding_window=6),
-    _("modernbert-decoder", **WINDOWS, local_attention=12),
+    _(
+        "modernbert-decoder",
+        **WINDOWS,
+        local_attention=12,
+        transformers="5",
+        cuts=(((1, 3),), ((3, 5),), ((6, 8),), ((1, 2), (4, 6))),
+    ),
+    _(
+        "modernbert-decoder",
+        layer_types=WINDOWS["layer_types"],
+        transformers="4",
+        cuts=(((1, 3),), ((3, 5),), ((6, 8),), ((1, 2), (4, 6))),
+    ),
     _("moshi", ffn_dim=96),
     _("mpt"),
     _("nanochat"),
     _("nemotron"),
-    _("nemotron_h", layers_block_type=[LINEAR, "moe", FULL, "mlp", LINEAR, FULL, "moe", LINEAR], mamba_num_heads=8, mamba_head_dim=8, n_groups=1, ssm_state_size=4, chunk_size=8, moe_shared_expert_intermediate_size=16),
+    _(
+        "nemotron_h",
+        layers_block_type=[LINEAR, "moe", FULL, "mlp", LINEAR, FULL, "moe", LINEAR],
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        n_groups=1,
+        ssm_state_size=4,
+        chunk_size=8,
+        moe_shared_expert_intermediate_size=16,
+    ),
     _("olmo"),
     _("olmo2"),
     _("olmo3", **WINDOWS),
@@ -205,28 +387,71 @@ ALL = (
     _("phi3", sliding_window=6),
     _("phimoe", sliding_window=6),
     _("qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=4),
-    _("qwen2_moe", use_sliding_window=True, sliding_window=6, max_window_layers=4, decoder_sparse_step=2, mlp_only_layers=[3]),
+    _(
+        "qwen2_moe",
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=4,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
     _("qwen3", use_sliding_window=True, sliding_window=6, max_window_layers=4),
     _("qwen3_moe", decoder_sparse_step=2, mlp_only_layers=[3]),
-    _("qwen3_next", **GATED_DELTA, layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL], decoder_sparse_step=2, mlp_only_layers=[3]),
+    _(
+        "qwen3_next",
+        **GATED_DELTA,
+        layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL],
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+    ),
     _("qwen3_5_text", **GATED_DELTA, layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL]),
     _("qwen3_5_moe_text", **GATED_DELTA, layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL]),
-    _("qwen4_exp_text", **GATED_DELTA, layer_types=[LINEAR, "indexed_attention", LINEAR, LINEAR, "indexed_attention", LINEAR, "indexed_attention", "indexed_attention"], indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2, hc_lowrank=8),
+    _(
+        "qwen4_exp_text",
+        **GATED_DELTA,
+        layer_types=[
+            LINEAR,
+            "indexed_attention",
+            LINEAR,
+            LINEAR,
+            "indexed_attention",
+            LINEAR,
+            "indexed_attention",
+            "indexed_attention",
+        ],
+        indexer_n_heads=2,
+        indexer_kv_heads=1,
+        indexer_head_dim=8,
+        indexer_budget=8,
+        indexer_compress_ratio=2,
+        hc_lowrank=8,
+    ),
     _("recurrent_gemma", block_types=["recurrent", "attention", "recurrent"], attention_window_size=6, lru_width=32),
-    _("rwkv", attention_hidden_size=32),
     _("seed_oss"),
-    _("smollm3", no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 0], use_sliding_window=True, sliding_window=6, layer_types=WINDOWS["layer_types"]),
+    _(
+        "smollm3",
+        no_rope_layers=[1, 0, 1, 1, 0, 1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=WINDOWS["layer_types"],
+    ),
     _("solar_open", **GROUPS),
     _("stablelm"),
     _("starcoder2", sliding_window=6),
     _("vaultgemma", **WINDOWS),
     _("xglm", d_model=32, attention_heads=4, ffn_dim=48, num_layers=8),
     _("xlstm"),
-    _("youtu", **MLA),
-    _("zamba", **MAMBA1),
-    _("zamba2", layers_block_type=[LINEAR, "hybrid", LINEAR, LINEAR, "hybrid", LINEAR, "hybrid", LINEAR], n_mamba_heads=8, mamba_d_state=4, mamba_ngroups=1, chunk_size=8, num_mem_blocks=1),
-    _("zaya", num_experts_per_tok=1, router_hidden_size=16),
+    _("youtu", **MLA, pad_token_id=None),
+    _("zamba", **MAMBA1, cuts=(((0, 2),), ((3, 5),), ((5, 7),), ((0, 1), (4, 6)))),
 )
+
+
+ZOO = tuple(
+    tiny
+    for tiny in ALL
+    if tiny.model_type in CONFIG_MAPPING and tiny.transformers in ("", transformers_version.partition(".")[0])
+)
+"""Those that the installed transformers has."""
 
 
 def config_class(model_type: str):

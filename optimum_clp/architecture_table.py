@@ -1,0 +1,387 @@
+"""The model types that can be cut, what structure does not tell about them, and those that are refused, with the reason.
+
+To add a model type see docs/architectures.md: a row here, and a line in the tests' zoo.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PretrainedConfig
+
+from .depth_fields import (
+    AttentionTypes,
+    Cycle,
+    DepthField,
+    Dropped,
+    FirstLayers,
+    LastLayers,
+    LayerIndices,
+    NotRepresentable,
+    Period,
+    PerLayer,
+    PerLayerOverrides,
+    RedundantPeriod,
+    Same,
+    ScaledByDepth,
+    SparseRange,
+    SparseStep,
+    stored,
+)
+
+Refusal = tuple[str, str]
+"""Rule and remedy of a [`~optimum_clp.errors.Problem`]."""
+
+
+class Condition(Protocol):
+    """Something that must hold for a cut to be exact, beyond what config fields say."""
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        """Why no cut of this model is exact, and what would help; `None` if some are."""
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        """Raise [`NotRepresentable`] if this cut is not exact."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What structure alone does not tell about a `model_type`.
+
+    Args:
+        model_type (`str`): As in `config.json`.
+        fields (`tuple[DepthField, ...]`): Rules for its own config fields, beyond `COMMON_FIELDS`.
+        conditions (`tuple[Condition, ...]`): What else must hold for a cut.
+        count (`str`): Config field with the number of layers.
+        threads_state (`bool`): Layers hand later ones more than hidden states, so that those below a cut cannot be
+            left out when a forward pass is resumed; see [`~optimum_clp.gating.resumed`].
+    """
+
+    model_type: str
+    fields: tuple[DepthField, ...] = ()
+    conditions: tuple[Condition, ...] = ()
+    count: str = "num_hidden_layers"
+    threads_state: bool = False
+
+
+@dataclass(frozen=True)
+class Unless:
+    """No cut is exact where a setting has a value other than `harmless`."""
+
+    name: str
+    harmless: tuple[Any, ...]
+    rule: str
+    remedy: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        value = getattr(config, self.name, None)
+        return None if value in self.harmless else (f"config.{self.name} is {value!r}: {self.rule}", self.remedy)
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class IndexInTheMath:
+    """A layer computes with its own index: only layers at the end of the stack can go.
+
+    Args:
+        why (`str`): What it computes.
+        name (`str`, *optional*): The setting that makes it do so; always, without one.
+    """
+
+    why: str
+    name: str | None = None
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        moved = [i for j, i in enumerate(kept) if i != j]
+        if moved and (self.name is None or getattr(config, self.name, False)):
+            raise NotRepresentable(
+                f"a layer computes with its own index ({self.why}), and layer {moved[0]} would get another one; only layers "
+                "at the end of the stack can go"
+            )
+
+
+@dataclass(frozen=True)
+class Stays:
+    """A layer that is built differently from the others because of its place; negative places count from the end."""
+
+    place: int
+    why: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        if self.place % count not in kept:
+            raise NotRepresentable(f"layer {self.place % count} must stay, because {self.why}")
+
+
+@dataclass(frozen=True)
+class KindStays:
+    """Layers of one kind cannot go."""
+
+    name: str
+    kind: str
+    why: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        gone = [i for i, kind in enumerate(getattr(config, self.name)) if kind == self.kind and i not in kept]
+        if gone:
+            raise NotRepresentable(f"layer {gone[0]} is {self.kind!r} and must stay, because {self.why}")
+
+
+@dataclass(frozen=True)
+class LastKind:
+    """The last layer must be of one kind; the class forces it to be."""
+
+    name: str
+    kind: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        kinds = stored(config, self.name)
+        if kinds and kinds[kept[-1]] != self.kind:
+            raise NotRepresentable(
+                f"the last layer must be {self.kind!r} in config.{self.name}, and layer {kept[-1]} would be the last"
+            )
+
+
+@dataclass(frozen=True)
+class AttentionStays:
+    """At least one layer with attention must be left where there is one: the cache measures the past by it."""
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        kinds = getattr(config, "layer_types", None) or config.layers_block_type
+        has = ["attention" in kind and not kind.startswith("linear") for kind in kinds]
+        if any(has) and not any(has[i] for i in kept):
+            raise NotRepresentable("no layer with attention would be left, and the model's cache needs one")
+
+
+@dataclass(frozen=True)
+class DonorsStay:
+    """A layer that takes over what the nearest earlier donor has computed needs that donor."""
+
+    name: str
+    donor: str
+    taker: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        kinds = stored(config, self.name) or []
+        donor = None
+        for i, kind in enumerate(kinds):
+            donor = i if kind == self.donor else donor
+            if kind == self.taker and i in kept and donor not in kept:
+                raise NotRepresentable(f"layer {i} takes over what layer {donor} has computed, which must stay")
+
+
+@dataclass(frozen=True)
+class SharedKeysStay:
+    """The last `num_kv_shared_layers` layers use the keys and values of the last own layer of their kind (Gemma 4)."""
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        return None
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        shared = getattr(config, "num_kv_shared_layers", 0) or 0
+        own = count - shared
+        for kind in dict.fromkeys(config.layer_types[own:]):
+            donor = max(i for i in range(own) if config.layer_types[i] == kind)
+            if donor not in kept:
+                raise NotRepresentable(f"layer {donor} must stay, because later layers use its keys and values")
+        # the class also demands that every kind of layer that is left has a layer with keys of its own
+        kinds = {config.layer_types[i] for i in kept}
+        if shared and kinds != {config.layer_types[i] for i in kept if i < own}:
+            raise NotRepresentable("every kind of layer needs one with keys and values of its own")
+
+
+COMMON_FIELDS: tuple[DepthField, ...] = (
+    PerLayer("layer_types"),
+    PerLayer("mlp_layer_types"),
+    PerLayer("layers_block_type"),
+    PerLayer("no_rope_layers"),
+    PerLayerOverrides(),
+)
+"""Fields that mean the same in every config that has them."""
+
+_WINDOW = RedundantPeriod("sliding_window_pattern", "layer_types", "full_attention")
+_PRIVATE_WINDOW = RedundantPeriod("_sliding_window_pattern", "layer_types", "full_attention")
+_GLOBAL = RedundantPeriod("global_attn_every_n_layers", "layer_types", "full_attention")
+_NO_ROPE = RedundantPeriod("no_rope_layer_interval", "no_rope_layers", 0)
+_FIRST_DENSE = FirstLayers("first_k_dense_replace")
+_NEXT_TOKENS = Dropped("num_nextn_predict_layers")
+_FIRST_WINDOWLESS = FirstLayers("max_window_layers")
+_GEMMA4 = (
+    Unless(
+        "hidden_size_per_layer_input",
+        (None, 0),
+        "every layer has its own slice of one large embedding, which would have to be cut too",
+        "Use a Gemma 4 without per-layer embeddings",
+    ),
+    SharedKeysStay(),
+    LastKind("layer_types", "full_attention"),
+)
+_GEMMA4_FIELDS = (LastLayers("num_kv_shared_layers"),)
+_HYBRID = (AttentionStays(),)
+_SHARED_BLOCK = KindStays("layers_block_type", "hybrid", "hybrid layers share the weights of one transformer block")
+_SHARED_INDEXER = (DonorsStay("indexer_types", "full", "shared"),)
+
+_PLAIN = """
+    apertus arcee aria_text axk1 axk2  biogpt bitnet bloom codegen cohere cohere2_moe cohere_compass_text ctrl
+    cwm dbrx deepseek_v32  doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4
+    glm4_moe_lite gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoeshared
+    helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
+    lfm3 llama mamba mamba2 mellum mimo_v2_flash   minimax_m2 minimax_m3_vl_text
+    ministral ministral3 mistral mixtral moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
+    openai-gpt opt persimmon phi phi3 phimoe qwen3_5_text qwen3_5_moe_text
+    seed_oss solar_open stablelm starcoder2 vaultgemma xglm  youtu
+""".split()
+
+_ROWS = (
+    *map(Architecture, _PLAIN),
+    Architecture("afmoe", (FirstLayers("num_dense_layers"), _GLOBAL)),
+    Architecture(
+        "bailing_hybrid",
+        (_FIRST_DENSE, _NEXT_TOKENS, RedundantPeriod("layer_group_size", "layer_types", "full_attention")),
+    ),
+    Architecture("beam", conditions=(IndexInTheMath("it scales the residual stream"),)),
+    Architecture("bamba", (LayerIndices("attn_layer_indices"),), _HYBRID),
+    Architecture("cohere2", (_WINDOW, _PRIVATE_WINDOW)),
+    Architecture("deepseek_v2", (_FIRST_DENSE,)),
+    Architecture("deepseek_v3", (_FIRST_DENSE, _NEXT_TOKENS)),
+    Architecture("deepseek_v4", (_NEXT_TOKENS,)),
+    Architecture("diffllama", conditions=(IndexInTheMath("the initial lambda of its differential attention"),)),
+    Architecture("dots1", (_FIRST_DENSE, _FIRST_WINDOWLESS)),
+    Architecture("ernie4_5_moe", (SparseRange(),)),
+    Architecture("exaone4", (_WINDOW,)),
+    Architecture("exaone_moe", (_WINDOW, _FIRST_DENSE)),
+    Architecture("flint", (SparseStep(),)),
+    Architecture("gemma3", (_PRIVATE_WINDOW,)),
+    Architecture("gemma3_text", (_PRIVATE_WINDOW,)),
+    Architecture("gemma4_text", _GEMMA4_FIELDS, _GEMMA4, threads_state=True),
+    Architecture("gemma4_unified_text", _GEMMA4_FIELDS, _GEMMA4, threads_state=True),
+    Architecture("glm4_moe", (_FIRST_DENSE, _NEXT_TOKENS)),
+    Architecture("glm_moe_dsa", (PerLayer("indexer_types"), _FIRST_DENSE), _SHARED_INDEXER, threads_state=True),
+    Architecture(
+        "gpt2", conditions=(IndexInTheMath("attention scores are divided by it", "scale_attn_by_inverse_layer_idx"),)
+    ),
+    Architecture("gpt_neo", (AttentionTypes(),)),
+    Architecture("gpt_neox_japanese", conditions=(Stays(-1, "the last layer alone has a bias in its attention"),)),
+    Architecture("granite_swa", (PerLayer("layer_rope_theta"),)),
+    Architecture("granitemoe_swa", (PerLayer("layer_rope_theta"),)),
+    Architecture("granitemoehybrid", conditions=_HYBRID),
+    Architecture("hy_v4", (PerLayer("indexer_types"),), _SHARED_INDEXER, threads_state=True),
+    Architecture("inkling_text", (LayerIndices("local_layer_ids"),)),
+    Architecture(
+        "jamba",
+        (
+            Period("attn_layer_period", "attn_layer_offset"),
+            Period("expert_layer_period", "expert_layer_offset"),
+        ),
+        _HYBRID,
+    ),
+    Architecture("kimi_linear", (_FIRST_DENSE,)),
+    Architecture("laguna", (PerLayer("num_attention_heads_per_layer"),)),
+    Architecture("lfm2", (LayerIndices("full_attn_idxs"),), _HYBRID),
+    Architecture("lfm2_moe", (FirstLayers("num_dense_layers"),), _HYBRID),
+    Architecture("llama4_text", (LayerIndices("moe_layers"), _NO_ROPE)),
+    Architecture("longcat_flash", count="num_layers"),
+    Architecture("minicpm3", (ScaledByDepth("scale_depth"),)),
+    Architecture(
+        "modernbert-decoder",
+        (RedundantPeriod("global_attn_every_n_layers", "layer_types", "full_attention", True),),
+        (Stays(0, "the first layer alone has no norm before its attention"),),
+    ),
+    Architecture("qwen2", (_FIRST_WINDOWLESS,)),
+    Architecture("qwen2_moe", (_FIRST_WINDOWLESS, SparseStep())),
+    Architecture("qwen3", (_FIRST_WINDOWLESS,)),
+    Architecture("qwen3_moe", (SparseStep(),)),
+    Architecture("qwen3_next", (SparseStep(),), _HYBRID),
+    Architecture("qwen4_exp_text", (LayerIndices("ple_layer_ids", base=1),)),
+    Architecture("recurrent_gemma", (Cycle("block_types"),)),
+    Architecture("smollm3", (_NO_ROPE,)),
+    Architecture("xlstm", (Same("num_blocks"),)),
+    Architecture("zamba", conditions=(_SHARED_BLOCK,)),
+)
+
+# their checkpoints are opened as text models: transformers gives the model the text part of the config
+_TEXT_MODELS = {
+    "llama4": "llama4_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen4_exp": "qwen4_exp_text",
+}
+ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
+ARCHITECTURES |= {outer: ARCHITECTURES[inner] for outer, inner in _TEXT_MODELS.items()}
+"""By `model_type`."""
+
+_ENCODERS = """
+    bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert qdqbert rembert roberta
+    roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod
+""".split()
+_ENCODER_DECODERS = """
+    bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart prophetnet
+    speech_to_text_2 trocr whisper xlm-prophetnet
+""".split()
+_MULTIMODAL = (
+    "dots3_note emu3 fuyu gemma4 gemma4_unified git got_ocr2 mllama moss_transcribe_diarize phi4_multimodal".split()
+)
+_PER_LAYER_EMBEDDING = (
+    "every layer has its own slice of one embedding and shares keys and values with others: a cut would have to rewrite "
+    "tensors, and its config.json says by the number of layers which layers share",
+    "Use a Gemma 3 (gemma3_text) instead; support would need a cut that slices embed_tokens_per_layer",
+)
+_ANOTHER = "Use a decoder-only model of another type"
+REFUSED: dict[str, Refusal] = {
+    **dict.fromkeys(
+        _ENCODERS, ("it is an encoder, with a language model head only where is_decoder is set", _ANOTHER)
+    ),
+    **dict.fromkeys(
+        _ENCODER_DECODERS, ("it is the decoder of an encoder-decoder; its layers also read an encoder", _ANOTHER)
+    ),
+    **dict.fromkeys(
+        _MULTIMODAL,
+        (
+            "it reads images or sound as well, and a cut of its text decoder alone is not tested",
+            "Save its text decoder as a model of its own, if it has one, and cut that",
+        ),
+    ),
+    "blt": ("it is made of several stacks of layers (bytes, patches, bytes)", _ANOTHER),
+    "cpmant": ("its cached generation is broken in transformers 4.57 and inexact in 5.23", _ANOTHER),
+    "dots3_note_text": ("layers differ in their number of heads in a way that is not tested", _ANOTHER),
+    "gemma3n": _PER_LAYER_EMBEDDING,
+    "gemma3n_text": _PER_LAYER_EMBEDDING,
+    "gemma4_assistant": ("it drafts for another model, whose keys and values it reads", "Cut the other model"),
+    "gemma4_unified_assistant": ("it drafts for another model, whose keys and values it reads", "Cut the other model"),
+    "hrm_text": ("it runs its layers several times, in cycles, so that no layer has one place in the stack", _ANOTHER),
+    "inkling2_text": ("blocks of layers share residuals by the layers' index", _ANOTHER),
+    "mega": ("transformers has removed it", _ANOTHER),
+    "minimax": (
+        "the decay of its linear attention depends on the layer's index and on the number of layers",
+        _ANOTHER,
+    ),
+    "open-llama": ("transformers has removed it", _ANOTHER),
+    "reformer": ("its layers are reversible and carry two streams", _ANOTHER),
+    "rwkv": (
+        "it divides its weights in place while it runs, by an amount that depends on the layer's index",
+        "Use a Mamba or xLSTM model for a recurrent one",
+    ),
+    "transfo-xl": ("transformers has removed it", _ANOTHER),
+    "xlnet": ("its layers carry two streams, and it predicts in permuted order", _ANOTHER),
+    "zamba2": ("its shared transformer block keeps an adapter for each place in the stack where it is used", _ANOTHER),
+    "zaya": ("each layer's router reads the state of the router before it, which a cut would exchange", _ANOTHER),
+}
+"""By `model_type`: why no cut is exact, and what would be needed."""

@@ -1,0 +1,268 @@
+"""The guard: a model that was built from a rewritten config is held, layer by layer, against what is meant.
+
+Four independent looks, because no single one sees every fault:
+
+1. what the new config says about each layer is what the old one said about the layer it stands for;
+2. classes, attributes and submodules of every layer, and of everything around the layers;
+3. names, shapes and storage of the tensors;
+4. what the model hands to each layer: masks, positions, rotary embeddings. Some models choose these by the layer's
+   index while they run, where no attribute shows it.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architecture import decoder_layers, decoder_path, describe_layers, num_layers, text_config
+from .errors import CutError, Problem
+from .gating import layer_forms, replaced_forward
+
+Difference = tuple[str, Any, Any]
+"""What differs, what it is in the cut model, what it is in the dense one."""
+
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "ple_layer_index")
+# transformers' own notes on the whole model
+_BOOKKEEPING = ("training", "all_tied_weights_keys", "hf_device_map")
+# a probe longer than a window shows where the window is; beyond this length a mask would take too much memory
+_LONGEST_PROBE = 4224
+_WINDOW_NAMES = ("sliding_window", "attention_window_size", "attention_chunk_size", "local_attention", "window_size")
+
+
+def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
+    """Check that every layer of `cut` is the dense layer it stands for, and everything around the layers is the same.
+
+    Args:
+        cut (`PreTrainedModel`): What was built from the new config.
+        dense (`PreTrainedModel`): The model it came from.
+        kept (`list[int]`): Layer `j` of `cut` is layer `kept[j]` of `dense`.
+
+    Raises:
+        CutError: Names the first difference.
+    """
+    differences = [*_count_difference(cut, kept), *_description_differences(cut, dense, kept)]
+    if not differences:
+        differences = [*_module_differences(cut, dense, kept), *_tensor_differences(cut, dense, kept)]
+    if not differences:
+        differences = list(_argument_differences(cut, dense, kept))
+    if differences:
+        what, is_, should = differences[0]
+        raise CutError(
+            Problem(
+                f"cut model, {what}",
+                is_,
+                f"the dense model has {should!r} there ({len(differences)} differences in all)",
+                "The config cannot express this cut; nothing was written and the dense model is unchanged",
+            )
+        )
+
+
+def _count_difference(cut: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
+    for what, found in (
+        ("number of layers", len(decoder_layers(cut))),
+        ("layer count of the config", num_layers(cut.config)),
+    ):
+        if found != len(kept):
+            yield what, found, len(kept)
+
+
+def _description_differences(
+    cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]
+) -> Iterator[Difference]:
+    new, old = describe_layers(cut.config), describe_layers(dense.config)
+    for names in sorted(new.keys() | old.keys()):
+        should = [old[names][i] for i in kept] if names in old else None
+        if new.get(names) != should:
+            yield f"config.{names}", new.get(names), should
+
+
+def old_name(path: str, kept: Sequence[int], name: str) -> str:
+    """The dense model's name for a module or tensor of the cut model, whose layers are at `path`."""
+    prefix = path + "."
+    if not name.startswith(prefix):
+        return name
+    index, dot, rest = name[len(prefix) :].partition(".")
+    return f"{prefix}{kept[int(index)]}{dot}{rest}"
+
+
+def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
+    path, before = decoder_path(dense), num_layers(dense.config)
+    gone = _gone_kinds(dense, kept)
+    old_modules = dict(dense.named_modules(remove_duplicate=False))
+    expected = {n for n in old_modules if _survives(n, path, kept)}
+    for name, module in cut.named_modules(remove_duplicate=False):
+        twin_name = old_name(path, kept, name)
+        twin = old_modules.get(twin_name)
+        expected.discard(twin_name)
+        where = _shown(path, name)
+        if twin is None:
+            yield where, type(module).__name__, None
+        elif type(module) is not type(twin):
+            yield f"class of {where}", type(module).__name__, type(twin).__name__
+        elif name.startswith(path + "."):
+            index = int(name[len(path) + 1 :].partition(".")[0])
+            for attribute, is_, should in _attribute_differences(module, twin):
+                should = _new_index(old_modules, path, name, index, attribute, should)
+                if is_ != should and not _of_all_layers(is_, should, kept, before):
+                    yield f"{where}.{attribute}", is_, should
+        else:
+            for attribute, is_, should in _attribute_differences(module, twin):
+                is_count = (is_, should) == (len(kept), before)
+                if attribute.endswith("layer_idx") and isinstance(should, int):
+                    should = sum(i < should for i in kept)  # a border between layers
+                    is_count = is_ == should
+                if (
+                    not is_count
+                    and not _of_all_layers(is_, should, kept, before)
+                    and not _of_gone(attribute, is_, should, gone)
+                ):
+                    yield f"{where}.{attribute}" if where else attribute, is_, should
+    for name in sorted(expected):
+        yield f"dense model's {name}", None, type(old_modules[name]).__name__
+
+
+def _of_all_layers(is_: Any, should: Any, kept: Sequence[int], before: int) -> bool:
+    """Whether a value lists all layers, and is the dense model's for those that are left."""
+    return (
+        isinstance(should, (list, tuple))
+        and len(should) == before
+        and isinstance(is_, (list, tuple))
+        and list(is_) == [should[i] for i in kept]
+    )
+
+
+def _gone_kinds(dense: PreTrainedModel, kept: Sequence[int]) -> set[str]:
+    """Kinds of layers of which none is left."""
+    kinds = getattr(text_config(dense.config), "layer_types", None) or []
+    return set(kinds) - {kinds[i] for i in kept} if len(kinds) == num_layers(dense.config) else set()
+
+
+def _of_gone(attribute: str, is_: Any, should: Any, gone: set[str]) -> bool:
+    """Whether a value outside the layers is there for kinds of layers that are gone (a rotary embedding for each kind)."""
+    if isinstance(should, dict) and isinstance(is_, dict):
+        return is_ == {kind: value for kind, value in should.items() if kind not in gone}
+    if attribute == "layer_types" and isinstance(should, (list, tuple)):
+        return list(is_ or ()) == [kind for kind in should if kind not in gone]
+    return attribute == "has_sliding_layers" and not is_ or any(attribute.startswith(kind) for kind in gone)
+
+
+def _shown(path: str, name: str) -> str:
+    if not name.startswith(path + "."):
+        return name
+    index, _, rest = name[len(path) + 1 :].partition(".")
+    return f"layer {index}: {rest}".rstrip(": ") if rest else f"layer {index}"
+
+
+def _new_index(modules: dict[str, nn.Module], path: str, name: str, index: int, attribute: str, should: Any) -> Any:
+    """A layer's own index is not the dense layer's; it is the one that the dense model's layer at the new place has."""
+    if attribute not in _INDEX_NAMES or not isinstance(should, int):
+        return should
+    _, _, rest = name[len(path) + 1 :].partition(".")
+    here = modules.get(f"{path}.{index}.{rest}".rstrip("."))
+    return getattr(here, attribute, index)
+
+
+def _attribute_differences(module: nn.Module, twin: nn.Module) -> Iterator[Difference]:
+    """Plain values (numbers, strings, and lists and mappings of them) that two modules of one class do not share."""
+    for attribute, value in vars(twin).items():
+        if attribute.startswith("_") or attribute in _BOOKKEEPING or not _is_plain(value):
+            continue
+        found = getattr(module, attribute, None)
+        if isinstance(value, tuple) and isinstance(found, list):
+            found = tuple(found)  # a file knows lists only
+        if attribute in _INDEX_NAMES or found != value:
+            yield attribute, found, value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _survives(name: str, path: str, kept: Sequence[int]) -> bool:
+    prefix = path + "."
+    return not name.startswith(prefix) or int(name[len(prefix) :].partition(".")[0]) in kept
+
+
+def _tensor_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
+    """Names, shapes, and storage: the cut model has the dense model's own tensors."""
+    path = decoder_path(dense)
+    expected, found = dense.state_dict(), cut.state_dict()
+    for name, tensor in found.items():
+        source = expected.get(old_name(path, kept, name))
+        if source is None or source.shape != tensor.shape or source.data_ptr() != tensor.data_ptr():
+            yield name, tuple(tensor.shape), None if source is None else tuple(source.shape)
+    missing = {n for n in expected if _survives(n, path, kept)} - {old_name(path, kept, n) for n in found}
+    for name in sorted(missing):
+        yield name, None, tuple(expected[name].shape)
+
+
+def _argument_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
+    ids = torch.zeros(1, _probe_length(dense), dtype=torch.long, device=dense.device)
+    forms = layer_forms(dense)
+    old = _layer_arguments(dense, ids, forms)
+    new = _layer_arguments(cut, ids, [forms[i] for i in kept])
+    for j, i in enumerate(kept):
+        for what, is_, should in _value_differences(new[j], old[i], "argument"):
+            # a layer may be told its index
+            if (is_, should) != (j, i):
+                yield f"layer {j}: {what}", is_, should
+
+
+def _probe_length(model: PreTrainedModel) -> int:
+    config = text_config(model.config)
+    windows = [vars(config).get(config.attribute_map.get(name, name)) for name in _WINDOW_NAMES]
+    window = max((w for w in windows if isinstance(w, int)), default=0)
+    limit = vars(config).get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
+    return max(1, min(window + 8, _LONGEST_PROBE, limit if isinstance(limit, int) and limit > 0 else _LONGEST_PROBE))
+
+
+def _layer_arguments(model: PreTrainedModel, ids: Tensor, forms: Sequence[int | None]) -> list[tuple]:
+    """What each layer is called with; no layer is computed, each hands its input on."""
+    layers = decoder_layers(model)
+    seen: list[tuple] = [()] * len(layers)
+
+    def recorder(index: int):
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seen[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+            hidden = args[0] if args else kwargs["hidden_states"]
+            form = forms[index]
+            return hidden if form is None else (hidden, *[None] * (form - 1))
+
+        return forward
+
+    with torch.no_grad(), ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(replaced_forward(layer, recorder(index)))
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+def _value_differences(new: Any, old: Any, where: str) -> Iterable[Difference]:
+    if type(new) is not type(old):
+        yield where, type(new).__name__, type(old).__name__
+    elif isinstance(old, Tensor):
+        if new.shape != old.shape or new.dtype != old.dtype:
+            yield where, (tuple(new.shape), new.dtype), (tuple(old.shape), old.dtype)
+        elif not old.is_meta and not torch.equal(new, old):
+            yield where, "a tensor", "a tensor with other values"
+    elif isinstance(old, dict):
+        if new.keys() != old.keys():
+            yield where, sorted(map(str, new)), sorted(map(str, old))
+        else:
+            for key in old:
+                yield from _value_differences(new[key], old[key], f"{where} {key}")
+    elif isinstance(old, (list, tuple)):
+        if len(new) != len(old):
+            yield where, len(new), len(old)
+        else:
+            for k, (a, b) in enumerate(zip(new, old, strict=True)):
+                yield from _value_differences(a, b, f"{where} {k}" if len(old) > 1 else where)
+    elif _is_plain(old) and new != old:
+        yield where, new, old
