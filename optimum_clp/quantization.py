@@ -4,6 +4,7 @@ quanto stores each linear layer's weight as integers with scales: one per row fo
 It saves space on disk and in memory; on a CPU it does not save time. The embedding, and a head tied to it, stay float.
 """
 
+import collections
 import contextlib
 import dataclasses
 import os
@@ -11,6 +12,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate import init_empty_weights
@@ -125,14 +127,17 @@ def save_quantized(
 
     Raises:
         ConfigurationError: If `weights` is neither `"int8"` nor `"int4"`.
-        QuantizationError: If there is nothing to quantize, a layer cannot be quantized, or what is read back is not
-            the model. Nothing is left behind.
+        QuantizationError: If there is too little to quantize ([`quanto_obstacle`]), a layer cannot be quantized, or
+            what is read back is not the model. Nothing is left behind.
         OutputError: If the folder cannot be used.
     """
     if weights not in _QTYPES:
         rule = "it must be one of 'int8', 'int4'"
         raise ConfigurationError(Problem("weights", weights, rule, "Choose 'int8' or 'int4'"))
     kind = qtypes[_QTYPES[weights]]
+    obstacle = quanto_obstacle(model)
+    if obstacle is not None:
+        raise QuantizationError(obstacle)
     with staged_folder(folder, overwrite) as staged:
         layers = _layers_to_quantize(model)
         state = _float_tensors(model, layers)
@@ -150,22 +155,78 @@ def save_quantized(
     return QuantoResult(Path(folder), weights, len(layers), size)
 
 
-def _layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
+def quanto_obstacle(model: PreTrainedModel) -> Problem | None:
+    """Why quanto cannot make a useful checkpoint of a model, or `None`. It costs a look at the parameters' shapes.
+
+    quanto quantizes `nn.Linear` and leaves all else in float: where linear layers hold less than half of the weights
+    (fused experts, GPT-2's `Conv1D`), little would be saved. Embeddings and the head do not count.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Left as it is.
+
+    Returns:
+        `Problem` or `None`
+    """
+    name = type(model).__name__
     if any(isinstance(tensor, QTensor) for tensor in model.parameters()):
-        raise _error(model, "it is quantized already", "Give the dense model")
-    tied = model.get_output_embeddings() if has_tied_head(model) else None
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not tied}
-    if not layers:
-        raise _error(
-            model, "it has no linear layers, which are all that quanto quantizes", "Use the ONNX files instead"
+        return Problem("model", name, "it is quantized already", "Give the dense model")
+    again = dict(model.named_modules(remove_duplicate=False)).keys() - dict(model.named_modules()).keys()
+    shared = sorted(key for key in again if _is_plain_linear(model.get_submodule(key)))
+    if shared:
+        return Problem(
+            "model",
+            name,
+            f"it has blocks that are the same module under two names ({shared[0]}), which the checkpoint cannot express",
+            "Use transformers 5, where such blocks share weights and not modules, or leave quanto out",
         )
-    return layers
+    outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    outside |= {id(head.weight)} if head is not None else set()
+    total, in_linear, others = 0, 0, collections.Counter[str]()
+    seen = set(outside)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            total += parameter.numel()
+            if _is_plain_linear(module):
+                in_linear += parameter.numel()
+            else:
+                others[type(module).__name__] += parameter.numel()
+    if 2 * in_linear >= total:
+        return None
+    return Problem(
+        "model",
+        name,
+        "linear layers, which are all that quanto quantizes, hold less than half of its weights "
+        f"({in_linear / total:.0%}; most of the rest is in {others.most_common(1)[0][0]})",
+        "Use the ONNX files instead, and leave quanto out",
+    )
+
+
+def _layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    tied = model.get_output_embeddings() if has_tied_head(model) else None
+    return {n: m for n, m in model.named_modules() if _is_plain_linear(m) and m is not tied}
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    # a router that is a linear layer with a forward of its own would lose what that does
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _float_tensors(model: PreTrainedModel, layers: dict[str, nn.Linear]) -> dict[str, torch.Tensor]:
     """The tensors that stay as they are, on the CPU; those of a tied head once only."""
     skipped = {f"{name}.{key}" for name in layers for key in ("weight", "bias")} | _tied_keys(model)
-    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k not in skipped}
+    state: dict[str, torch.Tensor] = {}
+    stored = set()
+    for key, tensor in model.state_dict().items():
+        if key not in skipped:
+            # blocks that share their weights (Zamba) come under several names, and a file cannot share memory
+            shared = tensor.data_ptr() in stored
+            stored.add(tensor.data_ptr())
+            state[key] = tensor.detach().cpu().clone() if shared else tensor.detach().cpu().contiguous()
+    return state
 
 
 def _tied_keys(model: PreTrainedModel) -> set[str]:
@@ -214,7 +275,8 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     """
     folder = Path(folder)
     config, kinds = _read_description(folder)
-    with init_empty_weights():
+    # random weights are not wanted, and transformers 4 cannot make those of some state-space layers without memory
+    with init_empty_weights(), mock.patch.object(PreTrainedModel, "initialize_weights", lambda model: None):
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     for name, kind in kinds.items():
         model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
@@ -266,7 +328,7 @@ def _read_description(folder: Path):
         remedy = "Load it with optimum.quanto.QuantizedModelForCausalLM, or quantize the dense model again"
         raise model_error(folder, "it was not written by optimum_clp.quantization.save_quantized", remedy)
     check_config(folder, own, trust_remote_code=False)
-    config = CONFIG_MAPPING[own["model_type"]].from_dict(own)
+    config = CONFIG_MAPPING[own["model_type"]].from_dict(_with_infinities(own))
     kinds = {n: entry.get("weights") for n, entry in read_json_object(folder / QUANTO_MAP_FILE, folder).items()}
     if not set(kinds.values()) <= set(_PARTS):
         raise model_error(folder, f"its {QUANTO_MAP_FILE} is malformed", "Quantize the dense model again")
@@ -276,6 +338,15 @@ def _read_description(folder: Path):
         )
     check_safetensors(folder / QUANTO_FILE, folder)
     return config, kinds
+
+
+def _with_infinities(value: Any) -> Any:
+    """A configuration as transformers 5 writes it, `{"__float__": "Infinity"}`, with the number itself."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(item) for key, item in value.items()}
+    return [_with_infinities(item) for item in value] if isinstance(value, list) else value
 
 
 def _expected_keys(model: PreTrainedModel, kinds: dict[str, str], tied: bool) -> set[str]:

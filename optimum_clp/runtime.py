@@ -17,6 +17,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .errors import ConfigurationError, ModelError, Problem
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
+# models with ALiBi have no position_ids, and their files, like Optimum's, no such input
+_REQUIRED = ("input_ids", "attention_mask")
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -56,6 +58,7 @@ class OnnxCausalLM(GenerationMixin):
         # (heads, head size) of keys and values, layer by layer
         self._past_shapes = _past_shapes(session)
         self._past_names = list(self._past_shapes)
+        self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
 
     @classmethod
@@ -135,7 +138,8 @@ class OnnxCausalLM(GenerationMixin):
             input_ids (`Tensor` of shape `[batch, length]`): The new tokens, length at least 1.
             attention_mask (`Tensor` of shape `[batch, past + length]`, *optional*): 0 on padding, 1 elsewhere, the
                 cached tokens included; all 1 by default.
-            position_ids (`Tensor` of shape `[batch, length]`, *optional*): By default counted along the mask.
+            position_ids (`Tensor` of shape `[batch, length]`, *optional*): By default counted along the mask; not used
+                by a file that has no such input.
             past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
             use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if
                 `past_key_values` is given.
@@ -174,7 +178,7 @@ class OnnxCausalLM(GenerationMixin):
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
         feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
-        feeds = {name: tensor.to("cpu", torch.long).contiguous() for name, tensor in feeds.items()}
+        feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
         feeds |= self._past(cache, batch, past_length)
         logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
         if use_cache:
@@ -251,7 +255,7 @@ def _past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, 
     inputs = {value.name: value for value in session.get_inputs()}
     matches = [match for name in inputs if (match := _PAST.fullmatch(name))]
     past = [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
-    missing = sorted({*_INPUTS, "past_key_values.0.key"} - set(inputs))
+    missing = sorted({*_REQUIRED, "past_key_values.0.key"} - set(inputs))
     unknown = sorted(set(inputs) - {*_INPUTS, *past})
     wanted = {"logits", *(name.replace("past_key_values", "present") for name in past)}
     missing += sorted(wanted - {value.name for value in session.get_outputs()})

@@ -1,15 +1,18 @@
 """Exports that several test files share: tracing a model takes seconds, so each is made once."""
 
 import functools
+import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from tiny_models import tiny_model
+from zoo import NUM_LAYERS, zoo_model
 
 from optimum_clp.exporters import export_onnx
-from optimum_clp.exporters.onnx_float import export_float_graph, float32_twin
+from optimum_clp.exporters.onnx_float import export_float_graph
+from optimum_clp.exporters.onnx_twin import float32_twin
 
 
 def onnx_test_model(model_type, tied, num_layers, **overrides):
@@ -50,3 +53,28 @@ def state_of(model):
         "parameters": [(n, p.dtype, p.device, p.requires_grad, p.data_ptr()) for n, p in model.named_parameters()],
         "values": [parameter.detach().clone().tolist() for parameter in model.parameters()],
     }
+
+
+def small_zoo_model(tiny, num_layers=2):
+    """A member of the zoo with its first layers only, which differ from one another: a trace takes time by the layer."""
+    settings = {
+        key: value[:num_layers]
+        for key, value in tiny.settings.items()
+        if isinstance(value, list) and len(value) == NUM_LAYERS
+    }
+    counts = {"first_k_dense_replace": 1, "num_dense_layers": 1, "max_window_layers": 1, "decoder_sparse_step": 1}
+    counts |= {"moe_layer_start_index": 1, "moe_layer_end_index": 1, "moe_layer_interval": 1}
+    settings |= {key: value for key, value in counts.items() if key in tiny.settings}
+    if "mlp_only_layers" in tiny.settings:
+        settings["mlp_only_layers"] = [0]
+    if "attention_types" in tiny.settings:
+        settings["attention_types"] = [[["global", "local"], 1]]
+    if "moe_layers" in tiny.settings:
+        settings["moe_layers"] = [1]
+    count = next((key for key in ("num_layers", "n_layers") if key in tiny.settings), "num_hidden_layers")
+    return zoo_model(tiny, **settings, **{count: num_layers})
+
+
+def short_reason(problem):
+    """An obstacle's rule without what is said of one model only, as it stands in the table of architectures."""
+    return re.sub(r" \([^()]*\)", "", problem.rule)

@@ -15,11 +15,15 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration import ExportConfig, QuantizationConfig
+from ..errors import ExportError
 from ..progress import progress_bar
 from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
+from .onnx_count import QuantizedNodes, expected_nodes
 from .onnx_file import save_graph
-from .onnx_float import export_float_graph, float32_twin, fold_weight_transposes
-from .onnx_quantization import QuantizedNodes, check_quantized_nodes, expected_nodes, quantize_graph
+from .onnx_float import export_float_graph, fold_weight_transposes
+from .onnx_obstacle import onnx_obstacle
+from .onnx_quantization import check_quantized_nodes, quantize_graph
+from .onnx_twin import float32_twin
 
 FLOAT_FILE = "model.onnx"
 QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
@@ -109,6 +113,9 @@ def export_onnx(
         progress_bar(2 + len(quantization.weights), "Exporting to ONNX", quiet) as bar,
     ):
         started = time.perf_counter()
+        obstacle = onnx_obstacle(model)
+        if obstacle is not None:
+            raise ExportError(obstacle)
         twin = float32_twin(model)
         # the caller's own model is the better witness where it can be called without changing it
         witness = model if _is_plain_float32(model) else twin

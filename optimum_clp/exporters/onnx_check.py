@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ExportError, Problem
-from .onnx_float import cache_names
+from .onnx_float import cache_names, input_names
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
 
@@ -50,27 +50,23 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
         `list[ReferenceStep]`: The prompt, then steps of 1 or 3 tokens that continue it.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     window = getattr(config, "sliding_window", None) or 0
     limit = getattr(config, "max_position_embeddings", None) or 64
     length = max(2, min(max(16, window + 8 if window <= 256 else 0), limit - sum(_DECODE_STEPS)))
     padding = torch.tensor([0, length // 3, length - 1])
     attention_mask = (torch.arange(length)[None] >= padding[:, None]).long()
     cache = DynamicCache()
+    names = input_names(model)
     steps: list[ReferenceStep] = []
     for size in (length, *_DECODE_STEPS):
         if steps:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(padding), size)], dim=1)
         input_ids = torch.randint(config.vocab_size, (len(padding), size), generator=generator)
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         with torch.no_grad():
-            output = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            output = model(**{name: inputs[name] for name in names}, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         steps.append(ReferenceStep(input_ids, attention_mask, position_ids, output.logits.float()))
     return steps
@@ -134,12 +130,8 @@ def _compare(session: onnxruntime.InferenceSession, steps: list[ReferenceStep]) 
     past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
     difference = largest = 0.0
     for step in steps:
-        feeds = {
-            "input_ids": step.input_ids.numpy(),
-            "attention_mask": step.attention_mask.numpy(),
-            "position_ids": step.position_ids.numpy(),
-            **dict(zip(past_names, past, strict=True)),
-        }
+        feeds = {name: getattr(step, name).numpy() for name in shapes if name not in past_names}
+        feeds |= dict(zip(past_names, past, strict=True))
         logits, *past = session.run(outputs, feeds)
         if not np.isfinite(logits).all():
             return float("inf")

@@ -4,15 +4,8 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i
 and `present.{i}.key` / `.value`. Batch, sequence and past are dynamic, and the past may be empty.
 """
 
-import copy
-import gc
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import onnx_ir as ir
 import torch
-from accelerate import init_empty_weights
 from onnx_ir.passes import common
 from onnxscript import optimizer
 from torch import nn
@@ -20,92 +13,43 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ExportError, Problem
+from .onnx_experts import unrolled_experts
 from .onnx_file import stored_shape, stored_tensor
+from .onnx_obstacle import key_value_layers, takes_position_ids
+from .onnx_trace import traceable
 
-# The rotary frequencies of these types depend on the length of the text, which a traced graph would freeze.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _PREFIX = "causal_lm."
 
 
 class _FlatCacheModel(nn.Module):
-    """`model` with its cache as a flat list of tensors, keys and values in turn."""
+    """`model` with its cache as a flat list of tensors, keys and values in turn, after the other inputs."""
 
-    def __init__(self, model: PreTrainedModel, num_layers: int):
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...]):
         super().__init__()
         self.causal_lm = model
-        self.num_layers = num_layers
+        self.inputs = inputs
 
-    def forward(self, input_ids, attention_mask, position_ids, *past):
-        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(self.num_layers)])
-        output = self.causal_lm(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        present = [states for layer in output.past_key_values.layers for states in (layer.keys, layer.values)]
-        return output.logits, *present
+    def forward(self, *tensors):
+        named = dict(zip(self.inputs, tensors, strict=False))
+        past = tensors[len(named) :]
+        cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
+        output = self.causal_lm(**named, past_key_values=cache, use_cache=True)
+        layers = key_value_layers(output.past_key_values)
+        return output.logits, *(states for layer in layers for states in (layer.keys, layer.values))
+
+
+def input_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """The graph's inputs before the cache; `position_ids` only where the model takes them, as in Optimum."""
+    return (
+        ("input_ids", "attention_mask", "position_ids")
+        if takes_position_ids(model)
+        else ("input_ids", "attention_mask")
+    )
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:
     """Names of the cache's tensors in the graph's order: `{prefix}.0.key`, `{prefix}.0.value`, `{prefix}.1.key`, ..."""
     return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-
-
-def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model in float32 on the CPU, in evaluation mode, with SDPA attention; `model` is left as it is.
-
-    The twin is built from a copy of the configuration. It shares the storage of every weight that is in float32 on the
-    CPU already; only other weights are copied, at 4 bytes for each parameter.
-
-    Args:
-        model ([`~transformers.PreTrainedModel`]): Any dtype, device and mode.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: Not to be trained: its weights may be those of `model`.
-
-    Raises:
-        ExportError: If weights are offloaded, or the weights are not those of the configuration.
-    """
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if offloaded:
-        raise ExportError(
-            Problem(
-                "model",
-                offloaded[0],
-                f"{len(offloaded)} of its weights are offloaded and cannot be read",
-                "Load the model without device_map",
-            )
-        )
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "sdpa"
-    # Buffers such as the rotary frequencies are computed anew: they are not in the state dict, and a model that was
-    # cast to 16 bits has lost half of their digits.
-    with init_empty_weights(include_buffers=False):
-        twin = type(model)(config)
-    copies: dict[tuple, torch.Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        # tied weights come under two names: one copy serves both
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-        state[name] = copies[key]
-    try:
-        twin.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ExportError(
-            Problem(
-                "model",
-                type(model).__name__,
-                f"its weights are not those that its configuration describes ({reason})",
-                "Save it, load it with AutoModelForCausalLM and export that",
-            )
-        ) from error
-    twin.tie_weights()
-    return twin.requires_grad_(False).eval()
 
 
 def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
@@ -124,28 +68,21 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
     Raises:
         ExportError: If the model's rotary embedding depends on the length of the text, or torch cannot trace it.
     """
-    _refuse_length_dependent_rope(twin)
-    inputs, dynamic_shapes = _sample(twin)
-    num_layers = len(dynamic_shapes[3]) // 2
+    names = input_names(twin)
     try:
-        # torch warns about each axis name that equals another one, which is what is meant here
-        with torch.no_grad(), _collector_paused(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), unrolled_experts(twin), traceable(twin):
+            inputs, dynamic_shapes = _sample(twin, names)
+            num_layers = (len(inputs) - len(names)) // 2
             program = torch.onnx.export(
-                _FlatCacheModel(twin, num_layers),
+                _FlatCacheModel(twin, names),
                 inputs,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
                 opset_version=opset,
-                input_names=[
-                    "input_ids",
-                    "attention_mask",
-                    "position_ids",
-                    *cache_names("past_key_values", num_layers),
-                ],
+                input_names=[*names, *cache_names("past_key_values", num_layers)],
                 output_names=["logits", *cache_names("present", num_layers)],
-                dynamic_shapes=dynamic_shapes,
+                dynamic_shapes=(dynamic_shapes,),
             )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -160,6 +97,7 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
     assert program is not None
     graph = program.model
     _simplify(graph)
+    _split_gemms(graph)
     _strip(graph)
     return graph
 
@@ -186,7 +124,9 @@ def transposed_weight(node: ir.Node) -> ir.Value | None:
     """The matrix stored in the graph that `node` transposes, if it is such a node."""
     if node.op_type != "Transpose" or node.domain not in ("", "ai.onnx"):
         return None
-    return node.inputs[0] if is_stored_matrix(node.inputs[0]) else None
+    # the trace of an indexed table has a Transpose that changes nothing
+    permutation = node.attributes.get_ints("perm", (1, 0))
+    return node.inputs[0] if is_stored_matrix(node.inputs[0]) and list(permutation) == [1, 0] else None
 
 
 def is_stored_matrix(value: ir.Value | None) -> bool:
@@ -209,21 +149,7 @@ def _initializer_like(old: ir.Value, tensor: ir.LazyTensor) -> ir.Value:
     return ir.Value(name=old.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
-def _refuse_length_dependent_rope(model: PreTrainedModel) -> None:
-    rope = getattr(model.config, "rope_parameters", None) or getattr(model.config, "rope_scaling", None) or {}
-    kind = rope.get("rope_type", rope.get("type"))
-    if kind in _LENGTH_DEPENDENT_ROPE:
-        raise ExportError(
-            Problem(
-                "rope_type",
-                kind,
-                "its rotary frequencies change with the length of the text, which an ONNX graph cannot follow",
-                "Use a model with rope type default, linear, llama3 or yarn",
-            )
-        )
-
-
-def _sample(model: PreTrainedModel) -> tuple[tuple, tuple]:
+def _sample(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[tuple, tuple]:
     """Example inputs, and which of their axes are dynamic.
 
     No dynamic axis has length 0 or 1, which torch.export would take for a constant, and the mask has zeros, without
@@ -231,22 +157,18 @@ def _sample(model: PreTrainedModel) -> tuple[tuple, tuple]:
     """
     batch, length, past_length = 2, 3, 5
     input_ids = torch.ones(batch, length, dtype=torch.long)
-    with torch.no_grad():
-        layers = model(input_ids=input_ids, use_cache=True).past_key_values.layers
-    past = []
-    for layer in layers:
-        for states in (layer.keys, layer.values):
-            past.append(torch.zeros(batch, states.shape[1], past_length, states.shape[3]))
     attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
     attention_mask[0, :2] = 0
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past_length:]
-    dynamic_shapes = (
-        {0: "batch_size", 1: "sequence_length"},
-        {0: "batch_size", 1: "total_sequence_length"},
-        {0: "batch_size", 1: "sequence_length"},
-        tuple({0: "batch_size", 2: "past_sequence_length"} for _ in past),
-    )
-    return (input_ids, attention_mask, position_ids, *past), dynamic_shapes
+    tokens = {0: "batch_size", 1: "sequence_length"}
+    mask = {0: "batch_size", 1: "total_sequence_length"}
+    inputs, shapes = [input_ids, attention_mask, position_ids][: len(names)], [tokens, mask, tokens][: len(names)]
+    for layer in key_value_layers(model(input_ids=input_ids, use_cache=True).past_key_values):
+        assert layer.keys is not None and layer.values is not None
+        for states in (layer.keys, layer.values):
+            inputs.append(torch.zeros(batch, states.shape[1], past_length, states.shape[3]))
+            shapes.append({0: "batch_size", 2: "past_sequence_length"})
+    return tuple(inputs), tuple(shapes)
 
 
 def _simplify(graph: ir.Model) -> None:
@@ -267,16 +189,34 @@ def _simplify(graph: ir.Model) -> None:
     )(graph)
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Without garbage collection, which takes a quarter of the time while a trace makes millions of objects."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _split_gemms(graph: ir.Model) -> None:
+    """Turn `Gemm` by a stored matrix into `MatMul` and `Add`, in place.
+
+    Layers whose input is a matrix (experts, OPT), and `Conv1D`, are traced as `Gemm`, for which there is no form with
+    quantized weights.
+    """
+    for node in list(graph.graph):
+        if node.op_type != "Gemm" or node.domain not in ("", "ai.onnx"):
+            continue
+        weight, scales = node.inputs[1], [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
+        producer = weight.producer() if weight is not None else None
+        known = is_stored_matrix(weight) or (producer is not None and transposed_weight(producer) is not None)
+        if not known or scales != [1.0, 1.0] or node.attributes.get_int("transA"):
+            continue
+        new = []
+        if node.attributes.get_int("transB"):
+            new.append(ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{node.name}_transpose"))
+            weight = new[-1].outputs[0]
+        new.append(ir.node("MatMul", [node.inputs[0], weight], name=f"{node.name}_matmul"))
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            new.append(ir.node("Add", [new[-1].outputs[0], node.inputs[2]], name=f"{node.name}_add"))
+        for part in new:
+            part.outputs[0].name = f"{part.name}_output"
+        old, result = node.outputs[0], new[-1].outputs[0]
+        result.shape, result.type, result.name = old.shape, old.type, old.name
+        graph.graph.insert_before(node, new)
+        old.replace_all_uses_with(result, replace_graph_outputs=True)
+        graph.graph.remove(node, safe=True)
 
 
 def _strip(graph: ir.Model) -> None:

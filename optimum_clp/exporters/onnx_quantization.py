@@ -5,14 +5,12 @@ Everything else, such as the norms' weights, stays in float32.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from torch import nn
-from transformers import PreTrainedModel
 
 from ..errors import Problem, QuantizationError
+from .onnx_count import QuantizedNodes
 from .onnx_file import stored_shape, stored_tensor
 from .onnx_float import is_stored_matrix, transposed_weight
 
@@ -21,19 +19,8 @@ _CONTRIB = "com.microsoft"
 _CHUNK = 4 * 1024 * 1024
 # Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
 _INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
-
-
-@dataclass(frozen=True)
-class QuantizedNodes:
-    """How many nodes of the graph have quantized weights.
-
-    Args:
-        matmuls (`int`): `MatMulNBits` nodes.
-        embeddings (`int`): `GatherBlockQuantized` nodes.
-    """
-
-    matmuls: int
-    embeddings: int
+# Nodes that may lie between the token ids and the embedding.
+_SAME_TOKENS = ("Cast", "Identity", "Reshape", "ScatterND", "Where")
 
 
 def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -112,7 +99,8 @@ def quantize_graph(
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
     The head of a model with tied embeddings takes the embedding's integers and stores none of its own; without
-    `quantize_embeddings` both stay in float32.
+    `quantize_embeddings` both stay in float32. The matrices that choose the experts always get 8 bits: they are small,
+    and a rounding error there sends tokens to other experts.
 
     Args:
         graph (`onnx_ir.Model`): From [`~exporters.onnx_float.export_float_graph`].
@@ -127,11 +115,12 @@ def quantize_graph(
     embeddings = [node for node in graph.graph if _is_embedding(node)]
     tables = {_name(node.inputs[0]) for node in embeddings}
     quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level)
+    routers = _routers(graph.graph)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
         if weight is None or (weight.name in tables and not quantize_embeddings):
             continue
-        quantizer.quantize_matmul(node, weight, transposed)
+        quantizer.quantize_matmul(node, weight, transposed, 8 if node in routers else bits)
     if quantize_embeddings:
         for node in embeddings:
             quantizer.quantize_embedding(node)
@@ -139,16 +128,6 @@ def quantize_graph(
     graph.opset_imports[_CONTRIB] = 1
     operators = [node.op_type for node in graph.graph if node.domain == _CONTRIB]
     return QuantizedNodes(operators.count("MatMulNBits"), operators.count("GatherBlockQuantized"))
-
-
-def expected_nodes(model: PreTrainedModel, quantize_embeddings: bool) -> QuantizedNodes:
-    """How many nodes a complete quantization has, from the PyTorch model: its linear layers and its embedding."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    matmuls = sum(isinstance(module, nn.Linear) for module in model.modules())
-    tied = head is not None and head.weight is embedding.weight
-    if quantize_embeddings:
-        return QuantizedNodes(matmuls, 1)
-    return QuantizedNodes(matmuls - int(tied), 0)
 
 
 def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: QuantizedNodes) -> None:
@@ -184,7 +163,35 @@ def _float_nodes(nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, str]]:
 
 
 def _is_embedding(node: ir.Node) -> bool:
-    return node.op_type == "Gather" and node.domain in ("", "ai.onnx") and is_stored_matrix(node.inputs[0])
+    """Whether a node looks tokens up; tables of positions stay in float32, they are small."""
+    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or not is_stored_matrix(node.inputs[0]):
+        return False
+    waiting = [node.inputs[1]]
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer() if value is not None else None
+        if producer is not None and producer.op_type in _SAME_TOKENS:
+            waiting += producer.inputs
+        elif value is not None and value.name == "input_ids":
+            return True
+    return False
+
+
+def _routers(nodes: Iterable[ir.Node]) -> set[ir.Node]:
+    """The `MatMul`s on whose result experts are chosen: the nearest ones before each `TopK` or `ArgMax`."""
+    routers, seen = set(), set()
+    waiting = [node for node in nodes if node.op_type in ("TopK", "ArgMax")]
+    while waiting:
+        for value in waiting.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if producer is None or producer in seen:
+                continue
+            seen.add(producer)
+            if producer.op_type != "MatMul":
+                waiting.append(producer)
+            elif _matmul_weight(producer)[0] is not None:
+                routers.add(producer)
+    return routers
 
 
 def _matmul_weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
@@ -213,8 +220,8 @@ class _GraphQuantizer:
         self.accuracy_level = accuracy_level
         self.done: dict[str, tuple[ir.Value, ir.Value]] = {}
 
-    def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool) -> None:
-        integers, scales = self._quantize(weight, transposed)
+    def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> None:
+        integers, scales = self._quantize(weight, transposed, bits)
         shape = stored_shape(stored_tensor(weight))
         outputs, inputs = shape if transposed else shape[::-1]
         new = ir.node(
@@ -223,7 +230,7 @@ class _GraphQuantizer:
             {
                 "K": inputs,
                 "N": outputs,
-                "bits": self.bits,
+                "bits": bits,
                 "block_size": self.block_size,
                 "accuracy_level": self.accuracy_level,
             },
@@ -235,7 +242,7 @@ class _GraphQuantizer:
     def quantize_embedding(self, node: ir.Node) -> None:
         table = node.inputs[0]
         assert table is not None
-        integers, scales = self._quantize(table, True)
+        integers, scales = self._quantize(table, True, self.bits)
         columns = stored_shape(stored_tensor(table))[1]
         new = ir.node(
             "GatherBlockQuantized",
@@ -269,15 +276,15 @@ class _GraphQuantizer:
             if not self.graph.initializers[name].uses():
                 del self.graph.initializers[name]
 
-    def _quantize(self, weight: ir.Value, transposed: bool) -> tuple[ir.Value, ir.Value]:
+    def _quantize(self, weight: ir.Value, transposed: bool, bits: int) -> tuple[ir.Value, ir.Value]:
         name = str(weight.name)
         if name not in self.done:
             matrix = stored_tensor(weight).numpy()
-            integers, scales = quantize_blocks(matrix if transposed else matrix.T, self.bits, self.block_size)
+            integers, scales = quantize_blocks(matrix if transposed else matrix.T, bits, self.block_size)
             if name not in self.tables:
                 integers = integers.reshape(*scales.shape, -1)
             self.done[name] = (
-                self._initializer(f"{name}_int{self.bits}", integers),
+                self._initializer(f"{name}_int{bits}", integers),
                 self._initializer(f"{name}_scales", scales),
             )
         return self.done[name]

@@ -11,11 +11,10 @@ from tiny_models import random_tokens
 from tiny_onnx import exported_llama, traced_qwen3
 
 from optimum_clp.errors import QuantizationError
+from optimum_clp.exporters.onnx_count import QuantizedNodes, expected_nodes
 from optimum_clp.exporters.onnx_quantization import (
-    QuantizedNodes,
     check_quantized_nodes,
     dequantize_blocks,
-    expected_nodes,
     quantize_blocks,
     quantize_graph,
 )

@@ -1,0 +1,74 @@
+"""The model that is traced: in float32, on the CPU, in evaluation mode, with an attention that a graph can hold."""
+
+import copy
+
+import torch
+from accelerate import init_empty_weights
+from transformers import PreTrainedModel
+
+from ..errors import ExportError, Problem
+
+# Settings that transformers' eager attention honours and its SDPA does not, in one version or another.
+_EAGER_SETTINGS = ("attn_logit_softcapping", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
+
+
+def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model in float32 on the CPU, in evaluation mode; `model` is left as it is.
+
+    The twin is built from a copy of the configuration. It shares the storage of every weight that is in float32 on the
+    CPU already; only other weights are copied, at 4 bytes for each parameter.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): Any dtype, device and mode.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: Not to be trained: its weights may be those of `model`.
+
+    Raises:
+        ExportError: If weights are offloaded, or the weights are not those of the configuration.
+    """
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise ExportError(
+            Problem(
+                "model",
+                offloaded[0],
+                f"{len(offloaded)} of its weights are offloaded and cannot be read",
+                "Load the model without device_map",
+            )
+        )
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = _attention(model)
+    # Buffers such as the rotary frequencies are computed anew: they are not in the state dict, and a model that was
+    # cast to 16 bits has lost half of their digits.
+    with init_empty_weights(include_buffers=False):
+        twin = type(model)(config)
+    copies: dict[tuple, torch.Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        # tied weights come under two names: one copy serves both
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        state[name] = copies[key]
+    try:
+        twin.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ExportError(
+            Problem(
+                "model",
+                type(model).__name__,
+                f"its weights are not those that its configuration describes ({reason})",
+                "Save it, load it with AutoModelForCausalLM and export that",
+            )
+        ) from error
+    twin.tie_weights()
+    return twin.requires_grad_(False).eval()
+
+
+def _attention(model: PreTrainedModel) -> str:
+    """`"sdpa"`, or `"eager"` where the architecture has no SDPA, or has it with another result."""
+    text = model.config.get_text_config(decoder=True)
+    special = any(getattr(text, name, None) for name in _EAGER_SETTINGS)
+    return "sdpa" if model._supports_sdpa and not special else "eager"
