@@ -1,5 +1,6 @@
 """What a plan predicts, against published figures, arithmetic written out, and what the real stages make."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from zoo import ALL, zoo_config
 
 from optimum_clp import plan as plan_module
 from optimum_clp import plan_pruning
-from optimum_clp.architecture import allowed_segments, decoder_layers
+from optimum_clp.architecture import allowed_segments, cut_config, decoder_layers
 from optimum_clp.checkpoint import save_checkpoint
 from optimum_clp.configuration import CLPConfig, QuantizationConfig, TuningConfig
-from optimum_clp.errors import ConfigurationError, ModelError
+from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters import export_onnx
 from optimum_clp.footprint import layer_activations, onnx_weight_bytes
 from optimum_clp.plan import build_on_meta
@@ -170,21 +171,44 @@ def test_layers_of_different_sizes_are_planned_one_by_one():
 
 
 def test_every_segment_meets_the_guard(monkeypatch):
-    seen = []
-
-    def cut(dense, segments):
-        seen.append(tuple(segments)[0].start)
-        return cut_model(dense, segments)
+    seen, original = [], plan_module.check_cut
 
     def check(cut, dense, kept):
-        seen.append(next((j for j, i in enumerate(kept) if i != j), len(kept)))
+        assert len(decoder_layers(cut)) == len(kept)
+        seen.append(kept)
         return original(cut, dense, kept)
 
-    original = plan_module.check_cut
-    monkeypatch.setattr(plan_module, "cut_model", cut)
     monkeypatch.setattr(plan_module, "check_cut", check)
     plan_pruning(tiny_config("qwen2", 6), CLPConfig(0.34))
-    assert seen == [0, 1, 2, 3, 4]
+    assert seen == [[2, 3, 4, 5], [0, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 5], [0, 1, 2, 3]]
+
+
+def naive_cut(config, kept):
+    """What a cut without rules does: the number of layers changes, and nothing else."""
+    new = copy.deepcopy(config)
+    for name in ("layer_types", "mlp_only_layers"):
+        if getattr(config, name, None):
+            setattr(new, name, getattr(config, name)[: len(kept)])
+    new.num_hidden_layers = len(kept)
+    return new
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])
+def test_guard_refuses_a_config_that_does_not_say_what_is_left(model_type, monkeypatch):
+    monkeypatch.setattr(plan_module, "cut_config", naive_cut)
+    with pytest.raises(CutError, match="cut model, .* the dense model has .* there .*nothing was written"):
+        plan_pruning(zoo_config(next(t for t in ALL if t.model_type == model_type)), CLPConfig(0.25))
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_what_is_left_has_the_tensors_of_the_real_cut(model_type):
+    config = tiny_config(model_type, 6)
+    kept = [0, 1, 4, 5]
+    planned = build_on_meta(cut_config(config, kept), torch.bfloat16)
+    real = cut_model(real_model(config, torch.bfloat16), [LayerSegment(2, 4)])
+    assert [(n, t.shape, t.dtype) for n, t in planned.state_dict().items()] == [
+        (n, t.shape, t.dtype) for n, t in real.state_dict().items()
+    ]
 
 
 @pytest.mark.parametrize("weights", ["float32", "int8", "int4"])
