@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(PY) benchmarks/demo.py
 
 # two processes of one thread each: small models gain nothing from more threads
-PYTEST := -m pytest -n 2 --dist loadfile
+PYTEST := -m pytest -n 2 --dist loadgroup
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PY) $(PYTEST)

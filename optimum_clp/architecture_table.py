@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from packaging import version
 from transformers import PretrainedConfig
+from transformers import __version__ as transformers_version
 
 from .depth_fields import (
     AttentionTypes,
@@ -75,6 +77,21 @@ class Unless:
     def refusal(self, config: PretrainedConfig) -> Refusal | None:
         value = getattr(config, self.name, None)
         return None if value in self.harmless else (f"config.{self.name} is {value!r}: {self.rule}", self.remedy)
+
+    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class SinceTransformers5:
+    """The class in transformers 4 has a fault that makes every check of it void."""
+
+    fault: str
+
+    def refusal(self, config: PretrainedConfig) -> Refusal | None:
+        if version.parse(transformers_version).major >= 5:
+            return None
+        return f"in transformers {transformers_version} {self.fault}", "Install transformers 5"
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         return None
@@ -311,9 +328,13 @@ _ROWS = (
     Architecture("qwen3_moe", (SparseStep(),)),
     Architecture("qwen3_next", (SparseStep(),), _HYBRID),
     Architecture("qwen4_exp_text", (LayerIndices("ple_layer_ids", base=1),)),
-    Architecture("recurrent_gemma", (Cycle("block_types"),)),
+    Architecture(
+        "recurrent_gemma",
+        (Cycle("block_types"),),
+        (SinceTransformers5("its layers keep the state of the last batch, also without a cache"),),
+    ),
     Architecture("smollm3", (_NO_ROPE,)),
-    Architecture("xlstm", (Same("num_blocks"),)),
+    Architecture("xlstm", (Same("num_blocks"),), (SinceTransformers5("a saved model cannot be read back"),)),
     Architecture("zamba", conditions=(_SHARED_BLOCK,)),
 )
 

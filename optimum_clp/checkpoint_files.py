@@ -30,6 +30,13 @@ TOKENIZER_FILES = (
     "tekken.json",
     "*.tiktoken",
 )
+# what transformers 4 calls the rotary base of layers with full and with sliding attention, where these differ
+_LEGACY_BASES = {
+    "gemma3": ("rope_theta", "rope_local_base_freq"),
+    "gemma3_text": ("rope_theta", "rope_local_base_freq"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "olmo3": ("rope_theta", None),
+}
 _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -196,16 +203,32 @@ def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
         config (`dict`): Content of `config.json`.
 
     Returns:
-        `dict`: `rope_theta`, `rope_scaling` and, where there is one, `partial_rotary_factor`; empty if `config` has no
-        `rope_parameters`, or one set of them for each type of layer, which transformers 4 cannot express.
+        `dict`: `rope_theta`, `rope_scaling` and, where there is one, `partial_rotary_factor`, or the names that a type
+        has for them; empty if `config` has no `rope_parameters`, or one set of them for each type of layer that
+        transformers 4 cannot express.
     """
     rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope or any(isinstance(value, dict) for value in rope.values()):
+    if not isinstance(rope, dict) or not rope:
         return {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return _legacy_rope_by_kind(str(config.get("model_type")), rope)
     alone = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in alone}
     plain = scaling.get("rope_type", "default") == "default"
     return {**alone, "rope_scaling": None if plain else scaling}
+
+
+def _legacy_rope_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:
+    """As [`legacy_rope`], from one set of parameters for each kind of attention."""
+    full, sliding = rope.get("full_attention"), rope.get("sliding_attention")
+    if model_type not in _LEGACY_BASES or not full:
+        return {}
+    full_name, sliding_name = _LEGACY_BASES[model_type]
+    legacy = legacy_rope({"rope_parameters": full})
+    legacy[full_name] = legacy.pop("rope_theta")
+    if sliding_name is not None and sliding:
+        legacy[sliding_name] = sliding["rope_theta"]
+    return legacy
 
 
 def make_config_portable(folder: Path, tied: bool) -> dict[str, Any]:
@@ -220,10 +243,19 @@ def make_config_portable(folder: Path, tied: bool) -> dict[str, Any]:
         `dict`: The new content.
     """
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config.update(legacy_rope(config), tie_word_embeddings=tied)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.update(legacy_rope(part))
+    config.update(_legacy_names(config), tie_word_embeddings=tied)
     config.pop("_name_or_path", None)
     write_json(folder / CONFIG_FILE, config)
     return config
+
+
+def _legacy_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Fields under the names that transformers 4 reads; transformers 5 takes both."""
+    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
+        return {"num_experts": config["num_local_experts"]}
+    return {}
 
 
 def make_tokenizer_portable(folder: Path) -> None:

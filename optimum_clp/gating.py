@@ -4,6 +4,7 @@ All of it is hooks and instance attributes on the caller's model, and all of it 
 after an exception. Weights are never touched.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -136,12 +137,24 @@ class LayerStack:
     """
 
     def __init__(self, model: PreTrainedModel):
+        self._model = model
         self.layers = decoder_layers(model)
         self._forms = layer_forms(model)
         self._threads_state = find_architecture(model.config).threads_state
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def run(self, tokens: Tensor) -> None:
+        """Run the model without its head, for what hooks see.
+
+        Args:
+            tokens (`Tensor`): int64 `[rows, length]`.
+        """
+        base = self._model.base_model
+        # OpenAI GPT takes no use_cache in transformers 4
+        cached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+        base(input_ids=tokens.to(self._model.device), **cached)
 
     @contextmanager
     def resumed(self, first: int, hidden: Tensor) -> Iterator[None]:

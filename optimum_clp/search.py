@@ -207,9 +207,8 @@ class _Objective:
 
     def _inputs_of(self, starts: Sequence[int], rows: slice) -> dict[int, Tensor]:
         """Hidden states that enter the layers `starts`; the layers after the last of them are not run."""
-        batch = self.tokens[rows].to(self.model.device)
         with recorded_inputs(self.layers, starts) as found, stopped_before(self.layers[starts[-1]]):
-            self.model.base_model(input_ids=batch, use_cache=False)
+            self.stack.run(self.tokens[rows])
         return dict(found)
 
 

@@ -45,8 +45,7 @@ class DenseOutputs:
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
             for rows in tokens.split(batch_size):
-                # the base model: the head is not needed here
-                model.base_model(input_ids=rows.to(model.device), use_cache=False)
+                self.stack.run(rows)
                 for index in wanted:
                     kept[index].append(found[index].cpu())
                 bar.update(len(rows))

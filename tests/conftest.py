@@ -1,5 +1,68 @@
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 # no test may reach the network; set before huggingface_hub is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-architectures", action="store_true", help="write what is found to docs/architectures.json"
+    )
+
+
+def pytest_configure(config):
+    config._architectures_found = {}
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Under `--dist loadgroup`: the tests of one file share a process, those of one architecture in the contract suite."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+class _Collector:
+    """Gathers the property `architecture`, `[name, column, text]`, of every test that passed."""
+
+    def __init__(self, config):
+        self.found = config._architectures_found
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            for key, value in report.user_properties:
+                if key == "architecture":
+                    name, column, text = value
+                    self.found.setdefault(name, {})[column] = text
+
+
+def pytest_sessionstart(session):
+    session.config.pluginmanager.register(_Collector(session.config), "architecture-collector")
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--record-architectures") and not hasattr(session.config, "workerinput"):
+        from architecture_record import merge
+
+        merge(session.config._architectures_found)
+
+
+@pytest.fixture
+def architecture_result(request, record_property):
+    """`(name, column, text)`: put it on record, or compare it with the record."""
+
+    def report(name: str, column: str, text: str) -> None:
+        record_property("architecture", [name, column, text])
+        if not request.config.getoption("--record-architectures"):
+            from architecture_record import recorded
+
+            was = recorded(name).get(column)
+            assert was == text, f"docs/architectures.json has {was!r} here: run `make architectures`"
+
+    return report

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from optimum_clp.architecture import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
 from optimum_clp.gating import gated
-from optimum_clp.segments import LayerSegment
 from optimum_clp.guard import check_cut
+from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery import count_bytes, count_parameters, cut_model, own_layers
 
 CUTS = [[(0, 2)], [(2, 4)], [(4, 6)], [(1, 2), (3, 5)]]

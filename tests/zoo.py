@@ -5,7 +5,7 @@ differ from one another (dense and expert layers, sliding windows, layers withou
 naive cut would break.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -71,6 +71,7 @@ class TinyType:
         transformers (`str`): Configuration values that exist in one major version only are kept apart by it: `"4"`,
             `"5"`, or `""` for both.
         tying (`bool`): Whether the class can tie its head to its embedding.
+        plantable (`bool`): Whether zeroing a layer's matrices makes it the identity.
         variant (`str`): Tells apart several models of one type.
         outer (`dict`): Configuration outside a nested text configuration.
     """
@@ -80,6 +81,7 @@ class TinyType:
     cuts: tuple[tuple[tuple[int, int], ...], ...] = (((0, 2),), ((3, 5),), ((6, 8),), ((1, 2), (4, 6)))
     transformers: str = ""
     tying: bool = True
+    plantable: bool = True
     variant: str = ""
     outer: dict[str, Any] = field(default_factory=dict)
 
@@ -89,12 +91,10 @@ class TinyType:
         return f"{self.model_type}-{self.variant}" if self.variant else self.model_type
 
 
-def _(
-    model_type: str, /, *, cuts=None, transformers="", tying=True, variant="", outer=None, **settings: Any
-) -> TinyType:
-    more = {} if cuts is None else {"cuts": cuts}
-    outer = outer or {}
-    return TinyType(model_type, settings, transformers=transformers, tying=tying, variant=variant, outer=outer, **more)
+def _(model_type: str, /, **options: Any) -> TinyType:
+    own = {f.name for f in fields(TinyType)} - {"model_type", "settings"}
+    settings = {name: value for name, value in options.items() if name not in own}
+    return TinyType(model_type, settings, **{name: value for name, value in options.items() if name in own})
 
 
 SPARSE = ["dense", "sparse", "sparse", "dense", "sparse", "sparse", "dense", "sparse"]
@@ -107,6 +107,7 @@ ALL = (
     _("axk2", **MLA, **INDEXER, **GROUPS, mlp_layer_types=SPARSE),
     _(
         "bailing_hybrid",
+        tying=False,
         **MLA,
         **GROUPS,
         layer_types=[LINEAR, LINEAR, FULL, LINEAR, FULL, LINEAR, LINEAR, FULL],
@@ -130,6 +131,7 @@ ALL = (
     _("cwm", **WINDOWS),
     _(
         "dbrx",
+        tying=False,
         d_model=32,
         n_heads=4,
         n_layers=8,
@@ -140,6 +142,7 @@ ALL = (
     ),
     _(
         "dbrx",
+        tying=False,
         d_model=32,
         n_heads=4,
         n_layers=8,
@@ -151,7 +154,7 @@ ALL = (
     _("deepseek_v2", **MLA, **GROUPS, first_k_dense_replace=4),
     _("deepseek_v3", **MLA, **GROUPS, first_k_dense_replace=4),
     _("deepseek_v32", **MLA, **INDEXER, **GROUPS, mlp_layer_types=SPARSE),
-    _("deepseek_v4", **MLA, **INDEXER),
+    _("deepseek_v4", plantable=False, **MLA, **INDEXER),
     _("diffllama", cuts=(((7, 8),), ((5, 8),), ((4, 8),))),
     _("doge"),
     _("dots1", **WINDOWS, **GROUPS, first_k_dense_replace=4, max_window_layers=3),
@@ -176,6 +179,7 @@ ALL = (
     _("gemma3_text", **WINDOWS),
     _(
         "gemma3",
+        tying=False,
         **WINDOWS,
         outer={
             "vision_config": {
@@ -288,6 +292,7 @@ ALL = (
     _("jetmoe"),
     _(
         "kimi_linear",
+        tying=False,
         **MLA,
         **GROUPS,
         linear_head_dim=8,
@@ -320,6 +325,7 @@ ALL = (
     ),
     _(
         "longcat_flash",
+        plantable=False,
         **MLA,
         num_layers=8,
         ffn_hidden_size=48,
@@ -328,7 +334,8 @@ ALL = (
         zero_expert_num=2,
     ),
     _("mamba", state_size=4, time_step_rank=2),
-    _("mamba2", num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8),
+    _("mamba2", transformers="5", num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8),
+    _("mamba2", transformers="4", tying=False, num_heads=8, head_dim=8, n_groups=1, state_size=4, chunk_size=8),
     _("mellum", **WINDOWS, mlp_layer_types=SPARSE),
     _("mimo_v2_flash", **WINDOWS, mlp_layer_types=SPARSE),
     _("minicpm3", **MLA, cuts=(((0, 2),), ((3, 5),), ((6, 8),), ((1, 2), (4, 5)))),
@@ -361,12 +368,13 @@ ALL = (
         transformers="4",
         cuts=(((1, 3),), ((3, 5),), ((6, 8),), ((1, 2), (4, 6))),
     ),
-    _("moshi", ffn_dim=96),
+    _("moshi", tying=False, ffn_dim=96),
     _("mpt"),
     _("nanochat"),
     _("nemotron"),
     _(
         "nemotron_h",
+        tying=False,
         layers_block_type=[LINEAR, "moe", FULL, "mlp", LINEAR, FULL, "moe", LINEAR],
         mamba_num_heads=8,
         mamba_head_dim=8,
@@ -380,7 +388,7 @@ ALL = (
     _("olmo3", **WINDOWS),
     _("olmo_hybrid", layer_types=[LINEAR, FULL, LINEAR, LINEAR, FULL, LINEAR, FULL, FULL]),
     _("olmoe"),
-    _("openai-gpt"),
+    _("openai-gpt", plantable=False),
     _("opt", ffn_dim=48, word_embed_proj_dim=32),
     _("persimmon"),
     _("phi"),
@@ -426,7 +434,13 @@ ALL = (
         indexer_compress_ratio=2,
         hc_lowrank=8,
     ),
-    _("recurrent_gemma", block_types=["recurrent", "attention", "recurrent"], attention_window_size=6, lru_width=32),
+    _(
+        "recurrent_gemma",
+        transformers="5",
+        block_types=["recurrent", "attention", "recurrent"],
+        attention_window_size=6,
+        lru_width=32,
+    ),
     _("seed_oss"),
     _(
         "smollm3",
@@ -440,7 +454,7 @@ ALL = (
     _("starcoder2", sliding_window=6),
     _("vaultgemma", **WINDOWS),
     _("xglm", d_model=32, attention_heads=4, ffn_dim=48, num_layers=8),
-    _("xlstm"),
+    _("xlstm", transformers="5", tying=False),
     _("youtu", **MLA, pad_token_id=None),
     _("zamba", **MAMBA1, cuts=(((0, 2),), ((3, 5),), ((5, 7),), ((0, 1), (4, 6)))),
 )
