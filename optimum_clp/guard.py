@@ -6,7 +6,7 @@ Four independent looks, because no single one sees every fault:
 2. classes, attributes and submodules of every layer, and of everything around the layers;
 3. names, shapes and storage of the tensors;
 4. what the model hands to each layer: masks, positions, rotary embeddings. Some models choose these by the layer's
-   index while they run, where no attribute shows it.
+   index while they run, where no attribute shows it. (Not for a model on the meta device, which cannot run.)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture import decoder_layers, decoder_path, describe_layers, num_layers, text_config
 from .errors import CutError, Problem
@@ -43,10 +43,10 @@ def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> 
     Raises:
         CutError: Names the first difference.
     """
-    differences = [*_count_difference(cut, kept), *_description_differences(cut, dense, kept)]
+    differences = [*_count_difference(cut, kept), *_description_differences(cut.config, dense.config, kept)]
     if not differences:
         differences = [*_module_differences(cut, dense, kept), *_tensor_differences(cut, dense, kept)]
-    if not differences:
+    if not differences and dense.device.type != "meta":
         differences = list(_argument_differences(cut, dense, kept))
     if differences:
         what, is_, should = differences[0]
@@ -70,13 +70,13 @@ def _count_difference(cut: PreTrainedModel, kept: Sequence[int]) -> Iterator[Dif
 
 
 def _description_differences(
-    cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]
+    new: PretrainedConfig, old: PretrainedConfig, kept: Sequence[int]
 ) -> Iterator[Difference]:
-    new, old = describe_layers(cut.config), describe_layers(dense.config)
-    for names in sorted(new.keys() | old.keys()):
-        should = [old[names][i] for i in kept] if names in old else None
-        if new.get(names) != should:
-            yield f"config.{names}", new.get(names), should
+    found, expected = describe_layers(new), describe_layers(old)
+    for names in sorted(found.keys() | expected.keys()):
+        should = [expected[names][i] for i in kept] if names in expected else None
+        if found.get(names) != should:
+            yield f"config.{names}", found.get(names), should
 
 
 def old_name(path: str, kept: Sequence[int], name: str) -> str:

@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .architecture import allowed_segments, cut_config, decoder_layers, num_layers, text_config
 from .configuration import CLPConfig
-from .errors import CLPError, ConfigurationError, ModelError, Problem
+from .errors import ConfigurationError, ModelError, Problem
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
 from .guard import check_cut
 from .segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery import count_bytes, count_parameters
+from .surgery import count_bytes, count_parameters, cut_model
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class PruningPlan:
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
         layer_bytes (`tuple[int, ...]`): Of these.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
-            the meta device and has passed the guard.
+            the meta device and has passed the guard of [`~optimum_clp.surgery.cut_model`].
     """
 
     name_or_path: str | None
@@ -108,9 +108,9 @@ def plan_pruning(
 ) -> PruningPlan:
     """Predict what pruning does to the model that a config describes, without its weights.
 
-    The dense model is built on the meta device, and so is what is left after each allowed segment, from the config that
-    a real cut would write. The guard of the real cut compares both, layer by layer, but for what a model hands to its
-    layers while it runs. Segments whose rewritten configs are equal share one built model; the guard looks at each.
+    The dense model is built on the meta device, and every allowed segment is cut from it there: the config is rewritten
+    and the guard compares every layer, as in the real cut, but for what a model hands to its layers while it runs.
+    Segments whose rewritten configs are equal share one built model; the guard looks at each.
 
     Args:
         config (`PretrainedConfig`): Of the dense model; not changed.
@@ -171,7 +171,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
                 "model",
                 getattr(config, "name_or_path", None) or config.model_type,
                 f"transformers cannot build it from its config without weights ({said})",
-                "Check its config.json",
+                "Check its config.json; a model whose constructor reads values cannot be planned",
             )
         ) from error
     _move_to_meta(model)
@@ -202,26 +202,15 @@ def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe:
     cuts = []
     for segment in segments:
         kept = kept_layers([segment], depth)
-        rewritten = cut_config(dense.config, kept)
-        key = json.dumps(rewritten.to_dict(), sort_keys=True, default=str)
-        if key not in built:
-            cut = build_on_meta(rewritten, dense.dtype)
+        key = json.dumps(cut_config(dense.config, kept).to_dict(), sort_keys=True, default=str)
+        if key in built:
+            check_cut(built[key][0], dense, kept)
+        else:
+            cut = cut_model(dense, [segment])
             built[key] = cut, _sizes(cut, recipe)
-        _check_on_meta(built[key][0], dense, kept)
         tuning = _tuning(dense, kept, segment, activations, recipe) if recipe.tuning.enabled else None
         cuts.append(PlannedCut(segment=segment, tuning=tuning, **built[key][1]))
     return cuts
-
-
-def _check_on_meta(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
-    """The guard, without its last look: that one runs the model, which needs values that the meta device has not."""
-    try:
-        check_cut(cut, dense, kept)
-    except CLPError:
-        raise
-    except RuntimeError:
-        # torch: a value of a meta tensor was asked for. The looks before, at config, modules and tensors, found nothing
-        pass
 
 
 def _sizes(cut: PreTrainedModel, recipe: CLPConfig) -> dict[str, Any]:

@@ -15,15 +15,23 @@ from .architecture import allowed_segments, find_architecture, num_layers, text_
 from .calibration import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .configuration import CLPConfig
-from .errors import CalibrationError, ConfigurationError, ModelError, Problem, TuningError
+from .errors import (
+    CalibrationError,
+    ConfigurationError,
+    ExportError,
+    ModelError,
+    Problem,
+    QuantizationError,
+    TuningError,
+)
 from .evaluation import evaluate_tokens
-from .exporters import export_onnx
+from .exporters import export_onnx, onnx_obstacle
 from .hub import upload, written_file
 from .measurement import measure_outcome
 from .model_card import write_model_card
 from .output import check_output, staged_folder
 from .plots import write_plots
-from .quantization import save_quantized
+from .quantization import quanto_obstacle, save_quantized
 from .report import REPORT_NAME, CLPReport, environment_info
 from .runtime import OnnxCausalLM
 from .search import SearchResult, search_segment
@@ -356,11 +364,13 @@ class CLPPruner(OptimumQuantizer):
             `PreTrainedModel`: The smaller model.
 
         Raises:
+            ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
             CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
         """
         config = self._use(config)
         if save_directory is not None:
             check_output(save_directory, overwrite)
+            self._refuse_early(config)
         self.search(config)
         model = self.cut()
         failure = None
@@ -432,6 +442,13 @@ class CLPPruner(OptimumQuantizer):
                 return upload(folder, repo_id, **kwargs)
             finally:
                 self._folder = None
+
+    def _refuse_early(self, config: CLPConfig) -> None:
+        """Say before any work what a later stage would say of this architecture after all of it."""
+        if config.quantization.quanto and (problem := quanto_obstacle(self._dense())) is not None:
+            raise QuantizationError(problem)
+        if config.export.enabled and (problem := onnx_obstacle(self._dense())) is not None:
+            raise ExportError(problem)
 
     def _use(self, config: CLPConfig | None) -> CLPConfig:
         if config is not None:

@@ -14,9 +14,9 @@ from tiny_models import MODEL_TYPES, VOCABULARY, random_tokens, tiny_config
 from tiny_onnx import exported_llama, onnx_test_model
 from zoo import ALL, zoo_config
 
+from optimum_clp import guard, plan_pruning, surgery
 from optimum_clp import plan as plan_module
-from optimum_clp import plan_pruning
-from optimum_clp.architecture import allowed_segments, cut_config, decoder_layers
+from optimum_clp.architecture import allowed_segments, decoder_layers
 from optimum_clp.checkpoint import save_checkpoint
 from optimum_clp.configuration import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
@@ -171,14 +171,16 @@ def test_layers_of_different_sizes_are_planned_one_by_one():
 
 
 def test_every_segment_meets_the_guard(monkeypatch):
-    seen, original = [], plan_module.check_cut
+    seen, original = [], guard.check_cut
 
     def check(cut, dense, kept):
         assert len(decoder_layers(cut)) == len(kept)
         seen.append(kept)
         return original(cut, dense, kept)
 
+    # where plan and cut_model look it up: a first cut of a config is checked by the one, the others by the other
     monkeypatch.setattr(plan_module, "check_cut", check)
+    monkeypatch.setattr(surgery, "check_cut", check)
     plan_pruning(tiny_config("qwen2", 6), CLPConfig(0.34))
     assert seen == [[2, 3, 4, 5], [0, 3, 4, 5], [0, 1, 4, 5], [0, 1, 2, 5], [0, 1, 2, 3]]
 
@@ -196,16 +198,19 @@ def naive_cut(config, kept):
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3_moe"])
 def test_guard_refuses_a_config_that_does_not_say_what_is_left(model_type, monkeypatch):
     monkeypatch.setattr(plan_module, "cut_config", naive_cut)
-    with pytest.raises(CutError, match="cut model, .* the dense model has .* there .*nothing was written"):
+    monkeypatch.setattr(surgery, "cut_config", naive_cut)
+    with pytest.raises(CutError, match="cut model.* the dense model has .*nothing was written"):
         plan_pruning(zoo_config(next(t for t in ALL if t.model_type == model_type)), CLPConfig(0.25))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_what_is_left_has_the_tensors_of_the_real_cut(model_type):
     config = tiny_config(model_type, 6)
-    kept = [0, 1, 4, 5]
-    planned = build_on_meta(cut_config(config, kept), torch.bfloat16)
-    real = cut_model(real_model(config, torch.bfloat16), [LayerSegment(2, 4)])
+    planned, real = (
+        cut_model(dense, [LayerSegment(2, 4)])
+        for dense in (build_on_meta(config, torch.bfloat16), real_model(config, torch.bfloat16))
+    )
+    assert all(t.is_meta for t in planned.state_dict().values())
     assert [(n, t.shape, t.dtype) for n, t in planned.state_dict().items()] == [
         (n, t.shape, t.dtype) for n, t in real.state_dict().items()
     ]

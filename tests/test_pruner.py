@@ -232,10 +232,10 @@ def test_a_ratio_that_removes_nothing_is_refused(tmp_path):
 
 
 def test_an_unsupported_architecture_is_refused(tmp_path):
-    from transformers import GPT2Config
+    from transformers import RwkvConfig
 
-    model = AutoModelForCausalLM.from_config(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50))
-    with pytest.raises(ModelError, match="model_type is 'gpt2': the supported architectures are"):
+    model = AutoModelForCausalLM.from_config(RwkvConfig(num_hidden_layers=2, hidden_size=8, vocab_size=50))
+    with pytest.raises(ModelError, match="model_type is 'rwkv': it divides its weights in place while it runs"):
         CLPPruner.from_pretrained(model)
 
 

@@ -72,7 +72,7 @@ def small_zoo_model(tiny, num_layers=2):
     if "moe_layers" in tiny.settings:
         settings["moe_layers"] = [1]
     count = next((key for key in ("num_layers", "n_layers") if key in tiny.settings), "num_hidden_layers")
-    return zoo_model(tiny, **settings, **{count: num_layers})
+    return zoo_model(tiny, **settings, **{count: num_layers, "num_hidden_layers": num_layers})
 
 
 def short_reason(problem):

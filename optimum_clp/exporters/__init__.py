@@ -23,7 +23,7 @@ from .onnx_file import save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
 from .onnx_obstacle import onnx_obstacle
 from .onnx_quantization import check_quantized_nodes, quantize_graph
-from .onnx_twin import float32_twin
+from .onnx_twin import attention_of, float32_twin
 
 FLOAT_FILE = "model.onnx"
 QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
@@ -118,7 +118,7 @@ def export_onnx(
             raise ExportError(obstacle)
         twin = float32_twin(model)
         # the caller's own model is the better witness where it can be called without changing it
-        witness = model if _is_plain_float32(model) else twin
+        witness = model if _can_witness(model) else twin
         writer = _Writer(Path(staging), reference_steps(witness, seed=seed))
         with _quiet_exporter():
             graph = export_float_graph(twin, export.opset)
@@ -180,7 +180,10 @@ class _Writer:
             os.replace(path, folder / path.name)
 
 
-def _is_plain_float32(model: PreTrainedModel) -> bool:
+def _can_witness(model: PreTrainedModel) -> bool:
+    # an SDPA that leaves something out computes another model
+    if attention_of(model) == "eager" and model.config._attn_implementation not in ("eager", None):
+        return False
     return not any(module.training for module in model.modules()) and all(
         parameter.dtype == torch.float32 and parameter.device.type == "cpu" for parameter in model.parameters()
     )

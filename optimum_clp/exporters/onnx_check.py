@@ -63,7 +63,8 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
         if steps:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(padding), size)], dim=1)
         input_ids = torch.randint(config.vocab_size, (len(padding), size), generator=generator)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
+        # XGLM in transformers 4 takes no view for it
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:].contiguous()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         with torch.no_grad():
             output = model(**{name: inputs[name] for name in names}, past_key_values=cache, use_cache=True)

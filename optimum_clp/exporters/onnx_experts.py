@@ -5,6 +5,7 @@ of fixed operators cannot do. Here every expert is computed for every token and 
 weights, which are 0 for the experts that were not chosen. The result is the same; the cost is that of all experts.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +90,13 @@ class _DenselyRouted(AllExperts):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         outputs = [self.expert(i, tokens) * routing_weights[:, i, None] for i in range(len(self.down))]
         return torch.stack(outputs).sum(dim=0).reshape(hidden_states.shape)
+
+
+class _WithRouterWeights(AllExperts):
+    """DBRX of transformers 4: one argument more, which is not used."""
+
+    def forward(self, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, top_experts, top_weights)
 
 
 class _PresortedExperts(AllExperts):
@@ -176,7 +184,8 @@ def _dbrx(module) -> AllExperts:
     first, second = (weight.detach().view(shape) for weight in (mlp.w1, mlp.v1))
     layers = [_linears(weights) for weights in (first, second)]
     down = _linears(mlp.w2.detach().view(shape), None, True)
-    return AllExperts([_Pair(*pair) for pair in zip(*layers, strict=True)], _gated(mlp.activation_fn), down)
+    kind = _WithRouterWeights if "top_experts" in inspect.signature(module.forward).parameters else AllExperts
+    return kind([_Pair(*pair) for pair in zip(*layers, strict=True)], _gated(mlp.activation_fn), down)
 
 
 def _gpt_oss4(module) -> AllExperts:

@@ -159,7 +159,7 @@ def _sample(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[tuple, tupl
     input_ids = torch.ones(batch, length, dtype=torch.long)
     attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
     attention_mask[0, :2] = 0
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past_length:]
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past_length:].contiguous()
     tokens = {0: "batch_size", 1: "sequence_length"}
     mask = {0: "batch_size", 1: "total_sequence_length"}
     inputs, shapes = [input_ids, attention_mask, position_ids][: len(names)], [tokens, mask, tokens][: len(names)]

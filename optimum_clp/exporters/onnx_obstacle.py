@@ -21,8 +21,6 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 _DATA_DEPENDENT = (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
 _MAJOR = int(transformers.__version__.partition(".")[0])
 _PYTORCH = "Use the PyTorch checkpoint or its quanto files, and set export.enabled to False"
-# What the structure does not show: model type -> (major versions of transformers, reason).
-_KNOWN: dict[str, tuple[tuple[int, ...], str]] = {}
 
 
 def onnx_obstacle(model: PreTrainedModel) -> Problem | None:
@@ -40,9 +38,6 @@ def onnx_obstacle(model: PreTrainedModel) -> Problem | None:
     rope = _length_dependent_rope(model)
     if rope is not None:
         return rope
-    versions, reason = _KNOWN.get(model.config.model_type, ((), ""))
-    if _MAJOR in versions:
-        return Problem("model_type", model.config.model_type, reason, _PYTORCH)
     ids = torch.tensor([[3, 2]], device=next(model.get_input_embeddings().parameters()).device)
     try:
         with _evaluating(model), torch.no_grad(), _Watch(model) as watch:

@@ -38,7 +38,7 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
             )
         )
     config = copy.deepcopy(model.config)
-    config._attn_implementation = _attention(model)
+    config._attn_implementation = attention_of(model)
     # Buffers such as the rotary frequencies are computed anew: they are not in the state dict, and a model that was
     # cast to 16 bits has lost half of their digits.
     with init_empty_weights(include_buffers=False):
@@ -67,7 +67,7 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     return twin.requires_grad_(False).eval()
 
 
-def _attention(model: PreTrainedModel) -> str:
+def attention_of(model: PreTrainedModel) -> str:
     """`"sdpa"`, or `"eager"` where the architecture has no SDPA, or has it with another result."""
     text = model.config.get_text_config(decoder=True)
     special = any(getattr(text, name, None) for name in _EAGER_SETTINGS)
