@@ -63,11 +63,12 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
         if steps:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(padding), size)], dim=1)
         input_ids = torch.randint(config.vocab_size, (len(padding), size), generator=generator)
-        # XGLM in transformers 4 takes no view for it
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:].contiguous()
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         with torch.no_grad():
-            output = model(**{name: inputs[name] for name in names}, past_key_values=cache, use_cache=True)
+            # XGLM of transformers 4 adds to the positions in place, and takes no view of them
+            given = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
+            output = model(**given, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         steps.append(ReferenceStep(input_ids, attention_mask, position_ids, output.logits.float()))
     return steps
