@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decoding import takes_back_its_cache
 from .losses import kl_divergence, next_token_cross_entropy
 from .progress import progress_bar
 from .teacher import DenseOutputs
@@ -136,7 +137,8 @@ def measure_speed(
 
 
 def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
-    """Seconds of the prompt's forward pass, and of `new_tokens - 1` greedy steps after it."""
+    """Seconds of the prompt's forward pass, and of `new_tokens - 1` greedy steps after it (without a cache where the
+    model hands none out)."""
     device = getattr(model, "device", torch.device("cpu"))
     ids = prompt.to(device)
     mask = torch.ones_like(ids)
@@ -146,11 +148,17 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    cached = takes_back_its_cache(model)
+    text = ids
     start = now()
-    out = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    out = model(input_ids=ids, attention_mask=mask, use_cache=cached)
     middle = now()
     for _ in range(new_tokens - 1):
         ids = out.logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        if cached:
+            out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+        else:
+            text = torch.cat([text, ids], dim=1)
+            out = model(input_ids=text, attention_mask=mask, use_cache=False)
     return middle - start, now() - middle

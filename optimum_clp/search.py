@@ -268,6 +268,8 @@ def _gate_search(objective: _Objective, allowed: list[LayerSegment], config: Sea
             start = min(float(room), max(0.0, start - rate * corrected))
             bar.update(1)
     nearest = sorted(starts, key=lambda s: (abs(s - start), s))
-    ranked = [min(starts, key=lambda s: (abs(s - r), s)) for r in ranked]  # each valley by the allowed start next to it
+    ranked = [
+        min(starts, key=lambda s: (abs(s - r), s)) for r in ranked
+    ]  # each valley by the allowed start next to it
     candidates = list(dict.fromkeys([*nearest[:3], *ranked, *nearest]))[: config.num_rescored]
     return objective.score([LayerSegment(s, s + length) for s in sorted(candidates)]), trajectory

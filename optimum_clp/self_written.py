@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .decoding import takes_back_its_cache
 from .errors import CalibrationError, Problem
 from .progress import progress_bar
 from .sample_cache import Sample, load_sample, sample_file, save_sample, weights_fingerprint
@@ -84,12 +85,14 @@ def sample_text(
     file = sample_file(model, fingerprint or weights_fingerprint(model, quiet), parameters, cache_dir)
     sample = load_sample(file, num_sequences, sequence_length, batch_size)
     saved = time.monotonic()
+    with _evaluation_mode(model):
+        cached = len(sample.tokens) < num_sequences and takes_back_its_cache(model)
     with progress_bar(num_sequences * sequence_length, "Writing calibration text", quiet) as bar:
         bar.update(len(sample.tokens) * sequence_length)
         while (done := len(sample.tokens)) < num_sequences:
             rows = range(done, min(done + batch_size, num_sequences))
             uniforms = torch.stack([_stream(seed, row, sequence_length) for row in rows])
-            batch = _write_batch(model, uniforms, rules, temperature, bar)
+            batch = _write_batch(model, uniforms, rules, temperature, cached, bar)
             sample = Sample(torch.cat([sample.tokens, batch.tokens]), torch.cat([sample.losses, batch.losses]))
             if len(sample.tokens) == num_sequences or time.monotonic() - saved >= _SAVE_INTERVAL:
                 file, saved = save_sample(file, sample), time.monotonic()
@@ -128,8 +131,13 @@ def _rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 @torch.no_grad()
-def _write_batch(model: PreTrainedModel, uniforms: torch.Tensor, rules: _Rules, temperature: float, bar) -> Sample:
-    """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
+def _write_batch(
+    model: PreTrainedModel, uniforms: torch.Tensor, rules: _Rules, temperature: float, cached: bool, bar
+) -> Sample:
+    """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out.
+
+    With `cached` a token is one step of the model; without, it is a pass over all tokens before it.
+    """
     # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
     device = embedding_weight(model).device
     rows, length = uniforms.shape
@@ -142,8 +150,11 @@ def _write_batch(model: PreTrainedModel, uniforms: torch.Tensor, rules: _Rules, 
     with _evaluation_mode(model):
         for position in range(1, length):
             current = tokens[:, position - 1]
-            output = model(input_ids=current[:, None].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            if cached:
+                output = model(input_ids=current[:, None].to(device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+            else:
+                output = model(input_ids=tokens[:, :position].to(device), use_cache=False)
             logits = output.logits[:, -1].float()
             drawn = _draw(logits[:, : rules.vocabulary] / temperature, uniforms[:, position].to(logits.device)).cpu()
             if rules.start is not None:

@@ -38,7 +38,9 @@ def test_depth_dependent_fields_are_rewritten(model_type):
 def test_a_list_of_the_wrong_length_is_refused():
     config = tiny_config("qwen3")
     config.__dict__["layer_types"] = ["full_attention"] * 5
-    with pytest.raises(CutError, match="config.layer_types has 5 entries, and it must have one for each of the 6 layers"):
+    with pytest.raises(
+        CutError, match="config.layer_types has 5 entries, and it must have one for each of the 6 layers"
+    ):
         cut_config(config, [0, 1])
 
 

@@ -192,7 +192,9 @@ def test_unknown_weights(tmp_path):
 
 def test_nothing_to_quantize(tmp_path):
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=9))
-    with pytest.raises(QuantizationError, match="model is 'GPT2LMHeadModel': linear layers.*less than half.*0%; .*in Conv1D"):
+    with pytest.raises(
+        QuantizationError, match="model is 'GPT2LMHeadModel': linear layers.*less than half.*0%; .*in Conv1D"
+    ):
         save_quantized(gpt2, None, tmp_path / "q")
     assert list(tmp_path.iterdir()) == []
 

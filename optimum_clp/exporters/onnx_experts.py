@@ -1,8 +1,8 @@
 """Mixture-of-experts layers as ordinary linear layers, in the form that a trace and a quantizer can follow.
 
-transformers sorts the tokens by expert, or loops over the experts that were hit: both depend on the data, which a graph
-of fixed operators cannot do. Here every expert is computed for every token and the results are weighted by the routing
-weights, which are 0 for the experts that were not chosen. The result is the same; the cost is that of all experts.
+transformers sorts the tokens by expert, or loops over the experts that were hit: the first has no ONNX operator, the
+second has no fixed graph. Here each expert in turn takes the tokens that chose it, which may be none, and adds to
+their rows. The graph holds all experts; an expert that no token chose multiplies nothing and reads no weights.
 """
 
 import inspect
@@ -42,6 +42,11 @@ class AllExperts(nn.Module):
         output = self.down[index](self._gate(self.up[index](hidden_states)))
         return output if self._after is None else self._after(output)
 
+    def _added(self, total: Tensor, index: int, tokens: Tensor, weight: Tensor) -> Tensor:
+        """`total` plus what one expert gives for the tokens with a `weight`, `[tokens]`, other than 0."""
+        rows = weight.nonzero().squeeze(-1)
+        return total.index_add(0, rows, self.expert(index, tokens[rows]) * weight[rows, None])
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the experts.
 
@@ -56,9 +61,8 @@ class AllExperts(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         total = torch.zeros_like(tokens)
         for index in range(len(self.down)):
-            # an expert that was not chosen has weight 0
-            weight = torch.where(top_k_index == index, top_k_weights, 0).sum(dim=-1, keepdim=True)
-            total = total + self.expert(index, tokens) * weight
+            weight = torch.where(top_k_index == index, top_k_weights, 0).sum(dim=-1)
+            total = self._added(total, index, tokens, weight)
         return total.reshape(hidden_states.shape)
 
 
@@ -88,8 +92,10 @@ class _DenselyRouted(AllExperts):
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        outputs = [self.expert(i, tokens) * routing_weights[:, i, None] for i in range(len(self.down))]
-        return torch.stack(outputs).sum(dim=0).reshape(hidden_states.shape)
+        total = torch.zeros_like(tokens)
+        for index in range(len(self.down)):
+            total = self._added(total, index, tokens, routing_weights[:, index])
+        return total.reshape(hidden_states.shape)
 
 
 class _WithRouterWeights(AllExperts):
