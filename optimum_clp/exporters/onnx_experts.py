@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 
-class AllExperts(nn.Module):
+class SeparateExperts(nn.Module):
     """Stands in for a module of fused experts; its linear layers are views of that module's weights.
 
     Args:
@@ -67,7 +67,7 @@ class AllExperts(nn.Module):
 
 
 class _Pair(nn.Module):
-    """Gate and first layer that are stored apart, side by side as [`AllExperts`] takes them."""
+    """Gate and first layer that are stored apart, side by side as [`SeparateExperts`] takes them."""
 
     def __init__(self, gate: nn.Linear, up: nn.Linear):
         super().__init__()
@@ -78,7 +78,7 @@ class _Pair(nn.Module):
         return torch.cat([self.gate(hidden_states), self.up(hidden_states)], dim=-1)
 
 
-class _WithIdentityExperts(AllExperts):
+class _WithIdentityExperts(SeparateExperts):
     """LongCat: the experts after the last one that has weights return their input."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class _WithIdentityExperts(AllExperts):
         return total + hidden_states * weight
 
 
-class _DenselyRouted(AllExperts):
+class _DenselyRouted(SeparateExperts):
     """GPT-OSS of transformers 4: the weights come as `[tokens, experts]`, 0 for the experts that were not chosen."""
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -98,14 +98,14 @@ class _DenselyRouted(AllExperts):
         return total.reshape(hidden_states.shape)
 
 
-class _WithRouterWeights(AllExperts):
+class _WithRouterWeights(SeparateExperts):
     """DBRX of transformers 4: one argument more, which is not used."""
 
     def forward(self, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, top_experts, top_weights)
 
 
-class _PresortedExperts(AllExperts):
+class _PresortedExperts(SeparateExperts):
     """Llama 4: all tokens, weighted already, come once for each expert, one expert after the other."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -132,7 +132,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def unrolled_experts(model: nn.Module) -> Iterator[None]:
-    """Inside the block every module of fused experts is an [`AllExperts`]; no weight is copied.
+    """Inside the block every module of fused experts is an [`SeparateExperts`]; no weight is copied.
 
     Args:
         model (`nn.Module`): Its modules are put back at the end.
@@ -157,11 +157,11 @@ def _builder(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     return _sized if name.endswith("ParallelExperts") else _OTHER_BUILDERS.get(name)
 
 
-def _fused(module) -> AllExperts:
+def _fused(module) -> SeparateExperts:
     transposed = module.is_transposed
     up = "gate_up_proj" if module.has_gate else "up_proj"
     biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
-    return AllExperts(
+    return SeparateExperts(
         _linears(getattr(module, up), biases[0], transposed),
         module._apply_gate if module.has_gate else module.act_fn,
         _linears(module.down_proj, biases[1], transposed),
@@ -169,12 +169,12 @@ def _fused(module) -> AllExperts:
     )
 
 
-def _longcat_flash(module) -> AllExperts:
+def _longcat_flash(module) -> SeparateExperts:
     down = _linears(module.down_proj)
     return _WithIdentityExperts(_linears(module.gate_up_proj)[: len(down)], _gated(module.act_fn), down)
 
 
-def _llama4(module) -> AllExperts:
+def _llama4(module) -> SeparateExperts:
     return _PresortedExperts(
         _linears(module.gate_up_proj, None, True), _gated(module.act_fn), _linears(module.down_proj, None, True)
     )
@@ -184,17 +184,17 @@ def _sized(module) -> _SizedExperts:
     return _SizedExperts(_linears(module.weight))
 
 
-def _dbrx(module) -> AllExperts:
+def _dbrx(module) -> SeparateExperts:
     mlp = module.mlp
     shape = (mlp.moe_num_experts, mlp.ffn_hidden_size, mlp.hidden_size)
     first, second = (weight.detach().view(shape) for weight in (mlp.w1, mlp.v1))
     layers = [_linears(weights) for weights in (first, second)]
     down = _linears(mlp.w2.detach().view(shape), None, True)
-    kind = _WithRouterWeights if "top_experts" in inspect.signature(module.forward).parameters else AllExperts
+    kind = _WithRouterWeights if "top_experts" in inspect.signature(module.forward).parameters else SeparateExperts
     return kind([_Pair(*pair) for pair in zip(*layers, strict=True)], _gated(mlp.activation_fn), down)
 
 
-def _gpt_oss4(module) -> AllExperts:
+def _gpt_oss4(module) -> SeparateExperts:
     def gate(gate_up: Tensor) -> Tensor:
         first, second = gate_up[..., ::2].clamp(max=module.limit), gate_up[..., 1::2]
         return (second.clamp(-module.limit, module.limit) + 1) * first * torch.sigmoid(first * module.alpha)
