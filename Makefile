@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-transformers4 lint types install clean
+.PHONY: demo test test-slow test-transformers4 architectures lint types install clean
 
 install: $(STAMP)
 
@@ -40,6 +40,14 @@ $(VENV4)/.installed: setup.cfg pyproject.toml constraints-transformers4.txt
 test-transformers4: export OMP_NUM_THREADS = 1
 test-transformers4: $(VENV4)/.installed
 	$(VENV4)/bin/python $(PYTEST)
+
+# the contract suite with its slow tier, in both environments, and the table made from what it finds (about an hour)
+ARCHITECTURES := tests/test_contract.py tests/test_quantization_architectures.py tests/exporters/test_onnx_architectures.py
+architectures: export OMP_NUM_THREADS = 1
+architectures: $(STAMP) $(VENV4)/.installed
+	$(PY) $(PYTEST) -m "slow or not slow" --record-architectures $(ARCHITECTURES)
+	$(VENV4)/bin/python $(PYTEST) -m "slow or not slow" --record-architectures $(ARCHITECTURES)
+	PYTHONPATH=. $(PY) tests/architecture_record.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,5 @@
 """`CLPPruner`: a dense model goes in, a smaller one comes out."""
 
-import math
 import os
 import tempfile
 from collections.abc import Iterable
@@ -333,8 +332,8 @@ class CLPPruner(OptimumQuantizer):
         if text is None:
             tokens = self._calibration().test
         else:
-            maximum = getattr(text_config(model.config), "max_position_embeddings", None) or math.inf
-            length = min(self.config.calibration.sequence_length, maximum)
+            length = self.config.calibration.sequence_length
+            length = min(length, getattr(text_config(model.config), "max_position_embeddings", None) or length)
             tokens = tokenize_dataset(
                 text,
                 self.tokenizer,
