@@ -20,7 +20,7 @@ def pytest_configure(config):
     config._architectures_found = {}
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Under `--dist loadgroup`: the tests of one file share a process, those of one architecture in the contract suite."""
     for item in items:

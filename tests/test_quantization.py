@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import MODEL_TYPES, random_tokens, tiny_config, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from zoo import ZOO, zoo_model
 
 from optimum_clp.checkpoint import load_model, save_checkpoint
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, QuantizationError
-from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
+from optimum_clp.quantization import load_quantized, quanto_obstacle, save_quantized, without_compiler
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery import cut_model
 
@@ -197,6 +198,45 @@ def test_nothing_to_quantize(tmp_path):
     ):
         save_quantized(gpt2, None, tmp_path / "q")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_in_two_blocks(tmp_path):
+    model = tiny_model()
+    model.model.layers[3].mlp = model.model.layers[2].mlp
+    with pytest.raises(QuantizationError, match=r"same module under two names \(model\.layers\.3\.mlp\.down_proj\)"):
+        save_quantized(model, None, tmp_path / "q")
+
+
+def test_half_of_the_weights_is_enough(tmp_path):
+    model = tiny_model(num_layers=1)
+    linear = sum(m.weight.numel() for n, m in model.model.named_modules() if isinstance(m, nn.Linear))
+    model.model.layers[0].extra = nn.Conv1d(linear, 1, 1)
+    assert quanto_obstacle(model) is None
+    model.model.layers[0].extra = nn.Conv1d(linear + 1, 1, 1)
+    assert "less than half of its weights (50%; most of the rest is in Conv1d)" in str(quanto_obstacle(model))
+
+
+def zoo_member(name):
+    return zoo_model(next(tiny for tiny in ZOO if tiny.name == name))
+
+
+def test_linear_layers_that_do_more_than_a_product_stay_in_float(tmp_path):
+    model = zoo_member("llama4_text")
+    routers = [n for n, m in model.named_modules() if type(m).__name__ == "Llama4Router"]
+    save_quantized(model, None, tmp_path / "q", quiet=True)
+    reloaded = load_quantized(tmp_path / "q")
+    assert routers
+    for name in routers:
+        assert torch.equal(reloaded.get_submodule(name).weight, model.get_submodule(name).weight)
+        assert not isinstance(reloaded.get_submodule(name), QLinear)
+    assert torch.isfinite(logits(reloaded, random_tokens(1, 9))).all()
+
+
+def test_infinite_numbers_in_the_configuration(tmp_path):
+    model = zoo_member("mamba2")
+    assert model.config.time_step_limit[1] == float("inf")
+    save_quantized(model, None, tmp_path / "q", quiet=True)
+    assert load_quantized(tmp_path / "q").config.time_step_limit[1] == float("inf")
 
 
 def test_quantized_twice(tmp_path):

@@ -220,6 +220,39 @@ def test_file_of_another_kind_is_refused(folder, tmp_path):
         OnnxCausalLM.from_pretrained(tmp_path, "model.onnx")
 
 
+def test_file_without_positions_runs(folder, tmp_path):
+    """As of BLOOM: the logit of token t at each position is 1, and the cache is that of one head of one number."""
+    shutil.copy(folder / "config.json", tmp_path)
+    helper, types = onnx.helper, onnx.TensorProto
+    shape = ["batch", 1, "past", 1]
+    depth = onnx.numpy_helper.from_array(np.array(97), "depth")
+    values = onnx.numpy_helper.from_array(np.array([0, 1], np.float32), "values")
+    axes = [onnx.numpy_helper.from_array(np.array([axis]), f"axis{axis}") for axis in (1, 3)]
+    nodes = [
+        helper.make_node("OneHot", ["input_ids", "depth", "values"], ["logits"]),
+        helper.make_node("Cast", ["input_ids"], ["numbers"], to=types.FLOAT),
+        helper.make_node("Unsqueeze", ["numbers", "axis1"], ["heads"]),
+        helper.make_node("Unsqueeze", ["heads", "axis3"], ["new"]),
+    ]
+    inputs = [helper.make_tensor_value_info(n, types.INT64, ["batch", n]) for n in ("input_ids", "attention_mask")]
+    outputs = [helper.make_tensor_value_info("logits", types.FLOAT, ["batch", "length", 97])]
+    for kind in ("key", "value"):
+        inputs.append(helper.make_tensor_value_info(f"past_key_values.0.{kind}", types.FLOAT, shape))
+        outputs.append(helper.make_tensor_value_info(f"present.0.{kind}", types.FLOAT, ["batch", 1, "total", 1]))
+        nodes.append(helper.make_node("Concat", [f"past_key_values.0.{kind}", "new"], [f"present.0.{kind}"], axis=2))
+    graph = helper.make_graph(nodes, "g", inputs, outputs, [depth, values, *axes])
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "model.onnx"
+    )
+    model, ids = OnnxCausalLM.from_pretrained(tmp_path, "model.onnx"), random_tokens(2, 4)
+    output = model(ids, position_ids=torch.zeros_like(ids))
+    assert torch.equal(output.logits.argmax(-1), ids)
+    assert torch.equal(output.past_key_values.layers[0].keys[:, 0, :, 0].long(), ids)
+    assert torch.equal(
+        generate(model, ids, max_new_tokens=3, min_new_tokens=0, eos_token_id=96)[:, 4:], ids[:, -1:].expand(-1, 3)
+    )
+
+
 def test_mask_of_another_length_is_refused(onnx_model):
     cache = onnx_model(random_tokens(2, 3), use_cache=True).past_key_values
     with pytest.raises(ModelError, match=r"attention_mask is \(2, 1\): its shape must be \(2, 4\)"):
