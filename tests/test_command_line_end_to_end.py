@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
-from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import BertConfig, BertModel, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
 
 from optimum_clp import tuning
 from optimum_clp.commands.clp import main
@@ -96,8 +96,8 @@ def bert():
     replaced_by(BertModel(config))
 
 
-def gpt2():
-    replaced_by(GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=50)))
+def rwkv():
+    replaced_by(RwkvForCausalLM(RwkvConfig(num_hidden_layers=2, hidden_size=8, vocab_size=50)))
 
 
 def t5():
@@ -132,7 +132,7 @@ BAD_INPUT = [
     (truncated, "", "model is 'dense': its model.safetensors is truncated or damaged (10000 bytes"),
     (not_finite, "", "its tensor model.layers.3.mlp.up_proj.weight has 1 values that are NaN or infinite"),
     (bert, "", "model is 'dense': BertModel is not a causal language model"),
-    (gpt2, "", "model_type is 'gpt2': the supported architectures are llama, mistral, qwen2, qwen3"),
+    (rwkv, "", "model_type is 'rwkv': it divides its weights in place while it runs"),
     (t5, "", "T5ForConditionalGeneration is an encoder-decoder, not a causal language model"),
     (quanto, "", "its weights are quantized with quanto and cannot be cut, tuned or exported"),
     (full_output, "", "output folder is 'out': it is not empty"),
