@@ -40,7 +40,10 @@ def quantized_by_quanto(model, weights):
 
 
 def dequantized(model):
-    return {n: p.dequantize() if type(p) is not nn.Parameter else p for n, p in model.named_parameters()}
+    return {
+        n: p.dequantize() if type(p) is not nn.Parameter else p
+        for n, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 @pytest.mark.slow
@@ -64,7 +67,7 @@ def test_reloaded_model_is_quantos_own_or_there_is_an_obstacle(tiny, weights, tm
     assert expected.keys() <= found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
     with torch.no_grad(), without_compiler():
-        dense, theirs, ours = (m(input_ids=ids).logits for m in (model, own, reloaded))
+        dense, theirs, ours = (m(input_ids=ids, use_cache=False).logits for m in (model, own, reloaded))
     assert torch.isfinite(ours).all()
     assert not torch.equal(ours, dense)
     # with equal weights; the product of a transposed input with unpacked weights is not always rounded alike (Mamba)
