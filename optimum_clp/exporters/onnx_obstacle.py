@@ -38,6 +38,8 @@ def onnx_obstacle(model: PreTrainedModel) -> Problem | None:
     rope = _length_dependent_rope(model)
     if rope is not None:
         return rope
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return _no_cache(model)
     ids = torch.tensor([[3, 2]], device=next(model.get_input_embeddings().parameters()).device)
     try:
         with _evaluating(model), torch.no_grad(), _Watch(model) as watch:
@@ -75,14 +77,18 @@ def _length_dependent_rope(model: PreTrainedModel) -> Problem | None:
     return None
 
 
+def _no_cache(model: PreTrainedModel) -> Problem:
+    rule = (
+        "it gives no key-value cache, which is what an ONNX file hands on from token to token; "
+        "other states would need inputs and outputs of their own"
+    )
+    return Problem("model", type(model).__name__, rule, _PYTORCH)
+
+
 def _cache_obstacle(model: PreTrainedModel, cache: Any, length: int) -> Problem | None:
     name = type(model).__name__
     if cache is None:
-        rule = (
-            "it gives no key-value cache, which is what an ONNX file hands on from token to token; "
-            "other states would need inputs and outputs of their own"
-        )
-        return Problem("model", name, rule, _PYTORCH)
+        return _no_cache(model)
     plain = getattr(cache, "self_attention_cache", cache)
     layers = getattr(plain, "layers", ())
     if type(plain) is not DynamicCache or not all(_is_key_value_layer(layer) for layer in layers):

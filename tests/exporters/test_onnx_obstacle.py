@@ -62,7 +62,7 @@ def test_models_with_other_states_beside_keys_and_values(kind, monkeypatch):
     cache.update(torch.zeros(1, 2, 2, 16), torch.zeros(1, 2, 2, 16), 0)
     if kind == "layer":
         cache.layers[0].__class__ = LayerWithMore
-    monkeypatch.setattr(model, "forward", lambda **_: SimpleNamespace(past_key_values=cache))
+    monkeypatch.setattr(model, "forward", lambda past_key_values=None, **_: SimpleNamespace(past_key_values=cache))
     names = "CacheWithMore, DynamicLayer" if kind == "cache" else "DynamicCache, LayerWithMore"
     assert f"holds more than the keys and values of each token ({names})" in str(onnx_obstacle(model))
 
@@ -75,7 +75,7 @@ def test_hybrid_models(tmp_path):
 def test_cache_with_other_entries_than_the_tokens(monkeypatch):
     model, cache = tiny_model("llama", 1), DynamicCache()
     cache.update(torch.zeros(1, 2, 34, 16), torch.zeros(1, 2, 34, 16), 0)
-    monkeypatch.setattr(model, "forward", lambda **_: SimpleNamespace(past_key_values=cache))
+    monkeypatch.setattr(model, "forward", lambda past_key_values=None, **_: SimpleNamespace(past_key_values=cache))
     assert "does not grow by one entry for each token ([34] for 2 tokens)" in str(onnx_obstacle(model))
 
 
@@ -96,7 +96,7 @@ def test_layers_that_look_at_the_data():
 
 
 def test_a_model_that_cannot_run(monkeypatch):
-    def fail(**_):
+    def fail(past_key_values=None, **_):
         raise ValueError("no such\n device")
 
     model = tiny_model("llama", 1)
