@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architecture_table import ARCHITECTURES, COMMON_FIELDS, REFUSED, Architecture
+from .architecture_table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
 from .depth_fields import DepthField, NotRepresentable
 from .errors import CutError, ModelError, Problem
 from .segments import LayerSegment, candidate_segments, kept_layers
@@ -184,7 +184,7 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
 def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
     architecture = find_architecture(config)
     old, count = text_config(config), num_layers(config)
-    for condition in architecture.conditions:
+    for condition in COMMON_CONDITIONS + architecture.conditions:
         condition.check(old, kept, count)
     new = copy.deepcopy(config)
     inner = text_config(new)

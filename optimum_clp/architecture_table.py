@@ -5,7 +5,7 @@ To add a model type see docs/architectures.md: a row here, and a line in the tes
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from packaging import version
 from transformers import PretrainedConfig
@@ -35,11 +35,12 @@ Refusal = tuple[str, str]
 """Rule and remedy of a [`~optimum_clp.errors.Problem`]."""
 
 
-class Condition(Protocol):
+class Condition:
     """Something that must hold for a cut to be exact, beyond what config fields say."""
 
     def refusal(self, config: PretrainedConfig) -> Refusal | None:
         """Why no cut of this model is exact, and what would help; `None` if some are."""
+        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         """Raise [`NotRepresentable`] if this cut is not exact."""
@@ -55,7 +56,7 @@ class Architecture:
         conditions (`tuple[Condition, ...]`): What else must hold for a cut.
         count (`str`): Config field with the number of layers.
         threads_state (`bool`): Layers hand later ones more than hidden states, so that those below a cut cannot be
-            left out when a forward pass is resumed; see [`~optimum_clp.gating.resumed`].
+            left out when a forward pass is resumed; see [`~optimum_clp.gating.LayerStack.resumed`].
     """
 
     model_type: str
@@ -66,7 +67,7 @@ class Architecture:
 
 
 @dataclass(frozen=True)
-class Unless:
+class Unless(Condition):
     """No cut is exact where a setting has a value other than `harmless`."""
 
     name: str
@@ -78,12 +79,9 @@ class Unless:
         value = getattr(config, self.name, None)
         return None if value in self.harmless else (f"config.{self.name} is {value!r}: {self.rule}", self.remedy)
 
-    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class SinceTransformers5:
+class SinceTransformers5(Condition):
     """The class in transformers 4 has a fault that makes every check of it void."""
 
     fault: str
@@ -93,12 +91,9 @@ class SinceTransformers5:
             return None
         return f"in transformers {transformers_version} {self.fault}", "Install transformers 5"
 
-    def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class IndexInTheMath:
+class IndexInTheMath(Condition):
     """A layer computes with its own index: only layers at the end of the stack can go.
 
     Args:
@@ -108,9 +103,6 @@ class IndexInTheMath:
 
     why: str
     name: str | None = None
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         moved = [i for j, i in enumerate(kept) if i != j]
@@ -122,14 +114,11 @@ class IndexInTheMath:
 
 
 @dataclass(frozen=True)
-class Stays:
+class Stays(Condition):
     """A layer that is built differently from the others because of its place; negative places count from the end."""
 
     place: int
     why: str
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         if self.place % count not in kept:
@@ -137,15 +126,12 @@ class Stays:
 
 
 @dataclass(frozen=True)
-class KindStays:
+class KindStays(Condition):
     """Layers of one kind cannot go."""
 
     name: str
     kind: str
     why: str
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         gone = [i for i, kind in enumerate(getattr(config, self.name)) if kind == self.kind and i not in kept]
@@ -154,14 +140,11 @@ class KindStays:
 
 
 @dataclass(frozen=True)
-class LastKind:
+class LastKind(Condition):
     """The last layer must be of one kind; the class forces it to be."""
 
     name: str
     kind: str
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         kinds = stored(config, self.name)
@@ -172,29 +155,23 @@ class LastKind:
 
 
 @dataclass(frozen=True)
-class AttentionStays:
+class AttentionStays(Condition):
     """At least one layer with attention must be left where there is one: the cache measures the past by it."""
 
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
-
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
-        kinds = getattr(config, "layer_types", None) or config.layers_block_type
+        kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
         has = ["attention" in kind and not kind.startswith("linear") for kind in kinds]
         if any(has) and not any(has[i] for i in kept):
             raise NotRepresentable("no layer with attention would be left, and the model's cache needs one")
 
 
 @dataclass(frozen=True)
-class DonorsStay:
+class DonorsStay(Condition):
     """A layer that takes over what the nearest earlier donor has computed needs that donor."""
 
     name: str
     donor: str
     taker: str
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         kinds = stored(config, self.name) or []
@@ -206,11 +183,8 @@ class DonorsStay:
 
 
 @dataclass(frozen=True)
-class SharedKeysStay:
+class SharedKeysStay(Condition):
     """The last `num_kv_shared_layers` layers use the keys and values of the last own layer of their kind (Gemma 4)."""
-
-    def refusal(self, config: PretrainedConfig) -> Refusal | None:
-        return None
 
     def check(self, config: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         shared = getattr(config, "num_kv_shared_layers", 0) or 0
@@ -234,6 +208,9 @@ COMMON_FIELDS: tuple[DepthField, ...] = (
 )
 """Fields that mean the same in every config that has them."""
 
+COMMON_CONDITIONS: tuple[Condition, ...] = (AttentionStays(),)
+"""What must hold for every architecture."""
+
 _WINDOW = RedundantPeriod("sliding_window_pattern", "layer_types", "full_attention")
 _PRIVATE_WINDOW = RedundantPeriod("_sliding_window_pattern", "layer_types", "full_attention")
 _GLOBAL = RedundantPeriod("global_attn_every_n_layers", "layer_types", "full_attention")
@@ -252,19 +229,17 @@ _GEMMA4 = (
     LastKind("layer_types", "full_attention"),
 )
 _GEMMA4_FIELDS = (LastLayers("num_kv_shared_layers"),)
-_HYBRID = (AttentionStays(),)
 _SHARED_BLOCK = KindStays("layers_block_type", "hybrid", "hybrid layers share the weights of one transformer block")
 _SHARED_INDEXER = (DonorsStay("indexer_types", "full", "shared"),)
 
 _PLAIN = """
-    apertus arcee aria_text axk1 axk2  biogpt bitnet bloom codegen cohere cohere2_moe cohere_compass_text ctrl
-    cwm dbrx deepseek_v32  doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4
-    glm4_moe_lite gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoeshared
-    helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1
-    lfm3 llama mamba mamba2 mellum mimo_v2_flash   minimax_m2 minimax_m3_vl_text
-    ministral ministral3 mistral mixtral moshi mpt nanochat nemotron nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe
-    openai-gpt opt persimmon phi phi3 phimoe qwen3_5_text qwen3_5_moe_text
-    seed_oss solar_open stablelm starcoder2 vaultgemma xglm  youtu
+    apertus arcee aria_text axk1 axk2 biogpt bitnet bloom codegen cohere cohere2_moe cohere_compass_text ctrl cwm
+    dbrx deepseek_v32 doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4 glm4_moe_lite
+    gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
+    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 lfm3 llama mamba mamba2 mellum
+    mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nanochat nemotron
+    nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen3_5_moe_text
+    qwen3_5_text seed_oss solar_open stablelm starcoder2 vaultgemma xglm youtu
 """.split()
 
 _ROWS = (
@@ -275,7 +250,7 @@ _ROWS = (
         (_FIRST_DENSE, _NEXT_TOKENS, RedundantPeriod("layer_group_size", "layer_types", "full_attention")),
     ),
     Architecture("beam", conditions=(IndexInTheMath("it scales the residual stream"),)),
-    Architecture("bamba", (LayerIndices("attn_layer_indices"),), _HYBRID),
+    Architecture("bamba", (LayerIndices("attn_layer_indices"),)),
     Architecture("cohere2", (_WINDOW, _PRIVATE_WINDOW)),
     Architecture("deepseek_v2", (_FIRST_DENSE,)),
     Architecture("deepseek_v3", (_FIRST_DENSE, _NEXT_TOKENS)),
@@ -299,7 +274,6 @@ _ROWS = (
     Architecture("gpt_neox_japanese", conditions=(Stays(-1, "the last layer alone has a bias in its attention"),)),
     Architecture("granite_swa", (PerLayer("layer_rope_theta"),)),
     Architecture("granitemoe_swa", (PerLayer("layer_rope_theta"),)),
-    Architecture("granitemoehybrid", conditions=_HYBRID),
     Architecture("hy_v4", (PerLayer("indexer_types"),), _SHARED_INDEXER, threads_state=True),
     Architecture("inkling_text", (LayerIndices("local_layer_ids"),)),
     Architecture(
@@ -308,12 +282,11 @@ _ROWS = (
             Period("attn_layer_period", "attn_layer_offset"),
             Period("expert_layer_period", "expert_layer_offset"),
         ),
-        _HYBRID,
     ),
     Architecture("kimi_linear", (_FIRST_DENSE,)),
     Architecture("laguna", (PerLayer("num_attention_heads_per_layer"),)),
-    Architecture("lfm2", (LayerIndices("full_attn_idxs"),), _HYBRID),
-    Architecture("lfm2_moe", (FirstLayers("num_dense_layers"),), _HYBRID),
+    Architecture("lfm2", (LayerIndices("full_attn_idxs"),)),
+    Architecture("lfm2_moe", (FirstLayers("num_dense_layers"),)),
     Architecture("llama4_text", (LayerIndices("moe_layers"), _NO_ROPE)),
     Architecture("longcat_flash", count="num_layers"),
     Architecture("minicpm3", (ScaledByDepth("scale_depth"),)),
@@ -326,7 +299,7 @@ _ROWS = (
     Architecture("qwen2_moe", (_FIRST_WINDOWLESS, SparseStep())),
     Architecture("qwen3", (_FIRST_WINDOWLESS,)),
     Architecture("qwen3_moe", (SparseStep(),)),
-    Architecture("qwen3_next", (SparseStep(),), _HYBRID),
+    Architecture("qwen3_next", (SparseStep(),)),
     Architecture("qwen4_exp_text", (LayerIndices("ple_layer_ids", base=1),)),
     Architecture(
         "recurrent_gemma",
