@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .architecture import text_config
 from .configuration import CalibrationConfig
 from .errors import CalibrationError, Problem
 from .sample_cache import Sample, weights_fingerprint
@@ -191,7 +192,7 @@ def _warn_if_repetitive(share: float) -> None:
 
 
 def _row_length(requested: int, model: PreTrainedModel) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(text_config(model.config), "max_position_embeddings", None)
     return min(requested, limit) if limit else requested
 
 

@@ -28,6 +28,7 @@ from .checkpoint_files import (
     read_config,
 )
 from .errors import CLPError, CutError, Problem
+from .gating import evaluation_mode
 
 PROBE_LENGTH = 64
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
@@ -77,21 +78,13 @@ def load_model(
         remedy = "Give a PreTrainedModel, a local folder, or a Hub id"
         raise model_error(repr(model_or_path), f"a {type(model_or_path).__name__} is not a model", remedy)
     path, hub = os.fspath(model_or_path), {"revision": revision, "token": token}
-    if os.path.isdir(path):
-        raw = read_config(Path(path))
-    else:
-        _refuse_local_looking(path)
-        raw = _hub_config(path, hub)
-    check_config(path, raw, trust_remote_code)
+    config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
+    if accept is not None:
+        accept(config)
     if os.path.isdir(path):
         check_weight_files(Path(path), use_safetensors)
-    # transformers 4 does not know rope_parameters
-    rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
     with _transformers_quiet(bars=quiet):
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **hub, **rope)
-            if accept is not None:
-                accept(config)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
@@ -111,6 +104,40 @@ def load_model(
     _check_keys(path, info)
     check_finite(path, model)
     return model.eval()
+
+
+def load_config(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    trust_remote_code: bool = False,
+) -> PretrainedConfig:
+    """The config of a dense causal language model; no weights need lie beside it.
+
+    Args:
+        path (`str` or `os.PathLike`): A local folder, or a Hub id.
+        revision (`str` or `None`): Branch, tag or commit on the Hub.
+        token (`str`, `bool` or `None`): For private or gated models on the Hub.
+        trust_remote_code (`bool`): Allow code that comes with the model to run.
+
+    Raises:
+        ModelError: If there is none, it cannot be read, or it is not a dense causal language model's.
+    """
+    name, hub = os.fspath(path), {"revision": revision, "token": token}
+    if os.path.isdir(name):
+        raw = read_config(Path(name))
+    else:
+        _refuse_local_looking(name)
+        raw = _hub_config(name, hub)
+    check_config(name, raw, trust_remote_code)
+    # transformers 4 does not know rope_parameters
+    rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
+    with _transformers_quiet(bars=False):
+        try:
+            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **rope)
+        except Exception as error:
+            raise load_error(name, error) from error
 
 
 def _check_in_memory(model: PreTrainedModel) -> None:
@@ -383,14 +410,8 @@ def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) 
     config = text_config(model.config)
     length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
-    finally:
-        for module in training:
-            module.training = True
+    with torch.no_grad(), evaluation_mode(model):
+        equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
     if not equal:
         raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
 

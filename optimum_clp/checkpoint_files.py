@@ -37,6 +37,8 @@ _LEGACY_BASES = {
     "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
     "olmo3": ("rope_theta", None),
 }
+# fields that transformers 4 reads under another name; transformers 5 takes both
+_LEGACY_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -245,17 +247,11 @@ def make_config_portable(folder: Path, tied: bool) -> dict[str, Any]:
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.update(legacy_rope(part))
-    config.update(_legacy_names(config), tie_word_embeddings=tied)
+    legacy = _LEGACY_NAMES.get(str(config.get("model_type")), {})
+    config.update({old: config[new] for old, new in legacy.items() if new in config}, tie_word_embeddings=tied)
     config.pop("_name_or_path", None)
     write_json(folder / CONFIG_FILE, config)
     return config
-
-
-def _legacy_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields under the names that transformers 4 reads; transformers 5 takes both."""
-    if config.get("model_type") == "qwen3_moe" and "num_local_experts" in config:
-        return {"num_experts": config["num_local_experts"]}
-    return {}
 
 
 def make_tokenizer_portable(folder: Path) -> None:

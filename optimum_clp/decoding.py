@@ -30,6 +30,8 @@ def takes_back_its_cache(model: Any) -> bool:
     # a cache of another kind fails in as many ways as there are models
     except Exception:
         return False
+    if not torch.isfinite(whole).all():
+        return True  # the caller's business, and his error names it
     difference = (last[:, -1] - whole[:, -1]).abs().max()
     # 16 bits round to 1e-2; a step that has forgotten the text before is off by its own size
-    return bool(difference <= 0.05 * whole[:, -1].abs().max()) or not bool(torch.isfinite(whole).all())
+    return bool(difference <= 0.05 * whole[:, -1].abs().max())

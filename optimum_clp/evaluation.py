@@ -93,7 +93,8 @@ class Speed:
 
     Args:
         prefill_tokens_per_second (`float`): Tokens of the prompt over the time of its forward pass.
-        decode_tokens_per_second (`float`): Tokens generated after the first, greedily, with a KV cache.
+        decode_tokens_per_second (`float`): Tokens generated after the first, greedily; with a KV cache where the model hands
+            one out, else by whole passes over the text.
     """
 
     prefill_tokens_per_second: float
@@ -127,8 +128,9 @@ def measure_speed(
         for _ in range(rounds):
             for name, make in models.items():
                 model = make()
-                _decode(model, prompt[:, :8], 2)  # warm-up: allocations, kernels picked at first use
-                first, rest = _decode(model, prompt, new_tokens)
+                cached = takes_back_its_cache(model)
+                _decode(model, prompt[:, :8], 2, cached)  # warm-up: allocations, kernels picked at first use
+                first, rest = _decode(model, prompt, new_tokens, cached)
                 prefill[name].append(prompt.shape[1] / first)
                 decode[name].append((new_tokens - 1) / rest)
                 del model
@@ -136,7 +138,7 @@ def measure_speed(
     return {name: Speed(statistics.median(prefill[name]), statistics.median(decode[name])) for name in models}
 
 
-def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
+def _decode(model: Any, prompt: Tensor, new_tokens: int, cached: bool) -> tuple[float, float]:
     """Seconds of the prompt's forward pass, and of `new_tokens - 1` greedy steps after it (without a cache where the
     model hands none out)."""
     device = getattr(model, "device", torch.device("cpu"))
@@ -148,7 +150,6 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int) -> tuple[float, float]:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    cached = takes_back_its_cache(model)
     text = ids
     start = now()
     out = model(input_ids=ids, attention_mask=mask, use_cache=cached)

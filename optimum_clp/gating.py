@@ -16,6 +16,18 @@ from transformers import PreTrainedModel
 from .architecture import decoder_layers, find_architecture
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and skipped layers; every module's own mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def layer_hidden(output: Any) -> Tensor:
     """The hidden states in a decoder layer's output, which is a tensor, or a tuple or list that starts with it."""
     return output[0] if isinstance(output, (tuple, list)) else output
@@ -119,7 +131,7 @@ def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
 
         return hook
 
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), evaluation_mode(model), ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(hook_for(index)).remove)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
@@ -176,7 +188,7 @@ class LayerStack:
                 stack.callback(self.layers[first - 1].register_forward_hook(_replace_output(hidden)).remove)
             else:
                 for index in range(first):
-                    forward = _hand_on(hidden if index == first - 1 else None, self._forms[index])
+                    forward = hand_on(self._forms[index], hidden if index == first - 1 else None)
                     stack.enter_context(replaced_forward(self.layers[index], forward))
             yield
 
@@ -188,8 +200,16 @@ def _replace_output(hidden: Tensor):
     return hook
 
 
-def _hand_on(value: Tensor | None, form: int | None):
-    """A layer's forward that computes nothing: its input, or `value`, in the form in which the layer returns it."""
+def hand_on(form: int | None, value: Tensor | None = None):
+    """A layer's forward that computes nothing.
+
+    Args:
+        form (`int` or `None`): What the layer returns, from [`layer_forms`].
+        value (`Tensor`, *optional*): What it hands on; its input if not given.
+
+    Returns:
+        `Callable`: Takes what the layer takes.
+    """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = layer_input(args, kwargs)

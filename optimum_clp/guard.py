@@ -19,12 +19,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture import decoder_layers, decoder_path, describe_layers, num_layers, text_config
 from .errors import CutError, Problem
-from .gating import layer_forms, replaced_forward
+from .gating import evaluation_mode, hand_on, layer_forms, replaced_forward
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx", "ple_layer_index")
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "block_idx")
 # transformers' own notes on the whole model
 _BOOKKEEPING = ("training", "all_tied_weights_keys", "hf_device_map")
 # a probe longer than a window shows where the window is; beyond this length a mask would take too much memory
@@ -110,16 +110,12 @@ def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
                     yield f"{where}.{attribute}", is_, should
         else:
             for attribute, is_, should in _attribute_differences(module, twin):
-                is_count = (is_, should) == (len(kept), before)
                 if attribute.endswith("layer_idx") and isinstance(should, int):
                     should = sum(i < should for i in kept)  # a border between layers
-                    is_count = is_ == should
-                if (
-                    not is_count
-                    and not _of_all_layers(is_, should, kept, before)
-                    and not _of_gone(attribute, is_, should, gone)
-                ):
-                    yield f"{where}.{attribute}" if where else attribute, is_, should
+                is_count = (is_, should) == (len(kept), before)
+                fits = is_ == should or is_count or _of_all_layers(is_, should, kept, before)
+                if not fits and not _of_gone(attribute, is_, should, gone):
+                    yield f"{where}.{attribute}".lstrip("."), is_, should
     for name in sorted(expected):
         yield f"dense model's {name}", None, type(old_modules[name]).__name__
 
@@ -146,7 +142,9 @@ def _of_gone(attribute: str, is_: Any, should: Any, gone: set[str]) -> bool:
         return is_ == {kind: value for kind, value in should.items() if kind not in gone}
     if attribute == "layer_types" and isinstance(should, (list, tuple)):
         return list(is_ or ()) == [kind for kind in should if kind not in gone]
-    return attribute == "has_sliding_layers" and not is_ or any(attribute.startswith(kind) for kind in gone)
+    if attribute == "has_sliding_layers":
+        return "sliding_attention" in gone and is_ is False
+    return any(attribute.startswith(kind) for kind in gone)
 
 
 def _shown(path: str, name: str) -> str:
@@ -229,15 +227,15 @@ def _layer_arguments(model: PreTrainedModel, ids: Tensor, forms: Sequence[int | 
     seen: list[tuple] = [()] * len(layers)
 
     def recorder(index: int):
+        skip = hand_on(forms[index])
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-            hidden = args[0] if args else kwargs["hidden_states"]
-            form = forms[index]
-            return hidden if form is None else (hidden, *[None] * (form - 1))
+            return skip(*args, **kwargs)
 
         return forward
 
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.no_grad(), evaluation_mode(model), ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(replaced_forward(layer, recorder(index)))
         model(input_ids=ids, use_cache=False)

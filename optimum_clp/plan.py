@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -17,7 +16,7 @@ from .errors import ConfigurationError, ModelError, Problem
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
 from .guard import check_cut
 from .segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery import count_bytes, count_parameters, cut_model
+from .surgery import count_bytes, count_parameters, cut_model, without_weights
 
 
 @dataclass(frozen=True)
@@ -160,9 +159,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ModelError: If transformers cannot build it.
     """
     try:
-        # not torch.device("meta"): some constructors read values of small tensors that they make on the way
-        with init_empty_weights(include_buffers=True):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+        model = without_weights(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype))
     # whatever a model's class makes of a malformed config, the user gets one message
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
@@ -174,22 +171,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
                 "Check its config.json; a model whose constructor reads values cannot be planned",
             )
         ) from error
-    _move_to_meta(model)
+    # what a constructor has made in spite of it
+    nn.Module.to(model, "meta")
     return model.eval()
-
-
-def _move_to_meta(model: PreTrainedModel) -> None:
-    """Drop the values that a constructor has made in spite of everything (diffllama draws some); tied ones stay tied."""
-    moved: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.is_meta:
-                    continue
-                empty = tensor.detach().to("meta")
-                if isinstance(tensor, nn.Parameter):
-                    empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                tensors[name] = moved.setdefault(id(tensor), empty)  # type: ignore[assignment]
 
 
 def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe: CLPConfig) -> list[PlannedCut]:

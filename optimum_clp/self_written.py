@@ -5,19 +5,19 @@ at the next number of that stream. So a row does not depend on how many others a
 What is written is kept on disk, batch by batch: a second run reads it, and an interrupted one goes on from there.
 """
 
-import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .architecture import text_config
 from .decoding import takes_back_its_cache
 from .errors import CalibrationError, Problem
+from .gating import evaluation_mode
 from .progress import progress_bar
 from .sample_cache import Sample, load_sample, sample_file, save_sample, weights_fingerprint
 
@@ -85,7 +85,7 @@ def sample_text(
     file = sample_file(model, fingerprint or weights_fingerprint(model, quiet), parameters, cache_dir)
     sample = load_sample(file, num_sequences, sequence_length, batch_size)
     saved = time.monotonic()
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         cached = len(sample.tokens) < num_sequences and takes_back_its_cache(model)
     with progress_bar(num_sequences * sequence_length, "Writing calibration text", quiet) as bar:
         bar.update(len(sample.tokens) * sequence_length)
@@ -114,7 +114,7 @@ def _stream(seed: int, row: int, length: int) -> torch.Tensor:
 def _rules(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> _Rules:
     size = len(embedding_weight(model))
     vocabulary = size if tokenizer is None else min(size, len(tokenizer))
-    holders = [model.config.get_text_config(), getattr(model, "generation_config", None), tokenizer]
+    holders = [text_config(model.config), getattr(model, "generation_config", None), tokenizer]
 
     def token_ids(key: str) -> list[int]:
         values = [getattr(holder, key, None) for holder in holders]
@@ -147,7 +147,7 @@ def _write_batch(
     ends = torch.tensor(rules.ends, dtype=torch.int64)
     cache = None
     bar.update(rows)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for position in range(1, length):
             current = tokens[:, position - 1]
             if cached:
@@ -185,14 +185,3 @@ def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     index = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)
     return torch.minimum(index, last)[:, 0]
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -1,12 +1,12 @@
 """The cut: a smaller model of the same class, built from its new config, over the dense model's own tensors."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .architecture import cut_config, decoder_layers, decoder_path, num_layers
 from .errors import CutError, ModelError, Problem
@@ -39,7 +39,7 @@ def cut_model(dense: PreTrainedModel, segments: Iterable[LayerSegment]) -> PreTr
     kept = kept_layers(check_segments(segments, before), before)
     config = cut_config(dense.config, kept)
     _refuse_offloaded(dense)
-    cut = _without_weights(type(dense), config)
+    cut = without_weights(lambda: type(dense)(config))
     path = decoder_path(dense)
     _take_over_tensors(cut, dense, path, kept)
     cut.eval()
@@ -69,15 +69,20 @@ def count_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def _without_weights(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """A model whose constructor has run, without memory for its parameters."""
+def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model whose constructor has run, without memory for its parameters; small buffers may have some.
+
+    Args:
+        build (`Callable`): Makes the model.
+    """
+    # not torch.device("meta"): some constructors read values of small tensors that they make on the way
     try:
         with init_empty_weights(include_buffers=True):
-            return model_class(config)
+            return build()
     except NotImplementedError:
         # Apertus reads one of its buffers while it is built (transformers 4.57): let it have its buffers
         with init_empty_weights(include_buffers=False):
-            return model_class(config)
+            return build()
 
 
 def _refuse_offloaded(dense: PreTrainedModel) -> None:

@@ -7,7 +7,8 @@ teacher). Each step starts at the first endpoint, and only the endpoints have gr
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from .architecture import decoder_layers, text_config
 from .configuration import TuningConfig
 from .errors import ModelError, Problem, TuningError
-from .gating import LayerStack
+from .gating import LayerStack, evaluation_mode
 from .losses import kl_divergence, next_token_cross_entropy
 from .progress import progress_bar
 from .surgery import own_layers
@@ -328,25 +329,20 @@ class _MasterWeights:
                 master.grad = None
 
 
-class _only_trainable:
+@contextmanager
+def _only_trainable(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
     """Only the given parameters require gradients, and the model is in eval mode, until the block ends."""
-
-    def __init__(self, model: PreTrainedModel, parameters: list[nn.Parameter]):
-        self.model, self.chosen = model, {id(p) for p in parameters}
-
-    def __enter__(self) -> None:
-        self.before = [(p, p.requires_grad) for p in self.model.parameters()]
-        self.modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        for parameter, _ in self.before:
-            parameter.requires_grad_(id(parameter) in self.chosen)
-
-    def __exit__(self, *exception: Any) -> None:
-        for parameter, required in self.before:
-            parameter.requires_grad_(required)
-            parameter.grad = None
-        for module, training in self.modes:
-            module.training = training
+    chosen = {id(p) for p in parameters}
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    with evaluation_mode(model):
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield
+        finally:
+            for parameter, required in before:
+                parameter.requires_grad_(required)
+                parameter.grad = None
 
 
 def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:

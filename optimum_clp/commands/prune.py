@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report import format_bytes, format_count
 from . import arguments
-from .session import Answer, load_config, load_pruner, output_folder, read_config, required_output
+from .session import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
@@ -50,7 +50,7 @@ def _dry_run(args: argparse.Namespace) -> Answer:
     config = read_config(args)
     from ..plan import plan_pruning
 
-    plan = plan_pruning(load_config(args), config, dtype=args.dtype).to_dict()
+    plan = plan_pruning(load_dense_config(args), config, dtype=args.dtype).to_dict()
     return plan, planned(plan)
 
 

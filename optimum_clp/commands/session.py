@@ -135,45 +135,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def load_config(args: argparse.Namespace) -> "PretrainedConfig":
+def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     """The config of the dense model of `--model`; no weights and no tokenizer are needed beside it.
 
     Raises:
         ModelError: If there is none, it cannot be read, it is no causal language model's, or the model was cut before.
     """
-    from packaging import version
-    from transformers import AutoConfig, PretrainedConfig
-    from transformers import __version__ as transformers_version
-
-    from ..checkpoint_errors import load_error, model_error
-    from ..checkpoint_files import check_config, legacy_rope
-    from ..checkpoint_files import read_config as read_config_file
+    from ..checkpoint import load_config
+    from ..checkpoint_errors import model_error
     from ..hub import written_file
     from ..report import REPORT_NAME, CLPReport
 
-    name = args.model
-    if os.path.isfile(name):
-        raise model_error(name, "it is a file, not a folder", "Give the folder that holds config.json")
-    try:
-        raw = (
-            read_config_file(Path(name))
-            if os.path.isdir(name)
-            else PretrainedConfig.get_config_dict(name, revision=args.revision)[0]
-        )
-        check_config(name, raw, args.trust_remote_code)
-        record = written_file(name, REPORT_NAME, args.revision, None)
-        if record is not None and CLPReport.load(record).cut is not None:
-            remedy = "Give the dense model that its report names"
-            raise model_error(name, "it was cut before, and pruning starts from a dense model", remedy)
-        # transformers 4 does not know rope_parameters
-        rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
-        return AutoConfig.from_pretrained(
-            name, revision=args.revision, trust_remote_code=args.trust_remote_code, **rope
-        )
-    except CLPError:
-        raise
-    except Exception as error:
-        raise load_error(name, error) from error
+    config = load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    record = written_file(args.model, REPORT_NAME, args.revision, None)
+    if record is not None and CLPReport.load(record).cut is not None:
+        remedy = "Give the dense model that its report names"
+        raise model_error(args.model, "it was cut before, and pruning starts from a dense model", remedy)
+    return config
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ..architecture import text_config
 from ..errors import ExportError, Problem
 from .onnx_float import cache_names, input_names
 
@@ -50,7 +51,7 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
         `list[ReferenceStep]`: The prompt, then steps of 1 or 3 tokens that continue it.
     """
     generator = torch.Generator().manual_seed(seed)
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     window = getattr(config, "sliding_window", None) or 0
     limit = getattr(config, "max_position_embeddings", None) or 64
     length = max(2, min(max(16, window + 8 if window <= 256 else 0), limit - sum(_DECODE_STEPS)))

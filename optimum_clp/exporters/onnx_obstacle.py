@@ -1,8 +1,6 @@
 """What keeps a model from becoming an ONNX file, found before any work: from its structure and one short forward pass."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ..architecture import text_config
 from ..errors import Problem
+from ..gating import evaluation_mode
 from .onnx_experts import experts_modules
 
 # The rotary frequencies of these types depend on the length of the text, which a traced graph would freeze.
@@ -42,7 +42,7 @@ def onnx_obstacle(model: PreTrainedModel) -> Problem | None:
         return _no_cache(model)
     ids = torch.tensor([[3, 2]], device=next(model.get_input_embeddings().parameters()).device)
     try:
-        with _evaluating(model), torch.no_grad(), _Watch(model) as watch:
+        with evaluation_mode(model), torch.no_grad(), _Watch(model) as watch:
             cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
@@ -62,7 +62,7 @@ def key_value_layers(cache: Any) -> list[DynamicLayer]:
 
 
 def _length_dependent_rope(model: PreTrainedModel) -> Problem | None:
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model.config)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     # transformers 5 may keep one set of parameters for each type of layer
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
@@ -156,15 +156,3 @@ class _Watch(TorchDispatchMode):
             else f"Export it with transformers 5, which has such layers in another form, or: {_PYTORCH}"
         )
         return Problem("model", type(self.model).__name__, rule, remedy)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout, which would also use random numbers of the caller's."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -6,6 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
+from ..architecture import text_config
 from ..errors import ExportError, Problem
 
 # Settings that transformers' eager attention honours and its SDPA does not, in one version or another.
@@ -69,6 +70,6 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def attention_of(model: PreTrainedModel) -> str:
     """`"sdpa"`, or `"eager"` where the architecture has no SDPA, or has it with another result."""
-    text = model.config.get_text_config(decoder=True)
+    text = text_config(model.config)
     special = any(getattr(text, name, None) for name in _EAGER_SETTINGS)
     return "sdpa" if model._supports_sdpa and not special else "eager"
