@@ -117,16 +117,20 @@ class CLPPruner(OptimumQuantizer):
 
         Raises:
             ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
+            ConfigurationError: If `file_name` is given with a model in memory.
         """
-        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        hub: dict[str, Any] = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
         path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
         folder = Path(path) if path is not None and os.path.isdir(path) else None
         recipe, record = (written_file(path, name, revision, token) for name in (CLPConfig.CONFIG_NAME, REPORT_NAME))
         config = CLPConfig.from_pretrained(recipe) if recipe else None
         report = CLPReport.load(record) if record else None
         if file_name is not None:
+            if path is None:
+                rule = "it names a file of a folder, and a model in memory has none"
+                raise ConfigurationError(Problem("file_name", file_name, rule, "Give the folder instead of the model"))
             pruner = cls(None, config=config, report=report, quiet=quiet)
-            pruner._file = OnnxCausalLM.from_pretrained(model_or_path, file_name)  # type: ignore[arg-type]
+            pruner._file = OnnxCausalLM.from_pretrained(path, file_name)
         else:
             loaded = load_model(
                 model_or_path,
@@ -135,7 +139,7 @@ class CLPPruner(OptimumQuantizer):
                 use_safetensors=use_safetensors,
                 accept=find_architecture,
                 quiet=quiet,
-                **hub,  # type: ignore[arg-type]
+                **hub,
             )
             if report is not None and report.cut is not None:
                 segments = [LayerSegment(*s) for s in report.cut["segments"]]
@@ -144,10 +148,8 @@ class CLPPruner(OptimumQuantizer):
                 report = CLPReport(base_model=_description(loaded, path or loaded.name_or_path, revision))
                 pruner = cls(loaded, config=config, report=report, quiet=quiet)
         pruner._folder = folder
-        if tokenizer is not None and not isinstance(tokenizer, (str, os.PathLike)):
-            pruner.tokenizer = tokenizer
-        elif tokenizer is not None or path is not None:
-            pruner.tokenizer = load_tokenizer(tokenizer or path, **hub)  # type: ignore[arg-type]
+        source = path if tokenizer is None else tokenizer
+        pruner.tokenizer = load_tokenizer(source, **hub) if isinstance(source, (str, os.PathLike)) else source
         return pruner
 
     def search(self, config: CLPConfig | None = None) -> SearchResult:
@@ -532,7 +534,7 @@ class CLPPruner(OptimumQuantizer):
         self.report.export = result.to_dict()
 
     def _write_records(self, folder: Path, name: str) -> None:
-        device = (self.pruned_model or self.model).device  # type: ignore[union-attr]
+        device = (self.pruned_model or self._dense()).device
         self.report.environment = environment_info(device)
         self.config.save_pretrained(folder)
         self.report.save(folder)

@@ -310,7 +310,8 @@ def _load_odd_layers(model: PreTrainedModel, kinds: dict[str, str], state: dict[
         layer: Any = model.get_submodule(name)
         if layer.weight_group_size == 128 and layer.out_features % 16:
             size, stride = layer.weight.size(), layer.weight.stride()
-            prefix, kind, missing = f"{name}.weight.", layer.weight_qtype, []  # type: ignore[var-annotated]
+            missing: list[str] = []
+            prefix, kind = f"{name}.weight.", layer.weight_qtype
             weight = WeightQBitsTensor.load_from_state_dict(state, prefix, kind, 0, 128, size, stride, missing)
             layer.weight = nn.Parameter(weight, requires_grad=False)
 

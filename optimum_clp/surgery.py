@@ -159,4 +159,4 @@ def _dispatch_like(cut: PreTrainedModel, dense: PreTrainedModel, path: str, kept
 
         dispatch_model(cut, renumbered)
     else:
-        cut.hf_device_map = renumbered  # type: ignore[assignment]
+        cut.hf_device_map = renumbered  # type: ignore[assignment]  # accelerate adds it

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 
-class SeparateExperts(nn.Module):
-    """Stands in for a module of fused experts; its linear layers are views of that module's weights.
+class _Experts(nn.Module):
+    """What stands in for a module of fused experts; its linear layers are views of that module's weights.
+
+    A subclass has the `forward` of the modules that it replaces.
 
     Args:
         up (`list[nn.Module]`): First layer of each expert, with the gate in the same matrix where there is one.
@@ -47,8 +49,8 @@ class SeparateExperts(nn.Module):
         rows = weight.nonzero().squeeze(-1)
         return total.index_add(0, rows, self.expert(index, tokens[rows]) * weight[rows, None])
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Weighted sum of the experts.
+    def weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts.
 
         Args:
             hidden_states (`Tensor` of shape `[..., hidden]`): The tokens.
@@ -66,6 +68,13 @@ class SeparateExperts(nn.Module):
         return total.reshape(hidden_states.shape)
 
 
+class SeparateExperts(_Experts):
+    """The experts of transformers 5."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.weighted_sum(hidden_states, top_k_index, top_k_weights)
+
+
 class _Pair(nn.Module):
     """Gate and first layer that are stored apart, side by side as [`SeparateExperts`] takes them."""
 
@@ -78,16 +87,16 @@ class _Pair(nn.Module):
         return torch.cat([self.gate(hidden_states), self.up(hidden_states)], dim=-1)
 
 
-class _WithIdentityExperts(SeparateExperts):
+class _WithIdentityExperts(_Experts):
     """LongCat: the experts after the last one that has weights return their input."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        total = super().forward(hidden_states, top_k_index, top_k_weights)
+        total = self.weighted_sum(hidden_states, top_k_index, top_k_weights)
         weight = torch.where(top_k_index >= len(self.down), top_k_weights, 0).sum(dim=-1, keepdim=True)
         return total + hidden_states * weight
 
 
-class _DenselyRouted(SeparateExperts):
+class _DenselyRouted(_Experts):
     """GPT-OSS of transformers 4: the weights come as `[tokens, experts]`, 0 for the experts that were not chosen."""
 
     def forward(self, hidden_states: Tensor, router_indices: Tensor, routing_weights: Tensor) -> Tensor:
@@ -98,17 +107,17 @@ class _DenselyRouted(SeparateExperts):
         return total.reshape(hidden_states.shape)
 
 
-class _WithRouterWeights(SeparateExperts):
+class _WithRouterWeights(_Experts):
     """DBRX of transformers 4: one argument more, which is not used."""
 
-    def forward(self, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x, top_experts, top_weights)
+    def forward(self, x: Tensor, weights: Tensor, top_weights: Tensor, top_experts: Tensor) -> Tensor:
+        return self.weighted_sum(x, top_experts, top_weights)
 
 
-class _PresortedExperts(SeparateExperts):
+class _PresortedExperts(_Experts):
     """Llama 4: all tokens, weighted already, come once for each expert, one expert after the other."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Tensor) -> Tensor:
         parts = hidden_states.reshape(len(self.down), -1, hidden_states.shape[-1])
         return torch.cat([self.expert(i, parts[i]) for i in range(len(self.down))])
 
@@ -132,7 +141,7 @@ def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def unrolled_experts(model: nn.Module) -> Iterator[None]:
-    """Inside the block every module of fused experts is an [`SeparateExperts`]; no weight is copied.
+    """Inside the block every module of fused experts is one of separate experts; no weight is copied.
 
     Args:
         model (`nn.Module`): Its modules are put back at the end.
@@ -157,7 +166,7 @@ def _builder(module: nn.Module) -> Callable[[Any], nn.Module] | None:
     return _sized if name.endswith("ParallelExperts") else _OTHER_BUILDERS.get(name)
 
 
-def _fused(module) -> SeparateExperts:
+def _fused(module) -> _Experts:
     transposed = module.is_transposed
     up = "gate_up_proj" if module.has_gate else "up_proj"
     biases = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
@@ -169,12 +178,12 @@ def _fused(module) -> SeparateExperts:
     )
 
 
-def _longcat_flash(module) -> SeparateExperts:
+def _longcat_flash(module) -> _Experts:
     down = _linears(module.down_proj)
     return _WithIdentityExperts(_linears(module.gate_up_proj)[: len(down)], _gated(module.act_fn), down)
 
 
-def _llama4(module) -> SeparateExperts:
+def _llama4(module) -> _Experts:
     return _PresortedExperts(
         _linears(module.gate_up_proj, None, True), _gated(module.act_fn), _linears(module.down_proj, None, True)
     )
@@ -184,7 +193,7 @@ def _sized(module) -> _SizedExperts:
     return _SizedExperts(_linears(module.weight))
 
 
-def _dbrx(module) -> SeparateExperts:
+def _dbrx(module) -> _Experts:
     mlp = module.mlp
     shape = (mlp.moe_num_experts, mlp.ffn_hidden_size, mlp.hidden_size)
     first, second = (weight.detach().view(shape) for weight in (mlp.w1, mlp.v1))
@@ -194,7 +203,7 @@ def _dbrx(module) -> SeparateExperts:
     return kind([_Pair(*pair) for pair in zip(*layers, strict=True)], _gated(mlp.activation_fn), down)
 
 
-def _gpt_oss4(module) -> SeparateExperts:
+def _gpt_oss4(module) -> _Experts:
     def gate(gate_up: Tensor) -> Tensor:
         first, second = gate_up[..., ::2].clamp(max=module.limit), gate_up[..., 1::2]
         return (second.clamp(-module.limit, module.limit) + 1) * first * torch.sigmoid(first * module.alpha)

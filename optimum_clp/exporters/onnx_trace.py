@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 
 class RealPair:
@@ -49,11 +50,11 @@ class RealPair:
 
 
 @contextmanager
-def traceable(model: nn.Module) -> Iterator[None]:
+def traceable(model: PreTrainedModel) -> Iterator[None]:
     """Inside the block `model` can be traced.
 
     Args:
-        model (`nn.Module`): The model; only functions that its class uses are replaced.
+        model (`PreTrainedModel`): The model; only functions that its class uses are replaced.
     """
     with _real_numbers(), _larger_by_example(model), _collector_paused(), warnings.catch_warnings():
         # torch warns about each axis name that equals another one, which is what is meant here
@@ -86,7 +87,7 @@ def _real_numbers() -> Iterator[None]:
 
 
 @contextmanager
-def _larger_by_example(model: nn.Module) -> Iterator[None]:
+def _larger_by_example(model: PreTrainedModel) -> Iterator[None]:
     """`max` in MPT's code, of 0 and a length, is decided by the example inputs.
 
     It cuts the table of ALiBi biases to the length of the text. torch.export keeps the maximum as an expression, and
@@ -98,7 +99,7 @@ def _larger_by_example(model: nn.Module) -> Iterator[None]:
             return max(first, second)
         return second if second.node.hint > first else first
 
-    if model.config.model_type != "mpt":  # type: ignore[union-attr]
+    if model.config.model_type != "mpt":
         yield
         return
     with mock.patch.object(sys.modules[type(model).__module__], "max", larger, create=True):
