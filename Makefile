@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-transformers4 architectures lint types install clean
+.PHONY: demo test test-slow test-transformers4 test-across architectures lint types install clean
 
 install: $(STAMP)
 
@@ -40,6 +40,11 @@ $(VENV4)/.installed: setup.cfg pyproject.toml constraints-transformers4.txt
 test-transformers4: export OMP_NUM_THREADS = 1
 test-transformers4: $(VENV4)/.installed
 	$(VENV4)/bin/python $(PYTEST)
+
+# what transformers 5 has saved, read by transformers 4
+test-across: export OMP_NUM_THREADS = 1
+test-across: $(STAMP) $(VENV4)/.installed
+	CLP_OTHER_PYTHON=$(CURDIR)/$(VENV4)/bin/python $(PY) -m pytest tests/test_across_versions.py tests/test_checkpoint.py -k transformers
 
 # the contract suite with its slow tier, in both environments, and the table made from what it finds (about an hour)
 ARCHITECTURES := tests/test_contract.py tests/test_quantization_architectures.py tests/exporters/test_onnx_architectures.py

@@ -17,7 +17,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config._architectures_found = {}
+    if config.getoption("--record-architectures") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Recorder())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -28,11 +29,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
-class _Collector:
-    """Gathers the property `architecture`, `[name, column, text]`, of every test that passed."""
+class _Recorder:
+    """Writes the property `architecture`, `[name, column, text]`, of every test that passed to the record at the end."""
 
-    def __init__(self, config):
-        self.found = config._architectures_found
+    def __init__(self):
+        self.found = {}
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.passed:
@@ -41,16 +42,10 @@ class _Collector:
                     name, column, text = value
                     self.found.setdefault(name, {})[column] = text
 
-
-def pytest_sessionstart(session):
-    session.config.pluginmanager.register(_Collector(session.config), "architecture-collector")
-
-
-def pytest_sessionfinish(session):
-    if session.config.getoption("--record-architectures") and not hasattr(session.config, "workerinput"):
+    def pytest_sessionfinish(self):
         from architecture_record import merge
 
-        merge(session.config._architectures_found)
+        merge(self.found)
 
 
 @pytest.fixture

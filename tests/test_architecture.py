@@ -1,9 +1,16 @@
 import pytest
 from tiny_models import MODEL_TYPES, tiny_config, tiny_model
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
+from transformers import __version__ as transformers_version
+from zoo import ZOO, zoo_config
 
 from optimum_clp.architecture import cut_config, decoder_layers, find_architecture, num_layers
+from optimum_clp.architecture_table import REFUSED
 from optimum_clp.errors import CutError, ModelError
+
+
+def member(name):
+    return next((tiny for tiny in ZOO if tiny.name == name), None) or pytest.skip("not in this transformers")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -52,3 +59,103 @@ def test_settings_of_single_layers_move_with_their_layers():
     new = cut_config(config, [0, 1, 4, 5])
     assert [layer.intermediate_size for layer in new.per_layer_config] == [56, 56, 24, 56]
     assert [layer.intermediate_size for layer in config.per_layer_config] == [56, 56, 40, 56, 24, 56]
+
+
+REASONS = [
+    (
+        "jamba",
+        [0, 1, 2, 5, 6, 7],
+        "config.attn_layer_period and config.attn_layer_offset describe layers at equal distances",
+    ),
+    (
+        "ernie4_5_moe",
+        [0, 1, 2, 3, 5, 6, 7],
+        "config.moe_layer_interval puts experts in every n-th layer, and those left",
+    ),
+    ("minicpm3", [0, 1, 2, 3, 4], "no value of config.scale_depth gives 5 layers the factor"),
+    (
+        "gpt2-inverse_index",
+        [0, 2],
+        r"its own index \(attention scores are divided by it\), and layer 2 would get another one",
+    ),
+    ("diffllama", [1, 2], r"its own index \(the initial lambda of its differential attention\), and layer 1"),
+    ("gpt_neox_japanese", [0, 1], "layer 7 must stay, because the last layer alone has a bias in its attention"),
+    (
+        "modernbert-decoder",
+        [1, 2],
+        "layer 0 must stay, because the first layer alone has no norm before its attention",
+    ),
+    (
+        "zamba",
+        [0, 1],
+        "layer 2 is 'hybrid' and must stay, because hybrid layers share the weights of one transformer block",
+    ),
+    (
+        "gemma4_text",
+        [0, 1, 2],
+        "the last layer must be 'full_attention' in config.layer_types, and layer 2 would be the last",
+    ),
+    (
+        "gemma4_unified_text-shared_kv",
+        [0, 1, 2, 4, 5, 6, 7],
+        "layer 3 must stay, because later layers use its keys and values",
+    ),
+    ("glm_moe_dsa", [0, 2, 3], "layer 2 takes over what layer 1 has computed, which must stay"),
+]
+
+
+@pytest.mark.parametrize(("name", "kept", "reason"), REASONS, ids=[r[0] for r in REASONS])
+def test_a_cut_that_is_not_exact_is_refused_with_the_reason(name, kept, reason):
+    with pytest.raises(CutError, match=f"removed layers is .*{reason}.*; no config describes what would be left"):
+        cut_config(zoo_config(member(name)), kept)
+
+
+def kinds_of(config):
+    return getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+
+
+def without_attention(config):
+    return [i for i, kind in enumerate(kinds_of(config)) if kind.startswith(("linear", "mamba", "conv"))]
+
+
+HYBRIDS = [t for t in ZOO if 0 < len(without_attention(zoo_config(t))) < len(kinds_of(zoo_config(t)))]
+
+
+@pytest.mark.parametrize("tiny", HYBRIDS, ids=lambda tiny: tiny.name)
+def test_no_hybrid_loses_all_its_attention(tiny):
+    """Its cached generation would end in an error: the cache measures the past by a layer with attention."""
+    config = zoo_config(tiny)
+    with pytest.raises(CutError, match="no layer with attention would be left|is 'hybrid' and must stay"):
+        cut_config(config, without_attention(config))
+
+
+@pytest.mark.parametrize("model_type", sorted(REFUSED))
+def test_a_refused_type_says_why_and_what_helps(model_type):
+    rule, remedy = REFUSED[model_type]
+    config = PretrainedConfig()
+    config.model_type = model_type
+    with pytest.raises(ModelError) as refused:
+        find_architecture(config)
+    assert str(refused.value).startswith(f"model_type is {model_type!r}: {rule}. {remedy}")
+
+
+def test_per_layer_embeddings_are_refused():
+    config = zoo_config(member("gemma4_text"), hidden_size_per_layer_input=8)
+    with pytest.raises(ModelError, match="config.hidden_size_per_layer_input is 8: every layer has its own slice"):
+        find_architecture(config)
+
+
+@pytest.mark.skipif(not transformers_version.startswith("4."), reason="faults of transformers 4")
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "xlstm"])
+def test_faults_of_transformers_4_are_refused(model_type):
+    with pytest.raises(ModelError, match=f"model_type is '{model_type}': in transformers 4.* Install transformers 5"):
+        find_architecture(AutoConfig.for_model(model_type))
+
+
+def test_layers_that_do_not_fit_the_config_are_an_error():
+    model = tiny_model("llama")
+    model.model.layers = model.model.layers[:4]  # what a naive cut leaves
+    with pytest.raises(
+        ModelError, match="model is 'LlamaForCausalLM': its decoder layers were not found: lists of 6 modules"
+    ):
+        decoder_layers(model)

@@ -137,6 +137,22 @@ def test_rope_parameters_alone_are_read_by_every_transformers(tmp_path):
         assert torch.equal(load_model(tmp_path, quiet=True)(ids).logits, model(ids).logits)
 
 
+def test_legacy_rope_by_kind_of_layer():
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 7.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3.0},
+    }
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    expected = {
+        "gemma3_text": {"rope_theta": 7.0, "rope_local_base_freq": 3.0, "rope_scaling": scaling},
+        "modernbert-decoder": {"global_rope_theta": 7.0, "local_rope_theta": 3.0, "rope_scaling": scaling},
+        "olmo3": {"rope_theta": 7.0, "rope_scaling": scaling},
+        "laguna": {},  # transformers 4 does not know it
+    }
+    for model_type, legacy in expected.items():
+        assert legacy_rope({"model_type": model_type, "rope_parameters": rope}) == legacy
+
+
 def test_legacy_rope():
     assert legacy_rope({"rope_theta": 5.0}) == {}
     assert legacy_rope({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}) == {}

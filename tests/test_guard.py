@@ -86,3 +86,16 @@ def test_a_failed_guard_leaves_the_model_as_it_was(monkeypatch):
     assert model.config.to_dict() == config
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert not any(m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_model_in_training_mode_is_cut_and_left_in_it():
+    """Dropout and OPT's layer drop would use the caller's random numbers, and skip layers that the guard looks at."""
+    model = zoo_model(member("opt"), layerdrop=1.0, dropout=0.5).train()
+    model.model.decoder.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    smaller = cut_model(model, [LayerSegment(3, 5)])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module.training for module in smaller.modules())

@@ -231,6 +231,13 @@ def test_a_ratio_that_removes_nothing_is_refused(tmp_path):
         pruner.prune(recipe(tmp_path, pruning_ratio=0.05))
 
 
+def test_a_file_of_a_model_in_memory_is_refused():
+    with pytest.raises(
+        ConfigurationError, match="file_name is 'onnx/model.onnx': it names a file of a folder, and a model"
+    ):
+        CLPPruner.from_pretrained(tiny_model(), "onnx/model.onnx")
+
+
 def test_an_unsupported_architecture_is_refused(tmp_path):
     from transformers import RwkvConfig
 

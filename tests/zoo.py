@@ -223,6 +223,12 @@ ALL = (
         cuts=(((1, 3),), ((3, 6),), ((6, 8),), ((1, 3), (6, 8))),
     ),
     _("gpt2"),
+    _(
+        "gpt2",
+        variant="inverse_index",
+        scale_attn_by_inverse_layer_idx=True,
+        cuts=(((7, 8),), ((5, 8),), ((4, 8),)),
+    ),
     _("gpt_bigcode"),
     _(
         "gpt_neo",
@@ -468,10 +474,6 @@ ZOO = tuple(
 """Those that the installed transformers has."""
 
 
-def config_class(model_type: str):
-    return CONFIG_MAPPING[model_type]
-
-
 def _takes(config, name: str) -> bool:
     if isinstance(getattr(type(config), name, None), property):
         return False
@@ -483,7 +485,7 @@ def _takes(config, name: str) -> bool:
 
 def zoo_config(tiny: TinyType, **overrides: Any):
     """The configuration of a small model; `overrides` win."""
-    cls = config_class(tiny.model_type)
+    cls = CONFIG_MAPPING[tiny.model_type]
     default = cls()
     inner = default.get_text_config(decoder=True)
     known = {k: v for k, v in COMMON.items() if _takes(inner, k)}

@@ -24,7 +24,8 @@ def check_against_each_row_alone(folder, model):
     """A left-padded batch, then cached steps, against PyTorch on each row alone, unpadded and without a cache."""
     # all of it in float32 (xIELU of transformers 4 computes in bfloat16), with an attention that leaves nothing out
     model = copy.deepcopy(model).float()
-    if getattr(model.config, "attn_logit_softcapping", None):
+    left_out = ("attn_logit_softcapping", "scale_attn_by_inverse_layer_idx")
+    if any(getattr(model.config, name, None) for name in left_out):
         model.set_attn_implementation("eager")
     session = OnnxCausalLM.from_pretrained(folder, num_threads=1)
     lengths, steps = (19, 8, 1), (1, 3, 1)
