@@ -117,6 +117,19 @@ def stopped_before(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+def run_without_head(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Run a model for what hooks see; logits, a vocabulary wide, are not computed.
+
+    Args:
+        model (`PreTrainedModel`): In whatever mode it is.
+        tokens (`Tensor`): int64 `[rows, length]`.
+    """
+    base = model.base_model
+    # OpenAI GPT takes no use_cache in transformers 4
+    cached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    base(input_ids=tokens.to(model.device), **cached)
+
+
 def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
     """What each decoder layer returns: `None` for a tensor, the length of a tuple otherwise.
 
@@ -134,7 +147,7 @@ def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
     with torch.no_grad(), evaluation_mode(model), ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(hook_for(index)).remove)
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        run_without_head(model, torch.zeros(1, 1, dtype=torch.long))
     return tuple(forms[index] for index in range(len(layers)))
 
 
@@ -149,24 +162,12 @@ class LayerStack:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._model = model
         self.layers = decoder_layers(model)
         self._forms = layer_forms(model)
         self._threads_state = find_architecture(model.config).threads_state
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    def run(self, tokens: Tensor) -> None:
-        """Run the model without its head, for what hooks see.
-
-        Args:
-            tokens (`Tensor`): int64 `[rows, length]`.
-        """
-        base = self._model.base_model
-        # OpenAI GPT takes no use_cache in transformers 4
-        cached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-        base(input_ids=tokens.to(self._model.device), **cached)
 
     @contextmanager
     def resumed(self, first: int, hidden: Tensor) -> Iterator[None]:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture import decoder_layers, decoder_path, describe_layers, num_layers, text_config
 from .errors import CutError, Problem
-from .gating import evaluation_mode, hand_on, layer_forms, replaced_forward
+from .gating import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""
@@ -202,7 +202,7 @@ def _tensor_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
 
 
 def _argument_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
-    ids = torch.zeros(1, _probe_length(dense), dtype=torch.long, device=dense.device)
+    ids = torch.zeros(1, _probe_length(dense), dtype=torch.long)
     forms = layer_forms(dense)
     old = _layer_arguments(dense, ids, forms)
     new = _layer_arguments(cut, ids, [forms[i] for i in kept])
@@ -238,7 +238,7 @@ def _layer_arguments(model: PreTrainedModel, ids: Tensor, forms: Sequence[int | 
     with torch.no_grad(), evaluation_mode(model), ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(replaced_forward(layer, recorder(index)))
-        model(input_ids=ids, use_cache=False)
+        run_without_head(model, ids)
     return seen
 
 

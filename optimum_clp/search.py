@@ -17,7 +17,7 @@ from .architecture import allowed_segments
 from .configuration import SearchConfig
 from .errors import Problem, SearchError
 from .gate import concave_gate
-from .gating import gated, recorded_inputs, stopped_before
+from .gating import gated, recorded_inputs, run_without_head, stopped_before
 from .losses import kl_divergence
 from .progress import progress_bar
 from .segments import LayerSegment
@@ -208,7 +208,7 @@ class _Objective:
     def _inputs_of(self, starts: Sequence[int], rows: slice) -> dict[int, Tensor]:
         """Hidden states that enter the layers `starts`; the layers after the last of them are not run."""
         with recorded_inputs(self.layers, starts) as found, stopped_before(self.layers[starts[-1]]):
-            self.stack.run(self.tokens[rows])
+            run_without_head(self.model, self.tokens[rows])
         return dict(found)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .gating import LayerStack, recorded_inputs
+from .gating import LayerStack, recorded_inputs, run_without_head
 from .progress import progress_bar
 
 
@@ -45,7 +45,7 @@ class DenseOutputs:
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
             for rows in tokens.split(batch_size):
-                self.stack.run(rows)
+                run_without_head(model, rows)
                 for index in wanted:
                     kept[index].append(found[index].cpu())
                 bar.update(len(rows))

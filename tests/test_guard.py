@@ -77,6 +77,17 @@ def test_a_mask_that_is_chosen_by_index_while_the_model_runs(monkeypatch):
         check_cut(smaller, model, KEPT)
 
 
+def test_the_guard_computes_neither_layers_nor_logits():
+    """A probe longer than the window, in a model with a large vocabulary, would take longer than the cut."""
+    model = zoo_model(member("mistral"))
+    seen = []
+    model.lm_head.register_forward_hook(lambda *_: seen.append("head"))
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[1]))
+    cut_model(model, [LayerSegment(3, 5)])
+    assert seen == [1] * 8  # one token, which shows what the layers return
+
+
 def test_a_failed_guard_leaves_the_model_as_it_was(monkeypatch):
     model = zoo_model(member("qwen3_moe"))
     before = {n: t.clone() for n, t in model.state_dict().items()}
