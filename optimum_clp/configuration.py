@@ -18,7 +18,19 @@ from transformers import __version__ as transformers_version
 from .errors import ConfigurationError, Problem
 from .version import __version__
 
-STRATEGIES = ("gate", "exhaustive")
+STRATEGIES = (
+    "auto",
+    "gate",
+    "exhaustive",
+    "halving",
+    "block_influence",
+    "angular",
+    "cosine_block",
+    "taylor",
+    "perplexity_greedy",
+    "tail",
+    "random",
+)
 LOSSES = ("kd", "ce")
 WEIGHTS = ("int8", "int4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
@@ -80,6 +92,7 @@ class SearchConfig:
     initial_steepness: float = 6.0
     final_steepness: float = 24.0
     num_rescored: int = 5
+    budget: float = 4.0
 
 
 @dataclasses.dataclass
@@ -408,6 +421,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "initial_steepness": _positive(),
         "final_steepness": _positive(),
         "num_rescored": _integer(1, 5),
+        "budget": _positive(),
     },
     "tuning": {
         "enabled": _boolean(),

@@ -5,7 +5,7 @@ after an exception. Weights are never touched.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,18 +54,19 @@ def gated(layers: nn.ModuleList, gate: Tensor) -> Iterator[None]:
         gate (`Tensor`): `[num_layers]`, values in [0, 1]; gradients flow to it.
     """
 
-    def hook_for(value: Tensor):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            hidden = layer_hidden(output)
-            before = layer_input(args, kwargs).to(hidden)
-            return _with_hidden(output, torch.lerp(before, hidden, value.to(hidden.device, hidden.dtype)))
-
-        return hook
-
     with ExitStack() as stack:
         for layer, value in zip(layers, gate, strict=True):
-            stack.callback(layer.register_forward_hook(hook_for(value), with_kwargs=True).remove)
+            stack.callback(layer.register_forward_hook(_lerp_hook(value), with_kwargs=True).remove)
         yield
+
+
+def _lerp_hook(value: Tensor):
+    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = layer_hidden(output)
+        before = layer_input(args, kwargs).to(hidden)
+        return _with_hidden(output, torch.lerp(before, hidden, value.to(hidden.device, hidden.dtype)))
+
+    return hook
 
 
 @contextmanager
@@ -117,17 +118,20 @@ def stopped_before(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
-def run_without_head(model: PreTrainedModel, tokens: Tensor) -> None:
+def run_without_head(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
     """Run a model for what hooks see; logits, a vocabulary wide, are not computed.
 
     Args:
         model (`PreTrainedModel`): In whatever mode it is.
         tokens (`Tensor`): int64 `[rows, length]`.
+        attention_mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding.
     """
     base = model.base_model
     # OpenAI GPT takes no use_cache in transformers 4
-    cached = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
-    base(input_ids=tokens.to(model.device), **cached)
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask.to(model.device)
+    base(input_ids=tokens.to(model.device), **options)
 
 
 def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
@@ -165,6 +169,7 @@ class LayerStack:
         self.layers = decoder_layers(model)
         self._forms = layer_forms(model)
         self._threads_state = find_architecture(model.config).threads_state
+        self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -192,6 +197,83 @@ class LayerStack:
                     forward = hand_on(self._forms[index], hidden if index == first - 1 else None)
                     stack.enter_context(replaced_forward(self.layers[index], forward))
             yield
+
+
+    def entry(self, gate: Sequence[float]) -> tuple[int, int]:
+        """Where a forward pass under a gate can begin, given the dense model's hidden states.
+
+        Args:
+            gate (`Sequence[float]`): Gate of each layer, in [0, 1].
+
+        Returns:
+            `tuple[int, int]`: The first layer that runs, and the layer whose input in the dense model it is given. The
+            layers before the second number are open, those from there to the first are closed.
+        """
+        source = next((i for i, value in enumerate(gate) if value != 1), len(gate))
+        first = next((i for i in range(source, len(gate)) if gate[i] != 0), len(gate))
+        return first, source
+
+    def layers_run(self, gate: Sequence[float]) -> list[int]:
+        """The layers that [`~LayerStack.gated`] computes."""
+        if self._threads_state:
+            return list(range(len(gate)))
+        first, _ = self.entry(gate)
+        return [i for i in range(first, len(gate)) if gate[i] != 0]
+
+    @contextmanager
+    def gated(self, gate: Sequence[float], hidden: Tensor) -> Iterator[None]:
+        """Run the model under a gate, from the first layer that is not open in it.
+
+        As [`gated`] for the whole stack, to the last bit, but open layers before the first that is not are not computed
+        again, and closed layers are not computed at all.
+
+        Args:
+            gate (`Sequence[float]`): Gate of each layer, in [0, 1].
+            hidden (`Tensor`): `[batch, length, hidden]`: what the dense model gives to the second layer of
+                [`~LayerStack.entry`].
+        """
+        first, _ = self.entry(gate)
+        with ExitStack() as stack:
+            if first > 0:
+                stack.enter_context(self.resumed(first, hidden))
+            for index in range(first, len(gate)):
+                if gate[index] == 0 and not self._threads_state:
+                    stack.enter_context(replaced_forward(self.layers[index], hand_on(self._forms[index])))
+                elif gate[index] != 1:
+                    hook = _lerp_hook(torch.tensor(gate[index], dtype=torch.float64))
+                    stack.callback(self.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @contextmanager
+    def head(self, model: PreTrainedModel) -> Iterator[Callable[[Tensor], Tensor]]:
+        """The final norm and the head alone, as the model's own forward computes them.
+
+        Nothing behind the last layer looks at a token's neighbours or at its position, so any piece of a batch can be
+        given: the logits of many tokens need never exist at once.
+
+        Yields:
+            `Callable`: Takes hidden states `[rows, length, hidden]` that leave the last layer, gives logits
+            `[rows, length, vocab]`.
+        """
+        given: list[Tensor] = []
+
+        def last(*args: Any, **kwargs: Any) -> Any:
+            return hand_on(self._forms[-1], given[0])(*args, **kwargs)
+
+        def logits(hidden: Tensor) -> Tensor:
+            given[:] = [hidden]
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=model.device)
+            options = {"use_cache": False} if self._takes_use_cache else {}
+            try:
+                return model(input_ids=ids, **options).logits
+            finally:
+                given.clear()
+
+        with ExitStack() as stack:
+            for layer, form in zip(self.layers[:-1], self._forms[:-1], strict=True):
+                stack.enter_context(replaced_forward(layer, hand_on(form)))
+            stack.enter_context(replaced_forward(self.layers[-1], last))
+            yield logits
 
 
 def _replace_output(hidden: Tensor):

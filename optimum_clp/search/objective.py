@@ -1,0 +1,257 @@
+"""What every strategy measures: the divergence from the dense model under gates, soft ones and hard ones.
+
+For each micro-batch of rows the dense model runs once, and the hidden states that a gate is entered with are kept; then
+each gate runs from the first layer that is not open in it. Final hidden states are turned into logits a few tokens at a
+time, so that a vocabulary-wide tensor of a whole batch never exists.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ..gate import hard_gate
+from ..gating import LayerStack, recorded_inputs, run_without_head
+from ..progress import progress_bar
+from ..segments import LayerSegment
+from .journal import Journal
+from .work import ForwardWork, measure_work
+
+Gate = tuple[float, ...]
+"""The gate of each layer, in [0, 1]."""
+
+# Shares of the memory that a plain forward pass of one batch takes (weights and all logits): for hidden states that wait,
+# and for the float32 temporaries of the divergence. Together they stay below the quarter that a search may add.
+_SHARE_OF_STATES = 0.1
+_SHARE_OF_PIECES = 0.08
+_TEMPORARIES = 5
+_FLOAT_BYTES = 4
+
+
+def gate_of(segments: Iterable[LayerSegment], num_layers: int) -> Gate:
+    """The gate that is 0 on some segments and 1 elsewhere."""
+    gate = torch.ones(num_layers, dtype=torch.float64)
+    for segment in segments:
+        gate *= hard_gate(segment.start, len(segment), num_layers)
+    return tuple(gate.tolist())
+
+
+@dataclass(frozen=True)
+class RowMeasures:
+    """Figures of some gates on some rows, float64 `[gates, rows]`.
+
+    Args:
+        kl (`Tensor`): Mean `KL(dense || gated)` of each row's tokens, in nats.
+        loss (`Tensor`): Mean cross-entropy of each row's tokens but the first, in nats.
+    """
+
+    kl: Tensor
+    loss: Tensor
+
+
+class Objective:
+    """Divergence from the dense model, for gates; counts the work.
+
+    In a group of processes (`torch.distributed`) the micro-batches are dealt out, and every process gets all figures.
+    A micro-batch is computed alike wherever it is computed, so the figures do not depend on the number of processes.
+
+    Args:
+        model (`PreTrainedModel`): The dense model, in evaluation mode; not changed.
+        tokens (`Tensor`): int64 `[rows, length]`.
+        attention_mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding. Padding is measured by
+            nothing; a row's weight is its number of tokens.
+        batch_size (`int`): Rows in one forward pass, at most; fewer where memory says so.
+        journal ([`Journal`], *optional*): For a search that can be interrupted.
+        quiet (`bool`): No progress bars.
+
+    Attributes:
+        stack ([`LayerStack`]), work ([`ForwardWork`]): Of the model.
+        weights (`Tensor`): float64 `[rows]`: tokens of each row.
+        spent (`float`): Work so far, in forward-equivalents.
+        layer_passes (`float`): Layers run so far, in passes over all rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        batch_size: int = 8,
+        journal: Journal | None = None,
+        quiet: bool = False,
+    ):
+        self.model, self.tokens, self.mask = model, tokens, attention_mask
+        self.batch_size, self.quiet = batch_size, quiet
+        self.journal = journal or Journal()
+        self.stack = LayerStack(model)
+        self.num_layers = len(self.stack)
+        self.weights = (torch.ones_like(tokens) if attention_mask is None else attention_mask).sum(1).double()
+        self.work: ForwardWork = measure_work(model, self.stack, tokens[:1])
+        self.spent = 1 / len(tokens)  # the row that the work was measured on
+        self.layer_passes = self.num_layers / len(tokens)
+        self._memory = _MemoryRule(model, tokens.shape[1], batch_size)
+
+    def price(self, gate: Gate) -> float:
+        """Work of one gate over all rows, in forward-equivalents, without the dense pass."""
+        return self.work.of(self.stack.layers_run(gate))
+
+    def price_of(self, segments: Iterable[LayerSegment]) -> float:
+        """As [`~Objective.price`], for a cut."""
+        return self.price(gate_of(segments, self.num_layers))
+
+    def measure(self, gates: Sequence[Gate], rows: Sequence[int], description: str = "Search") -> RowMeasures:
+        """Measure gates on rows.
+
+        Args:
+            gates (`Sequence[Gate]`): One number for each layer; all on the same rows.
+            rows (`Sequence[int]`): Rows of the tokens.
+            description (`str`): What the progress bar says.
+
+        Returns:
+            [`RowMeasures`]: In the order of `gates` and `rows`.
+        """
+
+        def figures(batch: list[int]) -> dict[str, Any]:
+            return {name: table.tolist() for name, table in self._measure(gates, batch).items()}
+
+        size = self._memory.rows(len(gates))
+        parts = self.over_rows(list(gates), rows, size, figures, description)
+        share = len(rows) / len(self.tokens)
+        runs = [self.stack.layers_run(gate) for gate in gates]
+        self.spend(share, 1 + sum(map(self.work.of, runs)), self.num_layers + sum(map(len, runs)))
+        tables = {
+            name: torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=1)
+            for name in ("kl", "loss")
+        }
+        return RowMeasures(**tables)
+
+    def spend(self, share: float, forwards: float, layer_passes: float) -> None:
+        """Count work on a share of the rows."""
+        self.spent += share * forwards
+        self.layer_passes += share * layer_passes
+
+    def over_rows(
+        self, key: Any, rows: Sequence[int], size: int, figures: Callable[[list[int]], Any], description: str
+    ) -> list[Any]:
+        """Take figures of each micro-batch of rows: here, in another process, or from the journal.
+
+        Args:
+            key: JSON-ready: what is measured.
+            rows (`Sequence[int]`): Rows of the tokens.
+            size (`int`): Rows in a micro-batch.
+            figures (`Callable`): Called with the rows of one micro-batch; what it returns is JSON-ready.
+            description (`str`): What the progress bar says.
+
+        Returns:
+            `list`: In the order of `rows`.
+        """
+        batches = [list(rows[first : first + size]) for first in range(0, len(rows), size)]
+        together = dist.is_available() and dist.is_initialized()
+        world, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        found: list[Any] = []
+        with progress_bar(len(rows), description, self.quiet or rank > 0) as bar:
+            for first in range(0, len(batches), world):
+                turn = batches[first : first + world]
+                if together:
+                    found += [
+                        self.journal.recall([key, batch], value.pop)
+                        for batch, value in zip(turn, self._dealt(turn, key, figures, world, rank), strict=True)
+                    ]
+                else:
+                    found += [self.journal.recall([key, batch], lambda batch=batch: figures(batch)) for batch in turn]
+                bar.update(sum(map(len, turn)))
+        return found
+
+    def _dealt(self, turn: list[list[int]], key: Any, figures: Callable, world: int, rank: int) -> list[list[Any]]:
+        """One micro-batch for each process; what each found, in a list of one."""
+        mine = [self.journal.recall([key, turn[rank]], lambda: figures(turn[rank]))] if rank < len(turn) else []
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, mine)
+        return gathered[: len(turn)]
+
+    def _measure(self, gates: Sequence[Gate], rows: list[int]) -> dict[str, Tensor]:
+        ids = self.tokens[rows]
+        mask = None if self.mask is None else self.mask[rows]
+        last = self.num_layers
+        sources = [self.stack.entry(gate)[1] for gate in gates]
+        with torch.no_grad():
+            with recorded_inputs(self.stack.layers, sorted({*sources, last})) as states:
+                run_without_head(self.model, ids, mask)
+            dense = states[last]
+            finals: list[Tensor] = [dense] * len(gates)
+            # from the end of the stack to its beginning, so that states are let go as results take their place
+            for index in sorted(range(len(gates)), key=lambda i: -sources[i]):
+                for source in [s for s in states if s > sources[index]]:
+                    del states[source]
+                finals[index] = self._final(gates[index], states, sources[index], ids, mask, dense)
+            states.clear()
+            return self._figures(dense, finals, ids, mask)
+
+    def _final(self, gate: Gate, states: dict[int, Tensor], source: int, ids: Tensor, mask, dense: Tensor) -> Tensor:
+        """Hidden states that leave the last layer under a gate."""
+        if source == self.num_layers:
+            return dense
+        if not self.stack.layers_run(gate):
+            return states[source]
+        with (
+            recorded_inputs(self.stack.layers, [self.num_layers]) as found,
+            self.stack.gated(gate, states[source]),
+        ):
+            run_without_head(self.model, ids, mask)
+        return found[self.num_layers]
+
+    def _figures(self, dense: Tensor, finals: list[Tensor], ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+        """Row means of divergence and cross-entropy, a few tokens at a time."""
+        rows, length = ids.shape
+        weights = torch.ones(rows, length) if mask is None else mask.float()
+        labels = F.pad(ids[:, 1:], (0, 1))
+        predicted = F.pad(weights[:, 1:] * weights[:, :-1], (0, 1))
+        sums = torch.zeros(2, len(finals), rows, dtype=torch.float64)
+        with self.stack.head(self.model) as head:
+            for where in self._memory.pieces(rows, length):
+                teacher = head(dense[where]).float().log_softmax(-1)
+                probabilities = teacher.exp()
+                label = labels[where].to(teacher.device)[..., None]
+                for index, final in enumerate(finals):
+                    student = head(final[where]).float().log_softmax(-1)
+                    entropy = -student.gather(-1, label)[..., 0]
+                    kl = torch.sub(teacher, student, out=student).mul_(probabilities).sum(-1)
+                    del student
+                    sums[0, index, where[0]] += (kl.cpu() * weights[where]).double().sum(1)
+                    sums[1, index, where[0]] += (entropy.cpu() * predicted[where]).double().sum(1)
+                del teacher, probabilities
+        counts = torch.stack([weights.sum(1), predicted.sum(1)]).double().clamp(min=1)[:, None]
+        kl, loss = sums / counts
+        return {"kl": kl, "loss": loss}
+
+
+class _MemoryRule:
+    """How many rows and tokens may be held at once, so that a search stays near the memory of a plain forward pass."""
+
+    def __init__(self, model: PreTrainedModel, length: int, batch_size: int):
+        embedding = model.get_output_embeddings() or model.get_input_embeddings()
+        self.vocabulary, self.hidden = embedding.weight.shape[0], model.get_input_embeddings().weight.shape[-1]
+        self.length, self.batch_size = length, batch_size
+        self.element = model.dtype.itemsize
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.plain = weights + batch_size * length * self.vocabulary * self.element
+
+    def rows(self, num_gates: int) -> int:
+        """Rows of a micro-batch: the states that the gates are entered with, or those that they give, are all held."""
+        row = (num_gates + 2) * self.length * self.hidden * self.element
+        return max(1, min(self.batch_size, int(_SHARE_OF_STATES * self.plain / row)))
+
+    def pieces(self, rows: int, length: int) -> list[tuple[slice, slice]]:
+        """Pieces of a `[rows, length]` batch whose logits may exist at once."""
+        room = int(_SHARE_OF_PIECES * self.plain / (_TEMPORARIES * _FLOAT_BYTES * self.vocabulary))
+        room = max(16, min(room, 2048))
+        if room < length:
+            return [(slice(r, r + 1), slice(t, t + room)) for r in range(rows) for t in range(0, length, room)]
+        step = room // length
+        return [(slice(r, r + step), slice(0, length)) for r in range(0, rows, step)]

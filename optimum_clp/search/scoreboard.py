@@ -1,0 +1,79 @@
+"""What is known of integer cuts: their figures on each row, and how sure the best of them is."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..segments import LayerSegment
+from .objective import Objective, gate_of
+from .result import ScoredCut
+
+Cut = tuple[LayerSegment, ...]
+
+
+class Scoreboard:
+    """Exact figures of cuts, row by row; rows that a cut was not measured on are NaN.
+
+    Args:
+        objective ([`Objective`]): Measures.
+
+    Attributes:
+        kl, loss (`dict[Cut, Tensor]`): float64 `[rows]`, in nats per token.
+    """
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.kl: dict[Cut, Tensor] = {}
+        self.loss: dict[Cut, Tensor] = {}
+
+    def measure(self, cuts: Iterable[Cut], rows: Sequence[int], description: str = "Scoring cuts") -> None:
+        """Measure cuts on rows."""
+        cuts = list(cuts)
+        gates = [gate_of(cut, self.objective.num_layers) for cut in cuts]
+        found = self.objective.measure(gates, rows, description)
+        for index, cut in enumerate(cuts):
+            for table, values in ((self.kl, found.kl), (self.loss, found.loss)):
+                known = table.setdefault(cut, torch.full((len(self.objective.tokens),), math.nan, dtype=torch.float64))
+                known[list(rows)] = values[index]
+
+    def rows_of(self, cut: Cut) -> Tensor:
+        """Rows that a cut was measured on, bool `[rows]`."""
+        return ~self.kl[cut].isnan()
+
+    def mean(self, cut: Cut, of: dict[Cut, Tensor] | None = None) -> float:
+        """Token mean over the rows that a cut was measured on; of its KL if not said otherwise."""
+        return self._weighted((of or self.kl)[cut], self.rows_of(cut))[0]
+
+    def behind(self, cut: Cut, other: Cut) -> tuple[float, float]:
+        """How much greater a cut's KL is than another's on the rows that both were measured on, and its standard error."""
+        rows = self.rows_of(cut) & self.rows_of(other)
+        return self._weighted(self.kl[cut] - self.kl[other], rows)
+
+    def best(self, among: Iterable[Cut] | None = None) -> Cut:
+        """The cut of the smallest KL; the first in the stack of equal ones. Cuts without a finite KL come last."""
+        cuts = list(self.kl if among is None else among)
+        means = {cut: self.mean(cut) for cut in cuts}
+        return min(cuts, key=lambda c: (means[c] if math.isfinite(means[c]) else math.inf, c))
+
+    def scored(self, chosen: Cut) -> tuple[ScoredCut, ...]:
+        """Everything that was measured, by place."""
+        entries = []
+        for cut in sorted(self.kl):
+            kl, error = self._weighted(self.kl[cut], self.rows_of(cut))
+            behind, behind_error = self.behind(cut, chosen) if cut != chosen else (0.0, 0.0)
+            rows = int(self.rows_of(cut).sum())
+            entries.append(ScoredCut(cut, kl, error, self.mean(cut, self.loss), rows, behind, behind_error))
+        return tuple(entries)
+
+    def _weighted(self, values: Tensor, rows: Tensor) -> tuple[float, float]:
+        count = int(rows.sum())
+        if count == 0:
+            return math.nan, math.nan
+        weights = self.objective.weights[rows] / self.objective.weights[rows].sum()
+        mean = (weights * values[rows]).sum()
+        if count == 1:
+            return mean.item(), math.nan
+        spread = (weights**2 * (values[rows] - mean) ** 2).sum() * count / (count - 1)
+        return mean.item(), spread.sqrt().item()

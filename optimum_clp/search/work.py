@@ -1,0 +1,98 @@
+"""How much floating-point work the parts of a forward pass are, so that strategies are compared by what they cost.
+
+The unit is the *forward-equivalent*: the work of one dense forward pass over all search rows, head included.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from ..gating import LayerStack, recorded_inputs, run_without_head
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Of scores and mix for all pairs of positions, as PyTorch counts the attention kernels of a GPU."""
+    *batch, length, size = query
+    return 2 * math.prod(batch) * length * key[-2] * (size + value[-1])
+
+
+@dataclass(frozen=True)
+class ForwardWork:
+    """Floating-point operations of a forward pass over one row of tokens.
+
+    Args:
+        layers (`tuple[float, ...]`): Of each decoder layer.
+        head (`float`): Of the final norm and the head.
+        around (`float`): Of everything before, between and beside the layers.
+    """
+
+    layers: tuple[float, ...]
+    head: float
+    around: float
+
+    @property
+    def forward(self) -> float:
+        """Of the whole dense model."""
+        return sum(self.layers) + self.head + self.around
+
+    def of(self, layers: Sequence[int], head: bool = True) -> float:
+        """Share of a dense forward pass that a pass through some layers is.
+
+        Args:
+            layers (`Sequence[int]`): The layers that are computed; with none, the model is not run for them.
+            head (`bool`): Whether the head is computed too.
+        """
+        work = sum(self.layers[i] for i in layers) + (self.around if layers else 0) + (self.head if head else 0)
+        return work / self.forward
+
+
+def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> ForwardWork:
+    """Count the operations of one forward pass.
+
+    Matrix products are counted by PyTorch's own counter, attention by formula; kernels that neither knows (scans of
+    state-space models) count as nothing.
+
+    Args:
+        model (`PreTrainedModel`): Not changed.
+        stack ([`LayerStack`]): Its layers.
+        row (`Tensor`): int64 `[1, length]`.
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    layers = [0.0] * len(stack)
+    begun = [0.0] * len(stack)
+
+    def before(index: int):
+        def hook(module: nn.Module, args: tuple) -> None:
+            begun[index] = counter.get_total_flops()
+
+        return hook
+
+    def after(index: int):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            layers[index] = counter.get_total_flops() - begun[index]
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(stack.layers):
+        handles += [layer.register_forward_pre_hook(before(index)), layer.register_forward_hook(after(index))]
+    try:
+        with torch.no_grad(), recorded_inputs(stack.layers, [len(stack)]) as found, counter:
+            run_without_head(model, row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    around = counter.get_total_flops() - sum(layers)
+    piece = found[len(stack)][:, :1]
+    with torch.no_grad(), stack.head(model) as head, counter:
+        head(piece)
+    # what lies around the layers is run for the piece as well, but only for a single token
+    of_a_token = counter.get_total_flops() - around / row.shape[1]
+    return ForwardWork(tuple(map(float, layers)), max(0.0, of_a_token) * row.shape[1], float(around))
