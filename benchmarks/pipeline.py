@@ -22,7 +22,7 @@ from optimum_clp.configuration import SearchConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.report import environment_info
 from optimum_clp.runtime import OnnxCausalLM
-from optimum_clp.search import search_segment
+from optimum_clp.search import search_segments
 from optimum_clp.segments import endpoint_layers
 from optimum_clp.teacher import DenseOutputs
 from optimum_clp.tuning import tune_layers
@@ -77,7 +77,7 @@ def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespa
     config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset, tuning={"loss": args.loss})
     gate = pruner.search(config)
     data = load_calibration(config.calibration, pruner.tokenizer, pruner.model, config.seed, quiet=True)
-    oracle = search_segment(
+    oracle = search_segments(
         pruner.model, data.train, gate.num_removed, SearchConfig(strategy="exhaustive"), seed=args.seed, quiet=True
     )
     run = {

@@ -72,8 +72,10 @@ class SearchConfig:
     """How the segment is found.
 
     Args:
-        strategy (`str`): `"gate"` (gradient descent on the concave gate's position) or `"exhaustive"` (every start,
-            same objective, same data).
+        strategy (`str`): By the KL to the dense model: `"gate"` (gradient descent on the concave gate's position),
+            `"exhaustive"` (every cut on every row), `"halving"` (a race of every cut), or `"auto"`: whichever of them is
+            best for the model's depth (`docs/search.md`). By the rules of the field: `"block_influence"`, `"angular"`,
+            `"cosine_block"`, `"taylor"`, `"perplexity_greedy"`, `"tail"`, `"random"`.
         num_sequences (`int`): Rows of the train split that the search looks at.
         batch_size (`int`): Rows in one forward pass.
         steps (`int`): Gradient steps of the gate, over all of its steepness schedule.
@@ -82,9 +84,11 @@ class SearchConfig:
             the valley has the same shape whatever its width.
         final_steepness (`float`): Steepness at the last step, same unit, at least `initial_steepness`.
         num_rescored (`int`): Integer segments scored exactly at the end of the gate search, 1 to 5.
+        budget (`float`): Work that `"gate"` and `"halving"` may do, in dense forward passes over all search rows, for
+            each parameter that is looked for: one for a single segment, `2k - 1` for `k` segments.
     """
 
-    strategy: str = "gate"
+    strategy: str = "auto"
     num_sequences: int = 32
     batch_size: int = 8
     steps: int = 16
@@ -175,6 +179,7 @@ STAGES: dict[str, type] = {
     "quantization": QuantizationConfig,
     "export": ExportConfig,
 }
+_PLAIN_KEYS = ("pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "seed")
 _HOUSEKEEPING = {"model_type", "clp_version", "transformers_version", "optimum_version"}
 
 
@@ -182,8 +187,13 @@ class CLPConfig(BaseConfig):
     """Configuration of continuous layer pruning, saved as `clp_config.json`.
 
     Args:
-        pruning_ratio (`float`): Share of the decoder layers to remove, in (0, 1); of `L` layers
-            `floor(pruning_ratio * L + 0.5)` go.
+        pruning_ratio (`float` or `"auto"`): Share of the decoder layers to remove, in (0, 1); of `L` layers
+            `floor(pruning_ratio * L + 0.5)` go. `"auto"`: as many as `max_perplexity_increase` or `min_retention` lets go.
+        num_segments (`int`): Runs of neighbouring layers that go, at most. Rules that rank single layers
+            (`block_influence`, `taylor`, `perplexity_greedy`, `random`) take as many runs as they get.
+        max_perplexity_increase (`float`, *optional*): With `pruning_ratio="auto"`: the cut model's perplexity on
+            validation rows, before tuning, is at most `1 + max_perplexity_increase` times the dense model's. Above 0.
+        min_retention (`float`, *optional*): The same bound as dense perplexity over the cut model's, in (0, 1).
         seed (`int`): Seed of everything random.
         calibration ([`CalibrationConfig`] or `dict`): The text.
         search ([`SearchConfig`] or `dict`): The search for the segment.
@@ -205,8 +215,11 @@ class CLPConfig(BaseConfig):
 
     def __init__(
         self,
-        pruning_ratio: float = 0.2,
+        pruning_ratio: float | str = 0.2,
         *,
+        num_segments: int = 1,
+        max_perplexity_increase: float | None = None,
+        min_retention: float | None = None,
         seed: int = 0,
         calibration: CalibrationConfig | dict | None = None,
         search: SearchConfig | dict | None = None,
@@ -219,6 +232,9 @@ class CLPConfig(BaseConfig):
         newer = _newer_version(unknown)
         problems = _unknown_keys(unknown, newer)
         self.pruning_ratio = pruning_ratio
+        self.num_segments = num_segments
+        self.max_perplexity_increase = max_perplexity_increase
+        self.min_retention = min_retention
         self.seed = seed
         given = {
             "calibration": calibration,
@@ -250,8 +266,14 @@ class CLPConfig(BaseConfig):
             raise ConfigurationError(*problems)
 
     def _problems(self) -> list[Problem]:
-        problems = _check("pruning_ratio", self.pruning_ratio, _between(0, 1, open_ends=True))
+        share = _between(0, 1, open_ends=True)
+        ratio = (lambda v: v == "auto" or share[0](v), f'{share[1]}, or "auto"', f'{share[2]}, or "auto"')
+        problems = _check("pruning_ratio", self.pruning_ratio, ratio)
+        problems += _check("num_segments", self.num_segments, _integer(1))
+        problems += _check("max_perplexity_increase", self.max_perplexity_increase, _or_none(_positive()))
+        problems += _check("min_retention", self.min_retention, _or_none(share))
         problems += _check("seed", self.seed, _integer(0))
+        problems += self._quality_problems()
         for name in STAGES:
             stage = getattr(self, name)
             for key, rule in _RULES[name].items():
@@ -268,11 +290,33 @@ class CLPConfig(BaseConfig):
             )
         return problems
 
+    def _quality_problems(self) -> list[Problem]:
+        """A quality budget belongs to `pruning_ratio="auto"`, and there is one of it."""
+        bounds = {"max_perplexity_increase": self.max_perplexity_increase, "min_retention": self.min_retention}
+        given = [name for name, value in bounds.items() if value is not None]
+        if self.pruning_ratio == "auto" and len(given) != 1:
+            rule = f"it needs one quality budget, and {' and '.join(given) + ' are' if given else 'none is'} given"
+            remedy = "Give max_perplexity_increase (such as 0.1) or min_retention (such as 0.9)"
+            return [Problem("pruning_ratio", "auto", rule, remedy)]
+        if self.pruning_ratio != "auto" and given:
+            rule = f"the ratio is fixed to {self.pruning_ratio}, so there is nothing to bound"
+            return [Problem(name, bounds[name], rule, 'Leave it out, or set pruning_ratio="auto"') for name in given]
+        return []
+
+    def perplexity_bound(self) -> float | None:
+        """The quality budget as the largest allowed relative increase of the perplexity, or `None`."""
+        if self.min_retention is not None:
+            return 1 / self.min_retention - 1
+        return self.max_perplexity_increase
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, with the versions that wrote it."""
         output: dict[str, Any] = {
             "model_type": self.model_type,
             "pruning_ratio": self.pruning_ratio,
+            "num_segments": self.num_segments,
+            "max_perplexity_increase": self.max_perplexity_increase,
+            "min_retention": self.min_retention,
             "seed": self.seed,
         }
         for name in STAGES:
@@ -479,7 +523,7 @@ def _newer_version(extra: dict[str, Any]) -> str:
 
 def _unknown_keys(extra: dict[str, Any], newer: str) -> list[Problem]:
     """Problems for the constructor's extra keys; the version keys of a saved file are not extra."""
-    valid = ["pruning_ratio", "seed", *STAGES, "calibration_dataset"]
+    valid = [*_PLAIN_KEYS, *STAGES, "calibration_dataset"]
     return [
         Problem(key, value, "this version of CLPConfig has no such key", _nearest(key, valid) + newer)
         for key, value in extra.items()

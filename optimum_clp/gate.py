@@ -14,6 +14,8 @@ the closed mass would shrink there, and a shallow gate would favour the ends. (T
 the paper's body was not to be had.)
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,16 +34,31 @@ def concave_gate(start: Tensor | float, length: int, num_layers: int, steepness:
         `Tensor`: float64 `[num_layers]` with values in [0, 1] that sum to `num_layers - length` (up to what lies more
         than one stack beyond the ends, below 1e-3 for `steepness * num_layers` of at least 8).
     """
-    start = torch.as_tensor(start, dtype=torch.float64)
+    return concave_gates([(start, length)], num_layers, [steepness])
+
+
+def concave_gates(
+    valleys: Sequence[tuple[Tensor | float, Tensor | float]], num_layers: int, steepness: Sequence[float]
+) -> Tensor:
+    """The gate of several valleys: 1 minus the sum of their `v`, clipped where two overlap.
+
+    Args:
+        valleys (`Sequence[tuple]`): Start and length of each, in layers, real numbers; may require grad. The closed mass
+            of a length that is not whole is that length up to what is lost where the sides are steeper than a layer.
+        num_layers (`int`): Decoder layers of the dense model.
+        steepness (`Sequence[float]`): Of each valley's sides per layer, above 0.
+
+    Returns:
+        `Tensor`: float64 `[num_layers]`, values in [0, 1].
+    """
     layers = torch.arange(num_layers, dtype=torch.float64)
-
-    def valley(position: Tensor) -> Tensor:
-        # sigma(a) - sigma(b) cancels in the far tails; there both are 0 or 1 to double precision, and so is the gate
-        return torch.sigmoid(steepness * (position - start + 0.5)) - torch.sigmoid(
-            steepness * (position - start - length + 0.5)
-        )
-
-    closed = valley(layers) + valley(-1 - layers) + valley(2 * num_layers - 1 - layers)
+    closed = torch.zeros(num_layers, dtype=torch.float64)
+    for (start, length), steep in zip(valleys, steepness, strict=True):
+        start, length = (torch.as_tensor(value, dtype=torch.float64) for value in (start, length))
+        for position in (layers, -1 - layers, 2 * num_layers - 1 - layers):
+            # sigma(a) - sigma(b) cancels in the far tails; there both are 0 or 1 to double precision, and so is the gate
+            closed = closed + torch.sigmoid(steep * (position - start + 0.5))
+            closed = closed - torch.sigmoid(steep * (position - start - length + 0.5))
     return (1 - closed).clamp(0, 1)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from .plots import SEARCH_PLOT, TUNING_PLOT
+from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .report import CLPReport, describe_loss, format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 PAPER = "[arXiv 2510.23652](https://arxiv.org/abs/2510.23652)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WAYS = {
+    "gate": "by gradient descent on the position of a concave gate over the layers, with all weights frozen",
+    "exhaustive": "by trying every possible cut",
+    "halving": "by a race of every possible cut, in which the worse half drops out after each round",
+    "block_influence": "by block influence (ShortGPT), which is how much a layer turns the hidden states",
+    "angular": "by angular distance (Gromov et al.) between the hidden states before and after a segment",
+    "cosine_block": "by cosine similarity (LLM-Streamline) of the hidden states before and after a segment",
+    "taylor": "by first-order Taylor importance of the layers' weights (LLM-Pruner, Shortened LLaMA)",
+    "perplexity_greedy": "by the perplexity of the model without them (SLEB)",
+    "tail": "as the last layers that can go",
+    "random": "at random",
+}
 _LIBRARIES = ("python", "torch", "transformers", "optimum", "onnxruntime")
 
 
@@ -140,20 +152,65 @@ def _removed(report: CLPReport, folder: Path) -> str:
     ]
     search = report.to_dict()["search"]
     if search and search["segments"] == cut["segments"]:  # else the layers were chosen by hand
-        ways = {
-            "gate": "by gradient descent on the position of a concave gate over the layers, with all weights frozen",
-            "exhaustive": "by trying every start",
-        }
-        scored = len(search["scored"])
-        chosen = f"They were chosen {ways.get(search['strategy'], 'by strategy ' + search['strategy'])}"
-        if search["score"] is not None:
-            chosen += (
-                f": removing them costs a KL divergence from the dense model of {search['score']:.4f} nats per "
-                f"token, over {search['num_tokens']:,} tokens of {_source(report)}"
-            )
-        lines.append(f"{chosen}. {scored} candidate{'s were' if scored != 1 else ' was'} scored exactly.")
-        lines += _picture(folder, SEARCH_PLOT, "KL divergence of each scored candidate")
+        lines.append(_choice(report, search))
+        lines += _picture(folder, SEARCH_PLOT, "KL divergence of each scored cut, and importance of each layer")
     return "\n\n".join(lines)
+
+
+def _choice(report: CLPReport, search: dict[str, Any]) -> str:
+    """How the layers were chosen, what their removal costs, and how sure the choice is."""
+    used = search.get("used_strategy") or search["strategy"]
+    way = _WAYS.get(used, f"by strategy `{used}`")
+    if used != search["strategy"]:
+        way += f" (strategy `{search['strategy']}` took `{used}`)"
+    scored, segments = search["scored"], search["segments"]
+    chosen: dict[str, Any] = next((entry for entry in scored if segments_of(entry) == segments), {})
+    others = [entry for entry in scored if entry is not chosen]
+    sentences = [f"They were chosen {way}."]
+    if search["score"] is not None:
+        error = chosen.get("standard_error")
+        sentences.append(
+            f"Removing them costs a KL divergence from the dense model of {search['score']:.4f} nats per token"
+            f"{'' if error is None else f' (standard error {error:.4f})'}, over {_scored_text(report, search, chosen)}."
+        )
+    rows = chosen.get("num_rows") or 0
+    fewer = sum((entry.get("num_rows") or rows) < rows for entry in others)
+    sentences.append(
+        f"{len(scored)} cut{'s were' if len(scored) != 1 else ' was'} scored"
+        f"{f', {fewer} of them on fewer rows of text' if fewer else ''}."
+    )
+    margins = [(entry.get("behind"), entry.get("behind_error")) for entry in others]
+    known = [(behind, 2 * error) for behind, error in margins if behind is not None and error is not None]
+    close = sum(abs(behind) <= margin for behind, margin in known)
+    better = sum(behind < -margin for behind, margin in known)
+    if close:
+        sentences.append(f"{close} other{'s are' if close > 1 else ' is'} within two standard errors of this one.")
+    if better:
+        sentences.append(f"{better} other{'s are' if better > 1 else ' is'} better by more than two standard errors.")
+    if search.get("lengths"):
+        sentences.append(_lengths(search))
+    return " ".join(sentences)
+
+
+def _scored_text(report: CLPReport, search: dict[str, Any], chosen: dict[str, Any]) -> str:
+    """The text that the chosen cut was measured on, which may be less than the search had."""
+    rows, length = chosen.get("num_rows"), (report.calibration or {}).get("sequence_length") or 0
+    if rows is None or rows * length == search["num_tokens"]:
+        return f"{search['num_tokens']:,} tokens of {_source(report)}"
+    return f"{rows:,} row{'s' if rows != 1 else ''} of {_source(report)}"
+
+
+def _lengths(search: dict[str, Any]) -> str:
+    """For a quality budget: the numbers of layers that were tried."""
+    tried = [
+        f"{entry['num_removed']} ({entry['perplexity_increase']:+.1%})"
+        for entry in search["lengths"]
+        if entry["perplexity_increase"] is not None
+    ]
+    return (
+        f"Removing {search['num_removed']} was the most of those tried that kept within the limit on perplexity, which "
+        f"was measured on validation rows before tuning: {', '.join(tried)}."
+    )
 
 
 def _source(report: CLPReport) -> str:

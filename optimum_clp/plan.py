@@ -121,15 +121,19 @@ def plan_pruning(
         [`PruningPlan`]
 
     Raises:
-        ConfigurationError: If the ratio removes no layer or all, or `dtype` is no floating-point type.
+        ConfigurationError: If the ratio removes no layer or all or is `"auto"`, or `dtype` is no floating-point type.
         ModelError: If the architecture is not supported, no segment of that length can be cut from it, or transformers
             cannot build the model.
         CutError: If a cut model is not the dense model without those layers.
     """
     recipe = recipe or CLPConfig()
     recipe.validate()
+    if recipe.perplexity_bound() is not None:
+        rule = "how many layers a quality budget lets go is not known before the search has run"
+        remedy = "Give a number, such as 0.2, to see what it would leave"
+        raise ConfigurationError(Problem("pruning_ratio", recipe.pruning_ratio, rule, remedy))
     depth = num_layers(config)
-    removed = number_of_layers_to_remove(recipe.pruning_ratio, depth)
+    removed = number_of_layers_to_remove(float(recipe.pruning_ratio), depth)
     segments = allowed_segments(config, removed)
     dense = build_on_meta(config, _weight_dtype(config, dtype))
     return PruningPlan(
@@ -137,7 +141,7 @@ def plan_pruning(
         model_type=config.model_type,
         model_class=type(dense).__name__,
         dtype=str(dense.dtype).removeprefix("torch."),
-        pruning_ratio=recipe.pruning_ratio,
+        pruning_ratio=float(recipe.pruning_ratio),
         num_layers=depth,
         num_removed=removed,
         num_parameters=count_parameters(dense),

@@ -1,5 +1,6 @@
 """`CLPPruner`: a dense model goes in, a smaller one comes out."""
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
@@ -33,7 +34,9 @@ from .plots import write_plots
 from .quantization import quanto_obstacle, save_quantized
 from .report import REPORT_NAME, CLPReport, environment_info
 from .runtime import OnnxCausalLM
-from .search import SearchResult, search_segment
+from .sample_cache import weights_fingerprint
+from .search import SearchResult, search_segments, search_within_budget
+from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery import count_parameters, cut_model
 from .teacher import DenseOutputs
@@ -155,6 +158,9 @@ class CLPPruner(OptimumQuantizer):
     def search(self, config: CLPConfig | None = None) -> SearchResult:
         """Find the layers to remove; nothing is removed.
 
+        What is measured is kept beside self-written text (`calibration.cache_dir`) until the search has ended: called
+        again after an interruption, with the same model and recipe, it goes on where it was.
+
         Args:
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
 
@@ -164,14 +170,26 @@ class CLPPruner(OptimumQuantizer):
         Raises:
             ConfigurationError: If the ratio removes no layer or all of them.
             CalibrationError: If the text cannot be had.
-            SearchError: If no segment has a finite score.
+            SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
         """
         config = self._use(config)
         dense = self._dense()
-        count = number_of_layers_to_remove(config.pruning_ratio, num_layers(dense.config))
-        allowed_segments(dense.config, count)  # refused before any text is read or written
-        rows = self._calibration().train
-        result = search_segment(dense, rows, count, config.search, seed=config.seed, quiet=self.quiet)
+        bound = config.perplexity_bound()
+        if bound is None:
+            count = number_of_layers_to_remove(float(config.pruning_ratio), num_layers(dense.config))
+            if config.num_segments == 1:
+                allowed_segments(dense.config, count)  # refused before any text is read or written
+        data = self._calibration()
+        options: dict[str, Any] = {
+            "num_segments": config.num_segments,
+            "seed": config.seed,
+            "journal": self._search_journal(data),
+            "quiet": self.quiet,
+        }
+        if bound is None:
+            result = search_segments(dense, data.train, count, config.search, **options)
+        else:
+            result = search_within_budget(dense, data.train, data.validation, bound, config.search, **options)
         if result.segments != self.segments:
             self._forget_cut()
         self.segments = result.segments
@@ -510,6 +528,21 @@ class CLPPruner(OptimumQuantizer):
             self._data = (source, data)
         self.report.calibration = self._data[1].to_dict()
         return self._data[1]
+
+    def _search_journal(self, data: CalibrationData) -> Path | None:
+        """Where this search keeps what it measures; nowhere if the weights are not in memory."""
+        fingerprint = weights_fingerprint(self._dense(), self.quiet)
+        if fingerprint is None:
+            return None
+        rows = (data.train[: self.config.search.num_sequences], data.validation)
+        contents = {
+            "weights": fingerprint,
+            "model": self._dense().config.to_dict(),
+            "recipe": {**self.config.to_dict(), "calibration": None, "tuning": None, "export": None},
+            "rows": [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in rows],
+            "threads": torch.get_num_threads(),
+        }
+        return journal_file(contents, self.config.calibration.cache_dir)
 
     def _measure(self, folder: Path, model: PreTrainedModel) -> None:
         data, seed = self._calibration(), self.config.seed

@@ -52,7 +52,7 @@ class CLPReport:
         base_model (`dict` or `None`): The dense model: `name_or_path`, `revision`, `model_type`, `num_layers`,
             `num_parameters`, `dtype`.
         calibration (`dict` or `None`): Where the text came from and how many rows each split has.
-        search (`dict` or `None`): The segment, every scored candidate (KL in nats per token) and the gate's trajectory.
+        search (`dict` or `None`): The segments, every scored cut (KL in nats per token), layers' scores, the gate's way.
         cut (`dict` or `None`): The layers that were removed.
         tuning (`dict` or `None`): What was trained, and its losses in nats per token.
         quantization (`list[dict]` or `None`): One entry for each optimum-quanto folder; sizes in bytes.

@@ -3,6 +3,24 @@
 from optimum_clp.report import CLPReport
 
 
+def _step(step: int, start: float, steepness: float, loss: float) -> dict:
+    return {"step": step, "start": start, "steepness": steepness, "loss": loss, "valleys": [[start, 3.0]]}
+
+
+def older_report() -> CLPReport:
+    """The example as versions before scored cuts had several segments wrote it."""
+    report = example_report()
+    report.search["strategy"] = report.search.pop("used_strategy")
+    for key in ("layer_scores", "dense_loss", "forward_equivalents"):
+        del report.search[key]
+    for entry in report.search["scored"]:
+        for key in ("segments", "loss", "num_rows", "behind", "behind_error"):
+            del entry[key]
+    for entry in report.search["trajectory"]:
+        del entry["valleys"]
+    return report
+
+
 def example_report() -> CLPReport:
     rows = [
         ("dense", "PyTorch", 16, 3_729_024, 14_920_000, 8.1234, 0.0, 1.0, 5120.0, 210.0),
@@ -46,20 +64,37 @@ def example_report() -> CLPReport:
             "statistics": {"distinct_4gram_share": 0.93, "dense_perplexity": 7.9, "seed": 0, "temperature": 1.0},
         },
         search={
-            "strategy": "gate",
+            "strategy": "auto",
+            "used_strategy": "gate",
             "segments": [[7, 10]],
             "score": 0.41,
-            "scored": [{"start": i, "stop": i + 3, "kl": kl, "standard_error": 0.02} for i, kl in enumerate(kls)],
-            "trajectory": [
-                *({"step": 0, "start": s, "steepness": 0.5, "loss": 0.9 - 0.1 * s} for s in (0.0, 4.5, 9.0, 13.0)),
-                *(
-                    {"step": i, "start": 7 - 2.5 * 0.8**i, "steepness": 0.5 + i * 0.15, "loss": 0.6 - 0.008 * i}
-                    for i in range(1, 25)
-                ),
+            "scored": [
+                {
+                    "start": i,
+                    "stop": i + 3,
+                    "segments": [[i, i + 3]],
+                    "kl": kl,
+                    "standard_error": 0.02,
+                    "loss": 2.1 + kl,
+                    "num_rows": 32 if kl < 1 else 8,
+                    "behind": kl - 0.41,
+                    "behind_error": 0.025 if i != 7 else 0.0,
+                }
+                for i, kl in enumerate(kls)
             ],
+            "trajectory": [
+                _step(0, 0.0, 0.5, 0.9),
+                _step(0, 4.5, 0.5, 0.45),
+                _step(0, 9.0, 0.5, 0.5),
+                _step(0, 13.0, 0.5, 0.8),
+                *(_step(i, 7 - 2.5 * 0.8**i, 0.5 + i * 0.15, 0.6 - 0.008 * i) for i in range(1, 25)),
+            ],
+            "layer_scores": [],
             "num_layers": 16,
             "num_removed": 3,
             "num_tokens": 8192,
+            "dense_loss": 2.1,
+            "forward_equivalents": 4.1,
             "layer_passes": 310.5,
             "seconds": 12.5,
         },

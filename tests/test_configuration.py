@@ -10,7 +10,7 @@ from optimum_clp.errors import ConfigurationError
 def test_one_dial_is_enough():
     config = CLPConfig(pruning_ratio=0.25)
     assert config.pruning_ratio == 0.25
-    assert config.search.strategy == "gate"
+    assert config.search.strategy == "auto"
     assert config.tuning.loss == "kd"
     assert config.calibration.dataset is None
 

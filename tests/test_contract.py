@@ -30,7 +30,7 @@ from optimum_clp.depth_fields import Dropped, RedundantPeriod
 from optimum_clp.errors import CutError
 from optimum_clp.gating import LayerStack, gated, recorded_inputs
 from optimum_clp.guard import check_cut
-from optimum_clp.search import search_segment
+from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut_model, own_layers
 from optimum_clp.tuning import tune_layers
@@ -186,14 +186,14 @@ class TestContract:
                     if parameter.dim() > 1:
                         parameter.zero_()
         settings = SearchConfig(strategy="exhaustive", num_sequences=2, batch_size=2)
-        result = search_segment(model, random_tokens(2, LENGTH), len(planted), settings, quiet=True)
+        result = search_segments(model, random_tokens(2, LENGTH), len(planted), settings, quiet=True)
         allowed = allowed_segments(model.config, len(planted))
         assert [s.segment for s in result.scored] == allowed
         if tiny.plantable:
             assert result.segments == (planted,)
             assert result.score == pytest.approx(0, abs=1e-5)
         gate = SearchConfig(strategy="gate", num_sequences=2, batch_size=2, steps=2)
-        found = search_segment(model, random_tokens(2, LENGTH), len(planted), gate, quiet=True)
+        found = search_segments(model, random_tokens(2, LENGTH), len(planted), gate, quiet=True)
         oracle = {s.segment: s.kl for s in result.scored}
         for scored in found.scored:
             assert scored.kl == pytest.approx(oracle[scored.segment], rel=1e-4, abs=1e-5)

@@ -3,10 +3,10 @@ import re
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
-from report_example import example_report
+from report_example import example_report, older_report
 
 from optimum_clp import model_card
-from optimum_clp.configuration import CLPConfig
+from optimum_clp.configuration import STRATEGIES, CLPConfig
 from optimum_clp.model_card import hub_id, write_model_card
 from optimum_clp.plots import write_plots
 from optimum_clp.report import CLPReport
@@ -61,7 +61,12 @@ def test_full_card_has_every_section(tmp_path):
     assert "# me/stories-13l\n" in text
     assert "with 3 of its 16 decoder layers removed" in text
     assert "Layers 7 to 9 of 16 (counted from 0) went: 3.73 M parameters became 3.18 M (-14.7%)" in text
-    assert "0.4100 nats per token, over 8,192 tokens of text that the dense model wrote itself" in text
+    assert (
+        "They were chosen by gradient descent on the position of a concave gate over the layers, with all weights "
+        "frozen (strategy `auto` took `gate`). Removing them costs a KL divergence from the dense model of 0.4100 nats "
+        "per token (standard error 0.0200), over 8,192 tokens of text that the dense model wrote itself. 14 cuts were "
+        "scored, 4 of them on fewer rows of text. 2 others are within two standard errors of this one.\n"
+    ) in text
     assert "(6, 7 in the new numbering, 366.00 k parameters)" in text
     assert "went from 0.4100 to 0.1006 nats per token (step 96)" in text
     assert example_report().to_table(markdown=True) in text
@@ -169,6 +174,7 @@ def test_tuning_that_did_not_help_is_told(tmp_path):
 def test_figures_that_are_not_numbers_are_left_out(tmp_path):
     report = example_report()
     report.search["score"] = float("nan")
+    report.search["scored"][7]["standard_error"] = report.search["scored"][6]["behind_error"] = float("nan")
     report.tuning["initial_validation_loss"] = float("inf")
     report.export["files"][0]["max_relative_error"] = None
     text = write(report, tmp_path)
@@ -208,3 +214,61 @@ def test_segment_that_the_search_did_not_choose_is_not_ascribed_to_it(tmp_path):
     assert "They were chosen" in write(report, tmp_path)
     report.cut["segments"] = [[6, 9]]
     assert "They were chosen" not in write(report, tmp_path)
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "auto"])
+def test_every_strategy_has_its_phrase(strategy, tmp_path):
+    report = example_report()
+    report.search.update(strategy=strategy, used_strategy=strategy, layer_scores=[])
+    text = write(report, tmp_path)
+    assert re.search(r"They were chosen (by|as|at) [^`]+\. Removing them costs", text)
+    assert f"strategy `{strategy}`" not in text
+
+
+def test_strategy_that_is_not_known_is_named(tmp_path):
+    report = example_report()
+    report.search.update(strategy="oracle", used_strategy="oracle")
+    assert "They were chosen by strategy `oracle`. Removing" in write(report, tmp_path)
+
+
+def test_uncertainty_is_told_as_it_was_measured(tmp_path):
+    report = example_report()
+    scored = report.search["scored"]
+    for entry in scored:
+        entry.update(num_rows=32, behind_error=0.001 * (entry["start"] != 7))
+    scored[3].update(behind=-0.5)
+    scored[6].update(behind=0.002)
+    text = write(report, tmp_path)
+    assert "14 cuts were scored. 1 other is within two standard errors of this one. 1 other is better by more" in text
+    report.search["scored"] = scored[7:8]
+    text = write(report, tmp_path)
+    assert "1 cut was scored.\n" in text and "other is" not in text
+
+
+def test_chosen_cut_that_was_not_measured_on_all_rows_does_not_claim_all_tokens(tmp_path):
+    report = example_report()
+    for entry in report.search["scored"]:
+        entry["num_rows"] = 5
+    text = write(report, tmp_path)
+    assert "over 5 rows of text that the dense model" in text and "8,192 tokens" not in text
+    assert "14 cuts were scored. " in text
+
+
+def test_numbers_of_layers_that_were_tried_for_a_quality_budget_are_told(tmp_path):
+    report = example_report()
+    report.search["lengths"] = [
+        {"num_removed": 3, "segments": [[7, 10]], "perplexity_increase": 0.081, "fits": True},
+        {"num_removed": 5, "segments": [[6, 11]], "perplexity_increase": 0.4, "fits": False},
+        {"num_removed": 8, "segments": [[4, 12]], "perplexity_increase": float("inf"), "fits": False},
+    ]
+    text = write(report, tmp_path)
+    assert "Removing 3 was the most of those tried that kept within the limit" in text
+    assert "before tuning: 3 (+8.1%), 5 (+40.0%).\n" in text
+    assert "Removing 3 was" not in write(example_report(), tmp_path)
+
+
+def test_older_report_says_no_more_than_it_has(tmp_path):
+    text = write(older_report(), tmp_path)
+    assert "with all weights frozen. Removing them costs a KL divergence from the dense model of 0.4100 nats" in text
+    assert "(standard error 0.0200), over 8,192 tokens of" in text
+    assert "14 cuts were scored.\n" in text and "other" not in text.split("14 cuts were scored.")[1].split("##")[0]

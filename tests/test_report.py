@@ -7,7 +7,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from report_example import example_report
+from report_example import example_report, older_report
 
 from optimum_clp.calibration import CalibrationData
 from optimum_clp.errors import ConfigurationError
@@ -15,7 +15,7 @@ from optimum_clp.evaluation import Evaluation
 from optimum_clp.exporters import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
 from optimum_clp.report import SCHEMA_VERSION, CLPReport, environment_info
-from optimum_clp.search import GateStep, ScoredSegment, SearchResult
+from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
 from optimum_clp.tuning import TuningResult, TuningStep
 
@@ -32,7 +32,7 @@ def test_schema_knows_every_section_and_no_other():
     assert SCHEMA["properties"]["schema_version"]["const"] == SCHEMA_VERSION
 
 
-@pytest.mark.parametrize("report", [CLPReport(), example_report()], ids=["empty", "full"])
+@pytest.mark.parametrize("report", [CLPReport(), example_report(), older_report()], ids=["empty", "full", "older"])
 def test_saved_report_fits_the_schema_and_comes_back_equal(report, tmp_path):
     path = report.save(tmp_path / "new" / "folder")
     assert path.name == "clp_report.json"
@@ -50,6 +50,12 @@ def _violations():
     yield "unknown row", lambda r: r["evaluation"]["rows"][0].update(name="dense int8")
     yield "share above 1", lambda r: r["calibration"]["statistics"].update(distinct_4gram_share=1.5)
     yield "one bound", lambda r: r["search"]["segments"].append([3])
+    yield "unknown key of a cut", lambda r: r["search"]["scored"][0].update(rank=1)
+    yield "negative error", lambda r: r["search"]["scored"][0].update(behind_error=-0.1)
+    yield "no rows", lambda r: r["search"]["scored"][0].update(num_rows=0)
+    yield "valley without length", lambda r: r["search"]["trajectory"][0].update(valleys=[[3.0]])
+    yield "layer score that is text", lambda r: r["search"].update(layer_scores=["high"])
+    yield "length without a verdict", lambda r: r["search"].update(lengths=[{"num_removed": 3, "segments": [[7, 10]]}])
     yield "local time", lambda r: r.update(created="2026-01-02T03:04:05")
     yield "other version", lambda r: r.update(schema_version=2)
 
@@ -64,19 +70,24 @@ def test_schema_refuses_a_planted_violation(change):
 
 
 def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
-    segment = LayerSegment(1, 3)
+    segment, pair = LayerSegment(1, 3), (LayerSegment(0, 1), LayerSegment(2, 3))
     rows = torch.zeros(2, 8, dtype=torch.int64)
     search = SearchResult(
-        strategy="gate",
+        strategy="auto",
+        used_strategy="gate",
         segments=(segment,),
         score=0.5,
-        scored=(ScoredSegment(segment, 0.5, math.nan),),
-        trajectory=(GateStep(0, 1.2, 0.5, 0.7),),
+        scored=(ScoredCut(pair, 0.7, 0.1, 2.7, 2, 0.2, 0.01), ScoredCut((segment,), 0.5, math.nan, 2.5, 1)),
+        trajectory=(GateStep(0, 1.2, 0.5, 0.7, ((1.2, 2.0),)), GateStep(1, 0.3, 0.5, 0.7)),
+        layer_scores=(0.9, 0.2, math.nan, 0.5),
         num_layers=4,
         num_removed=2,
         num_tokens=16,
+        dense_loss=2.0,
+        forward_equivalents=4.2,
         layer_passes=9.5,
         seconds=0.1,
+        lengths=(TriedLength(2, (segment,), 0.08, True), TriedLength(3, (LayerSegment(0, 3),), math.inf, False)),
     )
     tuning = TuningResult(
         layers=(0, 1),
@@ -108,6 +119,10 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
     values = json.loads(report.save(tmp_path).read_text())
     VALIDATOR.validate(values)
     assert values["tuning"]["history"][0]["train_loss"] is None
+    assert [entry["segments"] for entry in values["search"]["scored"]] == [[[0, 1], [2, 3]], [[1, 3]]]
+    assert [entry["standard_error"] for entry in values["search"]["scored"]] == [0.1, None]
+    assert values["search"]["layer_scores"] == [0.9, 0.2, None, 0.5]
+    assert [entry["perplexity_increase"] for entry in values["search"]["lengths"]] == [0.08, None]
     assert values["quantization"][0]["folder"] == "quanto-int8"
 
 

@@ -8,6 +8,7 @@ import argparse
 from typing import Any
 
 WEIGHTS = ("int8", "int4")
+PLAIN_KEYS = ("pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "seed")
 
 
 class WeightsAction(argparse.Action):
@@ -38,6 +39,16 @@ def segment(text: str) -> tuple[int, int]:
             f"{text!r} is not START:STOP, such as 4:8 for the layers 4, 5, 6 and 7"
         ) from None
     return start, stop
+
+
+def ratio(text: str) -> float | str:
+    """A number, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def loss(text: str) -> str | dict[str, float]:
@@ -90,12 +101,27 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:
-    """`--pruning-ratio`."""
+    """How many layers go: `--pruning-ratio`, or a quality budget; and in how many runs."""
     parser.add_argument(
         "--pruning-ratio",
-        type=float,
+        type=ratio,
         metavar="RATIO",
-        help="share of the layers to remove, in (0, 1) (default: 0.2)",
+        help="share of the layers to remove, in (0, 1), or auto: as many as a quality budget lets go (default: 0.2)",
+    )
+    parser.add_argument(
+        "--max-perplexity-increase",
+        type=float,
+        metavar="SHARE",
+        help="quality budget for --pruning-ratio auto: 0.1 lets the perplexity rise by a tenth, before tuning",
+    )
+    parser.add_argument(
+        "--min-retention",
+        type=float,
+        metavar="SHARE",
+        help="the same as dense perplexity over the cut model's, such as 0.9",
+    )
+    parser.add_argument(
+        "--num-segments", type=int, metavar="N", help="runs of neighbouring layers that go, at most (default: 1)"
     )
 
 
@@ -143,10 +169,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Options of `SearchConfig`."""
     group = parser.add_argument_group("search")
-    _add(group, "search", "--strategy", help="gate or exhaustive (default: gate)")
+    _add(group, "search", "--strategy", help="auto, gate, exhaustive, halving, block_influence, angular, "
+         "cosine_block, taylor, perplexity_greedy, tail or random (default: auto)")  # fmt: skip
+    _add(group, "search", "--search-budget", "budget", type=float, help="dense forward passes over all rows (default: 4)")
     _add(group, "search", "--search-sequences", "num_sequences", type=int, help="rows it looks at (default: 32)")
     _add(group, "search", "--search-batch-size", "batch_size", type=int, help="rows in one pass (default: 8)")
-    _add(group, "search", "--search-steps", "steps", type=int, help="gradient steps of the gate (default: 16)")
+    _add(group, "search", "--search-steps", "steps", type=int, help="gradient steps of the gate, at most (default: 16)")
     _add(group, "search", "--num-rescored", type=int, help="segments scored exactly after the gate (default: 5)")
 
 
@@ -207,7 +235,7 @@ def configuration_values(args: argparse.Namespace, base: dict[str, Any]) -> dict
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
     for name, value in vars(args).items():
         stage, dot, key = name.partition(".")
-        if value is None or not (dot or name in ("pruning_ratio", "seed")):
+        if value is None or not (dot or name in PLAIN_KEYS):
             continue
         if not dot:
             merged[name] = value

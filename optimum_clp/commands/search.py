@@ -1,7 +1,8 @@
 """`search`: find the layers to remove, and remove nothing."""
 
 import argparse
-from typing import Any
+import math
+from typing import Any, TypeGuard
 
 from . import arguments
 from .session import Answer, load_pruner, output_folder, read_config
@@ -9,6 +10,7 @@ from .session import Answer, load_pruner, output_folder, read_config
 HELP = "find the layers to remove, and remove nothing"
 USAGE = "--model MODEL [options] [OUTPUT]"
 EXAMPLE = "optimum-clp search --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2"
+_LONG, _SHOWN = 25, 20  # a list longer than the one shows the best of the other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Answer:
-    """Run `search`; the answer is the report and the table of scored segments."""
+    """Run `search`; the answer is the report and the table of scored cuts."""
     from ..output import staged_folder
 
     output = output_folder(args)
@@ -39,21 +41,72 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def scored_segments(search: dict[str, Any]) -> str:
-    """The scored segments of a report's `search` section as a table, best first, the chosen ones marked."""
+    """The scored cuts of a report's `search` section as a table, best first, the chosen one marked.
+
+    Cuts are ranked by how far they are behind the chosen one on the rows that both were measured on. Of a long list only
+    the best are shown.
+    """
+    from ..plots import segments_of, strategy_name
+
     chosen = [list(bounds) for bounds in search["segments"]]
+    ranked = sorted(search["scored"], key=lambda entry: _distance(entry, search["score"]))
+    shown = ranked if len(ranked) <= _LONG else ranked[:_SHOWN]
+    shown += [entry for entry in ranked[len(shown) :] if segments_of(entry) == chosen]
+    cells = [["layers", "KL to dense", "std. error", "rows", "behind"]]
+    for entry in shown:
+        segments = segments_of(entry)
+        rows = entry.get("num_rows")
+        cells.append(
+            [
+                ",".join(f"{start}:{stop}" for start, stop in segments),
+                _number(entry["kl"]),
+                _number(entry.get("standard_error")),
+                "-" if rows is None else f"{rows:,}",
+                "<- chosen" if segments == chosen else _behind(entry),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.rjust, row[:-1], widths)) + f"  {row[-1]}" for row in cells]
+    left = len(search["scored"]) - len(shown)
+    if left:
+        lines.append(f"{left:,} more in the report (--json, or an output folder)")
+    tried = search.get("lengths") or []
+    if tried:
+        shown_lengths = (
+            f"{entry['num_removed']} ({_percent(entry['perplexity_increase'])}{'' if entry['fits'] else ', too much'})"
+            for entry in tried
+        )
+        lines.append(f"numbers of layers tried, and what they add to the perplexity: {', '.join(shown_lengths)}")
+    work = search.get("forward_equivalents")
+    spent = f", {work:.1f} forward-equivalents of work" if _known(work) else ""
     flags = " ".join(f"--segment {start}:{stop}" for start, stop in chosen)
-    lines = [f"{'layers':>9}  {'KL to dense':>11}  {'std. error':>10}"]
-    unscored = float("inf")
-    for entry in sorted(search["scored"], key=lambda e: unscored if e["kl"] is None else e["kl"]):
-        mark = "  <- chosen" if [entry["start"], entry["stop"]] in chosen else ""
-        layers = f"{entry['start']}:{entry['stop']}"
-        lines.append(f"{layers:>9}  {_number(entry['kl']):>11}  {_number(entry.get('standard_error')):>10}{mark}")
     lines.append(
-        f"{search['num_removed']} of {search['num_layers']} layers by strategy {search['strategy']}, "
-        f"KL in nats per token over {search['num_tokens']:,} tokens: {flags}"
+        f"{search['num_removed']} of {search['num_layers']} layers by strategy {strategy_name(search)}, KL in nats per "
+        f"token, {search['num_tokens']:,} tokens in all rows{spent}: {flags}"
     )
     return "\n".join(lines)
 
 
+def _distance(entry: dict[str, Any], score: float | None) -> tuple[float, float]:
+    kl = entry["kl"] if _known(entry["kl"]) else math.inf
+    behind = entry.get("behind")
+    return (behind if _known(behind) else kl - (score or 0.0), kl)
+
+
+def _behind(entry: dict[str, Any]) -> str:
+    behind, error = entry.get("behind"), entry.get("behind_error")
+    if not _known(behind):
+        return "-"
+    return f"{behind:+.5f}" + (f" ± {error:.5f}" if _known(error) else "")
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.5f}"
+    return f"{value:.5f}" if _known(value) else "-"
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:+.1%}" if _known(value) else "-"
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)

@@ -8,9 +8,9 @@ import torch
 from ..gate import concave_gate
 from ..progress import progress_bar
 from ..segments import LayerSegment
-from .objective import Gate, Objective
+from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
-from .races import successive_halving
+from .races import affordable_rows, successive_halving
 from .result import GateStep
 from .scoreboard import Cut
 
@@ -46,21 +46,23 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
     count = min(room + 1, max(5, math.ceil(2 * room / length) + 1))
     coarse = torch.linspace(0, room, count).tolist() if count > 1 else [0.0]
     sweep = gates(coarse, initial)
-    taken = rows.take(_affordable(objective, sweep, SWEEP_SHARE * config.budget))
+    taken = rows.take(affordable_rows(objective, sweep, SWEEP_SHARE * config.budget))
     losses = objective.measure(sweep, taken, "Gate along the stack").kl.mean(1).tolist()
     trajectory = [GateStep(0, s, initial, loss, ((s, length),)) for s, loss in zip(coarse, losses, strict=True)]
     start = coarse[min(range(count), key=losses.__getitem__)]
     descent_end = objective.spent + DESCENT_SHARE * config.budget
     momentum = scale = 0.0
-    with progress_bar(config.steps, "Gate search", objective.quiet) as bar:
-        for step in range(1, config.steps + 1):
-            progress = (step - 1) / max(1, config.steps - 1)
+    one_row = (1 + 2 * objective.price(gates([start], initial)[0])) / len(objective.tokens)
+    steps = max(1, min(config.steps, int(DESCENT_SHARE * config.budget / one_row)))
+    with progress_bar(steps, "Gate search", objective.quiet) as bar:
+        for step in range(1, steps + 1):
+            progress = (step - 1) / max(1, steps - 1)
             steepness = initial * (final / initial) ** progress
             half = 0.5 / max(1.0, steepness)  # a steep gate changes within less than a layer
             low, high = max(0.0, start - half), min(float(room), start + half)
             pair = gates([low, high], steepness)
-            share = (descent_end - objective.spent) / (config.steps - step + 1)
-            taken = rows.take(_affordable(objective, pair, share))
+            share = (descent_end - objective.spent) / (steps - step + 1)
+            taken = rows.take(affordable_rows(objective, pair, share))
             below, above = objective.measure(pair, taken, "Gate search").kl.mean(1).tolist()
             gradient = (above - below) / max(high - low, 1e-6)
             # Adam on one number: the step is in layers, whatever the scale of the KL
@@ -71,14 +73,11 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
             trajectory.append(GateStep(step, start, steepness, (below + above) / 2, ((start, length),)))
             start = min(float(room), max(0.0, start - rate * corrected))
             bar.update(1)
-    candidates = _candidates(allowed, start, sorted(coarse, key=lambda s: losses[coarse.index(s)]), config.num_rescored)
+    candidates = _candidates(
+        allowed, start, sorted(coarse, key=lambda s: losses[coarse.index(s)]), config.num_rescored
+    )
     chosen = successive_halving(problem.board, candidates, rows.all_from_here(), end - objective.spent)
     return SearchOutcome(chosen, tuple(trajectory))
-
-
-def _affordable(objective: Objective, gates: Sequence[Gate], budget: float) -> int:
-    price = 1 + sum(map(objective.price, gates))
-    return max(1, int(budget / price * len(objective.tokens)))
 
 
 def _candidates(allowed: Sequence[LayerSegment], start: float, ranked: Sequence[float], count: int) -> list[Cut]:

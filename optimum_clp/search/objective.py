@@ -7,6 +7,7 @@ time, so that a vocabulary-wide tensor of a whole batch never exists.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ..architecture import text_config
 from ..gate import hard_gate
 from ..gating import LayerStack, recorded_inputs, run_without_head
 from ..progress import progress_bar
@@ -25,10 +27,11 @@ from .work import ForwardWork, measure_work
 Gate = tuple[float, ...]
 """The gate of each layer, in [0, 1]."""
 
-# Shares of the memory that a plain forward pass of one batch takes (weights and all logits): for hidden states that wait,
-# and for the float32 temporaries of the divergence. Together they stay below the quarter that a search may add.
-_SHARE_OF_STATES = 0.1
-_SHARE_OF_PIECES = 0.08
+# A search may take a quarter more than a plain forward pass of one batch (weights and all logits), and it has no such
+# logits: shares of what is free so, for hidden states that wait and for the float32 temporaries of the divergence. The
+# rest is for what a layer needs while it runs.
+_FREE_OF_WEIGHTS, _FREE_OF_LOGITS = 0.2, 0.8
+_SHARE_OF_STATES, _SHARE_OF_PIECES = 0.5, 0.25
 _TEMPORARIES = 5
 _FLOAT_BYTES = 4
 
@@ -48,10 +51,12 @@ class RowMeasures:
     Args:
         kl (`Tensor`): Mean `KL(dense || gated)` of each row's tokens, in nats.
         loss (`Tensor`): Mean cross-entropy of each row's tokens but the first, in nats.
+        dense_loss (`Tensor`): The same of the dense model, float64 `[rows]`.
     """
 
     kl: Tensor
     loss: Tensor
+    dense_loss: Tensor
 
 
 class Objective:
@@ -67,6 +72,7 @@ class Objective:
             nothing; a row's weight is its number of tokens.
         batch_size (`int`): Rows in one forward pass, at most; fewer where memory says so.
         journal ([`Journal`], *optional*): For a search that can be interrupted.
+        name (`str`): Of the rows, in the journal.
         quiet (`bool`): No progress bars.
 
     Attributes:
@@ -84,8 +90,10 @@ class Objective:
         attention_mask: Tensor | None = None,
         batch_size: int = 8,
         journal: Journal | None = None,
+        name: str = "search",
         quiet: bool = False,
     ):
+        self.name = name
         self.model, self.tokens, self.mask = model, tokens, attention_mask
         self.batch_size, self.quiet = batch_size, quiet
         self.journal = journal or Journal()
@@ -126,8 +134,8 @@ class Objective:
         runs = [self.stack.layers_run(gate) for gate in gates]
         self.spend(share, 1 + sum(map(self.work.of, runs)), self.num_layers + sum(map(len, runs)))
         tables = {
-            name: torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=1)
-            for name in ("kl", "loss")
+            name: torch.cat([torch.tensor(part[name], dtype=torch.float64) for part in parts], dim=-1)
+            for name in ("kl", "loss", "dense_loss")
         }
         return RowMeasures(**tables)
 
@@ -160,17 +168,21 @@ class Objective:
                 turn = batches[first : first + world]
                 if together:
                     found += [
-                        self.journal.recall([key, batch], value.pop)
+                        self.journal.recall([self.name, key, batch], value.pop)
                         for batch, value in zip(turn, self._dealt(turn, key, figures, world, rank), strict=True)
                     ]
                 else:
-                    found += [self.journal.recall([key, batch], lambda batch=batch: figures(batch)) for batch in turn]
+                    found += [self.journal.recall([self.name, key, batch], partial(figures, batch)) for batch in turn]
                 bar.update(sum(map(len, turn)))
         return found
 
     def _dealt(self, turn: list[list[int]], key: Any, figures: Callable, world: int, rank: int) -> list[list[Any]]:
         """One micro-batch for each process; what each found, in a list of one."""
-        mine = [self.journal.recall([key, turn[rank]], lambda: figures(turn[rank]))] if rank < len(turn) else []
+        mine = (
+            [self.journal.recall([self.name, key, turn[rank]], partial(figures, turn[rank]))]
+            if rank < len(turn)
+            else []
+        )
         gathered: list[Any] = [None] * world
         dist.all_gather_object(gathered, mine)
         return gathered[: len(turn)]
@@ -200,8 +212,8 @@ class Objective:
         if not self.stack.layers_run(gate):
             return states[source]
         with (
+            self.stack.gated(gate, states[source]),  # first, so that the last layer is recorded behind its gate
             recorded_inputs(self.stack.layers, [self.num_layers]) as found,
-            self.stack.gated(gate, states[source]),
         ):
             run_without_head(self.model, ids, mask)
         return found[self.num_layers]
@@ -212,12 +224,14 @@ class Objective:
         weights = torch.ones(rows, length) if mask is None else mask.float()
         labels = F.pad(ids[:, 1:], (0, 1))
         predicted = F.pad(weights[:, 1:] * weights[:, :-1], (0, 1))
-        sums = torch.zeros(2, len(finals), rows, dtype=torch.float64)
+        sums = torch.zeros(3, len(finals), rows, dtype=torch.float64)
         with self.stack.head(self.model) as head:
             for where in self._memory.pieces(rows, length):
                 teacher = head(dense[where]).float().log_softmax(-1)
                 probabilities = teacher.exp()
                 label = labels[where].to(teacher.device)[..., None]
+                entropy = -teacher.gather(-1, label)[..., 0]
+                sums[2, :, where[0]] += (entropy.cpu() * predicted[where]).double().sum(1)
                 for index, final in enumerate(finals):
                     student = head(final[where]).float().log_softmax(-1)
                     entropy = -student.gather(-1, label)[..., 0]
@@ -226,30 +240,31 @@ class Objective:
                     sums[0, index, where[0]] += (kl.cpu() * weights[where]).double().sum(1)
                     sums[1, index, where[0]] += (entropy.cpu() * predicted[where]).double().sum(1)
                 del teacher, probabilities
-        counts = torch.stack([weights.sum(1), predicted.sum(1)]).double().clamp(min=1)[:, None]
-        kl, loss = sums / counts
-        return {"kl": kl, "loss": loss}
+        counts = torch.stack([weights.sum(1), predicted.sum(1), predicted.sum(1)]).double().clamp(min=1)[:, None]
+        kl, loss, dense_loss = sums / counts
+        return {"kl": kl, "loss": loss, "dense_loss": dense_loss[0]}
 
 
 class _MemoryRule:
     """How many rows and tokens may be held at once, so that a search stays near the memory of a plain forward pass."""
 
     def __init__(self, model: PreTrainedModel, length: int, batch_size: int):
-        embedding = model.get_output_embeddings() or model.get_input_embeddings()
-        self.vocabulary, self.hidden = embedding.weight.shape[0], model.get_input_embeddings().weight.shape[-1]
+        config = text_config(model.config)
+        self.vocabulary, self.hidden = config.vocab_size, config.hidden_size
         self.length, self.batch_size = length, batch_size
         self.element = model.dtype.itemsize
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        self.plain = weights + batch_size * length * self.vocabulary * self.element
+        logits = batch_size * length * self.vocabulary * self.element
+        self.free = _FREE_OF_WEIGHTS * weights + _FREE_OF_LOGITS * logits
 
     def rows(self, num_gates: int) -> int:
         """Rows of a micro-batch: the states that the gates are entered with, or those that they give, are all held."""
         row = (num_gates + 2) * self.length * self.hidden * self.element
-        return max(1, min(self.batch_size, int(_SHARE_OF_STATES * self.plain / row)))
+        return max(1, min(self.batch_size, int(_SHARE_OF_STATES * self.free / row)))
 
     def pieces(self, rows: int, length: int) -> list[tuple[slice, slice]]:
         """Pieces of a `[rows, length]` batch whose logits may exist at once."""
-        room = int(_SHARE_OF_PIECES * self.plain / (_TEMPORARIES * _FLOAT_BYTES * self.vocabulary))
+        room = int(_SHARE_OF_PIECES * self.free / (_TEMPORARIES * _FLOAT_BYTES * self.vocabulary))
         room = max(16, min(room, 2048))
         if room < length:
             return [(slice(r, r + 1), slice(t, t + room)) for r in range(rows) for t in range(0, length, room)]

@@ -7,6 +7,7 @@ import torch
 
 from ..architecture import cut_obstacle
 from ..configuration import SearchConfig
+from ..errors import ModelError, Problem
 from ..segments import LayerSegment, check_segments, kept_layers
 from .objective import Objective
 from .result import GateStep
@@ -61,6 +62,23 @@ class SearchProblem:
     def num_layers(self) -> int:
         """Layers of the dense model."""
         return self.objective.num_layers
+
+    @property
+    def budget(self) -> float:
+        """Work that may be done, in forward-equivalents: the setting, for each of the `2k - 1` parameters."""
+        return self.config.budget * (2 * self.num_segments - 1)
+
+    def no_cut(self) -> ModelError:
+        """The error for a model of which no such cut is exact."""
+        return ModelError(
+            Problem(
+                "num_removed",
+                self.num_removed,
+                f"no {self.num_removed} of the model's {self.num_layers} layers can be removed exactly in at most "
+                f"{self.num_segments} segments",
+                "Remove another number of layers, or allow more segments",
+            )
+        )
 
     def can_go(self, layers: Sequence[int]) -> bool:
         """Whether the model without these layers can be expressed exactly."""

@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from .objective import Objective
+from .objective import Gate, Objective
 from .scoreboard import Cut, Scoreboard
 
 FINALISTS = 2
-_SURE = 3.0  # standard errors
+_SURE = 3.09  # quantile of the normal distribution at 0.999
 _ROWS_TO_BE_SURE = 4
 
 
@@ -25,7 +25,7 @@ def exhaustive(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[int]) -> C
 def successive_halving(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[int], budget: float) -> Cut:
     """Race cuts: after each round the better half goes on, to rows that nobody has seen.
 
-    The rounds cost the same, so that few cuts are measured on many rows. A cut that is behind by three standard errors
+    The rounds cost the same, so that few cuts are measured on many rows. A cut that is surely behind (one-sided t-test at 0.001)
     goes at once. What it has seen on all rounds counts for each cut. (Karnin et al. 2013, Jamieson and Talwalkar 2016;
     here with the rows as the resource.)
 
@@ -63,20 +63,25 @@ def successive_halving(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[in
 def _better_half(board: Scoreboard, alive: list[Cut]) -> list[Cut]:
     ranked = sorted(alive, key=lambda cut: (_finite(board.mean(cut)), cut))
     kept = ranked[: max(FINALISTS, math.ceil(len(ranked) / 2))]
-    if int(board.rows_of(kept[0]).sum()) < _ROWS_TO_BE_SURE:
+    count = int(board.rows_of(kept[0]).sum())
+    if count < _ROWS_TO_BE_SURE:
         return kept
-    return [kept[0], *(cut for cut in kept[1:] if not _surely_behind(*board.behind(cut, kept[0])))]
+    return [kept[0], *(cut for cut in kept[1:] if not _surely_behind(*board.behind(cut, kept[0]), count))]
 
 
-def _surely_behind(behind: float, error: float) -> bool:
-    return behind > _SURE * error
+def _surely_behind(behind: float, error: float, count: int) -> bool:
+    """Student's quantile instead of the normal one, by its expansion in 1 / degrees of freedom (Fisher, Cornish 1960)."""
+    z, freedom = _SURE, count - 1
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return behind > (z + first / freedom + second / freedom**2) * error
 
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def affordable_rows(objective: Objective, cuts: Sequence[Cut], budget: float) -> int:
-    """How many rows exhaustive search can look at for a budget, in forward-equivalents; at least 1."""
-    price = 1 + sum(map(objective.price_of, cuts))
+def affordable_rows(objective: Objective, gates: Sequence[Gate], budget: float) -> int:
+    """How many rows some gates can be measured on for a budget in forward-equivalents; at least 1."""
+    price = 1 + sum(map(objective.price, gates))
     return max(1, min(len(objective.tokens), int(budget / price * len(objective.tokens) + 1e-9)))

@@ -74,6 +74,27 @@ class GateStep:
 
 
 @dataclass(frozen=True)
+class TriedLength:
+    """A number of layers that was tried against a quality budget.
+
+    Args:
+        num_removed (`int`): Layers that go.
+        segments (`tuple[LayerSegment, ...]`): The best of them that the search found.
+        perplexity_increase (`float`): Relative, on the validation rows: 0.1 is a tenth above the dense model's.
+        fits (`bool`): Whether that is within the budget.
+    """
+
+    num_removed: int
+    segments: tuple[LayerSegment, ...]
+    perplexity_increase: float
+    fits: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "segments": [s.to_list() for s in self.segments]}
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What a search found, and what it saw on the way.
 
@@ -88,11 +109,11 @@ class SearchResult:
         num_layers (`int`): Layers of the dense model.
         num_removed (`int`): Layers that go.
         num_tokens (`int`): Tokens of the search rows.
-        dense_loss (`float`): Cross-entropy of the dense model over the rows of `score`, in nats per token; NaN where
-            nothing needed it.
+        dense_loss (`float`): Cross-entropy of the dense model over the rows of `score`, in nats per token.
         forward_equivalents (`float`): Work done, in dense forward passes over all search rows, head included.
         layer_passes (`float`): Work done in the layers alone, in decoder-layer passes over all search rows.
         seconds (`float`): Wall-clock time.
+        lengths (`tuple[TriedLength, ...]`): For a quality budget: the numbers of layers that were tried.
     """
 
     strategy: str
@@ -109,14 +130,16 @@ class SearchResult:
     forward_equivalents: float
     layer_passes: float
     seconds: float = field(compare=False)
+    lengths: tuple[TriedLength, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The `search` section of the report."""
-        values = {k: v for k, v in vars(self).items() if k not in ("segments", "scored", "trajectory", "layer_scores")}
+        lists = ("segments", "scored", "trajectory", "layer_scores", "lengths")
         return {
-            **values,
+            **{name: value for name, value in vars(self).items() if name not in lists},
             "segments": [s.to_list() for s in self.segments],
             "scored": [s.to_dict() for s in self.scored],
             "trajectory": [asdict(t) for t in self.trajectory],
             "layer_scores": list(self.layer_scores),
+            **({"lengths": [t.to_dict() for t in self.lengths]} if self.lengths else {}),
         }

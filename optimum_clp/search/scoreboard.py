@@ -21,12 +21,14 @@ class Scoreboard:
 
     Attributes:
         kl, loss (`dict[Cut, Tensor]`): float64 `[rows]`, in nats per token.
+        dense_loss (`Tensor`): The dense model's, float64 `[rows]`.
     """
 
     def __init__(self, objective: Objective):
         self.objective = objective
         self.kl: dict[Cut, Tensor] = {}
         self.loss: dict[Cut, Tensor] = {}
+        self.dense_loss = self._unknown()
 
     def measure(self, cuts: Iterable[Cut], rows: Sequence[int], description: str = "Scoring cuts") -> None:
         """Measure cuts on rows."""
@@ -35,8 +37,8 @@ class Scoreboard:
         found = self.objective.measure(gates, rows, description)
         for index, cut in enumerate(cuts):
             for table, values in ((self.kl, found.kl), (self.loss, found.loss)):
-                known = table.setdefault(cut, torch.full((len(self.objective.tokens),), math.nan, dtype=torch.float64))
-                known[list(rows)] = values[index]
+                table.setdefault(cut, self._unknown())[list(rows)] = values[index]
+        self.dense_loss[list(rows)] = found.dense_loss
 
     def rows_of(self, cut: Cut) -> Tensor:
         """Rows that a cut was measured on, bool `[rows]`."""
@@ -66,6 +68,13 @@ class Scoreboard:
             rows = int(self.rows_of(cut).sum())
             entries.append(ScoredCut(cut, kl, error, self.mean(cut, self.loss), rows, behind, behind_error))
         return tuple(entries)
+
+    def mean_dense_loss(self, cut: Cut) -> float:
+        """Cross-entropy of the dense model over the rows that a cut was measured on."""
+        return self._weighted(self.dense_loss, self.rows_of(cut))[0]
+
+    def _unknown(self) -> Tensor:
+        return torch.full((len(self.objective.tokens),), math.nan, dtype=torch.float64)
 
     def _weighted(self, values: Tensor, rows: Tensor) -> tuple[float, float]:
         count = int(rows.sum())

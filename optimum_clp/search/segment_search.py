@@ -1,4 +1,4 @@
-"""`search_segments`: which layers to cut, by whatever strategy.
+"""Which layers to cut: a given number of them, or as many as a quality budget lets go; by whatever strategy.
 
 The objective is the token-mean `KL(dense || cut)` of the next-token distributions, all weights frozen.
 """
@@ -6,42 +6,55 @@ The objective is the token-mean `KL(dense || cut)` of the next-token distributio
 import math
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import allowed_segments
+from ..architecture import allowed_segments, num_layers
 from ..configuration import SearchConfig
-from ..errors import Problem, SearchError
+from ..errors import ModelError, Problem, SearchError
 from ..gating import evaluation_mode
+from ..segments import LayerSegment
+from .enumeration import exhaustive_search, halving_search
 from .gate_descent import gate_search
+from .importance import (
+    angular,
+    block_influence,
+    cosine_block,
+    perplexity_greedy,
+    random,
+    tail,
+    taylor,
+)
 from .journal import Journal
-from .objective import Objective, gate_of
+from .objective import Objective
 from .problem import Rows, SearchOutcome, SearchProblem, Strategy
-from .races import exhaustive, successive_halving
-from .result import SearchResult
+from .result import SearchResult, TriedLength
 from .scoreboard import Scoreboard
+from .several import several_gates_search
 
 
-def exhaustive_search(problem: SearchProblem) -> SearchOutcome:
-    """Every allowed segment on every row."""
-    return SearchOutcome(exhaustive(problem.board, [(s,) for s in problem.allowed], problem.rows.all_from_here()))
-
-
-def halving_search(problem: SearchProblem) -> SearchOutcome:
-    """A race of all allowed segments, within `config.budget`."""
-    cuts = [(s,) for s in problem.allowed]
-    return SearchOutcome(
-        successive_halving(problem.board, cuts, problem.rows.all_from_here(), problem.config.budget)
-    )
+def auto_search(problem: SearchProblem) -> SearchOutcome:
+    """The strategy that is best at this depth: see `docs/search.md` for the measurements behind the rule."""
+    name = "halving"
+    outcome = STRATEGY_FUNCTIONS[name](problem)
+    return SearchOutcome(outcome.cut, outcome.trajectory, outcome.layer_scores, name)
 
 
 STRATEGY_FUNCTIONS: dict[str, Strategy] = {
-    "gate": gate_search,
+    "auto": auto_search,
+    "gate": lambda problem: (gate_search if problem.num_segments == 1 else several_gates_search)(problem),
     "exhaustive": exhaustive_search,
     "halving": halving_search,
+    "block_influence": block_influence,
+    "angular": angular,
+    "cosine_block": cosine_block,
+    "taylor": taylor,
+    "perplexity_greedy": perplexity_greedy,
+    "tail": tail,
+    "random": random,
 }
 
 
@@ -62,14 +75,14 @@ def search_segments(
     In a group of processes (`torch.distributed`) the rows are dealt out; the result is the same as on one.
 
     Args:
-        model (`PreTrainedModel`): The dense model; not changed, no gradient flows.
-        tokens (`Tensor`): int64 `[rows, length]`.
+        model (`PreTrainedModel`): The dense model; not changed.
+        tokens (`Tensor`): int64 `[rows, length]`; the first `config.num_sequences` are used.
         num_removed (`int`): Layers to remove, in [1, L - 1].
         config ([`SearchConfig`]): Strategy and its settings.
         num_segments (`int`): Runs of layers they may be, at most.
         attention_mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding, which is measured by
             nothing; without it the rows are full.
-        seed (`int`): Of the minibatches. The same seed gives the same result on the same machine.
+        seed (`int`): Of everything random. The same seed gives the same result on the same machine.
         journal (`Path`, *optional*): File that keeps what was measured until the search has ended, so that an
             interrupted search, started again with the same arguments, goes on where it was.
         quiet (`bool`): No progress bar.
@@ -78,50 +91,173 @@ def search_segments(
         [`SearchResult`]
 
     Raises:
-        ModelError: If no segment of this length can be cut exactly.
-        SearchError: If no segment has a finite score.
+        ModelError: If no cut of this length is exact.
+        SearchError: If no cut has a finite score; or if there are too many for the strategy.
     """
     begin = time.perf_counter()
-    tokens = tokens[: config.num_sequences]
-    mask = None if attention_mask is None else attention_mask[: config.num_sequences]
-    allowed = allowed_segments(model.config, num_removed)  # before any work: there may be none
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    kept = Journal(journal, writes=first)
+    _allowed(model, num_removed, num_segments)  # before any work: there may be none
+    kept = _journal(journal)
     with evaluation_mode(model):
-        objective = Objective(
-            model, tokens, attention_mask=mask, batch_size=config.batch_size, journal=kept, quiet=quiet
+        objective = _objective(model, tokens, attention_mask, config, kept, quiet)
+        board, outcome = _search(objective, num_removed, num_segments, config, seed)
+    kept.close()
+    return _result(board, outcome, config, num_removed, begin)
+
+
+def search_within_budget(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    validation_tokens: Tensor,
+    max_perplexity_increase: float,
+    config: SearchConfig,
+    *,
+    num_segments: int = 1,
+    seed: int = 0,
+    journal: Path | None = None,
+    quiet: bool = False,
+) -> SearchResult:
+    """Find the most layers that can go for a quality budget, and which.
+
+    Bisection over the number of layers: each number is searched by the strategy, and the perplexity of what it finds is
+    compared with the dense model's on rows that the search does not see. More layers are taken to cost more; the
+    numbers that were tried are in the result.
+
+    Args:
+        model (`PreTrainedModel`): The dense model; not changed.
+        tokens (`Tensor`): int64 `[rows, length]`: searched on, the first `config.num_sequences`.
+        validation_tokens (`Tensor`): int64 `[rows, length]`: the budget holds on these.
+        max_perplexity_increase (`float`): Relative, above 0: 0.1 allows a tenth more than the dense model's perplexity.
+        config, num_segments, seed, journal, quiet: As in [`search_segments`].
+
+    Returns:
+        [`SearchResult`]: `forward_equivalents` counts all numbers that were tried, and the validation rows.
+
+    Raises:
+        ModelError: If no cut is exact.
+        SearchError: If removing the fewest layers costs more than the budget.
+    """
+    begin = time.perf_counter()
+    counts = [n for n in range(1, num_layers(model.config)) if _any_allowed(model, n, num_segments)]
+    if not counts:
+        _allowed(model, 1, num_segments)  # says why
+    kept = _journal(journal)
+    tried: dict[int, tuple[Scoreboard, SearchOutcome, TriedLength]] = {}
+    with evaluation_mode(model):
+        objective = _objective(model, tokens, None, config, kept, quiet)
+        check = Objective(
+            model, validation_tokens, batch_size=config.batch_size, journal=kept, name="validation", quiet=quiet
         )
-        board, rows = Scoreboard(objective), Rows(len(tokens), seed)
-        problem = SearchProblem(
-            objective, board, config, num_removed, num_segments, tuple(allowed), rows, seed
+        low, high = -1, len(counts)  # indices that fit and that do not
+        while high - low > 1:
+            middle = (low + high) // 2
+            board, outcome = _search(objective, counts[middle], num_segments, config, seed)
+            increase = _perplexity_increase(check, outcome)
+            fits = increase <= max_perplexity_increase
+            tried[middle] = board, outcome, TriedLength(counts[middle], outcome.cut, increase, fits)
+            low, high = (middle, high) if fits else (low, middle)
+    lengths = tuple(tried[index][2] for index in sorted(tried))
+    if low < 0:
+        rule = f"removing {counts[0]} layer{'s' if counts[0] > 1 else ''} already costs {lengths[0].perplexity_increase:.3g}"
+        raise SearchError(
+            Problem("max_perplexity_increase", max_perplexity_increase, rule, "Allow more, or give a pruning_ratio")
         )
-        outcome = STRATEGY_FUNCTIONS[config.strategy](problem)
-        if outcome.cut not in board.kl:  # a strategy that ranks layers by other means
-            board.measure([outcome.cut], rows.all_from_here(), "Scoring the choice")
-    score = board.mean(outcome.cut)
-    if not math.isfinite(score):
+    objective.spend(len(check.tokens) / len(objective.tokens), check.spent, check.layer_passes)
+    kept.close()
+    board, outcome, _ = tried[low]
+    return _result(board, outcome, config, counts[low], begin, lengths)
+
+
+def _perplexity_increase(check: Objective, outcome: SearchOutcome) -> float:
+    board = Scoreboard(check)
+    board.measure([outcome.cut], range(len(check.tokens)), "Perplexity of the cut model")
+    difference = board.mean(outcome.cut, board.loss) - board.mean_dense_loss(outcome.cut)
+    return math.expm1(difference) if difference < 700 else math.inf
+
+
+def _search(
+    objective: Objective, num_removed: int, num_segments: int, config: SearchConfig, seed: int
+) -> tuple[Scoreboard, SearchOutcome]:
+    board, rows = Scoreboard(objective), Rows(len(objective.tokens), seed)
+    allowed = tuple(_allowed(objective.model, num_removed, num_segments))
+    problem = SearchProblem(objective, board, config, num_removed, num_segments, allowed, rows, seed)
+    outcome = STRATEGY_FUNCTIONS[config.strategy](problem)
+    if outcome.cut not in board.kl:  # a strategy that goes by something else
+        board.measure([outcome.cut], range(len(objective.tokens)), "Scoring the choice")
+    if not math.isfinite(board.mean(outcome.cut)):
         raise SearchError(
             Problem(
                 "search score",
-                score,
+                board.mean(outcome.cut),
                 "the divergence from the dense model is not finite for any segment",
                 "Check the model's weights, or load it with dtype='float32'",
             )
         )
-    kept.close()
-    return SearchResult(
-        strategy=config.strategy,
-        used_strategy=outcome.used_strategy or config.strategy,
-        segments=outcome.cut,
-        score=score,
-        scored=board.scored(outcome.cut),
-        trajectory=outcome.trajectory,
-        layer_scores=outcome.layer_scores,
-        num_layers=objective.num_layers,
-        num_removed=num_removed,
-        num_tokens=int(objective.weights.sum()),
-        dense_loss=math.nan,
-        forward_equivalents=objective.spent,
-        layer_passes=objective.layer_passes,
-        seconds=time.perf_counter() - begin,
+    return board, outcome
+
+
+def _allowed(model: PreTrainedModel, num_removed: int, num_segments: int) -> list[LayerSegment]:
+    """Single segments that can go; with several, that there is none of them says nothing yet."""
+    try:
+        return allowed_segments(model.config, num_removed)
+    except ModelError:
+        if num_segments == 1:
+            raise
+        return []
+
+
+def _any_allowed(model: PreTrainedModel, num_removed: int, num_segments: int) -> bool:
+    try:
+        return bool(_allowed(model, num_removed, 1))
+    except ModelError:
+        return num_segments > 1
+
+
+def _journal(file: Path | None) -> Journal:
+    return Journal(file, writes=not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0)
+
+
+def _objective(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor | None,
+    config: SearchConfig,
+    journal: Journal,
+    quiet: bool,
+) -> Objective:
+    used = slice(0, config.num_sequences)
+    return Objective(
+        model,
+        tokens[used],
+        attention_mask=None if mask is None else mask[used],
+        batch_size=config.batch_size,
+        journal=journal,
+        quiet=quiet,
     )
+
+
+def _result(
+    board: Scoreboard,
+    outcome: SearchOutcome,
+    config: SearchConfig,
+    num_removed: int,
+    begin: float,
+    lengths: tuple[TriedLength, ...] = (),
+) -> SearchResult:
+    objective = board.objective
+    values: dict[str, Any] = {
+        "strategy": config.strategy,
+        "used_strategy": outcome.used_strategy or config.strategy,
+        "segments": outcome.cut,
+        "score": board.mean(outcome.cut),
+        "scored": board.scored(outcome.cut),
+        "trajectory": outcome.trajectory,
+        "layer_scores": outcome.layer_scores,
+        "num_layers": objective.num_layers,
+        "num_removed": num_removed,
+        "num_tokens": int(objective.weights.sum()),
+        "dense_loss": board.mean_dense_loss(outcome.cut),
+        "forward_equivalents": objective.spent,
+        "layer_passes": objective.layer_passes,
+        "lengths": lengths,
+    }
+    return SearchResult(**values, seconds=time.perf_counter() - begin)

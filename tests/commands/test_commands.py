@@ -3,9 +3,10 @@ import json
 import re
 
 import pytest
-from report_example import example_report
+from report_example import example_report, older_report
 
 from optimum_clp.commands.clp import COMMANDS, main
+from optimum_clp.commands.search import scored_segments
 from optimum_clp.configuration import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
 from optimum_clp.segments import LayerSegment
@@ -102,11 +103,62 @@ def test_search_prints_the_scores_best_first(pruner, capsys, tmp_path):
     assert main("search --model m --strategy exhaustive".split()) == 0
     assert pruner.calls[-1][1].search.strategy == "exhaustive"
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layers", "KL", "to", "dense", "std.", "error"]
-    assert lines[1].split() == ["7:10", "0.41000", "0.02000", "<-", "chosen"]
-    assert [line.split()[0] for line in lines[2:4]] == ["8:11", "6:9"]
-    assert len(lines) == 1 + 14 + 1 and lines[-1].endswith("--segment 7:10")
+    assert lines[0].split() == ["layers", "KL", "to", "dense", "std.", "error", "rows", "behind"]
+    assert lines[1].split() == ["7:10", "0.41000", "0.02000", "32", "<-", "chosen"]
+    assert lines[2].split() == ["8:11", "0.44000", "0.02000", "32", "+0.03000", "±", "0.02500"]
+    assert [line.split()[0] for line in lines[3:5]] == ["6:9", "9:12"]
+    assert len(lines) == 1 + 14 + 1
+    assert lines[-1] == (
+        "3 of 16 layers by strategy auto (used gate), KL in nats per token, 8,192 tokens in all rows, "
+        "4.1 forward-equivalents of work: --segment 7:10"
+    )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_search_ranks_by_the_rows_in_common_and_shows_several_segments():
+    search = example_report().search
+    chosen = search["scored"][7]
+    worse = {**chosen, "start": 2, "stop": 9, "segments": [[2, 4], [8, 9]], "kl": 0.3, "behind": 0.2, "num_rows": 4}
+    equal = {**chosen, "start": 0, "stop": 3, "segments": [[0, 3]], "kl": float("nan"), "behind": float("nan")}
+    search["scored"] = [
+        equal,
+        worse,
+        {**chosen, "segments": [[5, 7], [9, 10]], "start": 5, "standard_error": float("nan")},
+    ]
+    search["segments"] = [[5, 7], [9, 10]]
+    lines = [line.split() for line in scored_segments(search).splitlines()]
+    assert lines[1] == ["5:7,9:10", "0.41000", "-", "32", "<-", "chosen"], "0.3 was measured on easier rows"
+    assert lines[2][:4] == ["2:4,8:9", "0.30000", "0.02000", "4"] and lines[3] == ["0:3", "-", "0.02000", "32", "-"]
+    assert lines[4][-4:] == ["--segment", "5:7", "--segment", "9:10"]
+
+
+def test_search_shows_the_best_of_many_and_the_chosen_one():
+    search = example_report().search
+    template = search["scored"][7]
+    search["scored"] = [
+        {**template, "start": i, "stop": i + 3, "segments": [[i, i + 3]], "behind": 0.1 * (i - 29)} for i in range(30)
+    ]
+    search["segments"] = [[29, 32]]
+    lines = scored_segments(search).splitlines()
+    assert [line.split()[0] for line in lines[1:-2]] == [f"{i}:{i + 3}" for i in (*range(20), 29)]
+    assert lines[-3].endswith("<- chosen") and lines[-2].startswith("9 more in the report")
+
+
+def test_search_shows_the_numbers_of_layers_that_were_tried():
+    search = example_report().search
+    search["lengths"] = [
+        {"num_removed": n, "segments": [[7, 7 + n]], "perplexity_increase": increase, "fits": n < 4}
+        for n, increase in ((3, 0.081), (4, 0.5), (8, float("inf")))
+    ]
+    line = scored_segments(search).splitlines()[-2]
+    assert line.endswith("perplexity: 3 (+8.1%), 4 (+50.0%, too much), 8 (-, too much)")
+
+
+def test_search_shows_what_an_older_report_has():
+    lines = scored_segments(older_report().search).splitlines()
+    assert lines[1].split() == ["7:10", "0.41000", "0.02000", "-", "<-", "chosen"]
+    assert lines[2].split() == ["8:11", "0.44000", "0.02000", "-", "-"]
+    assert lines[-1].endswith("strategy gate, KL in nats per token, 8,192 tokens in all rows: --segment 7:10")
 
 
 def test_search_writes_recipe_and_report(pruner, tmp_path, capsys):

@@ -1,0 +1,133 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import MODEL_TYPES, random_tokens, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from optimum_clp.gate import concave_gate
+from optimum_clp.gating import gated
+from optimum_clp.losses import kl_divergence, next_token_cross_entropy
+from optimum_clp.search.gate_descent import snapped
+from optimum_clp.search.objective import Objective, gate_of
+from optimum_clp.search.work import _attention_flops
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery import cut_model
+
+
+def truth(model, tokens, gate):
+    """KL and cross-entropy by whole forward passes through all layers."""
+    with torch.no_grad():
+        dense = model(tokens).logits
+        with gated(model.model.layers, torch.tensor(gate, dtype=torch.float64)):
+            soft = model(tokens).logits
+    return kl_divergence(dense, soft).double().mean(-1), next_token_cross_entropy(soft, tokens).double().mean(-1)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_soft_and_hard_gates_are_measured_as_by_whole_passes(model_type):
+    model, tokens = tiny_model(model_type, num_layers=8), random_tokens(5, 20)
+    gates = [
+        snapped(concave_gate(2.3, 3, 8, 1.5)),
+        snapped(concave_gate(4.7, 2, 8, 9.0)),
+        gate_of([LayerSegment(2, 4)], 8),
+        gate_of([LayerSegment(0, 1), LayerSegment(5, 7)], 8),
+        gate_of([LayerSegment(6, 8)], 8),
+        (1.0,) * 8,
+    ]
+    found = Objective(model, tokens, batch_size=2, quiet=True).measure(gates, [4, 0, 2])
+    for index, gate in enumerate(gates):
+        kl, loss = truth(model, tokens[[4, 0, 2]], gate)
+        assert torch.allclose(found.kl[index], kl, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found.loss[index], loss, rtol=1e-5)
+    assert torch.equal(found.kl[-1], torch.zeros(3, dtype=torch.float64))
+    assert torch.allclose(found.dense_loss, found.loss[-1])
+
+
+def test_a_cut_is_measured_as_the_physically_cut_model():
+    model, tokens = tiny_model(), random_tokens(4, 20)
+    cut = [LayerSegment(1, 2), LayerSegment(4, 6)]
+    found = Objective(model, tokens, quiet=True).measure([gate_of(cut, 6)], range(4))
+    with torch.no_grad():
+        smaller = cut_model(model, cut)(tokens).logits
+    assert torch.allclose(found.loss[0], next_token_cross_entropy(smaller, tokens).double().mean(-1), rtol=1e-6)
+
+
+def test_padding_is_measured_by_nothing():
+    model, tokens = tiny_model(), random_tokens(3, 20)
+    mask = torch.ones_like(tokens)
+    mask[0, 12:] = mask[2, 7:] = 0
+    gate = [gate_of([LayerSegment(2, 4)], 6)]
+    garbage = torch.where(mask.bool(), tokens, random_tokens(3, 20, seed=9))
+    objective = Objective(model, garbage, attention_mask=mask, quiet=True)
+    found = objective.measure(gate, range(3))
+    assert objective.weights.tolist() == [12, 20, 7]
+    for row, length in enumerate((12, 20, 7)):
+        alone = Objective(model, tokens[row : row + 1, :length], quiet=True).measure(gate, [0])
+        assert found.kl[0, row].item() == pytest.approx(alone.kl.item(), rel=1e-4)
+        assert found.loss[0, row].item() == pytest.approx(alone.loss.item(), rel=1e-5)
+
+
+def test_the_work_that_is_counted_is_the_work_that_is_done():
+    """Against PyTorch's counter over the whole run, with attention by formula."""
+    model, tokens = tiny_model(num_layers=8), random_tokens(8, 24)
+    gates = [gate_of([LayerSegment(s, s + 2)], 8) for s in range(7)] + [snapped(concave_gate(3.4, 2, 8, 3.0))]
+    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+    def counted(work):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            work()
+        return counter.get_total_flops()
+
+    objective = Objective(model, tokens, batch_size=8, quiet=True)
+    before = objective.spent
+    done = counted(lambda: objective.measure(gates, range(8)))
+    forward = counted(lambda: model(tokens, use_cache=False))
+    assert objective.spent - before == pytest.approx(done / forward, rel=0.01)
+
+
+def test_the_cost_of_exhaustive_search_is_the_formula():
+    model, tokens = tiny_model(num_layers=12), random_tokens(8, 24)
+    objective = Objective(model, tokens, quiet=True)
+    layers, removed = 12, 3
+    head = objective.work.head / objective.work.layers[0]
+    gates = [gate_of([LayerSegment(s, s + removed)], layers) for s in range(layers - removed + 1)]
+    before = objective.spent
+    objective.measure(gates, range(8))
+    rest = layers - removed
+    expected = 1 + (rest * (rest + 1) / 2 + (rest + 1) * head) / (layers + head)
+    assert objective.spent - before == pytest.approx(expected, rel=1e-6)
+
+
+def test_one_batch_or_many_give_the_same_figures():
+    model, tokens = tiny_model(), random_tokens(8, 20)
+    gates = [gate_of([LayerSegment(s, s + 2)], 6) for s in range(5)]
+    small, large = (Objective(model, tokens, batch_size=b, quiet=True).measure(gates, range(8)) for b in (1, 8))
+    assert torch.allclose(small.kl, large.kl, rtol=1e-4, atol=1e-6)
+
+
+def live_memory():
+    path = Path(__file__).parents[2] / "benchmarks" / "search" / "live_memory.py"
+    spec = importlib.util.spec_from_file_location("live_memory", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LiveTensorBytes
+
+
+@pytest.mark.parametrize("vocabulary", [500, 8000])
+def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary):
+    counter = live_memory()
+    model = tiny_model(num_layers=24, hidden_size=64, vocab_size=vocabulary, max_position_embeddings=256)
+    tokens = random_tokens(8, 128)
+    with torch.no_grad(), counter(model) as plain:
+        model(tokens, use_cache=False)
+    objective = Objective(model, tokens, batch_size=8, quiet=True)
+    gates = [gate_of([LayerSegment(s, s + 3)], 24) for s in range(22)]
+    with counter(model) as searching:
+        objective.measure(gates, range(8))
+    assert searching.peak <= 1.25 * plain.peak
+    with torch.no_grad(), counter(model) as two:  # the counter sees a second copy of the logits
+        kept = model(tokens, use_cache=False).logits
+        kept = kept, model(tokens, use_cache=False).logits
+    assert two.peak >= plain.peak + kept[0].nbytes
