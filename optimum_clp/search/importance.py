@@ -1,9 +1,9 @@
 """The layer-selection rules of the field, as strategies.
 
-They look at something other than the divergence that is to be small: at hidden states, at gradients, at perplexity, or at
-nothing. Two kinds of them rank single layers (`block_influence`, `taylor`) or take one after the other
-(`perplexity_greedy`, `random`), so the layers need not be neighbours, and `num_segments` does not bind them. Where these
-layers cannot go together exactly, each falls back on the contiguous segments that can; which of them is said there.
+They look at something other than the divergence that is to be small: at hidden states, at gradients, at perplexity, or
+at nothing. Two kinds of them rank single layers (`block_influence`, `taylor`) or take one after the other
+(`perplexity_greedy`, `random`), so the layers need not be neighbours, and `num_segments` does not bind them. Where
+these layers cannot go together exactly, each falls back on a contiguous segment that can; on which is said there.
 """
 
 import inspect
@@ -32,15 +32,15 @@ _PIECE = 2**24  # weights whose float32 products exist at one time
 def block_influence(problem: SearchProblem) -> SearchOutcome:
     """The layers that turn the hidden states least: `1 - E[cos(h_l, h_(l+1))]` (ShortGPT, arXiv 2403.03853).
 
-    The mean is over all tokens of all rows. What leaves the last layer is taken before the final norm. Falls back on the
-    segment of the smallest sum.
+    The mean is over all tokens of all rows. What leaves the last layer is taken before the final norm. Falls back on
+    the segment of the smallest sum.
     """
     scores = _hidden_changes(problem, 1)["one_minus_cosine"]
     return SearchOutcome(_lowest(problem, scores), layer_scores=tuple(scores))
 
 
 def angular(problem: SearchProblem) -> SearchOutcome:
-    """The segment over which hidden states turn least: `E[arccos(cos(h_s, h_(s+n)))] / pi` (Gromov et al., arXiv 2403.17887).
+    """The segment over which hidden states turn least: `E[arccos(cos(h_s, h_(s+n)))] / pi` (arXiv 2403.17887).
 
     The mean is over all tokens of all rows; the paper takes each sequence's last token only.
     """
@@ -48,17 +48,17 @@ def angular(problem: SearchProblem) -> SearchOutcome:
 
 
 def cosine_block(problem: SearchProblem) -> SearchOutcome:
-    """The segment of the largest `E[cos(h_s, h_(s+n))]`, over all tokens of all rows (LLM-Streamline, arXiv 2403.19135)."""
+    """The segment of the largest `E[cos(h_s, h_(s+n))]`, over all tokens (LLM-Streamline, arXiv 2403.19135)."""
     return _smallest_change(problem, "one_minus_cosine")
 
 
 def taylor(problem: SearchProblem) -> SearchOutcome:
     """The layers of the smallest `sum |w * dCE/dw|` (LLM-Pruner, arXiv 2305.11627; Shortened LLaMA, arXiv 2402.02834).
 
-    CE is the dense model's next-token cross-entropy. The absolute value is taken row by row, so that scores do not depend
-    on the batch size; a row's weight is its number of predicted tokens. A gradient is dropped as soon as it is used: in
-    memory are one row's activations and the gradients of one parameter at a time. Falls back on the segment of the
-    smallest sum.
+    CE is the dense model's next-token cross-entropy. The absolute value is taken row by row, so that scores do not
+    depend on the batch size; a row's weight is its number of predicted tokens. A gradient is dropped as soon as it is
+    used: in memory are one row's activations and the gradient of one parameter at a time. Falls back on the segment of
+    the smallest sum.
 
     Raises:
         ModelError: If the layers' weights have no gradients: quantized ones, or ones that are kept elsewhere.
@@ -83,9 +83,9 @@ def taylor(problem: SearchProblem) -> SearchOutcome:
 def perplexity_greedy(problem: SearchProblem) -> SearchOutcome:
     """One layer after the other, each time the one without which the perplexity is lowest (SLEB, arXiv 2402.09025).
 
-    Only layers that can go together with those already gone are tried. If there is none at some point, falls back on the
-    segment of the lowest perplexity. The scoreboard gets the cuts that have the wanted number of layers, not those on
-    the way there.
+    Only layers that can go together with those already gone are tried. If there is none at some point, falls back on
+    the segment of the lowest perplexity. The scoreboard gets the cuts of the wanted number of layers, not those on the
+    way.
     """
     gone: list[int] = []
     while len(gone) < problem.num_removed:
@@ -165,8 +165,8 @@ def _hidden_changes(problem: SearchProblem, length: int) -> dict[str, list[float
         sums = {"one_minus_cosine": [0.0] * places, "angle": [0.0] * places}
 
         def compare(start: int, before: Tensor, after: Tensor) -> None:
-            # by the distance d of the unit vectors: 1 - cos = d^2 / 2 and angle = 2 arcsin(d / 2) keep their digits where
-            # the cosine is nearly 1
+            # by the distance d of the unit vectors: 1 - cos = d^2 / 2 and angle = 2 arcsin(d / 2) keep their digits
+            # where the cosine is nearly 1
             unit = F.normalize(after.float(), dim=-1)
             distance = (unit - F.normalize(before.to(after.device).float(), dim=-1)).norm(dim=-1)
             distance = distance.cpu()[kept].double()

@@ -80,19 +80,22 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
 
         return hook
 
-    handles = []
+    handles: list[Any] = []
+    wanted = [p for p in model.parameters() if p.requires_grad]
     for index, layer in enumerate(stack.layers):
         handles += [layer.register_forward_pre_hook(before(index)), layer.register_forward_hook(after(index))]
     try:
+        model.requires_grad_(False)  # the counter's hooks stumble over views of weights that want a gradient
         with torch.no_grad(), recorded_inputs(stack.layers, [len(stack)]) as found, counter:
             run_without_head(model, row)
+        around = counter.get_total_flops() - sum(layers)
+        with torch.no_grad(), stack.head(model) as head, counter:
+            head(found[len(stack)][:, :1])
     finally:
         for handle in handles:
             handle.remove()
-    around = counter.get_total_flops() - sum(layers)
-    piece = found[len(stack)][:, :1]
-    with torch.no_grad(), stack.head(model) as head, counter:
-        head(piece)
-    # what lies around the layers is run for the piece as well, but only for a single token
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+    # what lies around the layers is run for the head's token as well
     of_a_token = counter.get_total_flops() - around / row.shape[1]
     return ForwardWork(tuple(map(float, layers)), max(0.0, of_a_token) * row.shape[1], float(around))

@@ -86,7 +86,7 @@ def said_by(model, rows=8, length=24):
 
 
 def states_of(model, row):
-    """Hidden states that enter each layer, and those that leave the last one: float64 `[layers + 1, length, hidden]`."""
+    """Hidden states that enter each layer, and those that leave the last one: `[layers + 1, length, hidden]`."""
     last = []
     # the model's own last hidden states are those after the norm
     handle = model.model.norm.register_forward_pre_hook(lambda module, args: last.append(args[0]))

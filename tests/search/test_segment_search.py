@@ -1,24 +1,22 @@
 import pytest
 import torch
+from searches import settings
 from tiny_models import MODEL_TYPES, make_identity, random_tokens, tiny_model
 
-from optimum_clp.configuration import SearchConfig
 from optimum_clp.errors import SearchError
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.gate import concave_gate
 from optimum_clp.gating import gated
 from optimum_clp.losses import kl_divergence
 from optimum_clp.search import search_segments
+from optimum_clp.search.gate_descent import snapped
+from optimum_clp.search.objective import Objective
 from optimum_clp.segments import LayerSegment, candidate_segments
 from optimum_clp.surgery import cut_model
 from optimum_clp.teacher import DenseOutputs
 
 
-def settings(strategy, **overrides):
-    return SearchConfig(**{"strategy": strategy, "num_sequences": 8, "batch_size": 4, **overrides})
-
-
-@pytest.mark.parametrize("strategy", ["gate", "exhaustive"])
+@pytest.mark.parametrize("strategy", ["auto", "gate", "exhaustive", "halving"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("start", [1, 7])
 def test_planted_identity_layers_are_found(strategy, model_type, start):
@@ -47,46 +45,44 @@ def test_standard_error_is_that_of_the_row_means():
     assert result.scored[0].standard_error == pytest.approx((rows.std() / 8**0.5).item(), rel=1e-4)
 
 
-def test_the_work_that_is_counted_is_the_work_that_is_done():
-    model, tokens = tiny_model(), random_tokens(8, 20)
-    calls = []
-    # one pass of a single token shows what the layers return; it is not counted
-    handles = [
-        layer.self_attn.register_forward_hook(lambda m, a, o: calls.extend([1] * (o[0].shape[1] > 1)))
-        for layer in model.model.layers
-    ]
-    result = search_segments(model, tokens, 2, settings("exhaustive", batch_size=8), quiet=True)
-    for handle in handles:
-        handle.remove()
-    # L for the dense pass, L - n for the inputs of every start, then what lies above each segment
-    assert result.layer_passes == len(calls) == 6 + 4 + (4 + 3 + 2 + 1 + 0)
-
-
 def test_the_central_difference_is_the_gradient():
     """The gate search differentiates by two forwards; autograd through the gate is the independent truth."""
-    from optimum_clp.search import _Objective
-
     model, tokens = tiny_model(), random_tokens(4, 20)
     model.requires_grad_(False)
-    objective = _Objective(model, tokens, 4, quiet=True)
-    rows = torch.arange(4)
+    objective = Objective(model, tokens, batch_size=4, quiet=True)
+    dense = model(tokens).logits
     for start, steepness in ((1.3, 0.5), (2.6, 2.0)):
         position = torch.tensor(start, dtype=torch.float64, requires_grad=True)
-        with gated(objective.layers, concave_gate(position, 2, 6, steepness)):
-            objective.row_kl(rows, objective.dense.logits(rows)).mean().backward()
-        below, above = objective.gate_loss([start - 0.05, start + 0.05], 2, steepness, rows)
+        with gated(model.model.layers, concave_gate(position, 2, 6, steepness)):
+            kl_divergence(dense, model(tokens).logits).mean().backward()
+        pair = [snapped(concave_gate(start + side * 0.05, 2, 6, steepness)) for side in (-1, 1)]
+        below, above = objective.measure(pair, range(4)).kl.mean(1).tolist()
         assert (above - below) / 0.1 == pytest.approx(position.grad.item(), rel=0.03, abs=1e-3)
 
 
-def test_the_gate_scores_few_segments_and_agrees_with_the_oracle_there():
-    model, tokens = tiny_model(num_layers=12), random_tokens(8, 24)
-    gate = search_segments(model, tokens, 3, settings("gate"), quiet=True)
-    oracle = {s.segment: s.kl for s in search_segments(model, tokens, 3, settings("exhaustive"), quiet=True).scored}
-    assert len(gate.scored) == 5
-    for scored in gate.scored:
-        assert scored.kl == pytest.approx(oracle[scored.segment], rel=1e-5)
+@pytest.mark.parametrize("num_layers", [12, 40])
+@pytest.mark.parametrize("strategy", ["gate", "halving", "auto"])
+def test_four_forward_equivalents_are_enough_at_any_depth(strategy, num_layers):
+    model, tokens = tiny_model(num_layers=num_layers), random_tokens(32, 16)
+    config = settings(strategy, num_sequences=32)
+    for removed in (num_layers // 10, num_layers // 5, num_layers // 2):
+        result = search_segments(model, tokens, removed, config, quiet=True)
+        assert result.forward_equivalents <= 4.1  # the last row of a round may go a little beyond
+        assert len(result.scored) <= (5 if result.used_strategy == "gate" else num_layers - removed + 1)
+
+
+def test_the_gate_agrees_with_the_oracle_on_what_it_scores():
+    model, tokens = tiny_model(num_layers=12), random_tokens(16, 24)
+    gate = search_segments(model, tokens, 3, settings("gate", num_sequences=16), quiet=True)
+    everything = settings("exhaustive", num_sequences=16)
+    oracle = {s.segment: s for s in search_segments(model, tokens, 3, everything, quiet=True).scored}
+    whole = [s for s in gate.scored if s.num_rows == 16]
+    assert whole
+    for scored in whole:
+        assert scored.kl == pytest.approx(oracle[scored.segment].kl, rel=1e-5)
+        assert scored.loss == pytest.approx(oracle[scored.segment].loss, rel=1e-5)
     steepness = [t.steepness for t in gate.trajectory if t.step > 0]
-    assert steepness == sorted(steepness) and len(steepness) == 16
+    assert steepness == sorted(steepness) and len(steepness) > 1
     assert all(0 <= t.start <= 9 for t in gate.trajectory)
 
 
@@ -113,4 +109,4 @@ def test_the_result_is_json_ready():
     result = search_segments(tiny_model(), random_tokens(2, 12), 2, settings("gate", steps=3), quiet=True)
     section = json.loads(json.dumps(result.to_dict()))
     assert section["segments"] == [[result.segments[0].start, result.segments[0].stop]]
-    assert {"start", "stop", "kl", "standard_error"} == set(section["scored"][0])
+    assert {"segments", "kl", "standard_error", "loss", "num_rows", "behind"} <= set(section["scored"][0])
