@@ -1,4 +1,5 @@
-"""The concave gate's search: a sweep along the stack, gradient descent while the gate gets steeper, integers at the end."""
+"""The concave gate's search: a sweep along the stack, descent from its best places while the gate gets steeper, integers
+at the end."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ..gate import concave_gate
-from ..progress import progress_bar
 from ..segments import LayerSegment
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
@@ -14,7 +14,8 @@ from .races import affordable_rows, successive_halving
 from .result import GateStep
 from .scoreboard import Cut
 
-SWEEP_SHARE, DESCENT_SHARE = 0.35, 0.2
+SWEEP_SHARE, DESCENT_SHARE = 0.3, 0.35
+STARTS = 4
 _NEARLY = 1e-3  # a gate this near to 0 or 1 counts as closed or open, so that its layer need not be mixed
 
 
@@ -23,65 +24,102 @@ def snapped(gate: torch.Tensor) -> Gate:
     return tuple(0.0 if g < _NEARLY else 1.0 if g > 1 - _NEARLY else g for g in gate.tolist())
 
 
-def gate_search(problem: SearchProblem) -> SearchOutcome:
-    """Find the start of a segment by its gate.
-
-    The gate has one parameter, so its derivative is taken as a central difference: two forward passes, no activations
-    kept (a backward pass through the frozen layers costs about two forwards as well, and all activations). Both ends see
-    the same rows, so their noise cancels in the difference.
-
-    Scores at most `config.num_rescored` integer segments, and costs `config.budget` forward-equivalents.
-    """
-    config, rows, allowed = problem.config, problem.rows, problem.allowed
-    objective, length = problem.objective, problem.num_removed
-    room = objective.num_layers - length
-    end = objective.spent + config.budget
-    initial, final = config.initial_steepness / length, config.final_steepness / length
-
-    def gates(starts: Sequence[float], steepness: float) -> list[Gate]:
-        return [snapped(concave_gate(s, length, objective.num_layers, steepness)) for s in starts]
-
-    # gradient descent stays in the valley it starts in, so one look along the whole stack, at steps of half a segment,
-    # chooses the valley; its runners-up get an exact score at the end
+def places_along(room: int, length: float) -> list[float]:
+    """Starts from 0 to `room` that a valley of some length is first looked at: at most half a length apart."""
     count = min(room + 1, max(5, math.ceil(2 * room / length) + 1))
-    coarse = torch.linspace(0, room, count).tolist() if count > 1 else [0.0]
-    sweep = gates(coarse, initial)
-    taken = rows.take(affordable_rows(objective, sweep, SWEEP_SHARE * config.budget))
-    losses = objective.measure(sweep, taken, "Gate along the stack").kl.mean(1).tolist()
-    trajectory = [GateStep(0, s, initial, loss, ((s, length),)) for s, loss in zip(coarse, losses, strict=True)]
-    start = coarse[min(range(count), key=losses.__getitem__)]
-    descent_end = objective.spent + DESCENT_SHARE * config.budget
-    momentum = scale = 0.0
-    one_row = (1 + 2 * objective.price(gates([start], initial)[0])) / len(objective.tokens)
-    steps = max(1, min(config.steps, int(DESCENT_SHARE * config.budget / one_row)))
-    with progress_bar(steps, "Gate search", objective.quiet) as bar:
-        for step in range(1, steps + 1):
-            progress = (step - 1) / max(1, steps - 1)
-            steepness = initial * (final / initial) ** progress
-            half = 0.5 / max(1.0, steepness)  # a steep gate changes within less than a layer
-            low, high = max(0.0, start - half), min(float(room), start + half)
-            pair = gates([low, high], steepness)
-            share = (descent_end - objective.spent) / (steps - step + 1)
-            taken = rows.take(affordable_rows(objective, pair, share))
-            below, above = objective.measure(pair, taken, "Gate search").kl.mean(1).tolist()
-            gradient = (above - below) / max(high - low, 1e-6)
-            # Adam on one number: the step is in layers, whatever the scale of the KL
-            momentum = 0.7 * momentum + 0.3 * gradient
-            scale = 0.9 * scale + 0.1 * gradient**2
-            corrected = (momentum / (1 - 0.7**step)) / (math.sqrt(scale / (1 - 0.9**step)) + 1e-12)
-            rate = config.learning_rate * (1 - 0.9 * progress)
-            trajectory.append(GateStep(step, start, steepness, (below + above) / 2, ((start, length),)))
-            start = min(float(room), max(0.0, start - rate * corrected))
-            bar.update(1)
-    candidates = _candidates(
-        allowed, start, sorted(coarse, key=lambda s: losses[coarse.index(s)]), config.num_rescored
+    return torch.linspace(0, room, count, dtype=torch.float64).tolist() if count > 1 else [0.0]
+
+
+def radii(first: float) -> list[float]:
+    """How far the descent looks to both sides, round by round: halved down to half a layer."""
+    rounds = max(1, math.ceil(math.log2(max(1.0, first / 0.5))))
+    return [max(0.5, first / 2**i) for i in range(rounds)] + [0.5]
+
+
+def newton_move(below: float, here: float, above: float) -> float:
+    """Where a parabola through three points a radius apart is lowest, within the radius: in [-1, 1].
+
+    With the gradient `(above - below) / 2` and the curvature `above - 2 here + below` this is a Newton step in a trust
+    region; without positive curvature it is the lower end of the region.
+    """
+    gradient, curvature = (above - below) / 2, above - 2 * here + below
+    if not math.isfinite(gradient) or not math.isfinite(curvature):
+        return 0.0
+    if curvature <= 0:
+        return -math.copysign(1.0, gradient) if gradient else 0.0
+    return min(1.0, max(-1.0, -gradient / curvature))
+
+
+def gate_search(problem: SearchProblem) -> SearchOutcome:
+    """Find the start of a segment by its gate, for `problem.budget` forward-equivalents.
+
+    The gate has one parameter, so its first and second derivatives are taken as central differences: three forward
+    passes, no activations kept (a backward pass through the frozen layers costs about two forwards as well, and all
+    activations). All of them see the same rows, so their noise cancels in the differences. Descent stays in the valley
+    it starts in, so it starts in several, and the worse half of them is given up after each round. At the end at most
+    `num_rescored` integer segments are raced.
+    """
+    objective, rows, length = problem.objective, problem.rows, problem.num_removed
+    room = objective.num_layers - length
+    end = objective.spent + problem.budget
+    trajectory: list[GateStep] = []
+
+    def look(step: int, starts: Sequence[float], steepness: float, share: float) -> list[float]:
+        gates = [snapped(concave_gate(s, length, objective.num_layers, steepness)) for s in starts]
+        taken = rows.take(affordable_rows(objective, gates, share * problem.budget))
+        losses = objective.measure(gates, taken, "Gate search").kl.mean(1).tolist()
+        trajectory.extend(
+            GateStep(step, s, steepness, loss, ((s, length),)) for s, loss in zip(starts, losses, strict=True)
+        )
+        return losses
+
+    places = places_along(room, length)
+    spacing = places[1] - places[0] if len(places) > 1 else 1.0
+    steepness = problem.config.initial_steepness / length
+    losses = look(0, places, steepness, SWEEP_SHARE)
+    ranked = [s for _, s in sorted(zip(losses, places, strict=True))]
+    starts = _valleys_first(places, losses)[:STARTS]
+    widths = radii(spacing / 2)
+    for step, radius in enumerate(widths, 1):
+        # the sides are as wide as the region that is looked at
+        steepness *= 2 if step > 1 else 1
+        sides = [min(float(room), max(0.0, s + side * radius)) for s in starts for side in (-1, 0, 1)]
+        losses = look(step, sides, steepness, DESCENT_SHARE / len(widths))
+        moved = []
+        for i, s in enumerate(starts):
+            three = losses[3 * i : 3 * i + 3]
+            moved.append((min(three), min(float(room), max(0.0, s + radius * newton_move(*three)))))
+        starts = _apart([s for _, s in sorted(moved)], radius)[: max(2, math.ceil(len(starts) / 2))]
+    chosen = successive_halving(
+        problem.board, _candidates(problem, starts, ranked), rows.all_from_here(), end - objective.spent
     )
-    chosen = successive_halving(problem.board, candidates, rows.all_from_here(), end - objective.spent)
     return SearchOutcome(chosen, tuple(trajectory))
 
 
-def _candidates(allowed: Sequence[LayerSegment], start: float, ranked: Sequence[float], count: int) -> list[Cut]:
-    """The integers next to where the descent ended, and the sweep's best places by the allowed start next to each."""
-    nearest = sorted(allowed, key=lambda s: (abs(s.start - start), s))
-    others = [min(allowed, key=lambda s: (abs(s.start - place), s)) for place in ranked]
-    return [(s,) for s in list(dict.fromkeys([*nearest[:3], *others, *nearest]))[:count]]
+def _valleys_first(places: Sequence[float], losses: Sequence[float]) -> list[float]:
+    """Places by their loss, those that are lower than both neighbours before the others."""
+    padded = [math.inf, *losses, math.inf]
+    order = sorted(range(len(places)), key=lambda i: (losses[i] > min(padded[i], padded[i + 2]), losses[i]))
+    return [places[i] for i in order]
+
+
+def _apart(starts: Sequence[float], radius: float) -> list[float]:
+    """Starts of which no two are within a radius, the first ones of them."""
+    kept: list[float] = []
+    for start in starts:
+        if all(abs(start - other) >= radius for other in kept):
+            kept.append(start)
+    return kept
+
+
+def _candidates(problem: SearchProblem, starts: Sequence[float], ranked: Sequence[float]) -> list[Cut]:
+    """The allowed starts next to where the descents ended, the best three first; then next to the sweep's best places."""
+
+    def nearest(place: float) -> list[LayerSegment]:
+        return sorted(problem.allowed, key=lambda s: (abs(s.start - place), s))
+
+    best = nearest(starts[0])
+    others = [segment for start in starts[1:] for segment in nearest(start)[:2]]
+    swept = [nearest(place)[0] for place in ranked]
+    found = dict.fromkeys([*best[:3], *others, *swept, *best])
+    return [(segment,) for segment in list(found)[: problem.config.num_rescored]]

@@ -44,12 +44,11 @@ def successive_halving(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[in
     while left:
         rounds = max(1, math.ceil(math.log2(len(alive) / FINALISTS)) + 1) if len(alive) > 1 else 1
         price = 1 + sum(map(objective.price_of, alive))
-        room = (end - objective.spent) / rounds / price
-        count = min(len(left), int(room * len(objective.tokens) + 1e-9))
-        if count == 0:
-            if alive != list(cuts):
-                break
-            count = 1
+        one_row = price / len(objective.tokens)
+        affordable = int((end - objective.spent) / one_row + 1e-9)
+        if affordable == 0 and board.kl.keys() >= set(alive):
+            break
+        count = min(len(left), max(1, affordable // rounds))
         board.measure(alive, left[:count], f"Scoring {len(alive)} segments")
         left = left[count:]
         if rounds == 1:
