@@ -78,11 +78,8 @@ class SearchConfig:
             `"cosine_block"`, `"taylor"`, `"perplexity_greedy"`, `"tail"`, `"random"`.
         num_sequences (`int`): Rows of the train split that the search looks at.
         batch_size (`int`): Rows in one forward pass.
-        steps (`int`): Gradient steps of the gate, over all of its steepness schedule.
-        learning_rate (`float`): Step of the gate's start, in layers.
-        initial_steepness (`float`): Steepness of the gate at the first step, in units of 1 / segment length, so that
-            the valley has the same shape whatever its width.
-        final_steepness (`float`): Steepness at the last step, same unit, at least `initial_steepness`.
+        initial_steepness (`float`): Steepness of the gate at its first look along the stack, in units of 1 / segment
+            length, so that the valley has the same shape whatever its width. It doubles as the search closes in.
         num_rescored (`int`): Integer segments scored exactly at the end of the gate search, 1 to 5.
         budget (`float`): Work that `"gate"` and `"halving"` may do, in dense forward passes over all search rows, for
             each parameter that is looked for: one for a single segment, `2k - 1` for `k` segments.
@@ -91,10 +88,7 @@ class SearchConfig:
     strategy: str = "auto"
     num_sequences: int = 32
     batch_size: int = 8
-    steps: int = 16
-    learning_rate: float = 0.5
-    initial_steepness: float = 6.0
-    final_steepness: float = 24.0
+    initial_steepness: float = 16.0
     num_rescored: int = 5
     budget: float = 4.0
 
@@ -278,16 +272,6 @@ class CLPConfig(BaseConfig):
             stage = getattr(self, name)
             for key, rule in _RULES[name].items():
                 problems += _check(f"{name}.{key}", getattr(stage, key), rule)
-        search = self.search
-        if not problems and search.final_steepness < search.initial_steepness:
-            problems.append(
-                Problem(
-                    "search.final_steepness",
-                    search.final_steepness,
-                    f"the gate gets steeper, so it is at least initial_steepness ({search.initial_steepness})",
-                    "Raise it, or lower search.initial_steepness",
-                )
-            )
         return problems
 
     def _quality_problems(self) -> list[Problem]:
@@ -460,10 +444,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "strategy": _one_of(*STRATEGIES),
         "num_sequences": _integer(1),
         "batch_size": _integer(1),
-        "steps": _integer(1),
-        "learning_rate": _positive(),
         "initial_steepness": _positive(),
-        "final_steepness": _positive(),
         "num_rescored": _integer(1, 5),
         "budget": _positive(),
     },

@@ -198,7 +198,6 @@ class LayerStack:
                     stack.enter_context(replaced_forward(self.layers[index], forward))
             yield
 
-
     def entry(self, gate: Sequence[float]) -> tuple[int, int]:
         """Where a forward pass under a gate can begin, given the dense model's hidden states.
 

@@ -13,7 +13,7 @@ from optimum_clp.commands.clp import main
 
 FAST = (
     "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "
-    "--search-sequences 4 --search-steps 2 --quiet"
+    "--search-sequences 4 --quiet"
 )
 TUNING = "--epochs 1 --batch-size 4"
 

@@ -59,7 +59,7 @@ def test_a_file_from_a_newer_version_advises_to_upgrade(tmp_path):
         CLPConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), "0.2", True, None])
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), "0.2", "all", True, None])
 def test_ratios_outside_the_open_interval_are_refused(ratio):
     with pytest.raises(ConfigurationError, match="pruning_ratio is .*between 0 and 1, both excluded"):
         CLPConfig(ratio)
@@ -72,7 +72,8 @@ def test_ratios_outside_the_open_interval_are_refused(ratio):
         ("calibration", "sequence_length", 4, "it must be a whole number at least 8"),
         ("calibration", "temperature", 0, "it must be a number above 0"),
         ("calibration", "text_column", "", "it must be a string that is not empty"),
-        ("search", "strategy", "magic", "it must be one of 'gate', 'exhaustive'"),
+        ("search", "strategy", "magic", "it must be one of 'auto', 'gate', 'exhaustive', 'halving', 'block_influence'"),
+        ("search", "budget", 0, "it must be a number above 0"),
         ("search", "num_rescored", 6, "it must be a whole number from 1 to 5"),
         ("tuning", "loss", {"kd": 0.0}, "weights of at least 0 for these, not all 0"),
         ("tuning", "enabled", 1, "it must be True or False"),
@@ -98,9 +99,22 @@ def test_a_stage_of_the_wrong_type_is_refused():
         CLPConfig(calibration="wikitext2")
 
 
-def test_the_gate_may_not_get_shallower():
-    with pytest.raises(ConfigurationError, match="search.final_steepness is 0.1: the gate gets steeper"):
-        CLPConfig(search={"final_steepness": 0.1})
+def test_a_quality_budget_belongs_to_the_automatic_ratio():
+    assert CLPConfig("auto", max_perplexity_increase=0.25).perplexity_bound() == 0.25
+    assert CLPConfig("auto", min_retention=0.8).perplexity_bound() == pytest.approx(0.25)
+    assert CLPConfig(0.2).perplexity_bound() is None
+    with pytest.raises(ConfigurationError, match="pruning_ratio is 'auto': it needs one quality budget, and none is"):
+        CLPConfig("auto")
+    with pytest.raises(ConfigurationError, match="max_perplexity_increase and min_retention are given"):
+        CLPConfig("auto", max_perplexity_increase=0.1, min_retention=0.9)
+    with pytest.raises(ConfigurationError, match="min_retention is 0.9: the ratio is fixed to 0.2"):
+        CLPConfig(0.2, min_retention=0.9)
+    for name, value, rule in (
+        ("min_retention", 1.0, "a number between 0 and 1, both excluded, or None"),
+        ("max_perplexity_increase", 0, "a number above 0, or None"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"{name} is {value}: it must be {rule}"):
+            CLPConfig("auto", **{name: value})
 
 
 def test_changes_after_construction_are_validated():

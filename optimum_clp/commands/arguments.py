@@ -171,10 +171,16 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("search")
     _add(group, "search", "--strategy", help="auto, gate, exhaustive, halving, block_influence, angular, "
          "cosine_block, taylor, perplexity_greedy, tail or random (default: auto)")  # fmt: skip
-    _add(group, "search", "--search-budget", "budget", type=float, help="dense forward passes over all rows (default: 4)")
+    _add(
+        group,
+        "search",
+        "--search-budget",
+        "budget",
+        type=float,
+        help="dense forward passes over all rows (default: 4)",
+    )
     _add(group, "search", "--search-sequences", "num_sequences", type=int, help="rows it looks at (default: 32)")
     _add(group, "search", "--search-batch-size", "batch_size", type=int, help="rows in one pass (default: 8)")
-    _add(group, "search", "--search-steps", "steps", type=int, help="gradient steps of the gate, at most (default: 16)")
     _add(group, "search", "--num-rescored", type=int, help="segments scored exactly after the gate (default: 5)")
 
 

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 
 from ..gate import concave_gate
-from ..segments import LayerSegment
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
 from .races import affordable_rows, successive_halving
 from .result import GateStep
 from .scoreboard import Cut
 
-SWEEP_SHARE, DESCENT_SHARE = 0.3, 0.35
-STARTS = 4
+SWEEP_SHARE, DESCENT_SHARE, SETTLING_SHARE = 0.2, 0.15, 0.2
+STARTS, SETTLING_STARTS, SETTLING_ROUNDS = 4, 2, 3
+FINAL_STEEPNESS = 6.0  # per layer: the sides of the valley are a layer wide
 _NEARLY = 1e-3  # a gate this near to 0 or 1 counts as closed or open, so that its layer need not be mixed
 
 
@@ -26,14 +26,13 @@ def snapped(gate: torch.Tensor) -> Gate:
 
 def places_along(room: int, length: float) -> list[float]:
     """Starts from 0 to `room` that a valley of some length is first looked at: at most half a length apart."""
-    count = min(room + 1, max(5, math.ceil(2 * room / length) + 1))
+    count = min(room + 1, max(9, math.ceil(2 * room / length) + 1))
     return torch.linspace(0, room, count, dtype=torch.float64).tolist() if count > 1 else [0.0]
 
 
 def radii(first: float) -> list[float]:
-    """How far the descent looks to both sides, round by round: halved down to half a layer."""
-    rounds = max(1, math.ceil(math.log2(max(1.0, first / 0.5))))
-    return [max(0.5, first / 2**i) for i in range(rounds)] + [0.5]
+    """How far the descent looks to both sides, round by round: halved down to a layer."""
+    return [first / 2**i for i in range(1 + max(0, math.floor(math.log2(first))))]
 
 
 def newton_move(below: float, here: float, above: float) -> float:
@@ -75,7 +74,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
 
     places = places_along(room, length)
     spacing = places[1] - places[0] if len(places) > 1 else 1.0
-    steepness = problem.config.initial_steepness / length
+    steepness = min(FINAL_STEEPNESS, problem.config.initial_steepness / length)
     losses = look(0, places, steepness, SWEEP_SHARE)
     ranked = [s for _, s in sorted(zip(losses, places, strict=True))]
     starts = _valleys_first(places, losses)[:STARTS]
@@ -84,15 +83,26 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
         # the sides are as wide as the region that is looked at
         steepness *= 2 if step > 1 else 1
         sides = [min(float(room), max(0.0, s + side * radius)) for s in starts for side in (-1, 0, 1)]
-        losses = look(step, sides, steepness, DESCENT_SHARE / len(widths))
+        losses = look(step, sides, min(FINAL_STEEPNESS, steepness), DESCENT_SHARE / len(widths))
         moved = []
         for i, s in enumerate(starts):
             three = losses[3 * i : 3 * i + 3]
             moved.append((min(three), min(float(room), max(0.0, s + radius * newton_move(*three)))))
         starts = _apart([s for _, s in sorted(moved)], radius)[: max(2, math.ceil(len(starts) / 2))]
-    chosen = successive_halving(
-        problem.board, _candidates(problem, starts, ranked), rows.all_from_here(), end - objective.spent
-    )
+    # the smooth landscape's lowest place is a layer or two beside the lowest integer: look at integers, with steep sides
+    settled: dict[float, float] = {}
+    centres = [float(round(s)) for s in starts[:SETTLING_STARTS]]
+    for step in range(len(widths) + 1, len(widths) + 1 + SETTLING_ROUNDS):
+        window = sorted({c + i for c in centres for i in (-2, -1, 0, 1, 2) if 0 <= c + i <= room})
+        losses = look(step, window, FINAL_STEEPNESS, SETTLING_SHARE / SETTLING_ROUNDS)
+        settled |= zip(window, losses, strict=True)
+        lowest = [min((w for w in window if abs(w - c) <= 2), key=settled.__getitem__) for c in centres]
+        if all(abs(low - c) < 2 or low in (0, room) for low, c in zip(lowest, centres, strict=True)):
+            break
+        centres = lowest
+    places = [*sorted(settled, key=settled.__getitem__), *ranked]
+    candidates = _allowed_next_to(problem, places)
+    chosen = successive_halving(problem.board, candidates, rows.all_from_here(), end - objective.spent)
     return SearchOutcome(chosen, tuple(trajectory))
 
 
@@ -112,14 +122,7 @@ def _apart(starts: Sequence[float], radius: float) -> list[float]:
     return kept
 
 
-def _candidates(problem: SearchProblem, starts: Sequence[float], ranked: Sequence[float]) -> list[Cut]:
-    """The allowed starts next to where the descents ended, the best three first; then next to the sweep's best places."""
-
-    def nearest(place: float) -> list[LayerSegment]:
-        return sorted(problem.allowed, key=lambda s: (abs(s.start - place), s))
-
-    best = nearest(starts[0])
-    others = [segment for start in starts[1:] for segment in nearest(start)[:2]]
-    swept = [nearest(place)[0] for place in ranked]
-    found = dict.fromkeys([*best[:3], *others, *swept, *best])
+def _allowed_next_to(problem: SearchProblem, places: Sequence[float]) -> list[Cut]:
+    """The allowed segments next to some places, in their order, at most `num_rescored`."""
+    found = dict.fromkeys(min(problem.allowed, key=lambda s: (abs(s.start - place), s)) for place in places)
     return [(segment,) for segment in list(found)[: problem.config.num_rescored]]

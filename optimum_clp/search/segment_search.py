@@ -37,8 +37,18 @@ from .several import several_gates_search
 
 
 def auto_search(problem: SearchProblem) -> SearchOutcome:
-    """The strategy that is best at this depth: see `docs/search.md` for the measurements behind the rule."""
-    name = "halving"
+    """The strategy that was best in our measurements (`docs/search.md`).
+
+    One segment: every candidate on every row where the budget pays for that, else a race of all candidates. Several
+    segments: their gates, since there are too many cuts to race.
+    """
+    objective = problem.objective
+    if problem.num_segments > 1:
+        name = "gate"
+    elif 1 + sum(objective.price_of([segment]) for segment in problem.allowed) <= problem.budget:
+        name = "exhaustive"
+    else:
+        name = "halving"
     outcome = STRATEGY_FUNCTIONS[name](problem)
     return SearchOutcome(outcome.cut, outcome.trajectory, outcome.layer_scores, name)
 

@@ -9,13 +9,10 @@ import itertools
 import math
 from collections.abc import Sequence
 
-import torch
-
 from ..gate import concave_gates
-from ..progress import progress_bar
 from ..segments import LayerSegment, check_segments
 from .enumeration import MOST_CUTS, every_cut, number_of_cuts
-from .gate_descent import gate_search, snapped
+from .gate_descent import FINAL_STEEPNESS, gate_search, newton_move, places_along, radii, snapped
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
 from .races import affordable_rows, successive_halving
@@ -71,7 +68,8 @@ def _valleys(cut: Cut) -> Valleys:
 
 def _gate(problem: SearchProblem, valleys: Valleys, steepness: float) -> Gate:
     """Sides in proportion to each valley's length, so that short and long ones have the same shape."""
-    return snapped(concave_gates(valleys, problem.num_layers, [steepness / max(1.0, n) for _, n in valleys]))
+    steep = [min(FINAL_STEEPNESS, steepness / max(1.0, n)) for _, n in valleys]
+    return snapped(concave_gates(valleys, problem.num_layers, steep))
 
 
 def _best_sums(problem: SearchProblem) -> list[Cut]:
@@ -116,7 +114,7 @@ def _cost_of_single_valleys(problem: SearchProblem) -> list[list[float]]:
     """KL of a single valley for each length (from 0) and start, interpolated between those that are measured."""
     total, depth = problem.num_removed, problem.num_layers
     lengths = sorted({max(1, round(total * share)) for share in (0.0, 0.25, 0.5, 0.75, 1.0)})
-    places = {n: torch.linspace(0, depth - n, _looks(depth - n, n)).tolist() for n in lengths}
+    places = {n: places_along(depth - n, n) for n in lengths}
     pairs = [(n, s) for n in lengths for s in places[n]]
     gates = [_gate(problem, ((s, float(n)),), problem.config.initial_steepness) for n, s in pairs]
     rows = problem.rows.take(affordable_rows(problem.objective, gates, _MAP_SHARE * problem.budget))
@@ -135,10 +133,6 @@ def _cost_of_single_valleys(problem: SearchProblem) -> list[list[float]]:
             ]
         )
     return table
-
-
-def _looks(room: int, length: int) -> int:
-    return min(room + 1, max(5, math.ceil(2 * room / length) + 1))
 
 
 def _between(points: list[tuple[float, float]], x: float) -> float:
@@ -167,36 +161,25 @@ def _layers(cut: Cut) -> set[int]:
 
 
 def _descend(problem: SearchProblem, valleys: Valleys, budget: float) -> tuple[Valleys, list[GateStep]]:
-    """Gradient descent on all starts and lengths while the sides get steeper; the lengths' sum stays."""
-    objective, config = problem.objective, problem.config
-    initial, final = config.initial_steepness, config.final_steepness
-    moves = _moves(len(valleys))
-    one_row = 1 + 2 * len(moves) * objective.price(_gate(problem, valleys, initial))
-    steps = max(1, min(config.steps, int(budget * len(objective.tokens) / one_row)))
-    momentum, scale = torch.zeros(2, len(moves), dtype=torch.float64)
+    """Newton steps in a trust region for all starts and lengths while the sides get steeper; the lengths' sum stays.
+
+    All derivatives of a round are central differences on the same rows. The region is halved from round to round.
+    """
+    objective, steepness = problem.objective, problem.config.initial_steepness
+    moves, widths = _moves(len(valleys)), radii(max(1.0, problem.num_removed / (2 * len(valleys))))
     trajectory = []
-    with progress_bar(steps, "Gate search", objective.quiet) as bar:
-        for step in range(1, steps + 1):
-            progress = (step - 1) / max(1, steps - 1)
-            steepness = initial * (final / initial) ** progress
-            ends = [
-                _feasible(_moved(valleys, move, sign * 0.5), problem.num_layers) for move in moves for sign in (-1, 1)
-            ]
-            gates = [_gate(problem, end, steepness) for end in ends]
-            rows = problem.rows.take(affordable_rows(objective, gates, budget / steps))
-            losses = objective.measure(gates, rows, "Gate search").kl.mean(1).view(-1, 2)
-            gradient = losses[:, 1] - losses[:, 0]
-            momentum = 0.7 * momentum + 0.3 * gradient
-            scale = 0.9 * scale + 0.1 * gradient**2
-            direction = (momentum / (1 - 0.7**step)) / ((scale / (1 - 0.9**step)).sqrt() + 1e-12)
-            trajectory.append(
-                GateStep(step, valleys[0][0], steepness / max(1.0, valleys[0][1]), losses.mean().item(), valleys)
-            )
-            rate = config.learning_rate * (1 - 0.9 * progress)
-            for move, amount in zip(moves, (-rate * direction).tolist(), strict=True):
-                valleys = _moved(valleys, move, amount)
-            valleys = _feasible(valleys, problem.num_layers)
-            bar.update(1)
+    for step, radius in enumerate(widths, 1):
+        ends = [valleys]
+        for move, sign in itertools.product(moves, (-1, 1)):
+            ends.append(_feasible(_moved(valleys, move, sign * radius), problem.num_layers))
+        gates = [_gate(problem, end, steepness) for end in ends]
+        rows = problem.rows.take(affordable_rows(objective, gates, budget / len(widths)))
+        here, *losses = objective.measure(gates, rows, "Gate search").kl.mean(1).tolist()
+        trajectory.append(GateStep(step, valleys[0][0], steepness / max(1.0, valleys[0][1]), here, valleys))
+        for move, below, above in zip(moves, losses[::2], losses[1::2], strict=True):
+            valleys = _moved(valleys, move, radius * newton_move(below, here, above))
+        valleys = _feasible(valleys, problem.num_layers)
+        steepness *= 2
     return valleys, trajectory
 
 

@@ -76,7 +76,7 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
 
     def after(index: int):
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            layers[index] = counter.get_total_flops() - begun[index]
+            layers[index] = float(counter.get_total_flops() - begun[index])
 
         return hook
 
@@ -88,7 +88,8 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
         model.requires_grad_(False)  # the counter's hooks stumble over views of weights that want a gradient
         with torch.no_grad(), recorded_inputs(stack.layers, [len(stack)]) as found, counter:
             run_without_head(model, row)
-        around = counter.get_total_flops() - sum(layers)
+        of_layers = tuple(layers)  # the hooks see the head's pass too, in which layers compute nothing
+        around = counter.get_total_flops() - sum(of_layers)
         with torch.no_grad(), stack.head(model) as head, counter:
             head(found[len(stack)][:, :1])
     finally:
@@ -98,4 +99,4 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
             parameter.requires_grad_(True)
     # what lies around the layers is run for the head's token as well
     of_a_token = counter.get_total_flops() - around / row.shape[1]
-    return ForwardWork(tuple(map(float, layers)), max(0.0, of_a_token) * row.shape[1], float(around))
+    return ForwardWork(of_layers, max(0.0, of_a_token) * row.shape[1], float(around))

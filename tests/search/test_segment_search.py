@@ -106,7 +106,7 @@ def test_scores_that_are_not_finite_are_an_error():
 def test_the_result_is_json_ready():
     import json
 
-    result = search_segments(tiny_model(), random_tokens(2, 12), 2, settings("gate", steps=3), quiet=True)
+    result = search_segments(tiny_model(), random_tokens(2, 12), 2, settings("gate"), quiet=True)
     section = json.loads(json.dumps(result.to_dict()))
     assert section["segments"] == [[result.segments[0].start, result.segments[0].stop]]
     assert {"segments", "kl", "standard_error", "loss", "num_rows", "behind"} <= set(section["scored"][0])
