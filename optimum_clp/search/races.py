@@ -46,7 +46,7 @@ def successive_halving(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[in
         price = 1 + sum(map(objective.price_of, alive))
         one_row = price / len(objective.tokens)
         affordable = int((end - objective.spent) / one_row + 1e-9)
-        if affordable == 0 and board.kl.keys() >= set(alive):
+        if affordable <= 0 and board.kl.keys() >= set(alive):
             break
         count = min(len(left), max(1, affordable // rounds))
         board.measure(alive, left[:count], f"Scoring {len(alive)} segments")

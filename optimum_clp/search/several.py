@@ -203,8 +203,9 @@ def _feasible(valleys: Valleys, num_layers: int) -> Valleys:
     """The nearest valleys of at least half a layer each, in the stack, with a layer between any two."""
     lengths = [max(0.5, n) for _, n in valleys]
     surplus = sum(lengths) - sum(n for _, n in valleys)
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    lengths[longest] -= surplus
+    for j in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        taken = min(surplus, lengths[j] - 0.5)
+        lengths[j], surplus = lengths[j] - taken, surplus - taken
     starts, low = [], 0.0
     for (start, _), length in zip(valleys, lengths, strict=True):
         starts.append(max(low, start))

@@ -1,0 +1,151 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from searches import settings
+from tiny_models import random_tokens, tiny_model, tiny_tokenizer
+
+from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp.search import search_segments, search_within_budget
+from optimum_clp.search.journal import Journal, journal_file
+from optimum_clp.search.objective import Objective
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, count):
+    """Let the objective compute so many micro-batches."""
+    computed = []
+    whole = Objective._measure
+
+    def measure(self, gates, rows):
+        if len(computed) == count:
+            raise Interrupted
+        computed.append(rows)
+        return whole(self, gates, rows)
+
+    monkeypatch.setattr(Objective, "_measure", measure)
+    return computed
+
+
+@pytest.mark.parametrize("strategy", ["gate", "halving", "exhaustive"])
+@pytest.mark.parametrize("num_segments", [1, 2])
+def test_an_interrupted_search_goes_on_where_it_was(strategy, num_segments, tmp_path, monkeypatch):
+    model, tokens, file = tiny_model(num_layers=10), random_tokens(8, 16), tmp_path / "search.jsonl"
+
+    def search(journal=None):
+        config = settings(strategy, batch_size=1)
+        return search_segments(model, tokens, 3, config, num_segments=num_segments, journal=journal, quiet=True)
+
+    with monkeypatch.context() as patch:
+        computed = interrupt_after(patch, 10_000)
+        uninterrupted = search()
+        total = len(computed)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        with pytest.raises(Interrupted):
+            search(file)
+    assert len(file.read_text().splitlines()) == 5
+    with file.open("a") as stream:
+        stream.write('{"key": "cut off in the mid')
+    with monkeypatch.context() as patch:
+        computed = interrupt_after(patch, 10_000)
+        resumed = search(file)
+    assert resumed == uninterrupted
+    assert len(computed) == total - 5
+    assert not file.exists()
+
+
+def test_a_search_for_a_quality_budget_is_resumed(tmp_path, monkeypatch):
+    model, tokens, file = tiny_model(num_layers=8), random_tokens(8, 16), tmp_path / "search.jsonl"
+
+    def search(journal=None):
+        config = settings("halving", batch_size=2)
+        return search_within_budget(model, tokens[:6], tokens[6:], 5.0, config, journal=journal, quiet=True)
+
+    uninterrupted = search()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        with pytest.raises(Interrupted):
+            search(file)
+    assert search(file) == uninterrupted
+
+
+def test_the_pruner_resumes_by_itself_and_only_the_same_search(tmp_path, monkeypatch):
+    model = tiny_model(num_layers=8)
+    text = [" ".join(f"w{3 + (i * j) % 90}" for i in range(200)) for j in range(1, 40)]
+    calibration = {"dataset": text, "sequence_length": 16, "train_sequences": 8, "cache_dir": str(tmp_path)}
+    calibration |= {"validation_sequences": 4, "test_sequences": 4}
+    config = CLPConfig(0.25, calibration=calibration, search={"strategy": "exhaustive", "batch_size": 1})
+    pruner = CLPPruner.from_pretrained(model, tokenizer=tiny_tokenizer(), quiet=True)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 3)
+        with pytest.raises(Interrupted):
+            pruner.search(config)
+    (kept,) = (tmp_path / "optimum_clp").iterdir()
+    other = CLPConfig(0.25, seed=1, calibration=calibration, search={"strategy": "exhaustive", "batch_size": 1})
+    with monkeypatch.context() as patch:
+        computed = interrupt_after(patch, 10_000)
+        CLPPruner.from_pretrained(model, tokenizer=tiny_tokenizer(), quiet=True).search(other)
+        assert len(computed) == 8 and kept.exists()
+        computed.clear()
+        CLPPruner.from_pretrained(model, tokenizer=tiny_tokenizer(), quiet=True).search(config)
+        assert len(computed) == 5 and not kept.exists()
+
+
+def test_what_cannot_be_written_is_told_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    journal = Journal(tmp_path / "file" / "search.jsonl")
+    with pytest.warns(UserWarning, match="cannot be written .*: the search cannot be resumed"):
+        assert journal.recall("key", lambda: [1.5]) == [1.5]
+    assert journal.recall("other", lambda: 2) == 2
+    journal.close()
+
+
+def test_a_journals_name_depends_on_all_of_its_contents(tmp_path):
+    base = {"weights": "a", "rows": [1]}
+    names = {journal_file({**base, **change}, tmp_path) for change in ({}, {"weights": "b"}, {"rows": [2]})}
+    assert len(names) == 3 and journal_file(base, tmp_path) in names
+
+
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from searches import settings
+from tiny_models import random_tokens, tiny_model
+from optimum_clp.search import search_segments
+torch.set_num_threads(1)
+rank, store = int(sys.argv[2]), sys.argv[3]
+if rank >= 0:
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+for strategy in ("gate", "halving", "exhaustive", "block_influence", "taylor", "perplexity_greedy"):
+    config = settings(strategy, num_sequences=7, batch_size=2)
+    result = search_segments(tiny_model(num_layers=8), random_tokens(7, 16), 2, config, quiet=True)
+    print(json.dumps({**result.to_dict(), "seconds": 0}))
+"""
+
+
+def test_two_processes_find_the_same_as_one(tmp_path):
+    folder = str(__import__("pathlib").Path(__file__).parent)
+    tests = str(__import__("pathlib").Path(__file__).parents[1])
+
+    def start(rank):
+        code = f"import sys; sys.path.insert(0, {tests!r})\n" + WORKER
+        command = [sys.executable, "-W", "ignore", "-c", code, folder, str(rank), str(tmp_path / "store")]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    printed = [process.communicate(timeout=240)[0] for process in [start(rank) for rank in (-1, 0, 1)]]
+    alone, first, second = ([json.loads(line) for line in text.splitlines() if line[0] == "{"] for text in printed)
+    assert len(alone) == 6
+    assert alone == first == second
+
+
+def test_tokens_are_not_changed():
+    tokens = random_tokens(4, 16)
+    before = tokens.clone()
+    search_segments(tiny_model(), tokens, 2, settings("gate"), quiet=True)
+    assert torch.equal(tokens, before)
