@@ -26,7 +26,7 @@ def recipe(tmp_path, **overrides):
             "test_sequences": 4,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "search": {"num_sequences": 8, "steps": 4},
+        "search": {"num_sequences": 8},
         "tuning": {"epochs": 1, "batch_size": 4, "learning_rate": 3e-3},
         "export": {"enabled": False},
     }

@@ -68,7 +68,7 @@ def test_every_option_reaches_the_configuration():
     line = (
         "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --text-column body --sequence-length 64 "
         "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
-        "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-steps 4 "
+        "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
         "--no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
         "--opset 22 --tolerance 1e-3 out"
@@ -84,14 +84,26 @@ def test_every_option_reaches_the_configuration():
     }
     # the recipe's finer points are set in a file, with --config
     assert unchanged == {
-        "search.learning_rate",
         "search.initial_steepness",
-        "search.final_steepness",
         "tuning.warmup_ratio",
         "tuning.weight_decay",
         "tuning.max_grad_norm",
         "tuning.evaluations_per_epoch",
     }
+
+
+def test_how_many_layers_go_can_be_left_to_a_quality_budget():
+    line = "search --model m --pruning-ratio auto --max-perplexity-increase 0.2 --num-segments 3"
+    config = CLPConfig.from_dict(values(line))
+    assert (config.pruning_ratio, config.perplexity_bound(), config.num_segments) == ("auto", 0.2, 3)
+    config = CLPConfig.from_dict(values("search --model m --pruning-ratio auto --min-retention 0.8"))
+    assert config.perplexity_bound() == pytest.approx(0.25)
+
+
+def test_a_ratio_that_is_no_number_is_told(capsys):
+    with pytest.raises(SystemExit):
+        parse("prune --model m --pruning-ratio most out")
+    assert "'most' is neither a number nor auto" in capsys.readouterr().err
 
 
 def test_options_override_a_base_and_leave_it_as_it_is():
