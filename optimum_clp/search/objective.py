@@ -78,6 +78,7 @@ class Objective:
     Attributes:
         stack ([`LayerStack`]), work ([`ForwardWork`]): Of the model.
         weights (`Tensor`): float64 `[rows]`: tokens of each row.
+        probe (`float`): Work that it took to measure `work`: one row.
         spent (`float`): Work so far, in forward-equivalents.
         layer_passes (`float`): Layers run so far, in passes over all rows.
     """
@@ -101,7 +102,7 @@ class Objective:
         self.num_layers = len(self.stack)
         self.weights = (torch.ones_like(tokens) if attention_mask is None else attention_mask).sum(1).double()
         self.work: ForwardWork = measure_work(model, self.stack, tokens[:1])
-        self.spent = 1 / len(tokens)  # the row that the work was measured on
+        self.probe = self.spent = 1 / len(tokens)
         self.layer_passes = self.num_layers / len(tokens)
         self._memory = _MemoryRule(model, tokens.shape[1], batch_size)
 

@@ -65,8 +65,9 @@ class SearchProblem:
 
     @property
     def budget(self) -> float:
-        """Work that may be done, in forward-equivalents: the setting, for each of the `2k - 1` parameters."""
-        return self.config.budget * (2 * self.num_segments - 1)
+        """Work that may be done, in forward-equivalents: the setting, for each of the `2k - 1` parameters, less what it
+        took to measure how much work a layer is."""
+        return self.config.budget * (2 * self.num_segments - 1) - self.objective.probe
 
     def no_cut(self) -> ModelError:
         """The error for a model of which no such cut is exact."""

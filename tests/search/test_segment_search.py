@@ -67,7 +67,7 @@ def test_four_forward_equivalents_are_enough_at_any_depth(strategy, num_layers):
     config = settings(strategy, num_sequences=32)
     for removed in (num_layers // 10, num_layers // 5, num_layers // 2):
         result = search_segments(model, tokens, removed, config, quiet=True)
-        assert result.forward_equivalents <= 4.1  # the last row of a round may go a little beyond
+        assert result.forward_equivalents <= 4
         assert len(result.scored) <= (5 if result.used_strategy == "gate" else num_layers - removed + 1)
 
 
