@@ -74,7 +74,8 @@ def main() -> None:
 def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespace, measure) -> dict:
     """All figures of one ratio and one source of tuning text."""
     dataset = str(args.data / "train.txt") if source == "given" else None
-    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset, tuning={"loss": args.loss})
+    search = {"strategy": "gate"}
+    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset, search=search, tuning={"loss": args.loss})
     gate = pruner.search(config)
     data = load_calibration(config.calibration, pruner.tokenizer, pruner.model, config.seed, quiet=True)
     oracle = search_segments(
