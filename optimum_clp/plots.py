@@ -219,24 +219,38 @@ def _draw_importance(axes, search: dict[str, Any], importance: Sequence[float | 
 
 
 def _draw_trajectory(axes, steps: Sequence[dict[str, Any]]) -> None:
+    """One valley: its KL at every place that was looked at, a line for each step. Several: where they were, step by step."""
     first = min(entry["step"] for entry in steps)
-    # several entries for the first step are places that were compared before the gate began to move
-    tried = [entry for entry in steps if entry["step"] == first]
-    path = [entry for entry in steps if entry["step"] > first or len(tried) == 1]
-    if len(tried) > 1:
-        scan = _columns([(start, entry["step"]) for entry in tried for start, _ in _valleys(entry)])
-        axes.plot(*scan, "x", color=_GREY, linestyle="none", label="tried to begin from")
-    if any(len(_valleys(entry)) > 1 for entry in path):
-        spans = [(entry["step"], [(start, start + length) for start, length in _valleys(entry)]) for entry in path]
-        _draw_spans(axes, spans, color=_VERMILION, alpha=0.45, label="gate's valleys")
-        _draw_spans(axes, spans[-1:], linewidth=5, color=_VERMILION, label="final gate")
-    elif path:
-        starts, numbers = _columns([(entry["start"], entry["step"]) for entry in path])
-        axes.plot(starts, numbers, color=_VERMILION, marker=".", linewidth=1.5, label="gate, at its first layer")
-        ring = {"markersize": 8, "fillstyle": "none", "mew": 2}
-        axes.plot(starts[-1:], numbers[-1:], "o", color=_VERMILION, linestyle="none", label="final gate", **ring)
-    axes.set_ylabel("gate step")
-    axes.invert_yaxis()
+    swept = [entry for entry in steps if entry["step"] == first]
+    if len(swept) == 1:
+        swept = []
+    later = [entry for entry in steps if entry not in swept]
+    if any(len(_valleys(entry)) > 1 for entry in steps):
+        scan = _columns([(start, entry["step"]) for entry in swept for start, _ in _valleys(entry)])
+        if swept:
+            axes.plot(*scan, "x", color=_GREY, linestyle="none", label="tried to begin from")
+        spans = [(entry["step"], [(start, start + length) for start, length in _valleys(entry)]) for entry in later]
+        if spans:
+            _draw_spans(axes, spans, color=_VERMILION, alpha=0.45, label="gate's valleys")
+            _draw_spans(axes, spans[-1:], linewidth=5, color=_VERMILION, label="final gate")
+        axes.set_ylabel("gate step")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.invert_yaxis()
+        return
+    if swept:
+        axes.plot(*_by_start(swept), color=_GREY, marker="x", linewidth=1, label="sweep along the stack")
+    numbers = sorted({entry["step"] for entry in later})
+    for number in numbers:
+        label = "steeper gates, the last darkest" if number == numbers[-1] else None
+        alpha = 0.25 + 0.75 * (1 + numbers.index(number)) / len(numbers)
+        looks = [entry for entry in later if entry["step"] == number]
+        axes.plot(*_by_start(looks), color=_VERMILION, marker=".", linewidth=1, alpha=alpha, label=label)
+    axes.set_ylabel("KL under the gate\n(nats per token)")
+    _scale(axes, [entry["loss"] for entry in steps if _drawable(entry["loss"])])
+
+
+def _by_start(steps: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    return _columns(sorted((entry["start"], entry["loss"]) for entry in steps if _drawable(entry["loss"])))
 
 
 def _valleys(entry: dict[str, Any]) -> Sequence[Sequence[float]]:

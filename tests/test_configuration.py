@@ -72,7 +72,12 @@ def test_ratios_outside_the_open_interval_are_refused(ratio):
         ("calibration", "sequence_length", 4, "it must be a whole number at least 8"),
         ("calibration", "temperature", 0, "it must be a number above 0"),
         ("calibration", "text_column", "", "it must be a string that is not empty"),
-        ("search", "strategy", "magic", "it must be one of 'auto', 'gate', 'exhaustive', 'halving', 'block_influence'"),
+        (
+            "search",
+            "strategy",
+            "magic",
+            "it must be one of 'auto', 'gate', 'exhaustive', 'halving', 'block_influence'",
+        ),
         ("search", "budget", 0, "it must be a number above 0"),
         ("search", "num_rescored", 6, "it must be a whole number from 1 to 5"),
         ("tuning", "loss", {"kd": 0.0}, "weights of at least 0 for these, not all 0"),

@@ -57,12 +57,12 @@ def test_search_plot_draws_the_scores_and_the_gate(tmp_path, drawn):
     assert _line(scores, "chosen").get_xydata().tolist() == [[7, 0.41]]
     assert scores.get_title() == "3 of 16 layers removed, strategy: auto (used gate)"
     steps = report.search["trajectory"]
-    assert _line(gate, "tried to begin from").get_xydata().tolist() == [
-        [e["start"], 0] for e in steps if e["step"] == 0
-    ]
-    moves = [[e["start"], e["step"]] for e in steps if e["step"] > 0]
-    assert _line(gate, "gate, at its first layer").get_xydata().tolist() == moves
-    assert _line(gate, "final gate").get_xydata().tolist() == moves[-1:]
+    looks = {n: sorted([e["start"], e["loss"]] for e in steps if e["step"] == n) for n in {e["step"] for e in steps}}
+    assert _line(gate, "sweep along the stack").get_xydata().tolist() == looks[0]
+    assert [line.get_xydata().tolist() for line in gate.lines] == [looks[n] for n in sorted(looks)]
+    assert _line(gate, "steeper gates, the last darkest").get_xydata().tolist() == looks[max(looks)]
+    alphas = [line.get_alpha() for line in gate.lines[1:]]
+    assert alphas == sorted(alphas) and alphas[-1] == 1
     assert "nats per token" in scores.get_ylabel() and gate.get_xlabel() == "layer"
 
 
@@ -170,7 +170,7 @@ def test_older_report_is_drawn(tmp_path, drawn):
     (points,) = scores.containers
     assert list(points.lines[0].get_ydata()) == [entry["kl"] for entry in report.search["scored"]]
     assert "strategy: gate" in scores.get_title()
-    assert _line(gate, "tried to begin from").get_xydata().tolist() == [[0, 0], [4.5, 0], [9, 0], [13, 0]]
+    assert _line(gate, "sweep along the stack").get_xdata().tolist() == [0, 4.5, 9, 13]
 
 
 def test_search_plot_without_a_gate_has_no_panel_for_it(tmp_path, drawn):

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tables import markdown  # noqa: E402
+from tables import markdown
 
 ORDER = ("exhaustive", "gate", "halving", "fraction", "block_influence", "angular", "cosine_block", "taylor",
          "perplexity_greedy", "tail", "random")  # fmt: skip
@@ -104,9 +104,7 @@ def short(cut: list[list[int]]) -> str:
 
 def several_table(results: dict) -> str:
     rows = [["layers", "seed", "strategy", "segments", "forwards", "layers removed", "held-out KL", "against one"]]
-    one = {
-        (r["num_removed"], r["seed"]): r["held_out"]["kl"] for r in results["runs"] if r.get("num_segments") == 1
-    }
+    one = {(r["num_removed"], r["seed"]): r["held_out"]["kl"] for r in results["runs"] if r.get("num_segments") == 1}
     for run in results["runs"]:
         base = one[run["num_removed"], run["seed"]]
         rows.append([str(run["num_removed"]), str(run["seed"]), run["strategy"], str(run.get("num_segments", "any")),
