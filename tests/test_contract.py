@@ -192,7 +192,7 @@ class TestContract:
         if tiny.plantable:
             assert result.segments == (planted,)
             assert result.score == pytest.approx(0, abs=1e-5)
-        gate = SearchConfig(strategy="gate", num_sequences=2, batch_size=2)
+        gate = SearchConfig(strategy="gate", num_sequences=2, batch_size=2, budget=100.0)
         found = search_segments(model, random_tokens(2, LENGTH), len(planted), gate, quiet=True)
         oracle = {s.segment: s.kl for s in result.scored}
         assert any(scored.num_rows == 2 for scored in found.scored)

@@ -23,7 +23,7 @@ Valleys = tuple[tuple[float, float], ...]
 """Start and length of each valley, in layers, from the first to the last."""
 
 _MAP_SHARE, _START_SHARE, _DESCENT_SHARE = 0.35, 0.15, 0.2
-_KEPT_SUMS = 64
+_KEPT_SUMS = 16  # of each number of segments
 _STARTS = 6
 
 
