@@ -29,7 +29,7 @@ def main() -> None:
     pruner.prune(CLPConfig(args.pruning_ratio), save_directory=args.output, overwrite=True)
     search, tuning = pruner.report.search, pruner.report.tuning
     print(
-        f"\nThe {search['strategy']} search chose layers {', '.join(map(str, pruner.segments))} of {search['num_layers']}; "
+        f"\nThe search (strategy {search['used_strategy']}) chose layers {', '.join(map(str, pruner.segments))} of {search['num_layers']}; "
         f"layers {', '.join(map(str, tuning['layers']))} of the cut model were tuned in {tuning['steps']} steps.\n"
     )
     print(pruner.report.to_table())
