@@ -5,7 +5,7 @@
 Arguments and folders as for `compare.py`; results go to `several-NAME.json`. For each number of layers:
 `gate` with 1, 2 and 3 segments; and at the cost that the gates of 2 segments had, a race of all cuts (`halving`) and greedy
 removal of single layers (`perplexity_greedy`, on as many rows as the cost pays for). For each quality budget: the number of
-layers that bisection finds with 1, 2 and 3 segments, and greedy removal until the budget is used up.
+layers that bisection finds with 1 and 2 segments, and greedy removal until the budget is used up.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from optimum_clp.search.objective import Objective
 from optimum_clp.search.problem import cut_of
 from optimum_clp.search.scoreboard import Scoreboard
 
-INCREASES = (0.1, 0.25, 0.5, 1.0)
+INCREASES = (0.25, 1.0)
 VALIDATION_ROWS = 24
 
 
@@ -99,7 +99,7 @@ def quality_budgets(setting: Setting, args: argparse.Namespace, results: dict, k
     rows = setting.rows(args.seeds[0], ROWS + VALIDATION_ROWS)
     search, check = rows[:ROWS], rows[ROWS:]
     for increase in INCREASES:
-        for segments in (1, 2, 3):
+        for segments in (1, 2):
             method = f"bisection, {segments} segment{'s' if segments > 1 else ''}"
             if (increase, method) in done:
                 continue
