@@ -92,7 +92,9 @@ def test_the_cost_of_exhaustive_search_is_the_formula():
     objective = Objective(model, tokens, quiet=True)
     layers, removed = 12, 3
     head = objective.work.head / objective.work.layers[0]
-    around = objective.work.around / objective.work.layers[0]  # transformers 4 multiplies matrices for its rotary angles
+    around = (
+        objective.work.around / objective.work.layers[0]
+    )  # transformers 4 multiplies matrices for its rotary angles
     gates = [gate_of([LayerSegment(s, s + removed)], layers) for s in range(layers - removed + 1)]
     before = objective.spent
     objective.measure(gates, range(8))
