@@ -120,7 +120,7 @@ def budget_table(results: dict) -> str:
         increase = "" if held_out is None else f"{held_out['perplexity'] / held_out['dense_perplexity'] - 1:+.1%}"
         rows.append([f"{run['increase']:.0%}", run["method"], str(run["num_removed"]),
                      f"{run['forward_equivalents']:.1f}", short(run["segments"]), increase])  # fmt: skip
-    return f"Quality budgets, as increase of the perplexity on {'validation rows'}:\n\n" + markdown(rows)
+    return "Quality budgets, as increase of the perplexity on validation rows:\n\n" + markdown(rows)
 
 
 def calibration_table(results: dict) -> str:
@@ -150,11 +150,21 @@ def plot_quality(compared: list[dict], path: Path) -> None:
             axes.plot(costs, ratios, marker, color=colour, label=strategy, markersize=5, alpha=0.7, linestyle="none")
         axes.axvline(4, color="#767676", linestyle="--", linewidth=1)
         axes.set(xscale="log", yscale="log", title=results["model"], xlabel="forward-equivalents")
+        plain_ticks(axes.xaxis)
+        plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out KL / oracle's")
     handles, labels = figure.axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path)
+
+
+def plain_ticks(axis) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def plot_several(several: list[dict], path: Path) -> None:
@@ -174,6 +184,7 @@ def plot_several(several: list[dict], path: Path) -> None:
             counts = sorted(points)
             axes.plot(counts, [statistics.mean(points[n]) for n in counts], marker=marker, color=colour, label=label)
         axes.set(title=results["model"], xlabel="layers removed", yscale="log")
+        plain_ticks(axes.yaxis)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("held-out KL (nats per token)")
     handles, labels = figure.axes[-1].get_legend_handles_labels()
