@@ -53,18 +53,6 @@ RECIPES = {
 }
 
 
-def trained_model(name: str) -> Path:
-    """The folder of a trained model.
-
-    Raises:
-        FileNotFoundError: If it has not been trained on this machine; names the command that does it.
-    """
-    folder = CACHE / name
-    if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"{name} is not trained yet: python benchmarks/models.py {name} --data DATA")
-    return folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=sorted(RECIPES))

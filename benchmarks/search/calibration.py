@@ -12,8 +12,7 @@ import json
 from pathlib import Path
 
 import torch
-from compare import CACHE, HELD_OUT_ROWS, LENGTHS
-from models import RECIPES
+from compare import HELD_OUT_ROWS, LENGTHS, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp.calibration import tokenize_dataset
@@ -40,7 +39,7 @@ def main() -> None:
 
 
 def study(name: str, args: argparse.Namespace) -> None:
-    path = CACHE / name if name in RECIPES else args.models_dir / name
+    path = model_folder(name, args.models_dir)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     length = LENGTHS.get(name, 256)

@@ -14,24 +14,20 @@ on as many rows as the budget pays for. Costs are in forward-equivalents of the 
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 
 import torch
+from live_memory import LiveTensorBytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from live_memory import LiveTensorBytes  # noqa: E402
-from models import CACHE, RECIPES  # noqa: E402
-
-from optimum_clp.architecture import allowed_segments  # noqa: E402
-from optimum_clp.calibration import tokenize_dataset  # noqa: E402
-from optimum_clp.configuration import SearchConfig  # noqa: E402
-from optimum_clp.report import environment_info  # noqa: E402
-from optimum_clp.search import search_segments  # noqa: E402
-from optimum_clp.search.objective import Objective, gate_of  # noqa: E402
-from optimum_clp.segments import LayerSegment, number_of_layers_to_remove  # noqa: E402
+from optimum_clp.architecture import allowed_segments
+from optimum_clp.calibration import tokenize_dataset
+from optimum_clp.configuration import SearchConfig
+from optimum_clp.report import environment_info
+from optimum_clp.search import search_segments
+from optimum_clp.search.objective import Objective, gate_of
+from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = (0, 1, 2, 3, 4)
@@ -72,8 +68,18 @@ def main() -> None:
         compare(load_setting(name, args.models_dir, args.data), args.ratios, args.seeds, args.output / f"{name}.json")
 
 
+def model_folder(name: str, models_dir: Path) -> Path:
+    """Where a model is: in `models_dir`, or where `benchmarks/models.py` puts what it trains."""
+    for folder in (models_dir / name, Path(__file__).parents[1] / ".cache" / name):
+        if (folder / "config.json").is_file():
+            return folder
+    raise SystemExit(
+        f"{name} is not in {models_dir}; deep32 and deep80: python benchmarks/models.py {name} --data DATA"
+    )
+
+
 def load_setting(name: str, models_dir: Path, data: Path) -> Setting:
-    path = CACHE / name if name in RECIPES else models_dir / name
+    path = model_folder(name, models_dir)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     length, text = LENGTHS.get(name, 256), data / TEXTS.get(name, "stories")

@@ -13,7 +13,7 @@ import json
 import math
 from pathlib import Path
 
-from compare import BUDGET, RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
+from compare import RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
 
 from optimum_clp.configuration import SearchConfig
 from optimum_clp.errors import SearchError
@@ -144,9 +144,6 @@ def greedy(setting: Setting, search, check, increase: float) -> dict:
         "forward_equivalents": spent,
         "held_out": held_out,
     }
-
-
-assert BUDGET == SearchConfig().budget
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
     def look(step: int, starts: Sequence[float], steepness: float, share: float) -> list[float]:
         gates = [snapped(concave_gate(s, length, objective.num_layers, steepness)) for s in starts]
         taken = rows.take(affordable_rows(objective, gates, share * problem.budget))
-        losses = objective.measure(gates, taken, "Gate search").kl.mean(1).tolist()
+        losses = objective.mean_kl(gates, taken, "Gate search")
         trajectory.extend(
             GateStep(step, s, steepness, loss, ((s, length),)) for s, loss in zip(starts, losses, strict=True)
         )

@@ -21,6 +21,7 @@ from ..gate import hard_gate
 from ..gating import LayerStack, recorded_inputs, run_without_head
 from ..progress import progress_bar
 from ..segments import LayerSegment
+from ..surgery import count_bytes
 from .journal import Journal
 from .work import ForwardWork, measure_work
 
@@ -140,6 +141,11 @@ class Objective:
         }
         return RowMeasures(**tables)
 
+    def mean_kl(self, gates: Sequence[Gate], rows: Sequence[int], description: str = "Search") -> list[float]:
+        """Token-mean KL of each gate over some rows; see [`~Objective.measure`]."""
+        weights = self.weights[list(rows)]
+        return (self.measure(gates, rows, description).kl @ (weights / weights.sum())).tolist()
+
     def spend(self, share: float, forwards: float, layer_passes: float) -> None:
         """Count work on a share of the rows."""
         self.spent += share * forwards
@@ -254,9 +260,8 @@ class _MemoryRule:
         self.vocabulary, self.hidden = config.vocab_size, config.hidden_size
         self.length, self.batch_size = length, batch_size
         self.element = model.dtype.itemsize
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
         logits = batch_size * length * self.vocabulary * self.element
-        self.free = _FREE_OF_WEIGHTS * weights + _FREE_OF_LOGITS * logits
+        self.free = _FREE_OF_WEIGHTS * count_bytes(model) + _FREE_OF_LOGITS * logits
 
     def rows(self, num_gates: int) -> int:
         """Rows of a micro-batch: the states that the gates are entered with, or those that they give, are all held."""

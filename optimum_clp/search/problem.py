@@ -83,8 +83,7 @@ class SearchProblem:
 
     def can_go(self, layers: Sequence[int]) -> bool:
         """Whether the model without these layers can be expressed exactly."""
-        kept = [i for i in range(self.num_layers) if i not in set(layers)]
-        return cut_obstacle(self.objective.model.config, kept) is None
+        return self.is_allowed(cut_of(layers, self.num_layers))
 
     def is_allowed(self, cut: Cut) -> bool:
         """As [`~SearchProblem.can_go`], for segments."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..gate import concave_gates
 from ..segments import LayerSegment, check_segments
-from .enumeration import MOST_CUTS, every_cut, number_of_cuts
+from .enumeration import MOST_CUTS, halving_search, number_of_cuts
 from .gate_descent import FINAL_STEEPNESS, gate_search, newton_move, places_along, radii, snapped
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
@@ -43,7 +43,7 @@ def several_gates_search(problem: SearchProblem) -> SearchOutcome:
     starts = _unlike(sums, _STARTS, problem.num_removed)
     initial = [_gate(problem, _valleys(cut), config.initial_steepness) for cut in starts]
     taken = rows.take(affordable_rows(objective, initial, _START_SHARE * problem.budget))
-    losses = objective.measure(initial, taken, "Gates of several valleys").kl.mean(1).tolist()
+    losses = objective.mean_kl(initial, taken, "Gates of several valleys")
     steps = [
         GateStep(0, float(cut[0].start), config.initial_steepness / len(cut[0]), loss, _valleys(cut))
         for cut, loss in zip(starts, losses, strict=True)
@@ -118,7 +118,7 @@ def _cost_of_single_valleys(problem: SearchProblem) -> list[list[float]]:
     pairs = [(n, s) for n in lengths for s in places[n]]
     gates = [_gate(problem, ((s, float(n)),), problem.config.initial_steepness) for n, s in pairs]
     rows = problem.rows.take(affordable_rows(problem.objective, gates, _MAP_SHARE * problem.budget))
-    found = problem.objective.measure(gates, rows, "Map of single valleys").kl.mean(1).tolist()
+    found = problem.objective.mean_kl(gates, rows, "Map of single valleys")
     measured = dict(zip(pairs, found, strict=True))
     table = [[0.0] * (depth + 1)]
     for length in range(1, total + 1):
@@ -174,7 +174,7 @@ def _descend(problem: SearchProblem, valleys: Valleys, budget: float) -> tuple[V
             ends.append(_feasible(_moved(valleys, move, sign * radius), problem.num_layers))
         gates = [_gate(problem, end, steepness) for end in ends]
         rows = problem.rows.take(affordable_rows(objective, gates, budget / len(widths)))
-        here, *losses = objective.measure(gates, rows, "Gate search").kl.mean(1).tolist()
+        here, *losses = objective.mean_kl(gates, rows, "Gate search")
         trajectory.append(GateStep(step, valleys[0][0], steepness / max(1.0, valleys[0][1]), here, valleys))
         for move, below, above in zip(moves, losses[::2], losses[1::2], strict=True):
             valleys = _moved(valleys, move, radius * newton_move(below, here, above))
@@ -249,5 +249,4 @@ def _by_enumeration(problem: SearchProblem) -> SearchOutcome:
     """For architectures of which few cuts are exact, none of them among the best sums."""
     if number_of_cuts(problem.num_layers, problem.num_removed, problem.num_segments) > MOST_CUTS:
         raise problem.no_cut()
-    cuts = every_cut(problem)
-    return SearchOutcome(successive_halving(problem.board, cuts, problem.rows.all_from_here(), problem.budget))
+    return halving_search(problem)
