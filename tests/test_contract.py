@@ -158,6 +158,11 @@ class TestContract:
             logits(model)
         with stack.resumed(stop, found[start]):
             assert torch.equal(logits(model), expected)
+        gate = hard_gate_of(model, cut).tolist()
+        with torch.no_grad(), recorded_inputs(layers, [stack.entry(gate)[1]]) as entered:
+            logits(model)
+        with stack.gated(gate, entered[stack.entry(gate)[1]]):  # as the search runs it
+            assert torch.equal(logits(model), expected)
         with pytest.raises(RuntimeError, match="planted"):
             with gated(layers, torch.full((len(layers),), 0.5)), stack.resumed(1, found[start]):
                 raise RuntimeError("planted")
