@@ -72,6 +72,8 @@ def load_calibration(
     model: PreTrainedModel,
     seed: int,
     quiet: bool = False,
+    *,
+    fingerprint: str | None = None,
 ) -> CalibrationData:
     """Read or write the text that `config` asks for, and split it.
 
@@ -83,6 +85,7 @@ def load_calibration(
             if `config.dataset` is `None`. Left as it is.
         seed (`int`): Same seed, same rows.
         quiet (`bool`): No progress bar.
+        fingerprint (`str`, *optional*): Of the weights, if [`weights_fingerprint`] was taken before.
 
     Returns:
         [`CalibrationData`]. The three splits of given text follow one another in the shuffled source, so a document can
@@ -97,7 +100,7 @@ def load_calibration(
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
     statistics = None
     if config.dataset is None:
-        fingerprint = weights_fingerprint(model, quiet)
+        fingerprint = fingerprint or weights_fingerprint(model, quiet)
 
         def sample(rows: int, seed: int) -> Sample:
             return sample_text(

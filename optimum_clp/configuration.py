@@ -31,7 +31,9 @@ STRATEGIES = (
     "tail",
     "random",
 )
-LOSSES = ("kd", "ce")
+LOSSES = ("kd", "ce", "hidden")
+INITS = ("none", "fold", "least_squares")
+MIXED_PRECISIONS = ("no", "bf16", "fp16")
 WEIGHTS = ("int8", "int4")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
@@ -99,30 +101,53 @@ class TuningConfig:
 
     Args:
         enabled (`bool`): `False` keeps the cut as it is.
+        init (`str`): What the endpoints start from: `"none"` (the cut as it is), or a closed-form solution for their last
+            projection, `"fold"` (a linear map folded into it) or `"least_squares"` (all of it refitted); it is kept if
+            it lowers the validation loss.
         loss (`str` or `dict[str, float]`): `"kd"` (KL to the dense model's logits), `"ce"` (next-token
-            cross-entropy), or weights such as `{"kd": 0.9, "ce": 0.1}`.
+            cross-entropy), `"hidden"` (the dense model's hidden states behind each trained layer), or weights such as
+            `{"kd": 0.9, "ce": 0.1}`.
         endpoint_width (`int`): Layers trained on each side of the cut.
+        train_final_norm (`bool`): Also train the norm behind the last layer.
+        train_head (`bool`): Also train the head, if it is not tied to the embedding.
         learning_rate (`float` or `None`): Peak rate of AdamW. `None` takes 0.1 / hidden size.
         epochs (`int`): Passes over the train split.
-        batch_size (`int`): Rows in one optimizer step.
+        batch_size (`int`): Rows in one optimizer step, over all processes; the last rows of an epoch that do not fill a
+            step are left out of it.
+        gradient_accumulation_steps (`int`): Forward and backward passes in one step of one process: more take less memory.
+        mixed_precision (`str` or `None`): `"no"`, `"bf16"` or `"fp16"`; `None` for what `accelerate` is set to.
         warmup_ratio (`float`): Share of the steps over which the rate rises; a cosine takes it to 0 after that.
         weight_decay (`float`): Of AdamW.
         max_grad_norm (`float`): The gradient is clipped to this norm.
         evaluations_per_epoch (`int`): How often the validation loss is taken.
         patience (`int`): Evaluations without a better validation loss before tuning stops.
+        checkpoint_seconds (`float`): How much work an interruption may cost; 0 saves a checkpoint after every step.
+        cache_memory_gib (`float`): Hidden states of the tuning text that are held in main memory, in GiB; the rest lies
+            in `calibration.cache_dir`.
+        report_to (`list[str]`): Loggers by accelerate's names, such as `"tensorboard"` or `"wandb"`.
+        logging_dir (`str` or `None`): Where loggers write; needed by those that write files.
     """
 
     enabled: bool = True
+    init: str = "none"
     loss: str | dict[str, float] = "kd"
     endpoint_width: int = 1
+    train_final_norm: bool = False
+    train_head: bool = False
     learning_rate: float | None = None
     epochs: int = 4
     batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    mixed_precision: str | None = None
     warmup_ratio: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     evaluations_per_epoch: int = 2
     patience: int = 4
+    checkpoint_seconds: float = 60.0
+    cache_memory_gib: float = 4.0
+    report_to: list[str] = dataclasses.field(default_factory=list)
+    logging_dir: str | None = None
 
     def loss_weights(self) -> dict[str, float]:
         """The loss as `{name: weight}`."""
@@ -422,6 +447,10 @@ def _is_loss(value: Any) -> bool:
     return value in LOSSES
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+
+
 def _is_weights(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(v in WEIGHTS for v in value) and len(set(value)) == len(value)
 
@@ -450,20 +479,29 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
     "tuning": {
         "enabled": _boolean(),
+        "init": _one_of(*INITS),
         "loss": (
             _is_loss,
-            "it must be 'kd', 'ce', or weights of at least 0 for these, not all 0",
+            "it must be 'kd', 'ce', 'hidden', or weights of at least 0 for these, not all 0",
             "Choose for example 'kd' or {'kd': 0.9, 'ce': 0.1}",
         ),
         "endpoint_width": _integer(1),
+        "train_final_norm": _boolean(),
+        "train_head": _boolean(),
         "learning_rate": _or_none(_positive()),
         "epochs": _integer(1),
         "batch_size": _integer(1),
+        "gradient_accumulation_steps": _integer(1),
+        "mixed_precision": _or_none(_one_of(*MIXED_PRECISIONS)),
         "warmup_ratio": _between(0, 1),
         "weight_decay": _not_negative(),
         "max_grad_norm": _positive(),
         "evaluations_per_epoch": _integer(1),
         "patience": _integer(1),
+        "checkpoint_seconds": _not_negative(),
+        "cache_memory_gib": _not_negative(),
+        "report_to": (_is_names, "it must be a list of loggers' names", "Give for example ['tensorboard']"),
+        "logging_dir": _or_none(_text()),
     },
     "quantization": {
         "weights": (

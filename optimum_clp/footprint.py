@@ -34,19 +34,18 @@ class TuningMemory:
     Args:
         weights (`int`): The dense model, which the cut one shares.
         endpoints (`int`): The trained layers' own storage, in the model's dtype.
-        best (`int`): Their best state so far, in the model's dtype, in main memory.
         masters (`int`): float32 master weights; 0 for a float32 model, which is its own master.
-        gradients (`int`): float32.
+        gradients (`int`): In the model's dtype, and the largest one in float32 too where these differ.
         moments (`int`): AdamW's two, float32.
         caches (`int`): Tokens, and the hidden states that enter the first trained layer and that leave the dense model's
-            last one, for all train and validation rows, in main memory.
+            last one (with a closed-form start or the loss `hidden` also those that the trained layers should give), for
+            all train and validation rows, in main memory; at most `cache_memory_gib`, the rest is on disk.
         activations (`int`): What autograd keeps of one step above the first trained layer's input (estimate).
         logits (`int`): Logits and probabilities of one step (estimate).
     """
 
     weights: int
     endpoints: int
-    best: int
     masters: int
     gradients: int
     moments: int
@@ -62,7 +61,7 @@ class TuningMemory:
     @property
     def main_memory(self) -> int:
         """The parts that stay in main memory when the model is on an accelerator."""
-        return self.best + self.caches
+        return self.caches
 
     def to_dict(self) -> dict[str, int]:
         """All parts, `main_memory` and `total`, in bytes."""
@@ -151,16 +150,22 @@ def tuning_memory(
     trained = list({id(p): p for i in endpoints for p in layers[kept[i]].parameters()}.values())
     own = sum(p.numel() * p.element_size() for p in trained)
     in_float32 = sum(p.numel() for p in trained) * _FLOAT32
+    rounded = [p.numel() for p in trained if p.element_size() != _FLOAT32]
+    rows = train_rows + validation_rows
+    compares = config.init != "none" or bool(config.loss_weights().get("hidden"))
+    # what should leave the last layer is kept anyway
+    following = [*kept[1:], len(layers)]
+    states = {kept[endpoints[0]], len(layers), *(following[i] for i in endpoints if compares)}
+    cached = rows * sequence_length * len(states) * hidden * itemsize
     tokens = min(config.batch_size, train_rows) * sequence_length
     saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
-        best=own,
-        masters=sum(p.numel() for p in trained if p.element_size() != _FLOAT32) * _FLOAT32,
-        gradients=in_float32,
+        masters=sum(rounded) * _FLOAT32,
+        gradients=own + max(rounded, default=0) * _FLOAT32,
         moments=2 * in_float32,
-        caches=(train_rows + validation_rows) * sequence_length * (2 * hidden * itemsize + _TOKEN),
+        caches=rows * sequence_length * _TOKEN + min(cached, round(config.cache_memory_gib * 2**30)),
         activations=tokens * (saved + norm_activations(hidden)),
         logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
     )
@@ -206,7 +211,7 @@ def logit_bytes(tokens: int, vocabulary: int, itemsize: int, config: TuningConfi
     """
     weights = config.loss_weights()
     distributions = 2 * bool(weights.get("kd")) + bool(weights.get("ce"))
-    logits = 1 + bool(weights.get("kd"))
+    logits = bool(weights.get("kd")) + bool(weights.get("kd") or weights.get("ce"))
     chunk = 3 * min(tokens, CHUNK_TOKENS)
     return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
 

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from .measurement import measure_outcome
 from .model_card import write_model_card
 from .output import check_output, staged_folder
 from .plots import write_plots
+from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
 from .report import REPORT_NAME, CLPReport, environment_info
 from .runtime import OnnxCausalLM
-from .sample_cache import weights_fingerprint
+from .sample_cache import tensors_fingerprint, weights_fingerprint
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery import count_parameters, cut_model
+from .tasks import evaluate_tasks, load_task
 from .teacher import DenseOutputs
 from .tuning import TuningResult, tune_layers
 
@@ -83,6 +86,7 @@ class CLPPruner(OptimumQuantizer):
         self._folder: Path | None = None
         self._file: OnnxCausalLM | None = None
         self._data: tuple[dict[str, Any], CalibrationData] | None = None
+        self._weights: tuple[PreTrainedModel, str | None] | None = None
         if model is not None and self.report.base_model is None:
             self.report.base_model = _description(model, model.name_or_path, None)
 
@@ -235,6 +239,9 @@ class CLPPruner(OptimumQuantizer):
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
 
+        Checkpoints are kept beside self-written text (`calibration.cache_dir`) until tuning has ended: called again after
+        an interruption, with the same model and recipe, it goes on from the last one.
+
         Args:
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
 
@@ -249,6 +256,7 @@ class CLPPruner(OptimumQuantizer):
         model, dense, data = self._cut_model(), self._dense(), self._calibration()
         layers = endpoint_layers(self.segments or (), num_layers(dense.config), config.tuning.endpoint_width)
         self._folder = None  # what was saved before is not this model
+        folder = self._tuning_folder(data, layers)
         try:
             result = tune_layers(
                 model,
@@ -257,12 +265,17 @@ class CLPPruner(OptimumQuantizer):
                 data.train,
                 data.validation,
                 config.tuning,
+                kept=kept_layers(self.segments or (), num_layers(dense.config)),
                 seed=config.seed,
+                folder=folder,
                 quiet=self.quiet,
             )
         except TuningError as error:
-            self.report.tuning = error.result.to_dict()
+            if error.result is not None:
+                self.report.tuning = error.result.to_dict()
+                _remove(folder)
             raise
+        _remove(folder)
         self.report.tuning = result.to_dict()
         return result
 
@@ -326,19 +339,32 @@ class CLPPruner(OptimumQuantizer):
         *,
         reference: PreTrainedModel | str | os.PathLike | None = None,
         file_name: str | None = None,
+        tasks: Mapping[str, str | os.PathLike | list[dict[str, Any]]] | None = None,
+        task_limit: int | None = None,
     ) -> dict[str, Any]:
-        """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text.
+        """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, or on tasks, or on both.
 
         Args:
-            text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if not given.
+            text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
+                nor tasks are given.
             reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model, for KL, agreement and
                 retention; the pruner's own dense model if it is loaded.
             file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
+            tasks (`Mapping[str, str | os.PathLike | list[dict]]`, *optional*): For each task's name a JSON lines file or
+                its rows, see [`load_task`]. Needs a tokenizer.
+            task_limit (`int`, *optional*): Only so many examples of each task, from the start; at least 1.
 
         Returns:
             `dict`: `perplexity`, `loss`, `num_tokens`, `kl`, `top1_agreement`, `retention` (dense perplexity divided by
-            this one's), as in [`Evaluation`].
+            this one's), as in [`Evaluation`], unless only tasks are measured; `tasks` if there are any: for each name the
+            values of [`TaskScore`], and with a dense model `dense_accuracy` and `retention`.
+
+        Raises:
+            CalibrationError: If the text or a task cannot be read or tokenized.
+            ConfigurationError: If `task_limit` is below 1, or `file_name` has no folder.
         """
+        loaded = [load_task(name, source) for name, source in (tasks or {}).items()]
+        batch = self.config.search.batch_size
         model: Any = self._file or self.pruned_model or self.model
         if file_name is not None:
             if self._folder is None:
@@ -349,21 +375,28 @@ class CLPPruner(OptimumQuantizer):
         dense = self.model
         if reference is not None:
             dense = reference if isinstance(reference, PreTrainedModel) else load_model(reference, quiet=self.quiet)
-        if text is None:
-            tokens = self._calibration().test
-        else:
-            length = self.config.calibration.sequence_length
-            length = min(length, getattr(text_config(model.config), "max_position_embeddings", None) or length)
-            tokens = tokenize_dataset(
-                text,
-                self.tokenizer,
-                sequence_length=length,
-                text_column=self.config.calibration.text_column,
-                name="text",
+        measured: dict[str, Any] = {}
+        if text is not None or not loaded:
+            if text is None:
+                tokens = self._calibration().test
+            else:
+                length = self.config.calibration.sequence_length
+                length = min(length, getattr(text_config(model.config), "max_position_embeddings", None) or length)
+                tokens = tokenize_dataset(
+                    text,
+                    self.tokenizer,
+                    sequence_length=length,
+                    text_column=self.config.calibration.text_column,
+                    name="text",
+                )
+            outputs = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch, quiet=self.quiet)
+            found = evaluate_tokens(model, tokens, reference=outputs, batch_size=batch, quiet=self.quiet)
+            measured = found.to_dict()
+        if loaded:
+            measured["tasks"] = evaluate_tasks(
+                model, dense, self.tokenizer, loaded, batch_size=batch, limit=task_limit, quiet=self.quiet
             )
-        batch = self.config.search.batch_size
-        outputs = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch, quiet=self.quiet)
-        return evaluate_tokens(model, tokens, reference=outputs, batch_size=batch, quiet=self.quiet).to_dict()
+        return measured
 
     def prune(
         self,
@@ -410,7 +443,8 @@ class CLPPruner(OptimumQuantizer):
         """Write the whole output folder: checkpoint, tokenizer, recipe, report, model card, plots, ONNX files.
 
         The checkpoint is an ordinary one; it is read back with transformers' own classes and compared before anything
-        else is done. The folder appears whole or not at all.
+        else is done. The folder appears whole or not at all. In a group of processes the first one writes, and the others
+        wait for it.
 
         Args:
             save_directory (`str` or `os.PathLike`): Output folder.
@@ -423,6 +457,10 @@ class CLPPruner(OptimumQuantizer):
         """
         target = check_output(save_directory, overwrite)
         model = self._cut_model()
+        if not is_first():
+            wait_for_all()
+            self._folder = target
+            return target
         # the report of a folder speaks of that folder's files alone
         self.report.quantization = self.report.export = self.report.evaluation = None
         with staged_folder(target, overwrite) as folder:
@@ -441,6 +479,7 @@ class CLPPruner(OptimumQuantizer):
         self._folder = target
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+        wait_for_all()
         return target
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
@@ -524,25 +563,58 @@ class CLPPruner(OptimumQuantizer):
                 )
             model = self._dense() if self.config.calibration.dataset is None else self.model or self.pruned_model
             assert model is not None
-            data = load_calibration(self.config.calibration, self.tokenizer, model, self.config.seed, self.quiet)
+            self._weights = None
+            data = load_calibration(
+                self.config.calibration,
+                self.tokenizer,
+                model,
+                self.config.seed,
+                self.quiet,
+                fingerprint=self._fingerprint() if self.config.calibration.dataset is None else None,
+            )
             self._data = (source, data)
         self.report.calibration = self._data[1].to_dict()
         return self._data[1]
 
     def _search_journal(self, data: CalibrationData) -> Path | None:
         """Where this search keeps what it measures; nowhere if the weights are not in memory."""
-        fingerprint = weights_fingerprint(self._dense(), self.quiet)
+        rows = (data.train[: self.config.search.num_sequences], data.validation)
+        recipe = {**self.config.to_dict(), "calibration": None, "tuning": None, "export": None}
+        contents = self._work_contents(rows, recipe)
+        return None if contents is None else journal_file("search", contents, self.config.calibration.cache_dir)
+
+    def _tuning_folder(self, data: CalibrationData, layers: list[int]) -> Path | None:
+        """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
+        model, shared = self._cut_model(), {p.data_ptr() for p in self._dense().parameters()}
+        own = tensors_fingerprint(
+            [(n, p) for n, p in model.named_parameters() if p.data_ptr() not in shared], self.quiet
+        )
+        recipe = {"tuning": vars(self.config.tuning), "seed": self.config.seed, "own": own, "layers": layers}
+        contents = self._work_contents(
+            (data.train, data.validation), {**recipe, "segments": list(map(str, self.segments or ()))}
+        )
+        if contents is None or own is None:
+            return None
+        return journal_file("tuning", contents, self.config.calibration.cache_dir).with_suffix("")
+
+    def _work_contents(self, rows: Iterable[torch.Tensor], recipe: dict[str, Any]) -> dict[str, Any] | None:
+        """All that the outcome of a resumable stage depends on; `None` if the dense weights are not in memory."""
+        fingerprint = self._fingerprint()
         if fingerprint is None:
             return None
-        rows = (data.train[: self.config.search.num_sequences], data.validation)
-        contents = {
+        return {
             "weights": fingerprint,
             "model": self._dense().config.to_dict(),
-            "recipe": {**self.config.to_dict(), "calibration": None, "tuning": None, "export": None},
+            "recipe": recipe,
             "rows": [hashlib.sha256(part.contiguous().numpy().tobytes()).hexdigest() for part in rows],
             "threads": torch.get_num_threads(),
         }
-        return journal_file(contents, self.config.calibration.cache_dir)
+
+    def _fingerprint(self) -> str | None:
+        """The dense weights' hash, taken once for each text: the text itself is not written again either."""
+        if self._weights is None or self._weights[0] is not self._dense():
+            self._weights = (self._dense(), weights_fingerprint(self._dense(), self.quiet))
+        return self._weights[1]
 
     def _measure(self, folder: Path, model: PreTrainedModel) -> None:
         data, seed = self._calibration(), self.config.seed
@@ -573,6 +645,13 @@ class CLPPruner(OptimumQuantizer):
         self.report.save(folder)
         write_plots(self.report, folder)
         write_model_card(self.report, self.config, folder, model_name=name)
+
+
+def _remove(folder: Path | None) -> None:
+    """Remove what a stage that has ended kept for its resumption."""
+    wait_for_all()
+    if folder is not None and is_first():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _description(model: PreTrainedModel, name: str | None, revision: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ class Sample:
 
 def weights_fingerprint(model: PreTrainedModel, quiet: bool = False) -> str | None:
     """A hash of every bit of the weights, about a second per gigabyte; `None` if they are not in memory."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return tensors_fingerprint([*model.named_parameters(), *model.named_buffers()], quiet)
+
+
+def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool = False) -> str | None:
+    """A hash of every bit of some tensors and of their names; `None` if one of them is not in memory."""
     if any(tensor.is_meta for _, tensor in tensors):
         return None
     fingerprint = hashlib.sha256()

@@ -55,8 +55,13 @@ def own_layers(model: PreTrainedModel, indices: Iterable[int]) -> None:
     """Give some layers storage of their own, so that they can be trained without changing the model they came from."""
     layers = decoder_layers(model)
     for index in indices:
-        for parameter in layers[index].parameters():
-            parameter.data = parameter.data.clone()
+        own_storage(layers[index])
+
+
+def own_storage(module: nn.Module) -> None:
+    """Give a module's parameters storage of their own; parameters that it holds twice stay one."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -4,14 +4,57 @@ Not its logits (a vocabulary wide), but the hidden states that leave its last la
 the logits are wanted. The hidden states that enter other layers can be kept in the same pass.
 """
 
+import math
+import os
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .errors import Problem, TuningError
 from .gating import LayerStack, recorded_inputs, run_without_head
 from .progress import progress_bar
+
+
+class StateStore:
+    """Where kept hidden states lie: main memory up to a limit, mapped files beyond it.
+
+    Args:
+        folder (`Path` or `None`): For the files; `None` keeps everything in memory.
+        memory (`float`): Bytes that may lie in memory, over everything that this store has allocated.
+
+    Raises:
+        TuningError: From [`~StateStore.allocate`], if the disk has no room.
+    """
+
+    def __init__(self, folder: Path | None = None, memory: float = math.inf):
+        self.folder = folder
+        self.free_memory = memory
+        self._files = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor on the CPU."""
+        size = math.prod(shape) * dtype.itemsize
+        if self.folder is None or size <= self.free_memory:
+            self.free_memory -= size
+            return torch.empty(*shape, dtype=dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(self.folder).free) < size:
+            rule = f"the hidden states of the tuning text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
+            remedy = (
+                "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
+            )
+            raise TuningError(Problem("calibration.cache_dir", str(self.folder), rule, remedy))
+        self._files += 1
+        file = self.folder / f"states-{os.getpid()}-{self._files}.bin"
+        stored = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        # the mapping keeps the contents alive, and the name would outlive a process that is killed
+        file.unlink()
+        return stored
 
 
 class DenseOutputs:
@@ -22,6 +65,9 @@ class DenseOutputs:
         tokens (`Tensor`): int64 `[rows, length]`, full rows.
         batch_size (`int`): Rows in one forward pass.
         inputs_of (`Sequence[int]`): Layers whose inputs are kept too.
+        store ([`StateStore`], *optional*): Where the states lie; main memory if not given.
+        dealt (`bool`): In a group of processes (`torch.distributed`), all of which make this call, each one computes a
+            part of the rows, and all of them get everything.
         quiet (`bool`): No progress bar.
     """
 
@@ -32,24 +78,44 @@ class DenseOutputs:
         *,
         batch_size: int = 8,
         inputs_of: Sequence[int] = (),
+        store: StateStore | None = None,
+        dealt: bool = False,
         quiet: bool = False,
     ):
         self.model = model
         self.tokens = tokens
         self.stack = LayerStack(model)
+        self.hidden: dict[int, Tensor] = {}
+        store = store or StateStore()
         wanted = sorted({*inputs_of, len(self.stack)})
-        kept: dict[int, list[Tensor]] = {i: [] for i in wanted}
+        group = dist.get_world_size() if dealt and dist.is_initialized() else 1
+        batches = torch.arange(len(tokens)).split(batch_size)
         with (
             torch.no_grad(),
             recorded_inputs(self.stack.layers, wanted) as found,
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
-            for rows in tokens.split(batch_size):
-                run_without_head(model, rows)
-                for index in wanted:
-                    kept[index].append(found[index].cpu())
+            for number, rows in enumerate(batches):
+                # the first batch also shows the shapes, so every process runs it
+                if number == 0 or number % group == (dist.get_rank() if group > 1 else 0):
+                    run_without_head(model, tokens[rows])
+                    for index in wanted:
+                        if index not in self.hidden:
+                            shape = (len(tokens), *found[index].shape[1:])
+                            self.hidden[index] = store.allocate(shape, found[index].dtype)
+                        self.hidden[index][rows] = found[index].cpu()
                 bar.update(len(rows))
-        self.hidden = {i: torch.cat(parts) for i, parts in kept.items()}
+        if group > 1:
+            self._share(batches, group)
+
+    def _share(self, batches: Sequence[Tensor], group: int) -> None:
+        """Send every batch from the process that has computed it to the others."""
+        for stored in self.hidden.values():
+            for number, rows in enumerate(batches):
+                # NCCL sends from the accelerator only
+                part = stored[rows].to(self.model.device)
+                dist.broadcast(part, src=number % group)
+                stored[rows] = part.cpu()
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""

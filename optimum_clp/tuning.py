@@ -5,35 +5,31 @@ endpoint are taken once, from the dense model's own pass, together with the stat
 teacher). Each step starts at the first endpoint, and only the endpoints have gradients and optimizer state.
 """
 
-import math
+import copy
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import decoder_layers, text_config
+from .architecture import decoder_layers, decoder_path, text_config
+from .closed_form import solve_endpoints, target_state
 from .configuration import TuningConfig
-from .errors import ModelError, Problem, TuningError
+from .endpoint_student import EndpointStudent, TuningRows
+from .errors import ConfigurationError, ModelError, Problem, TuningError
 from .gating import LayerStack, evaluation_mode
-from .losses import kl_divergence, next_token_cross_entropy
-from .progress import progress_bar
-from .surgery import own_layers
-from .teacher import DenseOutputs
-
-
-@dataclass(frozen=True)
-class TuningStep:
-    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate."""
-
-    step: int
-    train_loss: float | None
-    validation_loss: float
-    learning_rate: float
+from .surgery import own_storage
+from .teacher import DenseOutputs, StateStore
+from .training_loop import TrainingLoop, TrainingState, TuningStep, tuning_accelerator
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,29 @@ class TuningResult:
 
     Args:
         layers (`tuple[int, ...]`): Trained layers, in the cut model's numbering.
+        modules (`tuple[str, ...]`): What else was trained: names of the final norm and the head.
         loss (`dict[str, float]`): Weights of the losses.
+        init (`dict` or `None`): The closed-form start: what [`ClosedFormResult`] says, whether it was `kept`, and the
+            validation loss `loss_before` and `loss_after` it.
         num_trainable (`int`): Trained parameters.
         learning_rate (`float`): Peak rate.
         steps (`int`): Optimizer steps that were taken.
-        best_step (`int`): Step of the weights that were kept; 0 for the untuned ones.
-        initial_validation_loss (`float`): Before the first step.
+        best_step (`int`): Step of the weights that were kept; 0 for those before the first step.
+        initial_validation_loss (`float`): Of the untuned cut.
         best_validation_loss (`float`): Of the weights that were kept.
-        improved (`bool`): Whether tuned weights were kept.
-        history (`tuple[TuningStep, ...]`): All evaluations; the first is the untuned model.
+        improved (`bool`): Whether other weights than the untuned ones were kept.
+        history (`tuple[TuningStep, ...]`): All evaluations; the first is before the first step.
         stopped (`str`): `"finished"`, `"patience"` or `"nan"`.
         num_tokens (`int`): Tokens that were trained on, repeats counted.
+        num_processes (`int`): Processes that shared the work.
         seconds (`float`): Wall-clock time, the dense model's pass included.
+        cache_seconds (`float`): The dense model's pass alone.
     """
 
     layers: tuple[int, ...]
+    modules: tuple[str, ...]
     loss: dict[str, float]
+    init: dict[str, Any] | None = field(compare=False)
     num_trainable: int
     learning_rate: float
     steps: int
@@ -68,11 +71,14 @@ class TuningResult:
     history: tuple[TuningStep, ...]
     stopped: str
     num_tokens: int
+    num_processes: int
     seconds: float = field(compare=False)
+    cache_seconds: float = field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The `tuning` section of the report."""
-        return {**asdict(self), "layers": list(self.layers), "history": [asdict(h) for h in self.history]}
+        lists = {"layers": list(self.layers), "modules": list(self.modules)}
+        return {**asdict(self), **lists, "history": [asdict(h) for h in self.history]}
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -88,14 +94,17 @@ def tune_layers(
     validation: Tensor,
     config: TuningConfig,
     *,
+    kept: Sequence[int] | None = None,
     seed: int = 0,
+    folder: Path | None = None,
     quiet: bool = False,
 ) -> TuningResult:
     """Train some layers of `model` towards `dense`, and keep the weights with the best validation loss.
 
     The trained layers get storage of their own first; every other tensor, and all of `dense`, stays as it is, also where
     the two share storage. Master weights, gradients and moments are float32 whatever the model's dtype. `requires_grad`
-    and `training` are as before afterwards; dropout is off.
+    and `training` are as before afterwards; dropout is off. Under `accelerate launch` all processes make this call with
+    the same arguments, and all get the same weights.
 
     Args:
         model (`PreTrainedModel`): The cut model.
@@ -103,29 +112,39 @@ def tune_layers(
         layers (`Sequence[int]`): Layers of `model` to train.
         train (`Tensor`): int64 `[rows, length]`.
         validation (`Tensor`): int64 `[rows, length]`, disjoint from `train`.
-        config ([`TuningConfig`]): Loss and schedule.
+        config ([`TuningConfig`]): Loss, start and schedule.
+        kept (`Sequence[int]`, *optional*): The dense model's index of each layer of `model`; needed for a closed-form
+            start and for the loss `hidden`.
         seed (`int`): Of the order of the rows.
+        folder (`Path`, *optional*): For checkpoints, best weights and hidden states that memory does not hold; a run that
+            was interrupted goes on from the last checkpoint there. It belongs to these arguments alone. Without it
+            nothing can be resumed, and files are temporary.
         quiet (`bool`): No progress bar.
 
     Returns:
         [`TuningResult`]
 
     Raises:
+        ConfigurationError: If the loss or the start needs `kept` and it is not given; if the head is to be trained and is
+            tied to the embedding; if a step's rows cannot be dealt out to the processes.
         TuningError: If the loss is not finite; the best weights before that are in the model, and the error carries the
-            result as `error.result`.
+            result as `error.result`. If the disk has no room for the hidden states.
     """
     begin = time.perf_counter()
     check_layers(layers, model)
-    own_layers(model, layers)
-    trainer = _EndpointTrainer(model, dense, sorted(layers), train, validation, config, seed, quiet)
-    with _only_trainable(model, trainer.parameters):
-        stopped = trainer.run()
-    result = trainer.result(stopped, time.perf_counter() - begin)
-    if stopped == "nan":
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            run = _Run(model, dense, sorted(layers), kept, config, seed, Path(temporary), False, quiet)
+            result = run.go(train, validation, begin)
+    else:
+        result = _Run(model, dense, sorted(layers), kept, config, seed, folder, True, quiet).go(
+            train, validation, begin
+        )
+    if result.stopped == "nan":
         raise TuningError(
             Problem(
                 "tuning loss",
-                trainer.last_loss,
+                float("nan"),
                 f"it must stay finite, and at step {result.steps} it did not; the weights of step {result.best_step} "
                 f"(validation loss {result.best_validation_loss:.4f}) were kept",
                 f"Lower tuning.learning_rate (now {result.learning_rate:.3g}), or check the text and the weights",
@@ -135,160 +154,263 @@ def tune_layers(
     return result
 
 
-class _EndpointTrainer:
-    """The loop of [`tune_layers`]: caches, optimizer, schedule, best weights."""
+class _Run:
+    """One call of [`tune_layers`]."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         dense: PreTrainedModel,
         layers: list[int],
-        train: Tensor,
-        validation: Tensor,
+        kept: Sequence[int] | None,
         config: TuningConfig,
         seed: int,
+        folder: Path,
+        resumable: bool,
         quiet: bool,
     ):
-        self.model, self.config, self.quiet = model, config, quiet
-        self.indices = layers
-        self.first = layers[0]
-        self.stack = LayerStack(model)
-        self.parameters = [p for i in layers for p in self.stack.layers[i].parameters()]
-        self.weights = config.loss_weights()
-        self.teachers = {
-            name: DenseOutputs(dense, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
-            for name, rows in (("train", train), ("validation", validation))
-        }
-        self.inputs = {name: outputs.hidden[self.first] for name, outputs in self.teachers.items()}
-        if not _same_below(model, dense, self.first):
-            # lower layers were tuned before: what enters the first endpoint is the model's own
-            for name, rows in (("train", train), ("validation", validation)):
-                own = DenseOutputs(model, rows, batch_size=config.batch_size, inputs_of=[self.first], quiet=quiet)
-                self.inputs[name] = own.hidden[self.first]
+        self.model, self.dense, self.layers, self.kept, self.config = model, dense, layers, kept, config
+        self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
+        self.names = [f"{decoder_path(model)}.{i}" for i in layers]
+        self.extra = _extra_modules(model, config)
+        self.weights = {name: weight for name, weight in config.loss_weights().items() if weight}
+        self.compared = _targets(layers, kept, len(decoder_layers(dense)), config)
         self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
-        self.per_epoch = math.ceil(len(train) / config.batch_size)
-        self.total = self.per_epoch * config.epochs
-        self.order = torch.Generator().manual_seed(seed)
-        self.best = [p.detach().to("cpu", copy=True) for p in self.parameters]
-        self.best_step = self.step = self.num_tokens = 0
-        self.last_loss = math.nan
-        self.history: list[TuningStep] = []
 
-    def run(self) -> str:
-        """Train until the end, until patience runs out, or until a loss is not finite; the best weights are put back."""
-        self.masters = _MasterWeights(self.parameters)
-        optimizer = torch.optim.AdamW(
-            self.masters.masters, lr=self.learning_rate, betas=(0.9, 0.99), weight_decay=self.config.weight_decay
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        stopped = "finished" if self._evaluate(None, 0.0) else "nan"
-        evaluate_every = max(1, self.per_epoch // self.config.evaluations_per_epoch)
-        losses: list[float] = []
-        stale = 0
-        if stopped == "finished":
-            with progress_bar(self.total, "Endpoint tuning", self.quiet) as bar:
-                for rows in self._batches():
-                    rate = float(schedule.get_last_lr()[0])
-                    losses.append(self._train_step(rows, optimizer))
-                    if not math.isfinite(losses[-1]):
-                        stopped = "nan"
-                        break
-                    schedule.step()
-                    bar.update(1)
-                    if self.step % evaluate_every and self.step != self.total:
-                        continue
-                    if not self._evaluate(sum(losses) / len(losses), rate):
-                        stopped = "nan"
-                        break
-                    losses = []
-                    stale = 0 if self.best_step == self.step else stale + 1
-                    if stale >= self.config.patience:
-                        stopped = "patience"
-                        break
-        with torch.no_grad():
-            for parameter, best in zip(self.parameters, self.best, strict=True):
-                parameter.copy_(best)
-        return stopped
-
-    def result(self, stopped: str, seconds: float) -> TuningResult:
-        """The record of the run."""
-        best = min((h for h in self.history if h.step == self.best_step), key=lambda h: h.validation_loss)
+    def go(self, train: Tensor, validation: Tensor, begin: float) -> TuningResult:
+        """Cache, start, train, and put the best weights into the model."""
+        modules = nn.ModuleList(self.model.get_submodule(name) for name in (*self.names, *self.extra))
+        own_storage(modules)
+        parameters = list({id(p): p for p in modules.parameters()}.values())
+        with (
+            _only_trainable(self.model, parameters),
+            tuning_accelerator(self.config, self.model.device, modules) as accelerator,
+        ):
+            processes = accelerator.num_processes
+            start = time.perf_counter()
+            rows = {"train": train, "validation": validation}
+            store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
+            data = {name: self._rows(tokens, store) for name, tokens in rows.items()}
+            cache_seconds = time.perf_counter() - start
+            init = self._start(data)
+            with self._trained(modules, accelerator) as trained:
+                loop = TrainingLoop(
+                    accelerator,
+                    self._student(trained, data["train"]),
+                    data["train"],
+                    data["validation"],
+                    self.config,
+                    learning_rate=self.learning_rate,
+                    seed=self.seed,
+                    folder=self.folder,
+                    checkpoints=self.resumable,
+                    quiet=self.quiet,
+                )
+                try:
+                    state = loop.run()
+                except BaseException:
+                    # alone, the model is left as good as it was; in a group the others may not come this far
+                    if processes == 1 and loop.state.history:
+                        _put_back(modules, loop.best_weights(), self.model.device)
+                    raise
+                best = loop.best_weights()
+            _put_back(modules, best, self.model.device)
+        initial = init["loss_before"] if init else state.history[0].validation_loss
         return TuningResult(
-            layers=tuple(self.indices),
+            layers=tuple(self.layers),
+            modules=tuple(self.extra),
             loss=self.weights,
-            num_trainable=sum(p.numel() for p in self.parameters),
+            init=init,
+            num_trainable=sum(p.numel() for p in parameters),
             learning_rate=self.learning_rate,
-            steps=self.step,
-            best_step=self.best_step,
-            initial_validation_loss=self.history[0].validation_loss,
-            best_validation_loss=best.validation_loss,
-            improved=self.best_step > 0,
-            history=tuple(self.history),
-            stopped=stopped,
-            num_tokens=self.num_tokens,
-            seconds=seconds,
+            steps=state.step,
+            best_step=state.best_step,
+            initial_validation_loss=initial,
+            best_validation_loss=_best_loss(state),
+            improved=_best_loss(state) < initial,
+            history=tuple(state.history),
+            stopped=state.stopped or "finished",
+            num_tokens=loop.tokens_in(state),
+            num_processes=processes,
+            seconds=time.perf_counter() - begin,
+            cache_seconds=cache_seconds,
         )
 
-    def _rate(self, step: int) -> float:
-        warmup = max(1, round(self.config.warmup_ratio * self.total))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total - warmup)))
+    def _rows(self, tokens: Tensor, store: StateStore) -> TuningRows:
+        """The dense model's states for some rows, and what enters the first trained layer."""
+        first = self.layers[0]
+        options: dict[str, Any] = {"batch_size": self.config.batch_size, "store": store, "quiet": self.quiet}
+        with evaluation_mode(self.dense):
+            same = _same_below(self.model, self.dense, first)
+            wanted = {*self.compared.values(), *([first] if same else [])}
+            outputs = DenseOutputs(self.dense, tokens, inputs_of=sorted(wanted), dealt=True, **options)
+            if same:
+                inputs = outputs.hidden[first]
+            else:
+                # lower layers are not the dense model's: what enters the first endpoint is the model's own
+                own = DenseOutputs(self.model, tokens, inputs_of=[first], dealt=True, **options)
+                inputs = own.hidden[first]
+        return TuningRows(outputs, inputs, {i: outputs.hidden[source] for i, source in self.compared.items()})
 
-    def _batches(self) -> Iterable[Tensor]:
-        for _ in range(self.config.epochs):
-            order = torch.randperm(len(self.teachers["train"].tokens), generator=self.order)
-            yield from order.split(self.config.batch_size)
+    def _student(self, trained: Iterable[nn.Module], rows: TuningRows) -> EndpointStudent:
+        """The loss over the trained modules."""
+        scales = {}
+        if "hidden" in self.weights:
+            scales = {i: _deviation(states) for i, states in rows.targets.items()}
+        return EndpointStudent(self.model, trained, self.layers[0], self.weights, scales)
 
-    def _train_step(self, rows: Tensor, optimizer: torch.optim.Optimizer) -> float:
-        """One optimizer step; the loss before it. A loss or gradient that is not finite changes nothing."""
-        loss = self._loss("train", rows).mean()
-        self.last_loss = loss.item()
-        self.step += 1
-        if not math.isfinite(self.last_loss):
-            return self.last_loss
-        loss.backward()
-        norm = self.masters.take_gradients(self.config.max_grad_norm)
-        if not math.isfinite(norm):
-            self.last_loss = math.nan
-            return math.nan
-        optimizer.step()
-        self.masters.write_back()
-        self.num_tokens += rows.numel() * self.teachers["train"].tokens.shape[1]
-        return self.last_loss
+    def _start(self, data: dict[str, TuningRows]) -> dict[str, Any] | None:
+        """The closed-form start, which stays if it lowers the validation loss."""
+        if self.config.init == "none":
+            return None
+        assert self.kept is not None
+        layers = [self.model.get_submodule(name) for name in self.names]
+        student = self._student(layers, data["train"])
+        initial = _mean_loss(student, data["validation"], self.config.batch_size)
+        before = [copy.deepcopy(layer.state_dict()) for layer in layers]
+        result = solve_endpoints(
+            self.model,
+            self.layers,
+            self.kept,
+            data["train"].outputs,
+            data["validation"].outputs,
+            (data["train"].inputs, data["validation"].inputs),
+            method=self.config.init,
+            batch_size=self.config.batch_size,
+            quiet=self.quiet,
+        )
+        loss = _mean_loss(student, data["validation"], self.config.batch_size)
+        if not loss < initial:
+            for layer, state in zip(layers, before, strict=True):
+                layer.load_state_dict(state)
+        return {**result.to_dict(), "kept": loss < initial, "loss_before": initial, "loss_after": loss}
 
-    def _evaluate(self, train_loss: float | None, rate: float) -> bool:
-        """Take the validation loss and remember the best weights; false if it is not finite."""
-        total = 0.0
-        tokens = self.teachers["validation"].tokens
-        with torch.no_grad():
-            for rows in torch.arange(len(tokens)).split(self.config.batch_size):
-                total += self._loss("validation", rows).double().sum().item()
-        loss = total / len(tokens)
-        if not math.isfinite(loss):
-            self.last_loss = loss
-            if not self.history:
-                self.history.append(TuningStep(self.step, train_loss, loss, rate))
-            return False
-        if not self.history or loss < min(h.validation_loss for h in self.history):
-            self.best_step = self.step
-            for best, parameter in zip(self.best, self.parameters, strict=True):
-                best.copy_(parameter.detach())
-        self.history.append(TuningStep(self.step, train_loss, loss, rate))
-        return True
+    @contextmanager
+    def _trained(self, modules: nn.ModuleList, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
+        """The modules that are trained: the model's own, or copies in their place where an engine would change them."""
+        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            yield modules
+            return
+        copies = copy.deepcopy(modules)
+        names = (*self.names, *self.extra)
+        try:
+            for name, module in zip(names, copies, strict=True):
+                self.model.set_submodule(name, module)
+            yield copies
+        finally:
+            for name, module in zip(names, modules, strict=True):
+                self.model.set_submodule(name, module)
 
-    def _loss(self, split: str, rows: Tensor) -> Tensor:
-        """Weighted loss of each row, float32 `[batch]`."""
-        teacher = self.teachers[split]
-        tokens = teacher.tokens[rows].to(self.model.device)
-        with self.stack.resumed(self.first, self.inputs[split][rows].to(self.model.device)):
-            logits = self.model(input_ids=tokens, use_cache=False).logits
-        losses = torch.zeros(len(rows), device=logits.device)
-        if self.weights.get("kd"):
-            losses = losses + self.weights["kd"] * kl_divergence(teacher.logits(rows), logits).mean(-1)
-        if self.weights.get("ce"):
-            losses = losses + self.weights["ce"] * next_token_cross_entropy(logits, tokens).mean(-1)
-        return losses
+
+def closing_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules with weights between the last decoder layer and the head: the final norm, as a rule."""
+    stack, found = LayerStack(model), []
+    head = model.get_output_embeddings()
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if module is not head and next(module.parameters(recurse=False), None) is not None
+    }
+    after: list[bool] = []
+
+    def last_layer(module: nn.Module, args: tuple, output: Any) -> None:
+        after.append(True)
+
+    def hook(module: nn.Module, args: tuple, output: Any) -> None:
+        if after and names[module] not in found:
+            found.append(names[module])
+
+    handles = [module.register_forward_hook(hook) for module in names]
+    handles.append(stack.layers[-1].register_forward_hook(last_layer))
+    try:
+        with torch.no_grad(), stack.head(model) as logits:
+            width = text_config(model.config).hidden_size
+            logits(torch.zeros(1, 1, width, dtype=model.dtype, device=model.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:
+    """Refuse layers that the model does not have.
+
+    Raises:
+        ModelError: Names them.
+    """
+    count = len(decoder_layers(model))
+    outside = [i for i in layers if not 0 <= i < count]
+    if outside or not layers:
+        raise ModelError(
+            Problem("layers", list(layers), f"the model has layers 0 to {count - 1}", "Choose at least one of these")
+        )
+
+
+def _extra_modules(model: PreTrainedModel, config: TuningConfig) -> list[str]:
+    """Names of the modules beyond the layers that are trained."""
+    names = closing_modules(model) if config.train_final_norm else []
+    if config.train_head:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is None or head.weight is embedding.weight:
+            rule = "the head is tied to the embedding, which is below the layers that are trained"
+            raise ConfigurationError(Problem("tuning.train_head", True, rule, "Leave it out, or untie the model"))
+        names.append(next(name for name, module in model.named_modules() if module is head))
+    return names
+
+
+def _targets(layers: list[int], kept: Sequence[int] | None, depth: int, config: TuningConfig) -> dict[int, int]:
+    """For each trained layer whose output is compared, the dense layer that its target enters (`depth`: leaves the last)."""
+    needing = [
+        name
+        for name, used in (("hidden", "hidden" in config.loss_weights()), (config.init, config.init != "none"))
+        if used
+    ]
+    if not needing:
+        return {}
+    if kept is None:
+        rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
+        raise ConfigurationError(
+            Problem("kept", None, rule, "Give the dense model's index of each layer of the model")
+        )
+    return {i: target_state(kept, i, depth) for i in layers}
+
+
+def _deviation(states: Tensor) -> float:
+    """Mean squared deviation of `[rows, length, hidden]` states from their mean over the tokens."""
+    total = square = torch.zeros(states.shape[-1], dtype=torch.float64)
+    for row in states:
+        total = total + row.double().sum(0)
+        square = square + row.double().square().sum(0)
+    count = states.shape[0] * states.shape[1]
+    return float((square / count - (total / count).square()).mean())
+
+
+@torch.no_grad()
+def _mean_loss(student: EndpointStudent, rows: TuningRows, batch_size: int) -> float:
+    """The mean loss over all rows."""
+    total = 0.0
+    for part in torch.arange(len(rows)).split(batch_size):
+        total += student(**rows.batch(part, student.needs_teacher_logits)).double().sum().item()
+    return total / len(rows)
+
+
+def _best_loss(state: TrainingState) -> float:
+    return min(
+        (h for h in state.history if h.step == state.best_step), key=lambda h: h.validation_loss
+    ).validation_loss
+
+
+@torch.no_grad()
+def _put_back(modules: nn.ModuleList, best: dict[str, Tensor] | None, device: torch.device) -> None:
+    """Copy a state dict of [`EndpointStudent`] into the modules, in every process; only the first one has it."""
+    for name, tensor in modules.state_dict().items():
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            sent = torch.empty_like(tensor, device=device) if best is None else best[f"trained.{name}"].to(device)
+            dist.broadcast(sent.contiguous(), src=0)
+        else:
+            assert best is not None
+            sent = best[f"trained.{name}"]
+        tensor.copy_(sent)
 
 
 def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> bool:
@@ -300,33 +422,6 @@ def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> b
         for ours, theirs in pairs
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
     )
-
-
-class _MasterWeights:
-    """float32 copies that the optimizer updates; a parameter that is float32 already is its own master."""
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        self.parameters = parameters
-        self.masters = [
-            p if p.dtype == torch.float32 else nn.Parameter(p.detach().to(torch.float32, copy=True))
-            for p in parameters
-        ]
-
-    def take_gradients(self, max_norm: float) -> float:
-        """Move the gradients to the masters, clip them together, and give their norm before clipping."""
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if master is not parameter and parameter.grad is not None:
-                master.grad = parameter.grad.float()
-                parameter.grad = None
-        return float(nn.utils.clip_grad_norm_(self.masters, max_norm))
-
-    def write_back(self) -> None:
-        """Round the masters into the parameters, and drop the gradients."""
-        with torch.no_grad():
-            for parameter, master in zip(self.parameters, self.masters, strict=True):
-                if master is not parameter:
-                    parameter.copy_(master)
-                master.grad = None
 
 
 @contextmanager
@@ -343,17 +438,3 @@ def _only_trainable(model: PreTrainedModel, parameters: list[nn.Parameter]) -> I
             for parameter, required in before:
                 parameter.requires_grad_(required)
                 parameter.grad = None
-
-
-def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:
-    """Refuse layers that the model does not have.
-
-    Raises:
-        ModelError: Names them.
-    """
-    count = len(decoder_layers(model))
-    outside = [i for i in layers if not 0 <= i < count]
-    if outside or not layers:
-        raise ModelError(
-            Problem("layers", list(layers), f"the model has layers 0 to {count - 1}", "Choose at least one of these")
-        )

@@ -108,7 +108,9 @@ def example_report() -> CLPReport:
         },
         tuning={
             "layers": [6, 7],
+            "modules": [],
             "loss": {"kd": 1.0},
+            "init": None,
             "num_trainable": 366_000,
             "learning_rate": 7.8e-4,
             "steps": 96,
@@ -130,7 +132,9 @@ def example_report() -> CLPReport:
             ],
             "stopped": "finished",
             "num_tokens": 196_608,
+            "num_processes": 1,
             "seconds": 61.0,
+            "cache_seconds": 3.0,
         },
         quantization=[{"folder": "quanto-int8", "weights": "int8", "num_quantized": 91, "bytes": 4_800_000}],
         export={

@@ -23,9 +23,10 @@ from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters import export_onnx
 from optimum_clp.footprint import layer_activations, onnx_weight_bytes
 from optimum_clp.plan import build_on_meta
-from optimum_clp.segments import LayerSegment, endpoint_layers
+from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import count_bytes, count_parameters, cut_model
-from optimum_clp.tuning import _EndpointTrainer, tune_layers
+from optimum_clp.training_loop import MasterAdamW, TrainingLoop
+from optimum_clp.tuning import tune_layers
 
 ROOT = Path(__file__).parents[1]
 GRAPH_BYTES_PER_LAYER = 16_000
@@ -83,8 +84,9 @@ def test_tuning_of_a_big_shape_by_hand():
     assert cut.onnx == {}
     memory = cut.tuning
     assert memory.weights == 13_476_831_232
-    assert memory.endpoints == memory.best == 2 * layer * 2
-    assert memory.masters == memory.gradients == 2 * layer * 4
+    assert memory.endpoints == 2 * layer * 2
+    assert memory.masters == 2 * layer * 4
+    assert memory.gradients == 2 * layer * 2 + 4096 * 11008 * 4
     assert memory.moments == 2 * layer * 8
     tokens = (192 + 24) * 256
     assert memory.caches == 2 * tokens * 4096 * 2 + 8 * tokens
@@ -94,7 +96,7 @@ def test_tuning_of_a_big_shape_by_hand():
     trained = frozen + 2 * (4 * 4096 + 4096 + 11008)
     assert memory.activations == 8 * 256 * (15 * frozen + 2 * trained + 4 * 4097)
     assert memory.logits == 32000 * (2048 * (2 * 2 + 2 * 4) + 3 * 1024 * 4)
-    assert memory.main_memory == memory.best + memory.caches
+    assert memory.main_memory == memory.caches
     assert plan.cuts[0].tuning.endpoints == layer * 2, "one trained layer: the cut has one side"
 
 
@@ -241,48 +243,47 @@ def held(tensors):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("segment", [(0, 2), (2, 4), (4, 6)])
-def test_tuning_memory_is_that_of_the_tensors(dtype, segment, monkeypatch):
+@pytest.mark.parametrize("loss", ["kd", "hidden"])
+def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, monkeypatch):
     config = tiny_config("llama", 6)
     recipe = CLPConfig(
         0.34,
         calibration={"sequence_length": 24, "train_sequences": 5, "validation_sequences": 3},
-        tuning={"batch_size": 2, "epochs": 1},
+        tuning={"batch_size": 2, "epochs": 1, "loss": loss},
     )
     plan = plan_pruning(config, recipe, dtype=dtype)
     (predicted,) = [c.tuning for c in plan.cuts if c.segment.to_list() == list(segment)]
     dense = real_model(config, dtype)
     assert predicted.weights == held(dense.parameters())
-    trainers, optimizers, gradients = [], [], []
+    loops, optimizers, gradients = [], [], []
 
-    class Trainer(_EndpointTrainer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            trainers.append(self)
+    class Loop(TrainingLoop):
+        def __init__(self, accelerator, student, *arguments, **options):
+            super().__init__(accelerator, student, *arguments, **options)
+            loops.append((list(student.parameters()), [self.train, self.validation]))
 
-    class Optimizer(torch.optim.AdamW):
+    class Optimizer(MasterAdamW):
         def step(self, *arguments):
             gradients.append(held(p.grad for group in self.param_groups for p in group["params"]))
             super().step(*arguments)
             optimizers.append(self)
 
-    monkeypatch.setattr("optimum_clp.tuning._EndpointTrainer", Trainer)
-    monkeypatch.setattr(torch.optim, "AdamW", Optimizer)
+    monkeypatch.setattr("optimum_clp.tuning.TrainingLoop", Loop)
+    monkeypatch.setattr("optimum_clp.training_loop.MasterAdamW", Optimizer)
     model = cut_model(dense, [LayerSegment(*segment)])
     layers = endpoint_layers([LayerSegment(*segment)], 6)
-    tune_layers(model, dense, layers, random_tokens(5, 24), random_tokens(3, 24, seed=1), recipe.tuning, quiet=True)
-    trainer, optimizer = trainers[0], optimizers[-1]
-    assert held(trainer.parameters) == predicted.endpoints
-    assert held(trainer.best) == predicted.best
-    assert (
-        held(m for m, p in zip(trainer.masters.masters, trainer.parameters, strict=True) if m is not p)
-        == predicted.masters
-    )
-    assert set(gradients) == {predicted.gradients}
+    kept = kept_layers([LayerSegment(*segment)], 6)
+    rows = random_tokens(5, 24), random_tokens(3, 24, seed=1)
+    tune_layers(model, dense, layers, *rows, recipe.tuning, kept=kept, quiet=True)
+    (parameters, data), optimizer = loops[0], optimizers[-1]
+    assert held(parameters) == predicted.endpoints
+    masters = [state["master"] for state in optimizer.state.values() if "master" in state]
+    assert held(masters) == predicted.masters
+    largest = max(p.numel() for p in parameters) * 4 if dtype != torch.float32 else 0
+    assert {size + largest for size in gradients} == {predicted.gradients}
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert held(moments) == predicted.moments
-    caches = [*trainer.inputs.values()]
-    for teacher in trainer.teachers.values():
-        caches += [teacher.tokens, *teacher.hidden.values()]
+    caches = [t for rows in data for t in (rows.outputs.tokens, rows.inputs, *rows.outputs.hidden.values())]
     assert held(caches) == predicted.caches
 
 

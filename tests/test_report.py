@@ -10,6 +10,7 @@ import torch
 from report_example import example_report, older_report
 
 from optimum_clp.calibration import CalibrationData
+from optimum_clp.closed_form import ClosedFormResult, ClosedFormStep
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation import Evaluation
 from optimum_clp.exporters import ExportedFile, ExportResult
@@ -17,7 +18,8 @@ from optimum_clp.quantization import QuantoResult
 from optimum_clp.report import SCHEMA_VERSION, CLPReport, environment_info
 from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
-from optimum_clp.tuning import TuningResult, TuningStep
+from optimum_clp.training_loop import TuningStep
+from optimum_clp.tuning import TuningResult
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -89,9 +91,13 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         seconds=0.1,
         lengths=(TriedLength(2, (segment,), 0.08, True), TriedLength(3, (LayerSegment(0, 3),), math.inf, False)),
     )
+    step = ClosedFormStep(0, "mlp.down_proj", 0.5, 0.4, 1e-3, 1e5, "float64")
+    solved = ClosedFormResult("fold", (step, ClosedFormStep(1, skipped="no linear module")), 0.1)
     tuning = TuningResult(
         layers=(0, 1),
+        modules=("model.norm",),
         loss={"kd": 1.0},
+        init={**solved.to_dict(), "kept": True, "loss_before": 0.5, "loss_after": 0.45},
         num_trainable=10,
         learning_rate=1e-3,
         steps=3,
@@ -102,7 +108,9 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         history=(TuningStep(0, None, 0.5, 0.0), TuningStep(3, 0.6, 0.4, 1e-3)),
         stopped="finished",
         num_tokens=48,
+        num_processes=2,
         seconds=0.2,
+        cache_seconds=0.1,
     )
     row = {
         **example_report().evaluation["rows"][0],

@@ -5,9 +5,10 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 
+from optimum_clp import tuning
 from optimum_clp.architecture import decoder_layers
 from optimum_clp.configuration import TuningConfig
-from optimum_clp.errors import ModelError, TuningError
+from optimum_clp.errors import ConfigurationError, ModelError, TuningError
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
@@ -140,7 +141,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(dense, monkeypatc
         calls.append(1)
         return kl_divergence(teacher, student) * (math.nan if len(calls) == 8 else 1.0)
 
-    monkeypatch.setattr("optimum_clp.tuning.kl_divergence", planted)
+    monkeypatch.setattr("optimum_clp.endpoint_student.kl_divergence", planted)
     with pytest.raises(TuningError) as error:
         tuned(cut, settings(), dense=dense)
     text = str(error.value)
@@ -180,3 +181,123 @@ def test_layers_outside_the_model_are_refused(dense):
 def test_wider_models_take_smaller_steps():
     assert default_learning_rate(128) == pytest.approx(7.8e-4, rel=0.01)
     assert default_learning_rate(4096) == pytest.approx(2.4e-5, rel=0.02)
+
+
+@pytest.mark.parametrize("loss", ["hidden", {"kd": 0.5, "hidden": 0.5}], ids=str)
+def test_hidden_states_are_matched_behind_the_trained_layers(dense, loss):
+    cut = cut_model(dense, SEGMENTS)
+    rows = random_tokens(4, 20, seed=2)
+
+    def error():
+        """1 - R^2 of the states that enter the dense layers 4 and 5, from whole models."""
+        with torch.no_grad():
+            ours = cut(rows, output_hidden_states=True).hidden_states
+            theirs = dense(rows, output_hidden_states=True).hidden_states
+            train = dense(random_tokens(16, 20, seed=1), output_hidden_states=True).hidden_states
+        scales = {i: (train[i] - train[i].mean((0, 1))).square().mean() for i in (4, 5)}
+        return (
+            (ours[2] - theirs[4]).square().mean() / scales[4] + (ours[3] - theirs[5]).square().mean() / scales[5]
+        ).item() / 2
+
+    before = error()
+    result = tune_layers(
+        cut,
+        dense,
+        (1, 2),
+        random_tokens(16, 20, seed=1),
+        rows,
+        settings(loss=loss, epochs=8),
+        kept=[0, 1, 4, 5],
+        quiet=True,
+    )
+    assert error() < 0.9 * before
+    if loss == "hidden":
+        assert result.initial_validation_loss == pytest.approx(before, rel=1e-3)
+        assert result.best_validation_loss == pytest.approx(error(), rel=1e-3)
+
+
+def test_hidden_states_alone_need_no_pass_beyond_the_last_trained_layer(dense):
+    cut, calls = cut_model(dense, SEGMENTS), []
+    handle = cut.model.layers[3].mlp.register_forward_hook(lambda *args: calls.append(1))
+    rows = random_tokens(8, 20, seed=1), random_tokens(4, 20, seed=2)
+    # what LayerStack looks at once is a pass of one token
+    tune_layers(cut, dense, (1, 2), *rows, settings(loss="hidden", epochs=1), kept=[0, 1, 4, 5], quiet=True)
+    handle.remove()
+    assert len(calls) <= 2
+
+
+def test_what_compares_layers_needs_their_numbers(dense):
+    with pytest.raises(ConfigurationError) as error:
+        tuned(cut_model(dense, SEGMENTS), settings(loss="hidden"), dense=dense)
+    assert str(error.value) == (
+        "kept is None: 'hidden' compares with the dense model's layers, and which they are is not given. "
+        "Give the dense model's index of each layer of the model."
+    )
+
+
+@pytest.mark.parametrize("extra", [{"train_final_norm": True}, {"train_head": True}], ids=str)
+def test_final_norm_and_head_are_trained_if_asked(dense, extra):
+    cut = cut_model(dense, SEGMENTS)
+    before, dense_before = copy.deepcopy(cut.state_dict()), copy.deepcopy(dense.state_dict())
+    result = tuned(cut, settings(**extra), dense=dense)
+    name = "model.norm" if "train_final_norm" in extra else "lm_head"
+    assert result.modules == (name,)
+    changed = {n.rsplit(".", 1)[0] for n, t in cut.state_dict().items() if not torch.equal(t, before[n])}
+    assert {n for n in changed if ".layers." not in n} == {name}
+    assert all(torch.equal(t, dense_before[n]) for n, t in dense.state_dict().items())
+
+
+def test_a_tied_head_is_not_trained():
+    dense = tiny_model(tie_word_embeddings=True)
+    with pytest.raises(ConfigurationError) as error:
+        tuned(cut_model(dense, SEGMENTS), settings(train_head=True), dense=dense)
+    assert str(error.value) == (
+        "tuning.train_head is True: the head is tied to the embedding, which is below the layers that are trained. "
+        "Leave it out, or untie the model."
+    )
+
+
+def test_states_on_disk_train_the_same_weights(dense, tmp_path):
+    first, second = cut_model(dense, SEGMENTS), cut_model(dense, SEGMENTS)
+    tuned(first, settings(), dense=dense)
+    tuned(second, settings(cache_memory_gib=0), dense=dense)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("init", ["fold", "least_squares"])
+def test_a_closed_form_start_comes_before_the_first_step(dense, init):
+    cut = cut_model(dense, SEGMENTS)
+    rows = random_tokens(64, 20, seed=1), random_tokens(16, 20, seed=2)
+    result = tune_layers(cut, dense, (1, 2), *rows, settings(init=init), kept=[0, 1, 4, 5], quiet=True)
+    assert result.init["method"] == init
+    first = result.history[0].validation_loss
+    assert result.initial_validation_loss == result.init["loss_before"]
+    assert first == pytest.approx(result.init["loss_after"] if result.init["kept"] else result.init["loss_before"])
+    assert result.init["kept"] == (result.init["loss_after"] < result.init["loss_before"])
+
+
+def test_a_closed_form_start_that_does_not_help_is_dropped(dense, monkeypatch):
+    cut = cut_model(dense, SEGMENTS)
+    solve = tuning.solve_endpoints
+
+    def harmful(model, *arguments, **options):
+        result = solve(model, *arguments, **options)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(-3)
+        return result
+
+    monkeypatch.setattr(tuning, "solve_endpoints", harmful)
+    rows = random_tokens(16, 20, seed=1), random_tokens(4, 20, seed=2)
+    result = tune_layers(
+        cut,
+        dense,
+        (1, 2),
+        *rows,
+        settings(init="least_squares", learning_rate=5.0, patience=1),
+        kept=[0, 1, 4, 5],
+        quiet=True,
+    )
+    assert not result.init["kept"] and not result.improved
+    assert all(
+        torch.equal(a, b) for a, b in zip(cut.parameters(), cut_model(dense, SEGMENTS).parameters(), strict=True)
+    )

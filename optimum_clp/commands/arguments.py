@@ -61,6 +61,10 @@ def loss(text: str) -> str | dict[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a loss nor weights such as kd=0.9,ce=0.1") from None
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     """`--model` and how it is loaded."""
     group = parser.add_argument_group("model")
@@ -192,12 +196,36 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
         dest="tuning.loss",
         type=loss,
         metavar="LOSS",
-        help="kd (KL to the dense model), ce (cross-entropy), or weights such as kd=0.9,ce=0.1 (default: kd)",
+        help="kd (KL to the dense model), ce (cross-entropy), hidden (its hidden states behind the trained layers), or "
+        "weights such as kd=0.9,ce=0.1 (default: kd)",
+    )
+    _add(group, "tuning", "--init", help="closed-form start: none, fold or least_squares (default: none)")
+    _switch(group, "tuning.train_final_norm", "--train-final-norm", True, "also train the norm behind the last layer")
+    _switch(
+        group, "tuning.train_head", "--train-head", True, "also train the head, if it is not tied to the embedding"
     )
     _add(group, "tuning", "--endpoint-width", type=int, help="layers on each side of the cut (default: 1)")
     _add(group, "tuning", "--learning-rate", type=float, help="peak rate (default: 0.1 / hidden size)")
     _add(group, "tuning", "--epochs", type=int, help="passes over the train rows (default: 4)")
     _add(group, "tuning", "--batch-size", type=int, help="rows in one optimizer step (default: 8)")
+    _add(
+        group,
+        "tuning",
+        "--gradient-accumulation-steps",
+        type=int,
+        help="passes in one step: more take less memory (default: 1)",
+    )
+    _add(group, "tuning", "--mixed-precision", help="no, bf16 or fp16 (default: what accelerate is set to)")
+    _add(group, "tuning", "--checkpoint-seconds", type=float, help="work an interruption may cost (default: 60)")
+    _add(
+        group,
+        "tuning",
+        "--cache-memory-gib",
+        type=float,
+        help="hidden states in memory, the rest on disk (default: 4)",
+    )
+    _add(group, "tuning", "--report-to", type=_names, help="loggers, such as tensorboard,wandb")
+    _add(group, "tuning", "--logging-dir", help="where loggers write")
     _add(group, "tuning", "--patience", type=int, help="evaluations without a better loss (default: 4)")
 
 

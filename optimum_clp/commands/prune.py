@@ -11,7 +11,7 @@ from .session import Answer, load_dense_config, load_pruner, output_folder, read
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
 EXAMPLE = "optimum-clp prune --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2 qwen3-0.6b-clp20"
-_TRAINED = ("endpoints", "best", "masters", "gradients", "moments")
+_TRAINED = ("endpoints", "masters", "gradients", "moments")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

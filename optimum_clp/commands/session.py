@@ -44,6 +44,8 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
             result, text = run(args)
+        if int(os.environ.get("RANK", "0")):
+            return 0  # one of several processes: the first one answers
         print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)
         return 0
     except KeyboardInterrupt:
@@ -156,14 +158,16 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
     """The model of `--model`, or one ONNX file of that folder."""
+    from ..processes import join_group, own_device_map
     from ..pruner import CLPPruner
 
+    join_group()
     return CLPPruner.from_pretrained(
         args.model,
         file_name,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        device_map=args.device_map,
+        device_map=args.device_map or own_device_map(),
         revision=args.revision,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=not args.no_safetensors,

@@ -17,16 +17,17 @@ from typing import Any
 from huggingface_hub import constants
 
 
-def journal_file(contents: dict[str, Any], cache_dir: str | os.PathLike | None) -> Path:
-    """Where the journal of a search is kept.
+def journal_file(stage: str, contents: dict[str, Any], cache_dir: str | os.PathLike | None) -> Path:
+    """Where the journal of a stage is kept.
 
     Args:
-        contents (`dict`): JSON-ready: everything that the measurements depend on.
+        stage (`str`): What the file's name begins with.
+        contents (`dict`): JSON-ready: everything that the outcome depends on.
         cache_dir (`str`, `os.PathLike` or `None`): A folder; `None` for the user's cache folder.
     """
     name = hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
-    return folder / f"search-{name}.jsonl"
+    return folder / f"{stage}-{name}.jsonl"
 
 
 class Journal:

@@ -69,6 +69,8 @@ def test_every_option_reaches_the_configuration():
         "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --text-column body --sequence-length 64 "
         "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
         "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
+        "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
+        "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
         "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
         "--no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
         "--opset 22 --tolerance 1e-3 out"

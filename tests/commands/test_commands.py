@@ -206,7 +206,8 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
         "evaluate --model cut --file onnx/model_q4.onnx --dataset d.txt --sequence-length 32 --reference dense --json"
     )
     assert main(line.split()) == 0
-    assert pruner.calls[-1] == ("evaluate", "d.txt", {"reference": "dense", "file_name": None})
+    options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None}
+    assert pruner.calls[-1] == ("evaluate", "d.txt", options)
     assert pruner.calls[0][2]["file_name"] == "onnx/model_q4.onnx"
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
 
@@ -220,6 +221,65 @@ def test_evaluate_prints_one_figure_a_line(pruner, capsys):
 def test_evaluate_of_another_model_needs_a_text(pruner, capsys):
     assert main("evaluate --model m".split()) == 1
     assert "--dataset is None: m has no clp_report.json" in error_of(capsys)
+
+
+def write_tasks(folder):
+    (folder / "words.jsonl").write_text('{"context": "a b", "continuation": "c"}\n')
+    (folder / "piqa.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 1}\n')
+
+
+def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
+    write_tasks(tmp_path)
+    line = "evaluate --model m --tasks lambada=words.jsonl piqa=piqa.jsonl --task-limit 5 --reference dense"
+    assert main(line.split()) == 0
+    tasks = {"lambada": "words.jsonl", "piqa": "piqa.jsonl"}
+    options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5}
+    assert pruner.calls[-1] == ("evaluate", None, options)
+    assert capsys.readouterr().out == (
+        "task     examples  accuracy  std. error   plain  chance  perplexity   dense\n"
+        "lambada     1,838    0.6180      0.0123  0.6000  0.0000     15.2500  0.7000\n"
+        "piqa        1,838    0.6180      0.0123  0.6000  0.5000           -  0.7000\n"
+    ), "the column of what no task has is left out"
+
+
+def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
+    write_tasks(tmp_path)
+    assert main("evaluate --model m --dataset d.txt --tasks any=piqa.jsonl".split()) == 0
+    assert capsys.readouterr().out == (
+        "name        cut\nperplexity  12.5\nnum_tokens  6,120\n\n"
+        "task  examples  accuracy  std. error   plain  chance\n"
+        "any      1,838    0.6180      0.0123  0.6000  0.5000\n"
+    )
+    assert main("evaluate --model m --tasks any=piqa.jsonl --json".split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["tasks"] and result["tasks"]["any"]["accuracy_stderr"] == 0.0123
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("t=gone.jsonl", "task t is 'gone.jsonl': it cannot be read (No such file or directory)"),
+        ("t=bad.jsonl", "task t is 'bad.jsonl': line 1 has the keys ['query']"),
+        ("t=piqa.jsonl t=words.jsonl", "--tasks is 't t': a name is given twice. Give each task its own name."),
+        ("t=piqa.jsonl --task-limit 0", "--task-limit is 0: it must be at least 1."),
+        ("--task-limit 3", "--task-limit is 3: there is no task to limit. Give --tasks."),
+    ],
+)
+def test_bad_tasks_are_reported_before_loading(given, message, pruner, tmp_path, capsys):
+    write_tasks(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"query": "q"}\n')
+    option = "" if given.startswith("--") else "--tasks "
+    assert main(f"evaluate --model cut {option}{given}".split()) == 1
+    assert message in error_of(capsys)
+    assert pruner.calls == []
+
+
+@pytest.mark.parametrize("given", ["piqa.jsonl", "=piqa.jsonl", "piqa="])
+def test_tasks_are_names_and_files(given, pruner, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(f"evaluate --model m --tasks {given}".split())
+    assert stopped.value.code == 2
+    assert f"{given!r} is not NAME=FILE, such as piqa=piqa.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["tune", "quantize", "export"])

@@ -108,8 +108,8 @@ def test_what_cannot_be_written_is_told_once(tmp_path):
 
 def test_a_journals_name_depends_on_all_of_its_contents(tmp_path):
     base = {"weights": "a", "rows": [1]}
-    names = {journal_file({**base, **change}, tmp_path) for change in ({}, {"weights": "b"}, {"rows": [2]})}
-    assert len(names) == 3 and journal_file(base, tmp_path) in names
+    names = {journal_file("search", {**base, **change}, tmp_path) for change in ({}, {"weights": "b"}, {"rows": [2]})}
+    assert len(names) == 3 and journal_file("search", base, tmp_path) in names
 
 
 WORKER = """

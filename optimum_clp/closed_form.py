@@ -1,0 +1,515 @@
+"""Closed-form start of endpoint tuning: refit the output projections of the layers next to a cut by least squares.
+
+The target is the dense model's hidden state behind the cut. No parameter is added: a linear map folded into a projection
+(`"fold"`), or the projection refitted itself (`"least_squares"`). Only sums over tokens are kept, never the states of
+all of them. `docs/recovery.md` gives the reasons, with figures.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import ConfigurationError, ModelError, Problem
+from .gating import LayerStack, evaluation_mode, layer_hidden, layer_input, run_without_head, stopped_before
+from .progress import progress_bar
+from .teacher import DenseOutputs
+
+METHODS = ("fold", "least_squares")
+# penalties, in units of the mean eigenvalue of the Gram matrix
+RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+# a float64 Gram matrix of this width takes 2 GiB, and up to four such matrices exist at once
+MAX_FLOAT64_WIDTH = 2**14
+# times the dtype's rounding: 2e-4 and 0.1 of the solution at worst; the bound that is held to is far from sharp
+MAX_CONDITION = {torch.float64: 1e12, torch.float32: 1e6}
+# roundings that a projection's output may meet on its way to the layer's
+_ROUNDINGS = 4
+
+
+@dataclass(frozen=True)
+class ClosedFormStep:
+    """What became of one projection.
+
+    Errors are on the validation rows: the sum over all tokens of `|target - output|^2`, divided by that of
+    `|target - input|^2`, of the layer's output and input; so 1 is the error of a layer that does nothing.
+
+    Args:
+        layer (`int`): In the cut model's numbering.
+        module (`str` or `None`): The projection, by its name inside the layer; `None` if none can be solved.
+        error_before (`float` or `None`): With the weights as they were before this step.
+        error_after (`float` or `None`): With the solved weights in the model's dtype, kept or not.
+        ridge (`float` or `None`): The penalty that did best, in units of the mean eigenvalue of the Gram matrix.
+        condition_bound (`float` or `None`): Upper bound of the solved system's condition number.
+        dtype (`str` or `None`): Of the sums and of the solution.
+        skipped (`str` or `None`): Why the weights are as they were; `None` if they were changed.
+    """
+
+    layer: int
+    module: str | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    ridge: float | None = None
+    condition_bound: float | None = None
+    dtype: str | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class ClosedFormResult:
+    """What the closed-form start did.
+
+    Args:
+        method (`str`): `"fold"` or `"least_squares"`.
+        steps (`tuple[ClosedFormStep, ...]`): In the order in which they were taken; at least one for every layer.
+        seconds (`float`): Wall-clock time.
+    """
+
+    method: str
+    steps: tuple[ClosedFormStep, ...]
+    seconds: float = field(compare=False)
+
+    @property
+    def solved(self) -> tuple[int, ...]:
+        """The layers that were changed, ascending."""
+        return tuple(sorted({s.layer for s in self.steps if s.skipped is None}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report, as JSON-ready values."""
+        return {**asdict(self), "steps": [asdict(s) for s in self.steps]}
+
+
+def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
+    """Which of the dense model's hidden states a layer of the cut model should put out.
+
+    Args:
+        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
+        layer (`int`): In the cut model's numbering.
+        num_layers (`int`): Layers of the dense model.
+
+    Returns:
+        `int`: The dense layer that the state enters; `num_layers` for what leaves the last one.
+    """
+    return kept[layer + 1] if layer + 1 < len(kept) else num_layers
+
+
+def solve_endpoints(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    kept: Sequence[int],
+    train: DenseOutputs,
+    validation: DenseOutputs,
+    inputs: tuple[Tensor, Tensor],
+    *,
+    method: str = "least_squares",
+    attention: bool = True,
+    ridges: Sequence[float] = RIDGES,
+    batch_size: int = 8,
+    quiet: bool = False,
+) -> ClosedFormResult:
+    """Refit the output projections of some layers, so that hidden states behind the cut match the dense model's.
+
+    The layers are solved from the bottom up, each with the ones below as they then are. Weights and biases of linear
+    modules whose output is added to the layer's are written in place, nothing else; the layers must own their storage, or
+    the dense model changes too. What has no closed form, or whose error on the validation rows does not go down, stays as
+    it is, and the result says why.
+
+    Args:
+        model (`PreTrainedModel`): The cut model.
+        layers (`Sequence[int]`): Layers to solve, in the cut model's numbering.
+        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
+        train ([`DenseOutputs`]): Rows to fit on; its `hidden` must hold [`target_state`] of every layer.
+        validation ([`DenseOutputs`]): Rows that choose the penalty and decide what is kept; the same states.
+        inputs (`tuple[Tensor, Tensor]`): What enters the lowest of the layers, `[rows, length, hidden]` in the model's
+            dtype, for `train` and for `validation`.
+        method (`str`): `"least_squares"` refits a projection; `"fold"` multiplies it by a `[hidden, hidden]` map from
+            the left.
+        attention (`bool`): Solve the layer's earlier output projections too (attention), not its last one alone.
+        ridges (`Sequence[float]`): Penalties to choose from, above 0, in units of the mean eigenvalue of the Gram matrix.
+        batch_size (`int`): Rows in one forward pass.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`ClosedFormResult`]
+
+    Raises:
+        ConfigurationError: If the method is not one of the two.
+        ModelError: If a layer or a target is missing, or the hidden states are not finite.
+    """
+    begin = time.perf_counter()
+    _check(layers, kept, train, validation, method)
+    solver = _Solver(model, sorted(set(layers)), kept, (train, validation), inputs, method, ridges, batch_size)
+    steps: list[ClosedFormStep] = []
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(solver.indices), "Closed form", quiet) as bar:
+        for index in solver.indices:
+            steps += solver.solve_layer(index, attention)
+            bar.update(1)
+    return ClosedFormResult(method, tuple(steps), time.perf_counter() - begin)
+
+
+def _check(
+    layers: Sequence[int], kept: Sequence[int], train: DenseOutputs, validation: DenseOutputs, method: str
+) -> None:
+    if method not in METHODS:
+        rule = f"a closed-form start is one of {', '.join(METHODS)}"
+        raise ConfigurationError(Problem("method", method, rule, "Choose one of these"))
+    if not layers or not all(0 <= i < len(kept) for i in layers):
+        rule = f"the model has layers 0 to {len(kept) - 1}"
+        raise ModelError(Problem("layers", list(layers), rule, "Choose at least one of these"))
+    for name, outputs in (("train", train), ("validation", validation)):
+        wanted = sorted({target_state(kept, i, len(outputs.stack)) for i in layers})
+        if not set(wanted) <= set(outputs.hidden):
+            rule = f"the states that the layers should put out are {wanted}"
+            remedy = f"Give DenseOutputs(..., inputs_of={wanted})"
+            raise ModelError(Problem(f"{name}.hidden", sorted(outputs.hidden), rule, remedy))
+
+
+@dataclass(frozen=True)
+class _Projection:
+    """A linear module whose output, times `scale`, is added to the layer's output."""
+
+    name: str
+    module: nn.Module
+    scale: float
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight `[out, in]`, over its own storage."""
+        weight = cast(Tensor, self.module.weight)
+        return weight.T if isinstance(self.module, Conv1D) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return cast(Tensor | None, self.module.bias)
+
+
+class _Solver:
+    """The loop of [`solve_endpoints`]. `0` and `1` stand for the train and the validation split."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        indices: list[int],
+        kept: Sequence[int],
+        outputs: tuple[DenseOutputs, DenseOutputs],
+        inputs: tuple[Tensor, Tensor],
+        method: str,
+        ridges: Sequence[float],
+        batch_size: int,
+    ):
+        self.model, self.indices, self.kept = model, indices, kept
+        self.outputs, self.inputs = outputs, inputs
+        self.method, self.ridges, self.batch_size = method, ridges, batch_size
+        self.stack = LayerStack(model)
+
+    def solve_layer(self, index: int, attention: bool) -> list[ClosedFormStep]:
+        """Solve a layer's projections, in place."""
+        found = self._projections(index)
+        if isinstance(found, str):
+            return [ClosedFormStep(index, skipped=found)]
+        steps = [self._solve(index, found[0])]
+        if attention and len(found) > 1 and steps[0].error_before != 0:
+            earlier = [self._solve(index, projection) for projection in found[1:]]
+            steps += earlier
+            if any(step.skipped is None for step in earlier):
+                # what enters it has changed
+                steps.append(self._solve(index, found[0]))
+        return steps
+
+    def _solve(self, index: int, projection: _Projection) -> ClosedFormStep:
+        fit, check = (self._moments(index, projection, split) for split in (0, 1))
+        name, dtype = projection.name, str(fit.dtype).removeprefix("torch.")
+        if check.error == 0 or check.span == 0:
+            return ClosedFormStep(index, name, 0.0, skipped="the layer's output is the target already")
+        if fit.is_zero:
+            return ClosedFormStep(index, name, skipped="what enters the projection is zero or constant")
+        chosen: tuple[float, _Solution] | None = None
+        for ridge in sorted({max(ridge, fit.least_ridge) for ridge in self.ridges}):
+            solution = fit.solve(ridge)
+            error = check.error_with(solution)
+            if chosen is None or error < chosen[0]:
+                chosen = (error, solution)
+        assert chosen is not None
+        solution = chosen[1]
+        before = [tensor.clone() for tensor in (projection.matrix, projection.bias) if tensor is not None]
+        self._write(projection, solution)
+        # not the error that the sums predict: weights are rounded, and what follows the projection may not be linear
+        after = self._error(index)
+        worse = not after < check.error
+        if worse:
+            for tensor, old in zip((projection.matrix, projection.bias), before, strict=False):
+                cast(Tensor, tensor).copy_(old)
+        return ClosedFormStep(
+            index,
+            name,
+            check.error / check.span,
+            after / check.span,
+            solution.ridge,
+            solution.condition_bound,
+            dtype,
+            "the error on the validation rows would not go down" if worse else None,
+        )
+
+    def _write(self, projection: _Projection, solution: "_Solution") -> None:
+        matrix = projection.matrix
+        weight = matrix.to(solution.change.dtype)
+        # a fold's correction T - I acts on what the projection puts out
+        matrix.copy_(weight + (solution.change @ weight if self.method == "fold" else solution.change))
+        if projection.bias is not None and solution.shift is not None:
+            projection.bias.copy_(projection.bias.to(solution.change.dtype) + solution.shift)
+
+    def _moments(self, index: int, projection: _Projection, split: int) -> "_Moments":
+        """The sums over a split for one projection."""
+        width, features = projection.matrix.shape
+        moments = _Moments(
+            features if self.method == "least_squares" else width,
+            width,
+            projection.bias is not None,
+            projection.matrix.device,
+        )
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self.method == "least_squares":
+                seen[:] = [args[0]]
+            else:
+                seen[:] = [output.clone() if projection.bias is None else output - projection.bias]
+
+        with _hooked(projection.module, hook):
+            for entered, left, target in self._batches(index, split):
+                moments.add(seen[0], (target, left), entered, projection.scale)
+        if not math.isfinite(moments.error + moments.span):
+            rule = f"what enters and leaves layer {index} must be finite on the calibration text"
+            raise ModelError(Problem("hidden states", moments.error, rule, "Check the weights, or load in bfloat16"))
+        return moments
+
+    def _error(self, index: int) -> float:
+        """The summed square of `target - output` over the validation rows."""
+        return sum(_squared_distance(target, left) for _, left, target in self._batches(index, 1))
+
+    def _batches(self, index: int, split: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What enters and what leaves a layer, and what should leave it, batch by batch."""
+        outputs = self.outputs[split]
+        targets = outputs.hidden[target_state(self.kept, index, len(outputs.stack))]
+        for rows in torch.arange(len(outputs.tokens)).split(self.batch_size):
+            entered, left = self._run(index, split, rows)
+            yield entered, left, targets[rows].to(left.device)
+
+    def _run(self, index: int, split: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters and what leaves a layer, `[batch, length, hidden]`."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            seen[:] = [layer_input(args, kwargs), layer_hidden(output)]
+
+        with ExitStack() as stack:
+            stack.callback(self.stack.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(self.stack.resumed(self.indices[0], self.inputs[split][rows].to(self.model.device)))
+            if index + 1 < len(self.stack):
+                stack.enter_context(stopped_before(self.stack.layers[index + 1]))
+            run_without_head(self.model, self.outputs[split].tokens[rows])
+        return seen[0], seen[1]
+
+    def _projections(self, index: int) -> list[_Projection] | str:
+        """The modules that add to a layer's output, the last to be called first; or why the last one does not.
+
+        Names tell nothing: every candidate's output is disturbed, and what leaves the layer has to follow. What an
+        earlier one (attention) does by way of the later ones is left out: their outputs are held as they were.
+        """
+        row = torch.arange(1)
+        candidates = {n: m for n, m in self.stack.layers[index].named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+        calls: list[tuple[str, Tensor]] = []
+
+        def note(name: str) -> Callable[[nn.Module, tuple, Any], None]:
+            def hook(module: nn.Module, args: tuple, output: Any) -> None:
+                # routers are linear modules too, and may put out several tensors
+                if isinstance(output, Tensor):
+                    # some layers add to it in place (Falcon)
+                    calls.append((name, output.clone()))
+
+            return hook
+
+        with ExitStack() as stack:
+            for name, module in candidates.items():
+                stack.enter_context(_hooked(module, note(name)))
+            _, left = self._run(index, 1, row)
+        width = left.shape[-1]
+        calls = [(name, output) for name, output in reversed(calls) if output.shape[-1] == width]
+        if not calls:
+            return f"no linear module in it puts out {width} features"
+        found: list[_Projection] = []
+        reasons: list[str] = []
+        with ExitStack() as held:
+            for name, output in calls:
+                projection = self._test(index, name, candidates[name], left, output, [n for n, _ in calls])
+                if isinstance(projection, str):
+                    reasons.append(projection)
+                else:
+                    found.append(projection)
+                    held.enter_context(_hooked(projection.module, _giving(output)))
+        return found or reasons[0]
+
+    def _test(
+        self, index: int, name: str, module: nn.Module, left: Tensor, output: Tensor, called: list[str]
+    ) -> _Projection | str:
+        """The module as a projection, or why it is none."""
+        weight = cast(Tensor, module.weight)
+        elsewhere = (p for i, layer in enumerate(self.stack.layers) if i != index for p in layer.parameters())
+        if any(p is weight for p in elsewhere):
+            return f"{name} is shared with other layers"
+        if called.count(name) > 1 or output.numel() != left.numel() or left.dim() != 3:
+            return f"{name} is not called once for all tokens"
+        if not weight.is_floating_point() or weight.is_meta:
+            return f"the weight of {name} is not a plain matrix in memory"
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(left.shape, generator=generator).to(left)
+        # as large as the state itself at every token, some of which have states hundreds of times larger than others
+        disturbance = noise * left.float().square().mean(-1, keepdim=True).sqrt().to(left)
+        with _hooked(module, _giving((output + disturbance.reshape(output.shape)).to(output.dtype))):
+            _, moved = self._run(index, 1, torch.arange(1))
+        given, came = disturbance.double().cpu(), (moved.double() - left.double()).cpu()
+        scale = float((given * came).sum() / given.square().sum())
+        sizes = sum(x.double().norm(dim=-1).cpu() for x in (left, moved, output.reshape(left.shape), disturbance))
+        allowed = _ROUNDINGS * torch.finfo(left.dtype).eps * sizes
+        followed = (came - scale * given).norm(dim=-1) <= allowed
+        if not followed.all() or not (abs(scale) * given.norm(dim=-1) > allowed).all():
+            return (
+                f"the output of {name} is not simply added to the layer's (a norm, a gate or an expert lies between)"
+            )
+        return _Projection(name, module, scale)
+
+
+@contextmanager
+def _hooked(module: nn.Module, hook: Callable) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _giving(value: Tensor) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    return lambda module, args, output: value.clone()
+
+
+def _squared_distance(a: Tensor, b: Tensor) -> float:
+    return (a.float() - b.float()).double().square().sum().item()
+
+
+@dataclass(frozen=True)
+class _Solution:
+    """A correction.
+
+    Args:
+        change (`Tensor`): `[out, features]`, to be added to the matrix that acts on the features.
+        shift (`Tensor` or `None`): `[out]`, to be added to the bias.
+        ridge (`float`): In units of the mean eigenvalue of the Gram matrix.
+        condition_bound (`float`): Of the system that was solved.
+    """
+
+    change: Tensor
+    shift: Tensor | None
+    ridge: float
+    condition_bound: float
+
+
+class _Moments:
+    """Sums over tokens for the regression of what is missing on the features; a constant feature stands for a bias.
+
+    Args:
+        num_features (`int`): Without the constant.
+        width (`int`): Of the hidden states.
+        constant (`bool`): Whether there is a bias to solve for.
+        device (`torch.device`): Of the sums.
+
+    Attributes:
+        error (`float`): Sum of `|target - output|^2`.
+        span (`float`): Sum of `|target - input|^2`.
+    """
+
+    def __init__(self, num_features: int, width: int, constant: bool, device: torch.device):
+        # Apple's GPUs have no float64
+        wide = num_features > MAX_FLOAT64_WIDTH or device.type == "mps"
+        self.dtype = torch.float32 if wide else torch.float64
+        self.num_features, self.constant = num_features, constant
+        size = num_features + constant
+        self.gram = torch.zeros(size, size, dtype=self.dtype, device=device)
+        self.cross = torch.zeros(width, size, dtype=self.dtype, device=device)
+        self.error = self.span = 0.0
+        self.scale = 1.0
+
+    def add(self, features: Tensor, ends: tuple[Tensor, Tensor], entered: Tensor, scale: float) -> None:
+        """Add a batch.
+
+        Args:
+            features (`Tensor`): `[..., num_features]`.
+            ends (`tuple[Tensor, Tensor]`): What should leave the layer and what leaves it, `[batch, length, hidden]`.
+            entered (`Tensor`): What enters the layer, the same shape.
+            scale (`float`): By which the projection's output enters the layer's.
+        """
+        target, left = ends
+        self.error += _squared_distance(target, left)
+        self.span += _squared_distance(target, entered.to(target.device))
+        self.scale = scale
+        z = features.to(self.gram).reshape(-1, self.num_features)
+        if self.constant:
+            z = torch.cat([z, torch.ones_like(z[:, :1])], dim=1)
+        missing = (target.to(self.gram) - left.to(self.gram)).reshape(len(z), -1) / scale
+        self.gram.addmm_(z.T, z)
+        self.cross.addmm_(missing.T, z)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the features are zero (with a constant: the same) on every token, up to rounding."""
+        rounding = torch.finfo(self.dtype).eps * self.num_features
+        return self._centred()[0].trace().item() <= rounding * self.gram.trace().item()
+
+    @property
+    def least_ridge(self) -> float:
+        """The smallest penalty for which the condition bound holds."""
+        return self.num_features / (MAX_CONDITION[self.dtype] - 1)
+
+    def solve(self, ridge: float) -> _Solution:
+        """Minimise `|missing - change z - shift|^2 + lambda |change|^2`, with lambda the given share of the mean eigenvalue.
+
+        No eigenvalue of the Gram matrix is larger than its trace, and none of the penalised one smaller than lambda: the
+        condition number is at most `1 + features / ridge`.
+        """
+        gram, cross = self._centred()
+        mean = gram.trace() / self.num_features
+        penalised = gram.clone()
+        penalised.diagonal().add_(ridge * mean)
+        factor, failed = torch.linalg.cholesky_ex(penalised)
+        if failed:
+            # rounding has made it indefinite
+            return self.solve(10 * ridge)
+        change = torch.cholesky_solve(cross.T, factor).T
+        shift = None
+        if self.constant:
+            count = self.gram[-1, -1]
+            shift = (self.cross[:, -1] - change @ self.gram[:-1, -1]) / count
+        return _Solution(change, shift, ridge, 1 + self.num_features / ridge)
+
+    def error_with(self, solution: _Solution) -> float:
+        """The error that a solution would leave, from the sums alone; exact if the layer's output is linear in it."""
+        change = solution.change
+        if solution.shift is not None:
+            change = torch.cat([change, solution.shift[:, None]], dim=1)
+        gained = 2 * (change * self.cross).sum() - ((change @ self.gram) * change).sum()
+        return self.error - self.scale**2 * gained.item()
+
+    def _centred(self) -> tuple[Tensor, Tensor]:
+        """Gram and cross sums around the means where there is a constant, so that the bias goes without penalty."""
+        if not self.constant:
+            return self.gram, self.cross
+        means = self.gram[:-1, -1] / self.gram[-1, -1]
+        return (
+            self.gram[:-1, :-1] - torch.outer(self.gram[:-1, -1], means),
+            self.cross[:, :-1] - torch.outer(self.cross[:, -1], means),
+        )

@@ -1,0 +1,362 @@
+"""The training loop of endpoint tuning, on accelerate: one process or several, sharded or not, resumable.
+
+What `accelerate launch` or `accelerate config` has set (processes, mixed precision, FSDP, DeepSpeed) holds; DeepSpeed is
+untested. A global batch is the same rows whatever the number of processes and of accumulation steps.
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
+from torch import Tensor, nn
+
+from .configuration import TuningConfig
+from .endpoint_student import EndpointStudent, TuningRows
+from .errors import ConfigurationError, Problem
+from .master_adamw import MasterAdamW
+from .progress import progress_bar
+
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class TuningStep:
+    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate."""
+
+    step: int
+    train_loss: float | None
+    validation_loss: float
+    learning_rate: float
+
+
+@dataclass
+class TrainingState:
+    """Where the loop is; everything that it decides from, beside weights and optimizer.
+
+    Args:
+        step (`int`): Optimizer steps taken.
+        best_step (`int`): Step of the weights that are kept.
+        stale (`int`): Evaluations since then.
+        history (`list[TuningStep]`): All evaluations.
+        losses (`list[float]`): Training losses of this process since the last one.
+        last_loss (`float`): The last loss that was looked at.
+        stopped (`str` or `None`): `"finished"`, `"patience"` or `"nan"` at the end.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    stale: int = 0
+    history: list[TuningStep] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    last_loss: float = math.nan
+    stopped: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
+        """From what `dataclasses.asdict` gave."""
+        return cls(**{**values, "history": [TuningStep(**step) for step in values["history"]]})
+
+
+@contextmanager
+def tuning_accelerator(config: TuningConfig, device: torch.device, modules: nn.Module) -> Iterator[Accelerator]:
+    """An accelerator for one run; what it leaves in accelerate's shared state is removed if nothing was there before.
+
+    Args:
+        config ([`TuningConfig`]): Mixed precision, accumulation, loggers.
+        device (`torch.device`): Of the model, which stays where it is.
+        modules (`nn.Module`): What will be trained.
+    """
+    fresh, alone = not AcceleratorState._shared_state, not PartialState._shared_state
+    unused = any("expert" in name for name, _ in modules.named_parameters())  # no token of a batch may go to one
+    accelerator = Accelerator(
+        cpu=device.type == "cpu" and fresh,
+        device_placement=False,
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        log_with=list(config.report_to) or None,
+        project_config=ProjectConfiguration(project_dir=config.logging_dir, logging_dir=config.logging_dir),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+    try:
+        yield accelerator
+    finally:
+        accelerator.free_memory()
+        if fresh:
+            AcceleratorState._reset_state(reset_partial_state=alone)
+            GradientState._reset_state()
+
+
+class TrainingLoop:
+    """Steps of AdamW on an [`EndpointStudent`], with validation, early stopping, best weights and checkpoints on disk.
+
+    Args:
+        accelerator (`Accelerator`): From [`tuning_accelerator`].
+        student ([`EndpointStudent`]): What is trained; all its parameters require gradients.
+        train ([`TuningRows`]): Rows to train on.
+        validation ([`TuningRows`]): Rows that choose the weights.
+        config ([`TuningConfig`]): Loss and schedule.
+        learning_rate (`float`): Peak rate.
+        seed (`int`): Of the order of the rows.
+        folder (`Path`): For the best weights, and for checkpoints.
+        checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
+        quiet (`bool`): No progress bar.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: EndpointStudent,
+        train: TuningRows,
+        validation: TuningRows,
+        config: TuningConfig,
+        *,
+        learning_rate: float,
+        seed: int,
+        folder: Path,
+        checkpoints: bool,
+        quiet: bool,
+    ):
+        self.accelerator, self.config, self.quiet = accelerator, config, quiet
+        self.train, self.validation = train, validation
+        self.needs_logits = student.needs_teacher_logits
+        self.learning_rate, self.seed = learning_rate, seed
+        self.folder, self.checkpoints = folder, checkpoints
+        self.batch_size = min(config.batch_size, len(train))
+        self.micro_batch = _micro_batch(self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
+        self.per_epoch = len(train) // self.batch_size
+        self.total = self.per_epoch * config.epochs
+        # sharded engines bring float32 masters of their own
+        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        make = torch.optim.AdamW if sharded else MasterAdamW
+        optimizer = make(
+            list(student.parameters()), lr=learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+        )
+        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        self.state = TrainingState()
+        self._order: tuple[int, Tensor] | None = None
+        self._last_checkpoint = time.monotonic()
+
+    def run(self) -> TrainingState:
+        """Train until the end, until patience runs out, or until a loss is not finite."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._start_trackers()
+        if self.checkpoints:
+            self._resume()
+        evaluate_every = max(1, self.per_epoch // self.config.evaluations_per_epoch)
+        with progress_bar(self.total, "Endpoint tuning", self.quiet or not self.accelerator.is_main_process) as bar:
+            bar.update(self.state.step)
+            if not self.state.history and not self._evaluate(0.0):
+                self.state.stopped = "nan"
+            while self.state.stopped is None and self.state.step < self.total:
+                rate = self._set_rate()
+                if not self._train_step():
+                    self.state.stopped = "nan"
+                    break
+                bar.update(1)
+                if self.state.step % evaluate_every == 0 or self.state.step == self.total:
+                    if not self._evaluate(rate):
+                        self.state.stopped = "nan"
+                    elif self.state.stale >= self.config.patience:
+                        self.state.stopped = "patience"
+                if self.checkpoints:
+                    self._maybe_checkpoint()
+        self.state.stopped = self.state.stopped or "finished"
+        # not end_training(): it would also end the process group, which may be the caller's
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        return self.state
+
+    def best_weights(self) -> dict[str, Tensor] | None:
+        """The state dict of the student with the best validation loss, on the CPU; `None` in all processes but the first."""
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            return None
+        return torch.load(self._best_file(self.state.best_step), map_location="cpu", mmap=True, weights_only=True)
+
+    def tokens_in(self, state: TrainingState) -> int:
+        """Tokens that the steps so far have trained on, in all processes together, repeats counted."""
+        done = state.step - (state.stopped == "nan" and not math.isfinite(state.last_loss))
+        return done * self.batch_size * self.train.outputs.tokens.shape[1]
+
+    def _set_rate(self) -> float:
+        warmup = max(1, round(self.config.warmup_ratio * self.total))
+        step = self.state.step
+        if step < warmup:
+            share = (step + 1) / warmup
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total - warmup)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * share
+        return self.learning_rate * share
+
+    def _rows(self, step: int) -> Tensor:
+        """The rows of a global batch, int64 `[batch]`; what does not fill the last batch of an epoch is left out."""
+        epoch, place = divmod(step, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed)
+            for _ in range(epoch + 1):
+                order = torch.randperm(len(self.train), generator=generator)
+            self._order = (epoch, order)
+        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+
+    def _train_step(self) -> bool:
+        """One optimizer step; false if the loss or its gradient is not finite, and then no weight has changed."""
+        accelerator = self.accelerator
+        parts = self._rows(self.state.step).split(self.micro_batch)
+        total = 0.0
+        for part in parts[accelerator.process_index :: accelerator.num_processes]:
+            with accelerator.accumulate(self.student):
+                loss = self.student(**self.train.batch(part, self.needs_logits)).mean()
+                total += loss.item()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+                    # in float16 a step that overflows is skipped, and the scale of the loss is lowered
+                    if accelerator.scaler is None and not math.isfinite(_number(norm)):
+                        self.state.step += 1
+                        self.state.last_loss = math.nan
+                        self.optimizer.zero_grad(set_to_none=True)
+                        return False
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+        self.state.step += 1
+        self.state.last_loss = total / self.config.gradient_accumulation_steps
+        self.state.losses.append(self.state.last_loss)
+        return True
+
+    def _evaluate(self, rate: float) -> bool:
+        """Take the validation loss and keep the weights if they are the best; false if it is not finite."""
+        accelerator, state = self.accelerator, self.state
+        sums = torch.zeros(2, dtype=torch.float64)
+        parts = torch.arange(len(self.validation)).split(self.micro_batch)
+        with torch.no_grad():
+            # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
+            for number in range(0, len(parts), accelerator.num_processes):
+                mine = number + accelerator.process_index
+                losses = self.student(
+                    **self.validation.batch(
+                        parts[mine % len(parts)] if mine < len(parts) else parts[0], self.needs_logits
+                    )
+                )
+                if mine < len(parts):
+                    sums[0] += losses.double().sum().cpu()
+        sums[1] = sum(state.losses)
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
+        loss = (sums[0] / len(self.validation)).item()
+        trained = (sums[1] / accelerator.num_processes / len(state.losses)).item() if state.losses else None
+        better = not state.history or loss < min(h.validation_loss for h in state.history)
+        state.last_loss = loss
+        if math.isfinite(loss) or not state.history:
+            state.history.append(TuningStep(state.step, trained, loss, rate))
+        state.losses = []
+        if math.isfinite(loss):
+            accelerator.log({"validation_loss": loss, "learning_rate": rate}, step=state.step)
+            if trained is not None:
+                accelerator.log({"train_loss": trained}, step=state.step)
+        if better:
+            self._save_best()
+            state.best_step, state.stale = state.step, 0
+        else:
+            state.stale += 1
+        return math.isfinite(loss)
+
+    def _best_file(self, step: int) -> Path:
+        return self.folder / f"best-{step}.pt"
+
+    def _save_best(self) -> None:
+        weights = self.accelerator.get_state_dict(self.student)
+        if self.accelerator.is_main_process:
+            file = self._best_file(self.state.step)
+            temporary = file.with_suffix(".tmp")
+            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, temporary)
+            os.replace(temporary, file)
+
+    def _maybe_checkpoint(self) -> None:
+        """Save the whole state every `checkpoint_seconds`; all processes do, when the first one says so."""
+        due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_seconds
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(due), device=self.accelerator.device)
+            dist.broadcast(flag, src=0)
+            due = bool(flag.item())
+        if not due:
+            return
+        target = self.folder / f"checkpoint-{self.state.step}"
+        temporary = target.with_suffix(".tmp")
+        self.accelerator.save_state(str(temporary))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            (temporary / _PROGRESS).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            for other in self.folder.iterdir():
+                if other.name.startswith("checkpoint-") and other != target:
+                    shutil.rmtree(other, ignore_errors=True)
+                if other.name.startswith("best-") and other != self._best_file(self.state.best_step):
+                    other.unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        self._last_checkpoint = time.monotonic()
+
+    def _resume(self) -> None:
+        """Go on from the last whole checkpoint in the folder, if there is one."""
+        found = sorted(
+            (file.parent for file in self.folder.glob(f"checkpoint-*/{_PROGRESS}") if file.parent.suffix != ".tmp"),
+            key=lambda folder: int(folder.name.removeprefix("checkpoint-")),
+        )
+        self.accelerator.wait_for_everyone()
+        if not found:
+            return
+        with _global_random_state_kept():
+            self.accelerator.load_state(str(found[-1]))
+        self.state = TrainingState.from_dict(json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8")))
+
+    def _start_trackers(self) -> None:
+        if self.config.report_to:
+            values = {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}
+            self.accelerator.init_trackers("optimum_clp", config=values)
+
+
+def _micro_batch(batch_size: int, accumulation: int, processes: int) -> int:
+    """Rows in one forward pass of one process.
+
+    Raises:
+        ConfigurationError: If the global batch cannot be dealt out evenly.
+    """
+    if batch_size % (accumulation * processes):
+        rule = (
+            f"a step of {batch_size} rows must be dealt out evenly to {processes} processes times {accumulation} "
+            "accumulation steps"
+        )
+        remedy = f"Choose a multiple of {accumulation * processes}, or fewer accumulation steps or processes"
+        raise ConfigurationError(Problem("tuning.batch_size", batch_size, rule, remedy))
+    return batch_size // (accumulation * processes)
+
+
+def _number(norm: Any) -> float:
+    """A gradient norm as a number, also where it is sharded."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+@contextmanager
+def _global_random_state_kept() -> Iterator[None]:
+    """Put the global random generators back at the end."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numbers)

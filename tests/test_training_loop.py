@@ -1,0 +1,207 @@
+"""Resumption, several processes, accumulation, loggers: tuning in processes of their own against one that runs through."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+from optimum_clp.configuration import TuningConfig
+from optimum_clp.errors import ConfigurationError
+from optimum_clp.losses import kl_divergence
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery import cut_model
+from optimum_clp.training_loop import TrainingLoop
+from optimum_clp.tuning import tune_layers
+
+WORKER = str(Path(__file__).parent / "tuning_worker.py")
+SETTINGS = {"epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+DENSE = tiny_model()
+FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+
+
+def work(folder, name, *, launch=(), stop_at=-1, dtype="float32", **settings):
+    """Run the worker to its end; what it has saved, or `None` if it was killed."""
+    output = folder / name
+    config = json.dumps({**SETTINGS, **settings})
+    command = [*(launch or [sys.executable]), WORKER, str(output), str(folder / f"{name}-run"), str(stop_at), config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNING_WORKER_DTYPE": dtype, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    if stop_at >= 0:
+        assert done.returncode != 0
+        return None
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(f"{output}-{rank}.pt", weights_only=False) for rank in range(2 if launch else 1)]
+    for other in found[1:]:
+        assert all(torch.equal(a, other["weights"][n]) for n, a in found[0]["weights"].items())
+    return found[0]
+
+
+@pytest.mark.parametrize(("stop_at", "dtype"), [(5, "bfloat16"), pytest.param(10, "float32", marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, stop_at, dtype):
+    whole = work(tmp_path, "whole", checkpoint_seconds=0, dtype=dtype)
+    work(tmp_path, "killed", checkpoint_seconds=0, dtype=dtype, stop_at=stop_at)
+    saved = sorted(p.name for p in (tmp_path / "killed-run").glob("checkpoint-*"))
+    assert saved == ([f"checkpoint-{stop_at}"] if stop_at else [])
+    resumed = work(tmp_path, "killed", checkpoint_seconds=0, dtype=dtype)
+    assert all(torch.equal(a, resumed["weights"][n]) for n, a in whole["weights"].items())
+    assert resumed["result"]["history"] == whole["result"]["history"]
+    assert resumed["result"]["best_step"] > 0
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_give_what_one_gives(tmp_path, engine):
+    launch = [*LAUNCH, *(FSDP if engine == "fsdp" else ["--multi_gpu"])]
+    alone, together = work(tmp_path, "alone"), work(tmp_path, "together", launch=launch, checkpoint_seconds=0)
+    assert together["clean"] and together["result"]["num_processes"] == 2
+    assert together["result"]["num_tokens"] == alone["result"]["num_tokens"]
+    for a, b in zip(alone["result"]["history"], together["result"]["history"], strict=True):
+        assert a["validation_loss"] == pytest.approx(b["validation_loss"], rel=1e-3)
+        assert (a["train_loss"] or 0) == pytest.approx(b["train_loss"] or 0, rel=1e-3)
+    for name, tensor in alone["weights"].items():
+        torch.testing.assert_close(together["weights"][name], tensor, atol=3e-4, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(tmp_path, engine):
+    launch = [*LAUNCH, *(FSDP if engine == "fsdp" else ["--multi_gpu"])]
+    whole = work(tmp_path, "whole", launch=launch, checkpoint_seconds=0)
+    work(tmp_path, "killed", launch=launch, checkpoint_seconds=0, stop_at=5)
+    resumed = work(tmp_path, "killed", launch=launch, checkpoint_seconds=0)
+    assert all(torch.equal(a, resumed["weights"][n]) for n, a in whole["weights"].items())
+
+
+def tuned(config, rows=16, folder=None, dense=DENSE):
+    cut = cut_model(dense, [LayerSegment(2, 4)])
+    train, validation = random_tokens(rows, 20, seed=1), random_tokens(4, 20, seed=2)
+    settings = TuningConfig(**{**SETTINGS, **config})
+    result = tune_layers(cut, dense, (1, 2), train, validation, settings, folder=folder, quiet=True)
+    return cut, result
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
+def test_a_run_that_fails_at_any_step_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch):
+    whole, result = tuned({"checkpoint_seconds": 0})
+    step = TrainingLoop._train_step
+
+    def failing(loop):
+        if loop.state.step == stop_at:
+            raise RuntimeError("planted")
+        return step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        tuned({"checkpoint_seconds": 0}, folder=tmp_path)
+    monkeypatch.undo()
+    (tmp_path / "checkpoint-99").mkdir()  # one that was not finished
+    (tmp_path / "checkpoint-98.tmp").mkdir()
+    resumed, again = tuned({"checkpoint_seconds": 0}, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    assert again == result
+
+
+def test_a_failure_leaves_the_best_weights(monkeypatch):
+    step, dense = TrainingLoop._train_step, tiny_model()
+
+    def failing(loop):
+        if loop.state.step == 7:
+            raise RuntimeError("planted")
+        return step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", failing)
+    cut = cut_model(dense, [LayerSegment(2, 4)])
+    rows = random_tokens(16, 20, seed=1), random_tokens(4, 20, seed=2)
+    with pytest.raises(RuntimeError, match="planted"):
+        tune_layers(cut, dense, (1, 2), *rows, TuningConfig(**SETTINGS), quiet=True)
+    monkeypatch.undo()
+    # evaluated after the steps 2, 4 and 6 of 12: the last of these is what the whole run saw there
+    _, whole = tuned({}, dense=dense)
+    with torch.no_grad():
+        found = kl_divergence(dense(rows[1]).logits, cut(rows[1]).logits).mean().item()
+    assert found == pytest.approx(min(h.validation_loss for h in whole.history if h.step < 7), rel=1e-4)
+
+
+def test_accumulated_steps_are_whole_steps():
+    one, first = tuned({})
+    two, second = tuned({"gradient_accumulation_steps": 2})
+    assert first.steps == second.steps and first.num_tokens == second.num_tokens
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=3e-4, rtol=1e-2)
+
+
+def test_rows_that_do_not_fill_a_step_are_left_out():
+    assert tuned({"epochs": 2}, rows=11)[1].steps == 4
+    assert tuned({"epochs": 2}, rows=3)[1].steps == 2
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused():
+    with pytest.raises(ConfigurationError) as error:
+        tuned({"gradient_accumulation_steps": 3})
+    assert str(error.value) == (
+        "tuning.batch_size is 4: a step of 4 rows must be dealt out evenly to 1 processes times 3 accumulation steps. "
+        "Choose a multiple of 3, or fewer accumulation steps or processes."
+    )
+
+
+def test_mixed_precision_trains_too():
+    _, result = tuned({"mixed_precision": "bf16"})
+    assert result.improved and result.best_validation_loss < 0.95 * result.initial_validation_loss
+
+
+def test_no_global_state_is_left_behind(tmp_path):
+    from accelerate.state import AcceleratorState, PartialState
+
+    before = random.getstate(), numpy.random.get_state()[1].tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        # the models of these tests seed the global generator themselves
+        patch.setattr(torch, "manual_seed", lambda seed: None)
+        expected = torch.get_rng_state()
+        tuned({"checkpoint_seconds": 0}, folder=tmp_path)
+        tuned({"checkpoint_seconds": 0}, folder=tmp_path)
+    assert torch.equal(torch.get_rng_state(), expected)
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before
+    assert not AcceleratorState._shared_state and not PartialState._shared_state
+
+
+def test_loggers_get_the_losses(tmp_path):
+    from accelerate.tracking import GeneralTracker
+
+    logged = []
+
+    class Tracker(GeneralTracker):
+        name, requires_logging_directory = "memory", False
+
+        @property
+        def tracker(self):
+            return logged
+
+        def store_init_configuration(self, values):
+            logged.append(values)
+
+        def log(self, values, step=None, **kwargs):
+            logged.append((step, *values))
+
+    from accelerate import Accelerator
+
+    start = Accelerator.init_trackers
+
+    def planted(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        self.trackers = [Tracker()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Accelerator, "init_trackers", planted)
+        patch.setattr("accelerate.accelerator.filter_trackers", lambda *a, **k: [])
+        with pytest.warns(UserWarning, match="no supported trackers"):
+            _, result = tuned({"report_to": ["memory"]})
+    assert [entry for entry in logged if "validation_loss" in entry] == [
+        (h.step, "validation_loss", "learning_rate") for h in result.history
+    ]
