@@ -41,6 +41,7 @@ class CalibrationData:
         source (`str`): Where the text comes from, in a few words.
         statistics (`dict` or `None`): For self-written text: `distinct_4gram_share` and `dense_perplexity` of the
             train split, `seed`, `temperature`.
+        validation_kinds (`tuple[str, ...]`): For each validation row `"given"` or `"self-written"`.
     """
 
     train: torch.Tensor
@@ -48,6 +49,7 @@ class CalibrationData:
     test: torch.Tensor
     source: str
     statistics: dict[str, Any] | None = None
+    validation_kinds: tuple[str, ...] = ()
 
     @property
     def sequence_length(self) -> int:
@@ -98,41 +100,80 @@ def load_calibration(
     """
     length = _row_length(config.sequence_length, model)
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
+    own = _self_written_rows(config)
+    given = [size - count for size, count in zip(sizes, own, strict=True)]
+    parts: list[tuple[torch.Tensor, ...]] = []
     statistics = None
-    if config.dataset is None:
-        fingerprint = fingerprint or weights_fingerprint(model, quiet)
-
-        def sample(rows: int, seed: int) -> Sample:
-            return sample_text(
-                model,
-                num_sequences=rows,
-                sequence_length=length,
-                seed=seed,
-                temperature=config.temperature,
-                batch_size=config.generation_batch_size,
-                tokenizer=tokenizer,
-                cache_dir=config.cache_dir,
-                fingerprint=fingerprint,
-                quiet=quiet,
-            )
-
-        # what is measured on is a sample of its own, not the rest of the one that was tuned on
-        written, held_out = sample(sum(sizes[:2]), seed), sample(sizes[2], seed + 1)
-        rows = torch.cat([written.tokens, held_out.tokens])
-        source = "self-written"
+    if config.dataset is not None:
+        rows = _read_rows(config, tokenizer, sum(given), length, seed)
+        _check_vocabulary(rows, model)
+        parts.append(rows.split(given))
+    if sum(own):
+        written, held_out = _write_rows(config, tokenizer, model, own, length, seed, fingerprint, quiet)
+        parts.append((*written.tokens.split(own[:2]), held_out))
         statistics = {
-            "distinct_4gram_share": distinct_ngram_share(rows[: sizes[0]], 4),
-            "dense_perplexity": math.exp(min(written.losses[: sizes[0]].mean().item(), 700.0)),
+            "distinct_4gram_share": distinct_ngram_share(written.tokens[: own[0]], 4),
+            "dense_perplexity": math.exp(min(written.losses[: own[0]].mean().item(), 700.0)),
             "seed": seed,
             "temperature": config.temperature,
         }
         _warn_if_repetitive(statistics["distinct_4gram_share"])
-    else:
-        rows, source = _read_rows(config, tokenizer, sum(sizes), length, seed), describe(config.dataset)
-        _check_vocabulary(rows, model)
+    splits = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    if len(parts) == 2:
+        # the search looks at the first rows only: they should be of both kinds
+        splits[0] = splits[0][torch.randperm(sizes[0], generator=torch.Generator().manual_seed(seed))]
+    names = [] if config.dataset is None else [describe(config.dataset)]
+    names += ["self-written"] if sum(own) else []
+    kinds = ("given",) * given[1] + ("self-written",) * own[1]
     # rows are a view of one tensor; clones let the splits be freed one by one
-    train, validation, test = (split.clone() for split in rows.split(sizes))
-    return CalibrationData(train, validation, test, source, statistics)
+    train, validation, test = (split.clone() for split in splits)
+    return CalibrationData(train, validation, test, " and ".join(names), statistics, kinds)
+
+
+def _self_written_rows(config: CalibrationConfig) -> list[int]:
+    """How many rows of each split the dense model writes; what is measured on is the given text where there is one."""
+    sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
+    if config.dataset is None:
+        return sizes
+    share = config.self_written_share
+    counts = [round(share * size) for size in sizes[:2]]
+    if 0 < share < 1:
+        # both kinds are needed to tell whether one of them suffers
+        counts = [min(max(count, 1), size - 1) for count, size in zip(counts, sizes, strict=False)]
+    return [*counts, 0]
+
+
+def _write_rows(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    counts: list[int],
+    length: int,
+    seed: int,
+    fingerprint: str | None,
+    quiet: bool,
+) -> tuple[Sample, torch.Tensor]:
+    """Self-written train and validation rows as one sample, and the test rows as another one's tokens."""
+    fingerprint = fingerprint or weights_fingerprint(model, quiet)
+
+    def sample(rows: int, seed: int) -> Sample:
+        return sample_text(
+            model,
+            num_sequences=rows,
+            sequence_length=length,
+            seed=seed,
+            temperature=config.temperature,
+            batch_size=config.generation_batch_size,
+            tokenizer=tokenizer,
+            cache_dir=config.cache_dir,
+            fingerprint=fingerprint,
+            quiet=quiet,
+        )
+
+    written = sample(sum(counts[:2]), seed)
+    # what is measured on is a sample of its own, not the rest of the one that was tuned on
+    held_out = sample(counts[2], seed + 1).tokens if counts[2] else written.tokens[:0]
+    return written, held_out
 
 
 def tokenize_dataset(

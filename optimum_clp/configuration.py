@@ -48,6 +48,8 @@ class CalibrationConfig:
         dataset (`str`, `list[str]` or `None`): A `.txt`, `.json`, `.jsonl` or `.parquet` file; a `datasets` name as
             `id[:config[:split]]`; `"wikitext2"` or `"c4"`; a list of strings; or `None`: the dense model writes its
             own text.
+        self_written_share (`float`): With a dataset: share of the train and validation rows that the dense model writes
+            itself, in [0, 1], so that healing on one kind of text does not harm the others. Test rows are the dataset's.
         text_column (`str`): Column that holds the text, where the source has columns.
         sequence_length (`int`): Tokens in a row, at least 8; limited by the model's own context.
         train_sequences (`int`): Rows for the search and for tuning.
@@ -59,6 +61,7 @@ class CalibrationConfig:
     """
 
     dataset: str | list[str] | None = None
+    self_written_share: float = 0.5
     text_column: str = "text"
     sequence_length: int = 256
     train_sequences: int = 192
@@ -101,9 +104,9 @@ class TuningConfig:
 
     Args:
         enabled (`bool`): `False` keeps the cut as it is.
-        init (`str`): What the endpoints start from: `"none"` (the cut as it is), or a closed-form solution for their last
-            projection, `"fold"` (a linear map folded into it) or `"least_squares"` (all of it refitted); it is kept if
-            it lowers the validation loss.
+        init (`str`): What the endpoints start from: `"none"` (the cut as it is), or a closed-form solution for their output
+            projections (attention's and the MLP's), `"fold"` (a linear map folded into each) or `"least_squares"` (all of
+            it refitted); it is kept if it lowers the validation loss.
         loss (`str` or `dict[str, float]`): `"kd"` (KL to the dense model's logits), `"ce"` (next-token
             cross-entropy), `"hidden"` (the dense model's hidden states behind each trained layer), or weights such as
             `{"kd": 0.9, "ce": 0.1}`.
@@ -129,7 +132,7 @@ class TuningConfig:
     """
 
     enabled: bool = True
-    init: str = "none"
+    init: str = "least_squares"
     loss: str | dict[str, float] = "kd"
     endpoint_width: int = 1
     train_final_norm: bool = False
@@ -460,6 +463,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "dataset": _or_none(
             (_is_dataset, "it must be a file, a dataset name or a list of strings", "Give one of them")
         ),
+        "self_written_share": _between(0, 1),
         "text_column": _text(),
         "sequence_length": _integer(8),
         "train_sequences": _integer(1),

@@ -4,7 +4,7 @@ Only the trained modules are submodules, so that a loop which wraps, shards, sen
 frozen.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,11 +27,13 @@ class TuningRows:
         inputs (`Tensor`): `[rows, length, hidden]`: what enters the first trained layer.
         targets (`dict[int, Tensor]`): For some layers of the cut model, what should leave them: the states that enter the
             next kept layer in the dense model.
+        kinds (`Sequence[str]`): What kind of text each row is; empty if that does not matter.
     """
 
     outputs: DenseOutputs
     inputs: Tensor
     targets: Mapping[int, Tensor] = field(default_factory=dict)
+    kinds: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.outputs.tokens)

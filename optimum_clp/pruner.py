@@ -266,6 +266,7 @@ class CLPPruner(OptimumQuantizer):
                 data.validation,
                 config.tuning,
                 kept=kept_layers(self.segments or (), num_layers(dense.config)),
+                validation_kinds=data.validation_kinds,
                 seed=config.seed,
                 folder=folder,
                 quiet=self.quiet,

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,12 +35,26 @@ _PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class TuningStep:
-    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate."""
+    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate.
+
+    `by_kind` is the validation loss of each kind of text, where there are several.
+    """
 
     step: int
     train_loss: float | None
     validation_loss: float
     learning_rate: float
+    by_kind: dict[str, float] | None = None
+
+    @classmethod
+    def of_rows(
+        cls, losses: Tensor, kinds: Sequence[str], step: int = 0, train_loss: float | None = None, rate: float = 0.0
+    ) -> "TuningStep":
+        """From the loss of every validation row, float64 `[rows]`, and the kind of text that each one is."""
+        names = sorted(set(kinds))
+        rows = {name: torch.tensor([kind == name for kind in kinds]) for name in names}
+        by_kind = {name: losses[mask].mean().item() for name, mask in rows.items()} if len(names) > 1 else None
+        return cls(step, train_loss, losses.mean().item(), rate, by_kind)
 
 
 @dataclass
@@ -113,6 +127,8 @@ class TrainingLoop:
         seed (`int`): Of the order of the rows.
         folder (`Path`): For the best weights, and for checkpoints.
         checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
+        start (`dict[str, float]`, *optional*): The untuned cut's validation loss on each kind of text, which the kept
+            weights must not exceed.
         quiet (`bool`): No progress bar.
     """
 
@@ -128,13 +144,14 @@ class TrainingLoop:
         seed: int,
         folder: Path,
         checkpoints: bool,
+        start: Mapping[str, float] | None = None,
         quiet: bool,
     ):
         self.accelerator, self.config, self.quiet = accelerator, config, quiet
         self.train, self.validation = train, validation
         self.needs_logits = student.needs_teacher_logits
         self.learning_rate, self.seed = learning_rate, seed
-        self.folder, self.checkpoints = folder, checkpoints
+        self.folder, self.checkpoints, self.start = folder, checkpoints, start
         self.batch_size = min(config.batch_size, len(train))
         self.micro_batch = _micro_batch(self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
         self.per_epoch = len(train) // self.batch_size
@@ -241,38 +258,40 @@ class TrainingLoop:
     def _evaluate(self, rate: float) -> bool:
         """Take the validation loss and keep the weights if they are the best; false if it is not finite."""
         accelerator, state = self.accelerator, self.state
-        sums = torch.zeros(2, dtype=torch.float64)
-        parts = torch.arange(len(self.validation)).split(self.micro_batch)
-        with torch.no_grad():
-            # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
-            for number in range(0, len(parts), accelerator.num_processes):
-                mine = number + accelerator.process_index
-                losses = self.student(
-                    **self.validation.batch(
-                        parts[mine % len(parts)] if mine < len(parts) else parts[0], self.needs_logits
-                    )
-                )
-                if mine < len(parts):
-                    sums[0] += losses.double().sum().cpu()
-        sums[1] = sum(state.losses)
-        sums = accelerator.reduce(sums.to(accelerator.device), "sum").cpu()
-        loss = (sums[0] / len(self.validation)).item()
-        trained = (sums[1] / accelerator.num_processes / len(state.losses)).item() if state.losses else None
-        better = not state.history or loss < min(h.validation_loss for h in state.history)
+        losses = self._validation_losses()
+        total = torch.tensor(sum(state.losses), dtype=torch.float64, device=accelerator.device)
+        trained = accelerator.reduce(total, "mean").item() / len(state.losses) if state.losses else None
+        found = TuningStep.of_rows(losses, self.validation.kinds, state.step, trained, rate)
+        loss = found.validation_loss
+        better = not state.history or improves(found, state.history, self.start)
         state.last_loss = loss
         if math.isfinite(loss) or not state.history:
-            state.history.append(TuningStep(state.step, trained, loss, rate))
+            state.history.append(found)
         state.losses = []
         if math.isfinite(loss):
-            accelerator.log({"validation_loss": loss, "learning_rate": rate}, step=state.step)
-            if trained is not None:
-                accelerator.log({"train_loss": trained}, step=state.step)
+            shown = {"validation_loss": loss, "learning_rate": rate, "train_loss": trained, **(found.by_kind or {})}
+            accelerator.log({k: v for k, v in shown.items() if v is not None}, step=state.step)
         if better:
             self._save_best()
             state.best_step, state.stale = state.step, 0
         else:
             state.stale += 1
         return math.isfinite(loss)
+
+    def _validation_losses(self) -> Tensor:
+        """The loss of every validation row, float64 `[rows]`, in every process."""
+        accelerator = self.accelerator
+        losses = torch.zeros(len(self.validation), dtype=torch.float64)
+        parts = torch.arange(len(self.validation)).split(self.micro_batch)
+        with torch.no_grad():
+            # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
+            for number in range(0, len(parts), accelerator.num_processes):
+                mine = number + accelerator.process_index
+                rows = parts[mine if mine < len(parts) else 0]
+                found = self.student(**self.validation.batch(rows, self.needs_logits))
+                if mine < len(parts):
+                    losses[rows] = found.double().cpu()
+        return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
 
     def _best_file(self, step: int) -> Path:
         return self.folder / f"best-{step}.pt"
@@ -327,6 +346,20 @@ class TrainingLoop:
         if self.config.report_to:
             values = {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("optimum_clp", config=values)
+
+
+def improves(found: TuningStep, before: Sequence[TuningStep], start: Mapping[str, float] | None) -> bool:
+    """Whether an evaluation is the best so far, and no kind of text is worse off than it was at the start.
+
+    Args:
+        found ([`TuningStep`]): The evaluation.
+        before (`Sequence[TuningStep]`): The ones before it.
+        start (`Mapping[str, float]` or `None`): The untuned cut's loss on each kind; that of the first evaluation if not
+            given.
+    """
+    start = start or before[0].by_kind or {}
+    harmed = any(loss > start.get(kind, math.inf) for kind, loss in (found.by_kind or {}).items())
+    return not harmed and found.validation_loss < min(step.validation_loss for step in before)
 
 
 def _micro_batch(batch_size: int, accumulation: int, processes: int) -> int:

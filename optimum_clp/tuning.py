@@ -29,7 +29,7 @@ from .errors import ConfigurationError, ModelError, Problem, TuningError
 from .gating import LayerStack, evaluation_mode
 from .surgery import own_storage
 from .teacher import DenseOutputs, StateStore
-from .training_loop import TrainingLoop, TrainingState, TuningStep, tuning_accelerator
+from .training_loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def tune_layers(
     config: TuningConfig,
     *,
     kept: Sequence[int] | None = None,
+    validation_kinds: Sequence[str] = (),
     seed: int = 0,
     folder: Path | None = None,
     quiet: bool = False,
@@ -115,6 +116,8 @@ def tune_layers(
         config ([`TuningConfig`]): Loss, start and schedule.
         kept (`Sequence[int]`, *optional*): The dense model's index of each layer of `model`; needed for a closed-form
             start and for the loss `hidden`.
+        validation_kinds (`Sequence[str]`): What kind of text each validation row is. Weights are kept only if no kind is
+            worse off than with the untuned cut.
         seed (`int`): Of the order of the rows.
         folder (`Path`, *optional*): For checkpoints, best weights and hidden states that memory does not hold; a run that
             was interrupted goes on from the last checkpoint there. It belongs to these arguments alone. Without it
@@ -135,10 +138,10 @@ def tune_layers(
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             run = _Run(model, dense, sorted(layers), kept, config, seed, Path(temporary), False, quiet)
-            result = run.go(train, validation, begin)
+            result = run.go(train, validation, validation_kinds, begin)
     else:
         result = _Run(model, dense, sorted(layers), kept, config, seed, folder, True, quiet).go(
-            train, validation, begin
+            train, validation, validation_kinds, begin
         )
     if result.stopped == "nan":
         raise TuningError(
@@ -177,7 +180,7 @@ class _Run:
         self.compared = _targets(layers, kept, len(decoder_layers(dense)), config)
         self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
 
-    def go(self, train: Tensor, validation: Tensor, begin: float) -> TuningResult:
+    def go(self, train: Tensor, validation: Tensor, kinds: Sequence[str], begin: float) -> TuningResult:
         """Cache, start, train, and put the best weights into the model."""
         modules = nn.ModuleList(self.model.get_submodule(name) for name in (*self.names, *self.extra))
         own_storage(modules)
@@ -188,11 +191,10 @@ class _Run:
         ):
             processes = accelerator.num_processes
             start = time.perf_counter()
-            rows = {"train": train, "validation": validation}
             store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
-            data = {name: self._rows(tokens, store) for name, tokens in rows.items()}
+            data = {"train": self._rows(train, (), store), "validation": self._rows(validation, kinds, store)}
             cache_seconds = time.perf_counter() - start
-            init = self._start(data)
+            init, by_kind = self._start(data)
             with self._trained(modules, accelerator) as trained:
                 loop = TrainingLoop(
                     accelerator,
@@ -204,6 +206,7 @@ class _Run:
                     seed=self.seed,
                     folder=self.folder,
                     checkpoints=self.resumable,
+                    start=by_kind,
                     quiet=self.quiet,
                 )
                 try:
@@ -236,7 +239,7 @@ class _Run:
             cache_seconds=cache_seconds,
         )
 
-    def _rows(self, tokens: Tensor, store: StateStore) -> TuningRows:
+    def _rows(self, tokens: Tensor, kinds: Sequence[str], store: StateStore) -> TuningRows:
         """The dense model's states for some rows, and what enters the first trained layer."""
         first = self.layers[0]
         options: dict[str, Any] = {"batch_size": self.config.batch_size, "store": store, "quiet": self.quiet}
@@ -250,7 +253,8 @@ class _Run:
                 # lower layers are not the dense model's: what enters the first endpoint is the model's own
                 own = DenseOutputs(self.model, tokens, inputs_of=[first], dealt=True, **options)
                 inputs = own.hidden[first]
-        return TuningRows(outputs, inputs, {i: outputs.hidden[source] for i, source in self.compared.items()})
+        targets = {i: outputs.hidden[source] for i, source in self.compared.items()}
+        return TuningRows(outputs, inputs, targets, kinds)
 
     def _student(self, trained: Iterable[nn.Module], rows: TuningRows) -> EndpointStudent:
         """The loss over the trained modules."""
@@ -259,14 +263,14 @@ class _Run:
             scales = {i: _deviation(states) for i, states in rows.targets.items()}
         return EndpointStudent(self.model, trained, self.layers[0], self.weights, scales)
 
-    def _start(self, data: dict[str, TuningRows]) -> dict[str, Any] | None:
-        """The closed-form start, which stays if it lowers the validation loss."""
+    def _start(self, data: dict[str, TuningRows]) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
+        """The closed-form start, which stays if it lowers the validation loss; and the cut's loss on each kind of text."""
         if self.config.init == "none":
-            return None
+            return None, None
         assert self.kept is not None
         layers = [self.model.get_submodule(name) for name in self.names]
         student = self._student(layers, data["train"])
-        initial = _mean_loss(student, data["validation"], self.config.batch_size)
+        initial = _look(student, data["validation"], self.config.batch_size)
         before = [copy.deepcopy(layer.state_dict()) for layer in layers]
         result = solve_endpoints(
             self.model,
@@ -279,11 +283,13 @@ class _Run:
             batch_size=self.config.batch_size,
             quiet=self.quiet,
         )
-        loss = _mean_loss(student, data["validation"], self.config.batch_size)
-        if not loss < initial:
+        solved = _look(student, data["validation"], self.config.batch_size)
+        kept = improves(solved, [initial], initial.by_kind)
+        if not kept:
             for layer, state in zip(layers, before, strict=True):
                 layer.load_state_dict(state)
-        return {**result.to_dict(), "kept": loss < initial, "loss_before": initial, "loss_after": loss}
+        losses = {"loss_before": initial.validation_loss, "loss_after": solved.validation_loss}
+        return {**result.to_dict(), "kept": kept, **losses}, initial.by_kind
 
     @contextmanager
     def _trained(self, modules: nn.ModuleList, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
@@ -386,12 +392,11 @@ def _deviation(states: Tensor) -> float:
 
 
 @torch.no_grad()
-def _mean_loss(student: EndpointStudent, rows: TuningRows, batch_size: int) -> float:
-    """The mean loss over all rows."""
-    total = 0.0
-    for part in torch.arange(len(rows)).split(batch_size):
-        total += student(**rows.batch(part, student.needs_teacher_logits)).double().sum().item()
-    return total / len(rows)
+def _look(student: EndpointStudent, rows: TuningRows, batch_size: int) -> TuningStep:
+    """The loss over all rows."""
+    parts = torch.arange(len(rows)).split(batch_size)
+    losses = [student(**rows.batch(part, student.needs_teacher_logits)).double().cpu() for part in parts]
+    return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 
 def _best_loss(state: TrainingState) -> float:

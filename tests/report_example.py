@@ -119,13 +119,14 @@ def example_report() -> CLPReport:
             "best_validation_loss": 0.1006,
             "improved": True,
             "history": [
-                {"step": 0, "train_loss": None, "validation_loss": 0.41, "learning_rate": 0.0},
+                {"step": 0, "train_loss": None, "validation_loss": 0.41, "learning_rate": 0.0, "by_kind": None},
                 *(
                     {
                         "step": 12 * (i + 1),
                         "train_loss": 0.09 + 0.25 * 0.6**i,
                         "validation_loss": 0.095 + 0.2 * 0.6**i,
                         "learning_rate": 7.8e-4 * (1 - i / 8),
+                        "by_kind": None,
                     }
                     for i in range(8)
                 ),

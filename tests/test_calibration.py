@@ -68,6 +68,7 @@ def ids(start, stop):
 
 def config_for(dataset, **changes):
     small = {"sequence_length": 8, "train_sequences": 20, "validation_sequences": 5, "test_sequences": 5}
+    small["self_written_share"] = 0.0
     return CalibrationConfig(dataset=dataset, **{**small, **changes})
 
 
@@ -408,3 +409,36 @@ def test_distinct_ngram_share():
     # 12 21 12 21 | 31 12 24 44
     assert distinct_ngram_share(tokens, 2) == 5 / 8
     assert distinct_ngram_share(tokens, 5) == 1
+
+
+@pytest.mark.parametrize(("share", "train", "validation"), [(0.5, 10, 2), (0.01, 1, 1), (0.99, 19, 4), (1.0, 20, 5)])
+def test_given_and_self_written_rows_are_mixed(tokenizer, model, tmp_path, share, train, validation):
+    changes = {"cache_dir": str(tmp_path), "self_written_share": share}
+    data = load_calibration(config_for(DOCUMENTS, **changes), tokenizer, model, seed=0, quiet=True)
+    written = load_calibration(
+        config_for(None, train_sequences=train, validation_sequences=validation, cache_dir=str(tmp_path)),
+        tokenizer,
+        model,
+        seed=0,
+        quiet=True,
+    )
+    assert [tuple(split.shape) for split in splits(data)] == [(20, 8), (5, 8), (5, 8)]
+    rows = {tuple(row) for row in data.train.tolist()}
+    own = {tuple(row) for row in written.train.tolist()}
+    assert own <= rows and len(own) == train
+    assert data.validation_kinds == ("given",) * (5 - validation) + ("self-written",) * validation
+    assert torch.equal(data.validation[5 - validation :], written.validation)
+    assert data.source.endswith(" and self-written") and data.statistics["seed"] == 0
+    # what is measured on is given text, and none of it is trained on
+    used = set(data.test.flatten().tolist()) - {BOS, EOS}
+    others = [r for r in data.train.tolist() if tuple(r) not in own] + data.validation[: 5 - validation].tolist()
+    assert used.isdisjoint({token for row in others for token in row})
+
+
+def test_rows_of_both_kinds_come_first(tokenizer, model, tmp_path):
+    config = config_for(DOCUMENTS, cache_dir=str(tmp_path), self_written_share=0.5)
+    first = load_calibration(config, tokenizer, model, seed=0, quiet=True)
+    again = load_calibration(config, tokenizer, model, seed=0, quiet=True)
+    assert torch.equal(first.train, again.train)
+    written = {tuple(r) for r in first.train.tolist() if r[0] == BOS and r.count(EOS) == 0}
+    assert 0 < sum(tuple(r) in written for r in first.train[:10].tolist()) < 10

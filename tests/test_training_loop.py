@@ -21,7 +21,7 @@ from optimum_clp.training_loop import TrainingLoop
 from optimum_clp.tuning import tune_layers
 
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
-SETTINGS = {"epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
+SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
 DENSE = tiny_model()
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]

@@ -160,6 +160,13 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help="a .txt, .json, .jsonl or .parquet file, a dataset as id[:config[:split]], wikitext2 or c4 "
         "(default: the dense model writes its own text)",
     )
+    _add(
+        group,
+        "calibration",
+        "--self-written-share",
+        type=float,
+        help="with a text: share of the rows that the dense model writes itself (default: 0.5)",
+    )
     _add(group, "calibration", "--text-column", help="column that holds the text (default: text)")
     _add(group, "calibration", "--sequence-length", type=int, help="tokens in a row (default: 256)")
     _add(group, "calibration", "--train-sequences", type=int, help="rows for search and tuning (default: 192)")
@@ -199,7 +206,7 @@ def add_tuning(parser: argparse.ArgumentParser) -> None:
         help="kd (KL to the dense model), ce (cross-entropy), hidden (its hidden states behind the trained layers), or "
         "weights such as kd=0.9,ce=0.1 (default: kd)",
     )
-    _add(group, "tuning", "--init", help="closed-form start: none, fold or least_squares (default: none)")
+    _add(group, "tuning", "--init", help="closed-form start: none, fold or least_squares (default: least_squares)")
     _switch(group, "tuning.train_final_norm", "--train-final-norm", True, "also train the norm behind the last layer")
     _switch(
         group, "tuning.train_head", "--train-head", True, "also train the head, if it is not tied to the embedding"
