@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture import decoder_layers, text_config
+from .closed_form import MAX_FLOAT64_WIDTH
 from .configuration import QuantizationConfig, TuningConfig
 from .losses import CHUNK_TOKENS
 from .surgery import count_bytes
@@ -25,15 +26,16 @@ _BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class TuningMemory:
-    """Bytes that cutoff endpoint tuning holds at its peak, part by part.
+    """Bytes that cutoff endpoint tuning holds, part by part.
 
-    Exact, up to a few bytes for each tensor: everything but `activations` and `logits`. These two are estimates, see
-    [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
+    Exact, up to a few bytes for each tensor: everything but `closed_form`, `activations` and `logits`. These are estimates,
+    see [`closed_form_bytes`], [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
     its way through one layer, and what an allocator keeps in reserve.
 
     Args:
         weights (`int`): The dense model, which the cut one shares.
         endpoints (`int`): The trained layers' own storage, in the model's dtype.
+        closed_form (`int`): The sums of the closed-form start, which are gone before the first step (estimate).
         masters (`int`): float32 master weights; 0 for a float32 model, which is its own master.
         gradients (`int`): In the model's dtype, and the largest one in float32 too where these differ.
         moments (`int`): AdamW's two, float32.
@@ -46,6 +48,7 @@ class TuningMemory:
 
     weights: int
     endpoints: int
+    closed_form: int
     masters: int
     gradients: int
     moments: int
@@ -55,8 +58,9 @@ class TuningMemory:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return sum(asdict(self).values())
+        """The peak: all parts, but the closed-form start and the steps after it not at the same time."""
+        steps = self.masters + self.gradients + self.moments + self.activations + self.logits
+        return self.weights + self.endpoints + self.caches + max(self.closed_form, steps)
 
     @property
     def main_memory(self) -> int:
@@ -162,6 +166,7 @@ def tuning_memory(
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
+        closed_form=closed_form_bytes([layers[kept[i]] for i in endpoints], hidden, config),
         masters=sum(rounded) * _FLOAT32,
         gradients=own + max(rounded, default=0) * _FLOAT32,
         moments=2 * in_float32,
@@ -169,6 +174,20 @@ def tuning_memory(
         activations=tokens * (saved + norm_activations(hidden)),
         logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
     )
+
+
+def closed_form_bytes(layers: Sequence[nn.Module], width: int, config: TuningConfig) -> int:
+    """Estimate of the bytes that [`~optimum_clp.closed_form.solve_endpoints`] holds for its widest projection.
+
+    Four square matrices at once (the sums of both splits, one of them centred, and its factor) of the width of what the
+    projection takes, or of what it gives for a fold. Layers that turn out to have no closed form take nothing.
+    """
+    if config.init == "none":
+        return 0
+    modules = (module for layer in layers for module in layer.modules())
+    linears = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == width]
+    features = width if config.init == "fold" else max((m.in_features for m in linears), default=0)
+    return 4 * features**2 * (8 if features <= MAX_FLOAT64_WIDTH else _FLOAT32)
 
 
 def norm_activations(width: int) -> int:

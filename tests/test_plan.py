@@ -89,7 +89,9 @@ def test_tuning_of_a_big_shape_by_hand():
     assert memory.gradients == 2 * layer * 2 + 4096 * 11008 * 4
     assert memory.moments == 2 * layer * 8
     tokens = (192 + 24) * 256
-    assert memory.caches == 2 * tokens * 4096 * 2 + 8 * tokens
+    # what enters the first endpoint, what leaves the last layer, and what should leave the two endpoints
+    assert memory.caches == 4 * tokens * 4096 * 2 + 8 * tokens
+    assert memory.closed_form == 4 * 11008**2 * 8
     frozen = 2 * 4 * (4096 + 1) + 2 * (
         4 * 4096 + 3 * 11008
     )  # two norms; twice the query, key, value; three of the MLP

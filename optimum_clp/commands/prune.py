@@ -88,6 +88,7 @@ def _tuning_rows(parts: list[dict[str, int]]) -> list[tuple]:
     return [
         ("the dense model", _range((p["weights"] for p in parts), format_bytes)),
         ("the trained layers", _range((sum(p[key] for key in _TRAINED) for p in parts), format_bytes)),
+        ("the closed-form start, before", f"about {_range((p['closed_form'] for p in parts), format_bytes)}"),
         ("cached hidden states", _range((p["caches"] for p in parts), format_bytes)),
         ("activations and logits", f"about {_range((p['activations'] + p['logits'] for p in parts), format_bytes)}"),
         ("together", f"about {_range((p['total'] for p in parts), format_bytes)}"),
