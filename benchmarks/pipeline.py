@@ -11,6 +11,7 @@ FOLDER holds `train.txt` (calibration and tuning) and `test.txt` (measured on, n
 
 import argparse
 import copy
+import dataclasses
 import json
 import tempfile
 import time
@@ -118,7 +119,7 @@ def dense_control(pruner: CLPPruner, data, config: CLPConfig, measure) -> dict:
         [kept[j] for j in layers],
         data.train,
         data.validation,
-        config.tuning,
+        dataclasses.replace(config.tuning, init="none"),
         seed=config.seed,
         quiet=True,
     )

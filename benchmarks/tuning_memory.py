@@ -90,7 +90,7 @@ def measure(dtype_name: str, start: int) -> dict:
 
 def tune(shape: LlamaConfig, dtype: torch.dtype, segment, recipe) -> None:
     """Build a random model, cut it, and tune it on random tokens."""
-    from optimum_clp.segments import endpoint_layers
+    from optimum_clp.segments import endpoint_layers, kept_layers
     from optimum_clp.surgery import cut_model
     from optimum_clp.tuning import tune_layers
 
@@ -102,7 +102,8 @@ def tune(shape: LlamaConfig, dtype: torch.dtype, segment, recipe) -> None:
         for rows in (text.train_sequences, text.validation_sequences)
     )
     layers = endpoint_layers([segment], shape.num_hidden_layers)
-    tune_layers(cut_model(dense, [segment]), dense, layers, train, validation, recipe.tuning, quiet=True)
+    kept = kept_layers([segment], shape.num_hidden_layers)
+    tune_layers(cut_model(dense, [segment]), dense, layers, train, validation, recipe.tuning, kept=kept, quiet=True)
 
 
 def resident() -> int:
