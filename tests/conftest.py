@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -27,6 +28,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.fixture
+def live_tensor_bytes():
+    """The benchmarks' counter of live tensor bytes, `LiveTensorBytes(model)`."""
+    path = Path(__file__).parents[1] / "benchmarks" / "search" / "live_memory.py"
+    spec = importlib.util.spec_from_file_location("live_memory", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.LiveTensorBytes
 
 
 class _Recorder:

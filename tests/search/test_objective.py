@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
@@ -110,17 +107,9 @@ def test_one_batch_or_many_give_the_same_figures():
     assert torch.allclose(small.kl, large.kl, rtol=1e-4, atol=1e-6)
 
 
-def live_memory():
-    path = Path(__file__).parents[2] / "benchmarks" / "search" / "live_memory.py"
-    spec = importlib.util.spec_from_file_location("live_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveTensorBytes
-
-
 @pytest.mark.parametrize("vocabulary", [500, 8000])
-def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary):
-    counter = live_memory()
+def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary, live_tensor_bytes):
+    counter = live_tensor_bytes
     model = tiny_model(num_layers=24, hidden_size=64, vocab_size=vocabulary, max_position_embeddings=256)
     tokens = random_tokens(8, 128)
     with torch.no_grad(), counter(model) as plain:
