@@ -35,9 +35,11 @@ LOSSES = ("kd", "ce", "hidden")
 INITS = ("none", "fold", "least_squares")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 WEIGHTS = ("int8", "int4")
+QUANTIZATION_METHODS = ("auto", "rtn", "gptq", "quanto")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
 OPSETS = (21, 22, 23)
+FORMATS = ("contrib", "plain")
 
 
 @dataclasses.dataclass
@@ -163,6 +165,13 @@ class QuantizationConfig:
 
     Args:
         weights (`list[str]`): Any of `"int8"` and `"int4"`: one ONNX file each, beside the float one.
+        method (`str`): How the weights of the ONNX files are rounded: `"rtn"` (to nearest), `"gptq"` (with error feedback
+            on calibration text; in 8 bits to nearest), `"auto"` (`"gptq"` where there is such text, else `"rtn"`), or
+            `"quanto"` (optimum-quanto's own integers: the file says what `quanto-int8` and `quanto-int4` say; groups are
+            quanto's, products are in float32, and the embedding and a tied head stay float).
+        bits_per_weight (`float` or `None`): Size budget of the int4 file, scales included: the matrices whose rounding
+            costs most get 8 bits as long as the mean over all quantized weights stays within it. `None`: 4 bits for all.
+        calibration_sequences (`int`): Rows of the train split that `"gptq"` and `bits_per_weight` look at.
         group_size (`int`): Weights that share one scale: 16, 32, 64, 128 or 256.
         accuracy_level (`int`): How ONNX Runtime multiplies: 4 with int8 activations (fast), 1 in float32, 0 its own
             choice.
@@ -172,6 +181,9 @@ class QuantizationConfig:
     """
 
     weights: list[str] = dataclasses.field(default_factory=lambda: ["int8", "int4"])
+    method: str = "auto"
+    bits_per_weight: float | None = None
+    calibration_sequences: int = 128
     group_size: int = 32
     accuracy_level: int = 4
     quantize_embeddings: bool = True
@@ -184,12 +196,15 @@ class ExportConfig:
 
     Args:
         enabled (`bool`): `False` writes no ONNX file.
+        format (`str`): `"contrib"`: with ONNX Runtime's fused operators (attention, rotary embedding, norms) where the
+            architecture allows it; `"plain"`: standard operators only in the float file.
         opset (`int`): ONNX opset: 21, 22 or 23.
         tolerance (`float`): Largest allowed max|difference| / max|logit| between ONNX Runtime and PyTorch in float32;
             above it the export fails.
     """
 
     enabled: bool = True
+    format: str = "contrib"
     opset: int = 21
     tolerance: float = 1e-4
 
@@ -296,6 +311,15 @@ class CLPConfig(BaseConfig):
         problems += _check("min_retention", self.min_retention, _or_none(share))
         problems += _check("seed", self.seed, _integer(0))
         problems += self._quality_problems()
+        if self.quantization.method == "quanto" and self.quantization.bits_per_weight is not None:
+            problems.append(
+                Problem(
+                    "quantization.bits_per_weight",
+                    self.quantization.bits_per_weight,
+                    "quanto's integers are taken as they are, so there is nothing to choose",
+                    'Leave it out, or choose the method "rtn" or "gptq"',
+                )
+            )
         for name in STAGES:
             stage = getattr(self, name)
             for key, rule in _RULES[name].items():
@@ -513,6 +537,9 @@ _RULES: dict[str, dict[str, Rule]] = {
             "it must be a list of 'int8', 'int4', each at most once",
             "Choose for example ['int4']",
         ),
+        "method": _one_of(*QUANTIZATION_METHODS),
+        "bits_per_weight": _or_none(_between(4, 10)),
+        "calibration_sequences": _integer(1),
         "group_size": _one_of(*GROUP_SIZES),
         "accuracy_level": _one_of(*ACCURACY_LEVELS),
         "quantize_embeddings": _boolean(),
@@ -520,6 +547,7 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
     "export": {
         "enabled": _boolean(),
+        "format": _one_of(*FORMATS),
         "opset": _one_of(*OPSETS),
         "tolerance": _positive(),
     },

@@ -79,7 +79,9 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 4)`: integers, the last group of a row filled up, and a
     float32 scale for each group. Quantized are the linear layers, the experts and, with `quantize_embeddings`, the
     embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
-    choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there.
+    choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
+    `bits_per_weight` is counted as spent. With the method `"quanto"` the embedding stays in float32, and the figure for the
+    rest is near: groups are quanto's own.
 
     The file also holds the graph, about 10 kB for each layer, and aligns the larger weights where they lie in a second
     file (above 1.8 GB).
@@ -87,7 +89,7 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     Args:
         model (`PreTrainedModel`): The model that is exported; may be on the meta device.
         weights (`str`): `"float32"`, `"int8"` or `"int4"`.
-        quantization ([`QuantizationConfig`]): Group size, and whether the embedding is quantized.
+        quantization ([`QuantizationConfig`]): Method, budget, group size, and whether the embedding is quantized.
 
     Returns:
         `int`: Bytes.
@@ -97,17 +99,19 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     embedding: Any = model.get_input_embeddings().weight
     shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
     shapes[id(embedding)] = tuple(embedding.shape)
-    if not quantization.quantize_embeddings:
+    if quantization.method == "quanto" or not quantization.quantize_embeddings:
         del shapes[id(embedding)]
     group = quantization.group_size
-    total = 0
+    rest = quantized = budget = 0
     for parameter in model.parameters():
         if id(parameter) in shapes:
             rows, columns = shapes[id(parameter)]
-            total += rows * -(-columns // group) * (group * _BITS[weights] // 8 + _FLOAT32)
+            quantized += rows * -(-columns // group) * (group * _BITS[weights] // 8 + _FLOAT32)
+            if weights == "int4" and quantization.bits_per_weight is not None:
+                budget += int(parameter.numel() * quantization.bits_per_weight / 8)
         else:
-            total += parameter.numel() * _FLOAT32
-    return total
+            rest += parameter.numel() * _FLOAT32
+    return rest + max(quantized, budget)
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[tuple[Tensor, int, int]]:

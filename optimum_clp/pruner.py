@@ -1,5 +1,6 @@
 """`CLPPruner`: a dense model goes in, a smaller one comes out."""
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -26,7 +27,8 @@ from .errors import (
     TuningError,
 )
 from .evaluation import evaluate_tokens
-from .exporters import export_onnx, onnx_obstacle
+from .exporters import export_onnx, onnx_obstacle, write_runtime_configs
+from .exporters.rounding_methods import needs_calibration
 from .hub import upload, written_file
 from .measurement import measure_outcome
 from .model_card import write_model_card
@@ -635,9 +637,28 @@ class CLPPruner(OptimumQuantizer):
 
     def _export_into(self, folder: Path, model: PreTrainedModel) -> None:
         result = export_onnx(
-            model, folder, self.config.export, self.config.quantization, seed=self.config.seed, quiet=self.quiet
+            model,
+            folder,
+            self.config.export,
+            self.config.quantization,
+            calibration=self._quantization_rows(model),
+            seed=self.config.seed,
+            quiet=self.quiet,
         )
-        self.report.export = result.to_dict()
+        obstacle = write_runtime_configs(folder, model, result)
+        self.report.export = {**result.to_dict(), "genai_obstacle": obstacle}
+
+    def _quantization_rows(self, model: PreTrainedModel) -> torch.Tensor | None:
+        """The rows that the rounding of the ONNX files' weights looks at, if it looks at any."""
+        quantization, text = self.config.quantization, self.config.calibration
+        if not needs_calibration(quantization):
+            return None
+        if self.model is not None or text.dataset is not None:
+            return self._calibration().train[: quantization.calibration_sequences]
+        # a cut folder is exported without its dense model: the cut one writes the text
+        rows = min(quantization.calibration_sequences, text.train_sequences)
+        text = dataclasses.replace(text, train_sequences=rows, validation_sequences=1, test_sequences=1)
+        return load_calibration(text, self.tokenizer, model, self.config.seed, self.quiet).train
 
     def _write_records(self, folder: Path, name: str) -> None:
         device = (self.pruned_model or self._dense()).device

@@ -237,8 +237,53 @@ def _tied_keys(model: PreTrainedModel) -> set[str]:
     return {f"{name}.weight"}
 
 
+def quanto_integers(
+    model: PreTrainedModel, weights: str
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """The integers that [`save_quantized`] stores, layer by layer.
+
+    Args:
+        model (`PreTrainedModel`): A dense model; left as it is.
+        weights (`str`): `"int8"` or `"int4"`.
+
+    Yields:
+        `tuple[str, Tensor, Tensor, Tensor | None]`: The weight's name; integers of shape `[outputs, inputs]`, int8 or
+        uint8 in 0 to 15; scales of shape `[outputs, groups]`; for int4 shifts of that shape. A weight is
+        `integer * scale - shift`.
+
+    Raises:
+        QuantizationError: If there is too little to quantize ([`quanto_obstacle`]), or a layer cannot be quantized.
+    """
+    obstacle = quanto_obstacle(model)
+    if obstacle is not None:
+        raise QuantizationError(obstacle)
+    kind = qtypes[_QTYPES[weights]]
+    for name, layer in _layers_to_quantize(model).items():
+        quantized = _quantized_weight(name, layer, kind)
+        outputs = layer.out_features
+        if kind.bits == 8:
+            yield f"{name}.weight", quantized._data, quantized._scale.reshape(outputs, 1), None
+            continue
+        with without_compiler():
+            integers = quantized._data.unpack()
+        # groups of a row follow one another, each a row of its own
+        scale, shift = (part.reshape(outputs, -1) for part in (quantized._scale, quantized._shift))
+        yield f"{name}.weight", integers.reshape(outputs, -1), scale, shift
+
+
 def _quantize(name: str, layer: nn.Linear, kind: qtype) -> dict[str, torch.Tensor]:
     """What quanto stores for one linear layer, on the CPU."""
+    state: dict[str, torch.Tensor] = {}
+    quantized = _quantized_weight(name, layer, kind)
+    quantized.save_to_state_dict(state, "weight.", False)
+    if layer.bias is not None:
+        state["bias"] = layer.bias.detach().cpu()
+    state["input_scale"] = state["output_scale"] = torch.ones((), dtype=layer.weight.dtype)
+    return {key: value.contiguous().clone() if value.ndim == 0 else value.contiguous() for key, value in state.items()}
+
+
+def _quantized_weight(name: str, layer: nn.Linear, kind: qtype) -> Any:
+    """quanto's tensor for the weight of a linear layer, on the CPU."""
     shell = QLinear.qcreate(layer, weights=kind, device="meta")
     weight = layer.weight.detach().cpu()
     try:
@@ -247,16 +292,10 @@ def _quantize(name: str, layer: nn.Linear, kind: qtype) -> dict[str, torch.Tenso
         else:
             scale, shift = shell.optimizer(weight, qtype=kind, axis=0, group_size=shell.weight_group_size)
         # a kernel's own layout (optimized=True) does not give back the exact offsets in bfloat16
-        quantized = quantize_weight(weight, kind, 0, scale, shift, shell.weight_group_size, optimized=False)
+        return quantize_weight(weight, kind, 0, scale, shift, shell.weight_group_size, optimized=False)
     except (ValueError, RuntimeError) as error:
         rule = f"quanto cannot quantize it ({error})"
         raise QuantizationError(Problem("layer", name, rule, "Use the ONNX files instead")) from error
-    state: dict[str, torch.Tensor] = {}
-    quantized.save_to_state_dict(state, "weight.", False)
-    if layer.bias is not None:
-        state["bias"] = layer.bias.detach().cpu()
-    state["input_scale"] = state["output_scale"] = torch.ones((), dtype=weight.dtype)
-    return {key: value.contiguous().clone() if value.ndim == 0 else value.contiguous() for key, value in state.items()}
 
 
 def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigurationError, ModelError, Problem
+from .onnx_names import FUSED_ATTENTION
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input
@@ -60,6 +61,7 @@ class OnnxCausalLM(GenerationMixin):
         self._past_names = list(self._past_shapes)
         self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
+        self._one_token_each = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
 
     @classmethod
     def from_pretrained(
@@ -177,6 +179,8 @@ class OnnxCausalLM(GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
+        if self._one_token_each and batch > 1 and length > 1 and past_length > 0:
+            return self._token_by_token(input_ids, attention_mask, position_ids.expand(batch, -1), cache, use_cache)
         feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
         feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
         feeds |= self._past(cache, batch, past_length)
@@ -185,6 +189,34 @@ class OnnxCausalLM(GenerationMixin):
             cache = DynamicCache() if cache is None else cache
             cache.layers[:] = [_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+
+    def _token_by_token(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        cache: Any,
+        use_cache: bool,
+    ) -> CausalLMOutputWithPast:
+        """ONNX Runtime's attention takes several tokens after a past in batches of one row only."""
+        length, logits = input_ids.shape[1], list[Tensor]()
+        past_length = attention_mask.shape[1] - length
+        if cache is not None and not use_cache:
+            # the caller's cache is not to be extended
+            layers, cache = cache.layers, DynamicCache()
+            cache.layers[:] = [_layer(layer.keys, layer.values) for layer in layers]
+        for index in range(length):
+            output = self.forward(
+                input_ids[:, index : index + 1],
+                attention_mask[:, : past_length + index + 1],
+                position_ids[:, index : index + 1],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            assert output.logits is not None
+            logits.append(output.logits)
+        return CausalLMOutputWithPast(logits=torch.cat(logits, 1), past_key_values=cache if use_cache else None)
 
     def can_generate(self) -> bool:
         """`True`; asked by transformers."""

@@ -147,13 +147,14 @@ def example_report() -> CLPReport:
                     "bytes": size,
                     "num_quantized_matmuls": count,
                     "num_quantized_embeddings": min(count, 1),
+                    "bits_per_weight": bits,
                     "max_relative_error": error,
                     "seconds": 3.1,
                 }
-                for name, weights, size, count, error in (
-                    ("model", "float32", 12_780_000, 0, 4.1e-7),
-                    ("model_quantized", "int8", 3_600_000, 92, 0.011),
-                    ("model_q4", "int4", 2_100_000, 92, 0.09),
+                for name, weights, size, count, bits, error in (
+                    ("model", "float32", 12_780_000, 0, 32.0, 4.1e-7),
+                    ("model_quantized", "int8", 3_600_000, 92, 9.0, 0.011),
+                    ("model_q4", "int4", 2_100_000, 92, 5.0, 0.09),
                 )
             ],
         },

@@ -8,7 +8,7 @@ import torch
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
 
-from optimum_clp import tuning
+from optimum_clp import endpoint_student
 from optimum_clp.commands.clp import main
 
 FAST = (
@@ -136,7 +136,7 @@ BAD_INPUT = [
     (t5, "", "T5ForConditionalGeneration is an encoder-decoder, not a causal language model"),
     (quanto, "", "its weights are quantized with quanto and cannot be cut, tuned or exported"),
     (full_output, "", "output folder is 'out': it is not empty"),
-    (short_text, "--dataset text.txt", "12 rows of 24 tokens need 288 tokens, and it has 4. Give more text"),
+    (short_text, "--dataset text.txt", "7 rows of 24 tokens need 168 tokens, and it has 4. Give more text"),
     (nothing, "--dataset wikitext2", "the Hugging Face Hub could not be reached. Give a local file"),
     (nothing, "--pruning-ratio 1.5", "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded"),
     (nothing, "--pruning-ratio 0.01", "it removes none of the model's 6 layers. The nearest valid ratio is 0.1667"),
@@ -160,13 +160,13 @@ def test_bad_input_is_one_message_and_nothing_written(workplace, capsys, spoil, 
 
 
 def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_saved(workplace, capsys, monkeypatch):
-    original, calls = tuning.kl_divergence, []
+    original, calls = endpoint_student.kl_divergence, []
 
     def planted(teacher, student, *args):
         calls.append(1)
-        return original(teacher, student) * (float("nan") if len(calls) == 3 else 1.0)
+        return original(teacher, student) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(tuning, "kl_divergence", planted)
+    monkeypatch.setattr(endpoint_student, "kl_divergence", planted)
     line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
     status, out, err = call(line, capsys)
     assert status == 1 and out == ""

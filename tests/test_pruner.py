@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, TuningError
+from optimum_clp.exporters import ExportResult
 from optimum_clp.report import CLPReport
 
 
@@ -172,7 +173,7 @@ def test_given_text_is_used(dense_folder, tmp_path):
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     pruner.search(recipe(tmp_path, calibration={"dataset": str(tmp_path / "text.txt")}))
     assert "text.txt" in pruner.report.calibration["source"]
-    assert pruner.report.calibration["statistics"] is None
+    assert pruner.report.calibration["source"].endswith("text.txt and self-written")
     result = pruner.evaluate([words], reference=pruner.model)
     assert result["kl"] == pytest.approx(0, abs=1e-6) and result["num_tokens"] > 500
 
@@ -250,6 +251,7 @@ def test_quantize_writes_a_quanto_folder(dense_folder, tmp_path):
     from optimum_clp.quantization import load_quantized
 
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
+    pruner.config = recipe(tmp_path)
     pruner.cut([(2, 4)])
     folder = pruner.quantize(tmp_path / "q", weights="int8")
     assert load_quantized(folder).config.num_hidden_layers == 4
@@ -258,6 +260,36 @@ def test_quantize_writes_a_quanto_folder(dense_folder, tmp_path):
         pruner.quantize(tmp_path / "q2", "x")
     exported = CLPReport.load(pruner.export(tmp_path / "onnx"))
     assert exported.quantization is None and len(exported.export["files"]) == 3
+    assert exported.export["genai_obstacle"] is None
+    genai = json.loads((tmp_path / "onnx" / "genai_config.json").read_text())
+    assert genai["model"]["decoder"]["filename"] == "onnx/model_q4.onnx"
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["transformers.js_config"] == {"dtype": "q4"}
+
+
+def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path, monkeypatch):
+    given = []
+
+    def export(model, folder, export, quantization, *, calibration, **options):
+        given.append(calibration)
+        return ExportResult(21, ())
+
+    monkeypatch.setattr("optimum_clp.pruner.export_onnx", export)
+    monkeypatch.setattr("optimum_clp.pruner.write_runtime_configs", lambda *args: None)
+    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
+    pruner.cut([(2, 4)])
+    for index, values in enumerate(
+        ({}, {"weights": ["int8"]}, {"method": "rtn"}, {"method": "rtn", "bits_per_weight": 6}, {"method": "quanto"})
+    ):
+        pruner.config = recipe(tmp_path, quantization={"calibration_sequences": 5, **values})
+        pruner.export(tmp_path / f"onnx-{index}")
+    assert [rows is not None for rows in given] == [True, False, False, True, False]
+    assert torch.equal(given[0], pruner._calibration().train[:5]) and torch.equal(given[3], given[0])
+    # a cut folder: the dense model, which may be gone, is not asked
+    pruner.config = recipe(tmp_path)
+    cut = CLPPruner.from_pretrained(pruner.save_pretrained(tmp_path / "cut"), quiet=True)
+    cut.config.quantization.calibration_sequences = 3
+    cut.export(tmp_path / "again")
+    assert cut.model is None and given[-1].shape == (3, 24)
 
 
 def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, monkeypatch):

@@ -248,6 +248,21 @@ def add_quantization(parser: argparse.ArgumentParser, weights: bool = True) -> N
             metavar="WEIGHTS",
             help="int8, int4: one ONNX file each, beside the float one (default: both)",
         )
+    _add(group, "quantization", "--method", help="rounding: auto, rtn, gptq, or quanto's integers (default: auto)")
+    _add(
+        group,
+        "quantization",
+        "--bits-per-weight",
+        type=float,
+        help="size budget of the int4 file, scales included: what costs most gets 8 bits",
+    )
+    _add(
+        group,
+        "quantization",
+        "--calibration-sequences",
+        type=int,
+        help="train rows that the rounding looks at (default: 128)",
+    )
     _add(group, "quantization", "--group-size", type=int, help="weights that share a scale (default: 32)")
     _add(group, "quantization", "--accuracy-level", type=int, help="ONNX Runtime's, 0, 1 or 4 (default: 4)")
     _switch(
@@ -258,6 +273,7 @@ def add_quantization(parser: argparse.ArgumentParser, weights: bool = True) -> N
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Options of `ExportConfig`."""
     group = parser.add_argument_group("ONNX export")
+    _add(group, "export", "--format", help="contrib (ONNX Runtime's fused operators) or plain (default: contrib)")
     _add(group, "export", "--opset", type=int, help="21, 22 or 23 (default: 21)")
     _add(group, "export", "--tolerance", type=float, help="largest relative error against PyTorch (default: 1e-4)")
 

@@ -4,9 +4,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ from transformers import PreTrainedModel
 from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
 from ..progress import progress_bar
+from .genai_config import write_genai_config
 from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
-from .onnx_count import QuantizedNodes, expected_nodes
+from .onnx_count import QuantizedNodes, bits_per_weight, expected_nodes
 from .onnx_file import save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
+from .onnx_fused import fused_obstacle
 from .onnx_obstacle import onnx_obstacle
-from .onnx_quantization import check_quantized_nodes, quantize_graph
+from .onnx_quantization import check_quantized_nodes, graph_matrices, quantize_graph
 from .onnx_twin import attention_of, float32_twin
+from .rounding_methods import check_calibration, round_weights
+from .transformers_js import write_transformers_js_config
 
 FLOAT_FILE = "model.onnx"
 QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
@@ -40,6 +44,8 @@ class ExportedFile:
         bytes (`int`): Size on disk, the data file included.
         num_quantized_matmuls (`int`): `MatMulNBits` nodes.
         num_quantized_embeddings (`int`): `GatherBlockQuantized` nodes.
+        bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points (float32) and the filling
+            of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
     """
@@ -49,6 +55,7 @@ class ExportedFile:
     bytes: int
     num_quantized_matmuls: int
     num_quantized_embeddings: int
+    bits_per_weight: float
     max_relative_error: float
     seconds: float
 
@@ -60,10 +67,12 @@ class ExportResult:
     Args:
         opset (`int`): ONNX opset.
         files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
+        inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
     """
 
     opset: int
     files: tuple[ExportedFile, ...]
+    inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""
@@ -76,6 +85,7 @@ def export_onnx(
     export: ExportConfig | None = None,
     quantization: QuantizationConfig | None = None,
     *,
+    calibration: torch.Tensor | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> ExportResult:
@@ -94,6 +104,7 @@ def export_onnx(
         directory (`str` or `os.PathLike`): Output folder; `onnx/` is made in it.
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
         quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
+        calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding_methods.needs_calibration`].
         seed (`int`): Of the tokens of the check.
         quiet (`bool`): No progress bar.
 
@@ -101,11 +112,13 @@ def export_onnx(
         [`ExportResult`]: Sizes, counts and errors.
 
     Raises:
+        ConfigurationError: If the method needs calibration text and there is none.
         ExportError: If the model cannot be traced, or a file does not run, or differs from PyTorch.
         QuantizationError: If a linear layer or the embedding was left in float.
     """
     export = export or ExportConfig()
     quantization = quantization or QuantizationConfig()
+    check_calibration(quantization, calibration)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     with (
@@ -120,30 +133,74 @@ def export_onnx(
         # the caller's own model is the better witness where it can be called without changing it
         witness = model if _can_witness(model) else twin
         writer = _Writer(Path(staging), reference_steps(witness, seed=seed))
-        with _quiet_exporter():
-            graph = export_float_graph(twin, export.opset)
-        bar.update()
-        float_graph = graph.clone()
-        fold_weight_transposes(float_graph)
-        writer.add("float32", float_graph, QuantizedNodes(0, 0), export.tolerance, started)
-        del float_graph
-        bar.update()
-        expected = expected_nodes(twin, quantization.quantize_embeddings)
+        fuse = export.format == "contrib" and fused_obstacle(twin) is None
+        try:
+            graph = _float_graph(twin, export, writer, fuse, started)
+        except ExportError:
+            if not fuse:
+                raise
+            # what a model does with its attention may not show in four tokens: the plain graph needs no such luck
+            graph = _float_graph(twin, export, writer, False, started)
+        bar.update(2)
+        keeps_tables = quantization.method == "quanto" or not quantization.quantize_embeddings
+        matrices = graph_matrices(graph, not keeps_tables)
         for weights in quantization.weights:
             started = time.perf_counter()
+            bits = _BITS[weights]
+            rounded = round_weights(twin, bits, matrices, quantization, calibration, seed=seed, quiet=quiet)
             quantized = graph.clone()
             found = quantize_graph(
                 quantized,
-                _BITS[weights],
+                bits,
                 block_size=quantization.group_size,
-                accuracy_level=quantization.accuracy_level,
-                quantize_embeddings=quantization.quantize_embeddings,
+                accuracy_level=rounded.accuracy_level or quantization.accuracy_level,
+                quantize_embeddings=not keeps_tables,
+                rounded=rounded.matrices,
+                in_8_bits=rounded.in_8_bits,
+                only_rounded=quantization.method == "quanto",
             )
-            check_quantized_nodes(quantized, found, expected)
-            writer.add(weights, quantized, found, None, started)
+            check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
+            writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
             bar.update()
         writer.publish(directory / "onnx")
-    return ExportResult(export.opset, tuple(writer.files))
+    return ExportResult(export.opset, tuple(writer.files), _input_shapes(graph))
+
+
+def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> str | None:
+    """Write what onnxruntime-genai and transformers.js read beside the files: `genai_config.json`, and an entry in `config.json`.
+
+    Both take one file by themselves, the one with the fewest bits.
+
+    Args:
+        folder (`Path`): With `config.json` and the files of `result`.
+        model ([`~transformers.PreTrainedModel`]): The model that was exported.
+        result ([`ExportResult`]): From [`export_onnx`].
+
+    Returns:
+        `str` or `None`: Why there is no `genai_config.json`.
+    """
+    smallest = min(result.files, key=lambda file: _BITS.get(file.weights, 32))
+    write_transformers_js_config(folder, smallest.weights)
+    return write_genai_config(folder, model.config, model.generation_config, result.inputs, smallest.file)
+
+
+def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:
+    return {
+        str(value.name): tuple(size if isinstance(size, int) else str(size) for size in value.shape or ())
+        for value in graph.graph.inputs
+    }
+
+
+def _float_graph(
+    twin: PreTrainedModel, export: ExportConfig, writer: "_Writer", fuse: bool, started: float
+) -> ir.Model:
+    """Trace, write and check the float file; the graph that the quantized files are made from."""
+    with _quiet_exporter():
+        graph = export_float_graph(twin, export.opset, fuse=fuse)
+    float_graph = graph.clone()
+    fold_weight_transposes(float_graph)
+    writer.add("float32", float_graph, QuantizedNodes(0, 0), 32.0, export.tolerance, started)
+    return graph
 
 
 class _Writer:
@@ -155,7 +212,13 @@ class _Writer:
         self.files: list[ExportedFile] = []
 
     def add(
-        self, weights: str, graph: ir.Model, nodes: QuantizedNodes, tolerance: float | None, started: float
+        self,
+        weights: str,
+        graph: ir.Model,
+        nodes: QuantizedNodes,
+        bits_per_weight: float,
+        tolerance: float | None,
+        started: float,
     ) -> None:
         """Write and check one graph; `tolerance=None` asks for finite logits only."""
         file = self.staging / QUANTIZED_FILES.get(weights, FLOAT_FILE)
@@ -169,6 +232,7 @@ class _Writer:
                 bytes=sum(path.stat().st_size for path in written),
                 num_quantized_matmuls=nodes.matmuls,
                 num_quantized_embeddings=nodes.embeddings,
+                bits_per_weight=bits_per_weight,
                 max_relative_error=error,
                 seconds=time.perf_counter() - started,
             )

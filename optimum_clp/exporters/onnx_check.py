@@ -11,7 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 from ..architecture import text_config
 from ..errors import ExportError, Problem
-from .onnx_float import cache_names, input_names
+from ..onnx_names import FUSED_ATTENTION, cache_names
+from .onnx_float import input_names
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
 
@@ -132,10 +133,15 @@ def _compare(session: onnxruntime.InferenceSession, steps: list[ReferenceStep]) 
     batch = steps[0].input_ids.shape[0]
     past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
     difference = largest = 0.0
+    row_by_row = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
     for step in steps:
         feeds = {name: getattr(step, name).numpy() for name in shapes if name not in past_names}
         feeds |= dict(zip(past_names, past, strict=True))
-        logits, *past = session.run(outputs, feeds)
+        if row_by_row and step.input_ids.shape[1] > 1 and past[0].shape[2] > 0:
+            rows = [session.run(outputs, {n: v[i : i + 1] for n, v in feeds.items()}) for i in range(batch)]
+            logits, *past = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        else:
+            logits, *past = session.run(outputs, feeds)
         if not np.isfinite(logits).all():
             return float("inf")
         reference = step.logits.numpy()[step.is_real]

@@ -1,12 +1,16 @@
-"""How many quantized nodes a graph must have, counted on the PyTorch model."""
+"""How many quantized nodes a graph must have, counted on the PyTorch model; and how many bits a weight takes."""
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
+import onnx_ir as ir
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from .onnx_experts import unrolled_experts
+from .onnx_file import stored_shape, stored_tensor
 
 _PRODUCTS = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2, torch.ops.aten.bmm.default: 1}
 
@@ -24,7 +28,9 @@ class QuantizedNodes:
     embeddings: int
 
 
-def expected_nodes(model: PreTrainedModel, quantize_embeddings: bool) -> QuantizedNodes:
+def expected_nodes(
+    model: PreTrainedModel, quantize_embeddings: bool, only: Collection[torch.Tensor] | None = None
+) -> QuantizedNodes:
     """How many nodes a complete quantization has: each product with a weight, and each look-up of the tokens.
 
     One forward pass of two tokens is watched, so that linear layers, `Conv1D`, experts and routers are all counted,
@@ -33,6 +39,7 @@ def expected_nodes(model: PreTrainedModel, quantize_embeddings: bool) -> Quantiz
     Args:
         model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode.
         quantize_embeddings (`bool`): Whether the embedding is to be quantized, and a head that is tied to it.
+        only (`Collection[Tensor]`, *optional*): Weights that are to be quantized, if it is not all of them.
 
     Returns:
         [`QuantizedNodes`]
@@ -41,9 +48,31 @@ def expected_nodes(model: PreTrainedModel, quantize_embeddings: bool) -> Quantiz
     ids = torch.tensor([[3, 2]])
     with torch.no_grad(), unrolled_experts(model), _WeightCounter(model, ids) as counter:
         model(input_ids=ids, use_cache=False)
+    if only is not None:
+        storages = {weight.untyped_storage().data_ptr() for weight in only}
+        return QuantizedNodes(sum(weight in storages for weight in counter.products), 0)
     if quantize_embeddings:
         return QuantizedNodes(len(counter.products), len(counter.tables))
     return QuantizedNodes(sum(weight not in counter.tables for weight in counter.products), 0)
+
+
+def bits_per_weight(float_graph: ir.Model, quantized: ir.Model) -> float:
+    """Bits that a quantized weight takes in the file: integers, scales and zero points over the number of weights.
+
+    Weights that are in float32 in both graphs are not counted; a table that serves embedding and head counts once.
+
+    Args:
+        float_graph (`onnx_ir.Model`): Before the quantization.
+        quantized (`onnx_ir.Model`): After it.
+
+    Returns:
+        `float`
+    """
+    before, after = float_graph.graph.initializers, quantized.graph.initializers
+    weights = sum(math.prod(stored_shape(stored_tensor(before[name]))) for name in before.keys() - after.keys())
+    stored = [stored_tensor(after[name]) for name in after.keys() - before.keys()]
+    # shapes and bounds of slices are no weights
+    return 8 * sum(tensor.nbytes for tensor in stored if tensor.dtype != ir.DataType.INT64) / weights
 
 
 class _WeightCounter(TorchDispatchMode):

@@ -4,6 +4,8 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i
 and `present.{i}.key` / `.value`. Batch, sequence and past are dynamic, and the past may be empty.
 """
 
+from contextlib import ExitStack
+
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
@@ -13,8 +15,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ExportError, Problem
+from ..onnx_names import FUSED_ATTENTION, cache_names
 from .onnx_experts import unrolled_experts
 from .onnx_file import stored_shape, stored_tensor
+from .onnx_fused import FusedAttention, fuse_graph, fused
 from .onnx_obstacle import key_value_layers, takes_position_ids
 from .onnx_trace import traceable
 
@@ -24,14 +28,19 @@ _PREFIX = "causal_lm."
 class _FlatCacheModel(nn.Module):
     """`model` with its cache as a flat list of tensors, keys and values in turn, after the other inputs."""
 
-    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...]):
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], attention: FusedAttention | None):
         super().__init__()
         self.causal_lm = model
         self.inputs = inputs
+        self.attention = attention
 
     def forward(self, *tensors):
         named = dict(zip(self.inputs, tensors, strict=False))
         past = tensors[len(named) :]
+        if self.attention is not None:
+            output = self.causal_lm(**named, past_key_values=self.attention.begin(list(past)), use_cache=True)
+            present = self.attention.present
+            return output.logits, *(states for index in sorted(present) for states in present[index])
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
         output = self.causal_lm(**named, past_key_values=cache, use_cache=True)
         layers = key_value_layers(output.past_key_values)
@@ -47,12 +56,7 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def cache_names(prefix: str, num_layers: int) -> list[str]:
-    """Names of the cache's tensors in the graph's order: `{prefix}.0.key`, `{prefix}.0.value`, `{prefix}.1.key`, ..."""
-    return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]
-
-
-def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
+def export_float_graph(twin: PreTrainedModel, opset: int, *, fuse: bool = False) -> ir.Model:
     """Trace a model into an ONNX graph.
 
     Each linear layer stays `MatMul(x, Transpose(weight))`, with the weight under its PyTorch name and in its PyTorch
@@ -61,6 +65,8 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
     Args:
         twin ([`~transformers.PreTrainedModel`]): From [`float32_twin`].
         opset (`int`): ONNX opset, 21 to 23.
+        fuse (`bool`): With ONNX Runtime's fused operators, for a model without
+            [`~exporters.onnx_fused.fused_obstacle`].
 
     Returns:
         `onnx_ir.Model`: Without metadata, documentation strings or paths of this machine.
@@ -69,12 +75,15 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
         ExportError: If the model's rotary embedding depends on the length of the text, or torch cannot trace it.
     """
     names = input_names(twin)
+    attention = FusedAttention(symbolic=True) if fuse else None
     try:
-        with torch.no_grad(), unrolled_experts(twin), traceable(twin):
+        with torch.no_grad(), unrolled_experts(twin), traceable(twin), ExitStack() as stack:
             inputs, dynamic_shapes = _sample(twin, names)
             num_layers = (len(inputs) - len(names)) // 2
+            if attention is not None:
+                stack.enter_context(fused(twin, attention))
             program = torch.onnx.export(
-                _FlatCacheModel(twin, names),
+                _FlatCacheModel(twin, names, attention),
                 inputs,
                 dynamo=True,
                 optimize=False,
@@ -98,7 +107,12 @@ def export_float_graph(twin: PreTrainedModel, opset: int) -> ir.Model:
     graph = program.model
     _simplify(graph)
     _split_gemms(graph)
+    if attention is not None:
+        fuse_graph(graph)
+        _simplify(graph)
     _strip(graph)
+    if attention is not None:
+        graph.metadata_props[FUSED_ATTENTION] = "GroupQueryAttention"
     return graph
 
 

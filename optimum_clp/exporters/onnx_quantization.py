@@ -1,10 +1,11 @@
-"""Weight-only int8 and int4 for an ONNX graph: symmetric round-to-nearest in blocks along the input axis.
+"""Weight-only int8 and int4 for an ONNX graph, in blocks along the input axis.
 
 Linear layers become `MatMulNBits`, the embedding becomes `GatherBlockQuantized` (both are operators of ONNX Runtime).
 Everything else, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -13,88 +14,68 @@ from ..errors import Problem, QuantizationError
 from .onnx_count import QuantizedNodes
 from .onnx_file import stored_shape, stored_tensor
 from .onnx_float import is_stored_matrix, transposed_weight
+from .onnx_rounding import RoundedMatrix, round_to_nearest
 
 _CONTRIB = "com.microsoft"
-# Rows are quantized together up to this many weights, which bounds the working memory to a few of its copies.
-_CHUNK = 4 * 1024 * 1024
-# Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
-_INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
 # Nodes that may lie between the token ids and the embedding.
 _SAME_TOKENS = ("Cast", "Identity", "Reshape", "ScatterND", "Where")
 
 
-def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize a matrix to unsigned integers with one scale for each block of a row.
-
-    A weight is `(integer - 2**(bits - 1)) * scale`. The scale maps the block's largest weight to the integer range's
-    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken.
+@dataclass(frozen=True)
+class GraphMatrix:
+    """A matrix that [`quantize_graph`] stores in integers.
 
     Args:
-        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
-        bits (`int`): 4 or 8.
-        block_size (`int`): Weights that share a scale, even.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]`: Integers, uint8 of shape `[rows, blocks * block_size * bits / 8]`, the lower
-        half of a byte first where `bits` is 4; and scales, float32 of shape `[rows, blocks]`. The last block is filled
-        up with zeros.
+        rows (`int`): Output features, or tokens of the embedding.
+        columns (`int`): Input features, or the width of the embedding.
+        is_router (`bool`): Whether it chooses experts; such a matrix gets 8 bits.
     """
-    rows, columns = weight.shape
-    blocks = -(-columns // block_size)
-    integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
-    scales = np.empty((rows, blocks), dtype=np.float32)
-    step = max(1, _CHUNK // (blocks * block_size))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        padded = np.zeros((weight[part].shape[0], blocks * block_size), dtype=np.float32)
-        padded[:, :columns] = weight[part]
-        codes, scales[part] = _round_blocks(padded.reshape(-1, blocks, block_size), bits)
-        codes = codes.reshape(codes.shape[0], -1)
-        integers[part] = codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
-    return integers, scales
+
+    rows: int
+    columns: int
+    is_router: bool = False
+
+    def stored_bytes(self, bits: int, block_size: int) -> int:
+        """Bytes of integers and float32 scales, the last block of a row filled up."""
+        return self.rows * -(-self.columns // block_size) * (block_size * bits // 8 + 4)
 
 
-def dequantize_blocks(integers: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The matrix that [`quantize_blocks`] has stored.
+def graph_matrices(graph: ir.Model, quantize_embeddings: bool) -> dict[str, GraphMatrix]:
+    """The matrices that [`quantize_graph`] stores in integers, by name.
 
     Args:
-        integers (`np.ndarray`): Packed integers, from [`quantize_blocks`].
-        scales (`np.ndarray` of shape `[rows, blocks]`): From [`quantize_blocks`].
-        bits (`int`): 4 or 8.
-        columns (`int`): Columns of the matrix, without the filling.
+        graph (`onnx_ir.Model`): From [`~exporters.onnx_float.export_float_graph`].
+        quantize_embeddings (`bool`): Also the embedding, and a head that is tied to it.
 
     Returns:
-        `np.ndarray` of shape `[rows, columns]`, float32.
+        `dict[str, GraphMatrix]`
     """
-    codes = integers if bits == 8 else np.stack([integers & 15, integers >> 4], axis=-1)
-    codes = codes.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)
-    return (codes * scales[..., None]).reshape(len(scales), -1)[:, :columns]
-
-
-def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[rows, blocks, size]`."""
-    half = 2 ** (bits - 1)
-    largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
-    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half)
-    for share in _INT4_RANGES if bits == 4 else ():
-        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half)
-        better = error < best_error
-        np.copyto(best_codes, codes, where=better)
-        np.copyto(best_scale, scale, where=better)
-        np.copyto(best_error, error, where=better)
-    return (best_codes + half).astype(np.uint8), best_scale[..., 0]
-
-
-def _round_to(weight: np.ndarray, scale: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed codes of `weight` at `scale`, the scale itself, and the squared error of each block."""
-    # a block of zeros, or of numbers too small to divide by, becomes zeros
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
-    codes = np.clip(np.rint(weight * inverse), -half, half - 1)
-    return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)
+    embeddings = [node.inputs[0] for node in graph.graph if _is_embedding(node)]
+    tables = {_name(value) for value in embeddings}
+    routers = _routers(graph.graph)
+    found: dict[str, GraphMatrix] = {}
+    for node in graph.graph:
+        weight, transposed = _matmul_weight(node)
+        if weight is not None and _name(weight) not in tables:
+            shape = stored_shape(stored_tensor(weight))
+            rows, columns = shape if transposed else shape[::-1]
+            found[_name(weight)] = GraphMatrix(rows, columns, node in routers)
+    for value in embeddings if quantize_embeddings else ():
+        rows, columns = stored_shape(stored_tensor(value))
+        found[_name(value)] = GraphMatrix(rows, columns)
+    return found
 
 
 def quantize_graph(
-    graph: ir.Model, bits: int, *, block_size: int, accuracy_level: int, quantize_embeddings: bool
+    graph: ir.Model,
+    bits: int,
+    *,
+    block_size: int,
+    accuracy_level: int,
+    quantize_embeddings: bool,
+    rounded: Mapping[str, RoundedMatrix] | None = None,
+    in_8_bits: Collection[str] = (),
+    only_rounded: bool = False,
 ) -> QuantizedNodes:
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
@@ -108,22 +89,32 @@ def quantize_graph(
         block_size (`int`): Weights that share a scale: a power of two, at least 16.
         accuracy_level (`int`): Of `MatMulNBits`: 4 multiplies in int8, 1 in float32, 0 is ONNX Runtime's choice.
         quantize_embeddings (`bool`): Also the embedding.
+        rounded (`Mapping[str, RoundedMatrix]`, *optional*): Weights that were rounded before, by name; the others are
+            rounded to nearest. A matrix that chooses experts is taken from here in 8 bits only.
+        in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
+        only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
 
     Returns:
         [`QuantizedNodes`]: What was quantized, counted in the graph.
+
+    Raises:
+        QuantizationError: If a weight in `rounded` is none of the graph's.
     """
+    rounded = rounded or {}
     embeddings = [node for node in graph.graph if _is_embedding(node)]
     tables = {_name(node.inputs[0]) for node in embeddings}
-    quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level)
+    quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level, rounded, in_8_bits)
     routers = _routers(graph.graph)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
         if weight is None or (weight.name in tables and not quantize_embeddings):
             continue
-        quantizer.quantize_matmul(node, weight, transposed, 8 if node in routers else bits)
+        if not only_rounded or weight.name in rounded:
+            quantizer.quantize_matmul(node, weight, transposed, node in routers)
     if quantize_embeddings:
         for node in embeddings:
             quantizer.quantize_embedding(node)
+    quantizer.check_used()
     quantizer.remove_unused()
     graph.opset_imports[_CONTRIB] = 1
     operators = [node.op_type for node in graph.graph if node.domain == _CONTRIB]
@@ -209,29 +200,55 @@ def _name(value: ir.Value | None) -> str:
     return str(value.name) if value is not None else ""
 
 
+@dataclass(frozen=True)
+class _StoredMatrix:
+    """A quantized weight's initializers."""
+
+    integers: ir.Value
+    scales: ir.Value
+    zero_points: ir.Value | None
+    bits: int
+    block_size: int
+
+
 class _GraphQuantizer:
     """Replaces nodes of one graph; a weight with several uses is quantized and stored once."""
 
-    def __init__(self, graph: ir.Model, tables: set[str], bits: int, block_size: int, accuracy_level: int):
+    def __init__(
+        self,
+        graph: ir.Model,
+        tables: set[str],
+        bits: int,
+        block_size: int,
+        accuracy_level: int,
+        rounded: Mapping[str, RoundedMatrix],
+        in_8_bits: Collection[str],
+    ):
         self.graph = graph.graph
         self.tables = tables
         self.bits = bits
         self.block_size = block_size
         self.accuracy_level = accuracy_level
-        self.done: dict[str, tuple[ir.Value, ir.Value]] = {}
+        self.rounded = rounded
+        self.in_8_bits = in_8_bits
+        self.done: dict[str, _StoredMatrix] = {}
+        # one matrix may be given under all the names that share it
+        self.used: set[int] = set()
 
-    def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool, bits: int) -> None:
-        integers, scales = self._quantize(weight, transposed, bits)
+    def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool, is_router: bool) -> None:
+        stored = self._quantize(weight, transposed, is_router)
         shape = stored_shape(stored_tensor(weight))
         outputs, inputs = shape if transposed else shape[::-1]
+        integers = self._in_blocks(stored) if weight.name in self.tables else stored.integers
+        zero_points = [stored.zero_points] if stored.zero_points is not None else []
         new = ir.node(
             "MatMulNBits",
-            [node.inputs[0], self._in_blocks(integers, scales) if weight.name in self.tables else integers, scales],
+            [node.inputs[0], integers, stored.scales, *zero_points],
             {
                 "K": inputs,
                 "N": outputs,
-                "bits": bits,
-                "block_size": self.block_size,
+                "bits": stored.bits,
+                "block_size": stored.block_size,
                 "accuracy_level": self.accuracy_level,
             },
             domain=_CONTRIB,
@@ -242,21 +259,21 @@ class _GraphQuantizer:
     def quantize_embedding(self, node: ir.Node) -> None:
         table = node.inputs[0]
         assert table is not None
-        integers, scales = self._quantize(table, True, self.bits)
+        stored = self._quantize(table, True, False)
         columns = stored_shape(stored_tensor(table))[1]
         new = ir.node(
             "GatherBlockQuantized",
-            [integers, node.inputs[1], scales],
+            [stored.integers, node.inputs[1], stored.scales],
             {
-                "bits": self.bits,
-                "block_size": self.block_size,
+                "bits": stored.bits,
+                "block_size": stored.block_size,
                 "gather_axis": 0,
                 "quantize_axis": 1,
             },
             domain=_CONTRIB,
             name=node.name,
         )
-        if columns % self.block_size == 0:
+        if columns % stored.block_size == 0:
             self._replace(node, new)
             return
         # The last block is filled up with zeros, so that the head can use the same bytes: cut them off.
@@ -276,22 +293,45 @@ class _GraphQuantizer:
             if not self.graph.initializers[name].uses():
                 del self.graph.initializers[name]
 
-    def _quantize(self, weight: ir.Value, transposed: bool, bits: int) -> tuple[ir.Value, ir.Value]:
-        name = str(weight.name)
+    def check_used(self) -> None:
+        """Check that every weight that was rounded before is in the graph."""
+        lost = [name for name, matrix in self.rounded.items() if id(matrix) not in self.used]
+        if lost:
+            rule = f"{len(lost)} weights that were rounded for it are not in the exported graph under their names"
+            remedy = 'Use the method "rtn", and report this with the model\'s name'
+            raise QuantizationError(Problem("quantized graph", ", ".join(lost), rule, remedy))
+
+    def _quantize(self, weight: ir.Value, transposed: bool, is_router: bool) -> _StoredMatrix:
+        name = _name(weight)
         if name not in self.done:
-            matrix = stored_tensor(weight).numpy()
-            integers, scales = quantize_blocks(matrix if transposed else matrix.T, bits, self.block_size)
+            matrix = self._rounded(weight, transposed, is_router)
+            integers = matrix.integers
             if name not in self.tables:
-                integers = integers.reshape(*scales.shape, -1)
-            self.done[name] = (
-                self._initializer(f"{name}_int{bits}", integers),
-                self._initializer(f"{name}_scales", scales),
+                integers = integers.reshape(*matrix.scales.shape, -1)
+            zero_points = matrix.zero_points
+            self.done[name] = _StoredMatrix(
+                self._initializer(f"{name}_int{matrix.bits}", integers),
+                self._initializer(f"{name}_scales", matrix.scales),
+                None if zero_points is None else self._initializer(f"{name}_zero_points", zero_points),
+                matrix.bits,
+                matrix.block_size,
             )
         return self.done[name]
 
-    def _in_blocks(self, integers: ir.Value, scales: ir.Value) -> ir.Value:
+    def _rounded(self, weight: ir.Value, transposed: bool, is_router: bool) -> RoundedMatrix:
+        given = self.rounded.get(_name(weight))
+        if given is not None:
+            self.used.add(id(given))
+            if given.bits == 8 or not is_router:
+                return given
+        matrix = stored_tensor(weight).numpy()
+        bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
+        return round_to_nearest(matrix if transposed else matrix.T, bits, self.block_size)
+
+    def _in_blocks(self, stored: _StoredMatrix) -> ir.Value:
         """An embedding's integers for a tied head: a view `[outputs, blocks, bytes]`, made when the file is loaded."""
-        shape = self._constant(f"{integers.name}_shape", [*stored_shape(stored_tensor(scales)), -1])
+        integers = stored.integers
+        shape = self._constant(f"{integers.name}_shape", [*stored_shape(stored_tensor(stored.scales)), -1])
         reshape = ir.node("Reshape", [integers, shape], name=f"{integers.name}_reshape")
         reshape.outputs[0].name = f"{integers.name}_blocks"
         self.graph.insert_before(self.graph[0], reshape)

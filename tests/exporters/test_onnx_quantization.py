@@ -12,12 +12,8 @@ from tiny_onnx import exported_llama, traced_qwen3
 
 from optimum_clp.errors import QuantizationError
 from optimum_clp.exporters.onnx_count import QuantizedNodes, expected_nodes
-from optimum_clp.exporters.onnx_quantization import (
-    check_quantized_nodes,
-    dequantize_blocks,
-    quantize_blocks,
-    quantize_graph,
-)
+from optimum_clp.exporters.onnx_quantization import check_quantized_nodes, quantize_graph
+from optimum_clp.exporters.onnx_rounding import dequantize_blocks, quantize_blocks
 
 
 def read_file(file):

@@ -1,0 +1,254 @@
+"""Rounding of a matrix to 8 or 4 bits with one scale for each block of a row, in the form that ONNX Runtime stores.
+
+Symmetric round-to-nearest, or with error feedback (GPTQ): the rounding error of a column is made up for by the columns
+behind it, for the inputs that the matrix meets on calibration text.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Rows are quantized together up to this many weights, which bounds the working memory to a few of its copies.
+_CHUNK = 4 * 1024 * 1024
+# Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
+_INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
+# Added to the Gram matrix's diagonal, in units of its mean, as GPTQ's authors do.
+DAMPING = 0.01
+
+
+@dataclass(frozen=True)
+class RoundedMatrix:
+    """A matrix `[rows, columns]` in integers: a weight is `(integer - zero point) * scale`.
+
+    Args:
+        integers (`np.ndarray` of shape `[rows, blocks * block_size * bits / 8]`, uint8): The lower half of a byte first
+            where `bits` is 4. The last block is filled up with zeros.
+        scales (`np.ndarray` of shape `[rows, blocks]`, float32): One for each block of a row.
+        bits (`int`): 4 or 8.
+        columns (`int`): Columns of the matrix, without the filling.
+        zero_points (`np.ndarray` of shape `[rows, blocks]`, float32, *optional*): `2**(bits - 1)` if not given.
+    """
+
+    integers: np.ndarray
+    scales: np.ndarray
+    bits: int
+    columns: int
+    zero_points: np.ndarray | None = None
+
+    @property
+    def block_size(self) -> int:
+        """Weights that share a scale."""
+        return self.integers.shape[1] * 8 // self.bits // self.scales.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        parts = (self.integers, self.scales, self.zero_points)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def dequantize(self) -> np.ndarray:
+        """The matrix that is stored, `[rows, columns]`, float32."""
+        return dequantize_blocks(self.integers, self.scales, self.bits, self.columns, self.zero_points)
+
+
+def round_to_nearest(weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:
+    """[`quantize_blocks`] as a [`RoundedMatrix`].
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        [`RoundedMatrix`]
+    """
+    return RoundedMatrix(*quantize_blocks(weight, bits, block_size), bits, weight.shape[1])
+
+
+def round_with_feedback(
+    weight: np.ndarray, gram: np.ndarray, bits: int, block_size: int, *, damping: float = DAMPING
+) -> RoundedMatrix:
+    """Round a matrix column by column, each time moving the columns that are left so that its products change least.
+
+    This is GPTQ in the order of the columns; scales are chosen block by block, from the weights as they are when a block
+    is reached, by the rule of [`quantize_blocks`]. A row whose products change more than by rounding to nearest, on the
+    inputs that `gram` is of, is rounded to nearest, and so is the whole matrix if no input differs from zero.
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        gram (`np.ndarray` of shape `[columns, columns]`, float64): Sum over tokens of `x x^T` of its inputs.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+        damping (`float`): Added to the diagonal of `gram`, in units of its mean; above 0.
+
+    Returns:
+        [`RoundedMatrix`]
+    """
+    plain = round_to_nearest(weight, bits, block_size)
+    rows, columns = weight.shape
+    mean = np.trace(gram) / columns
+    if not mean > 0:
+        return plain
+    factor = _feedback(gram, damping * mean)
+    step = max(1, _CHUNK // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        codes, scales = _round_columns(weight[part].astype(np.float64), factor, bits, block_size)
+        integers = _pack(codes, bits)
+        fed = dequantize_blocks(integers, scales, bits, columns)
+        nearest = dequantize_blocks(plain.integers[part], plain.scales[part], bits, columns)
+        better = _output_error(weight[part] - fed, gram) < _output_error(weight[part] - nearest, gram)
+        plain.integers[part][better] = integers[better]
+        plain.scales[part][better] = scales[better]
+    return plain
+
+
+def from_integers(codes: np.ndarray, bits: int, scales: np.ndarray, shifts: np.ndarray | None = None) -> RoundedMatrix:
+    """Integers that were made elsewhere, exactly as they are.
+
+    Args:
+        codes (`np.ndarray` of shape `[rows, columns]`, uint8): Unsigned integers of `bits` bits.
+        bits (`int`): 4 or 8.
+        scales (`np.ndarray` of shape `[rows, groups]`, float32): One for each group of neighbouring columns. A group that
+            is no block of `MatMulNBits` is made of several blocks with one scale.
+        shifts (`np.ndarray` of shape `[rows, groups]`, float32, *optional*): A weight is `code * scale - shift`; without
+            shifts it is `(code - 2**(bits - 1)) * scale`.
+
+    Returns:
+        [`RoundedMatrix`]
+    """
+    rows, columns = codes.shape
+    group = columns // scales.shape[1]
+    # a power of two that divides the group; where none from 16 on does, there is one group and its last block is filled up
+    block_size = next((size for size in (256, 128, 64, 32, 16) if group % size == 0), 16)
+    blocks = -(-columns // block_size)
+    padded = np.full((rows, blocks * block_size), 2 ** (bits - 1), dtype=np.uint8)
+    padded[:, :columns] = codes
+    repeats = -(-group // block_size)
+    scales = np.ascontiguousarray(np.repeat(scales, repeats, axis=1))
+    zero_points = None
+    if shifts is not None:
+        zero_points = np.repeat(shifts, repeats, axis=1) * _inverse(scales)
+    return RoundedMatrix(_pack(padded.reshape(rows, blocks, block_size), bits), scales, bits, columns, zero_points)
+
+
+def _feedback(gram: np.ndarray, penalty: float) -> np.ndarray:
+    """The upper Cholesky factor of the inverse of the damped Gram matrix."""
+    damped = torch.from_numpy(gram).clone()
+    damped.diagonal().add_(penalty)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    return torch.linalg.cholesky(inverse, upper=True).numpy()
+
+
+def _round_columns(
+    weight: np.ndarray, factor: np.ndarray, bits: int, block_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, uint8 `[rows, blocks, block_size]`, and scales, float32; `weight`, float64, is overwritten."""
+    half = 2 ** (bits - 1)
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    codes = np.full((rows, blocks * block_size), half, dtype=np.uint8)
+    scales = np.empty((rows, blocks), dtype=np.float32)
+    for block in range(blocks):
+        start, stop = block * block_size, min(columns, (block + 1) * block_size)
+        scales[:, block] = _round_blocks(weight[:, start:stop].astype(np.float32), bits)[1]
+        scale = scales[:, block].astype(np.float64)
+        inverse = _inverse(scale)
+        errors = np.empty((rows, stop - start))
+        for column in range(start, stop):
+            code = np.clip(np.rint(weight[:, column] * inverse), -half, half - 1)
+            codes[:, column] = code + half
+            error = (weight[:, column] - code * scale) / factor[column, column]
+            weight[:, column:stop] -= error[:, None] * factor[column, column:stop]
+            errors[:, column - start] = error
+        weight[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes.reshape(rows, blocks, block_size), scales
+
+
+def _output_error(difference: np.ndarray, gram: np.ndarray) -> np.ndarray:
+    """For each row `d` of the difference the summed square of its products, `d gram d^T`."""
+    difference = difference.astype(np.float64)
+    return ((difference @ gram) * difference).sum(-1)
+
+
+def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix to unsigned integers with one scale for each block of a row.
+
+    A weight is `(integer - 2**(bits - 1)) * scale`. The scale maps the block's largest weight to the integer range's
+    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken.
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Integers, uint8 of shape `[rows, blocks * block_size * bits / 8]`, the lower
+        half of a byte first where `bits` is 4; and scales, float32 of shape `[rows, blocks]`. The last block is filled
+        up with zeros.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
+    scales = np.empty((rows, blocks), dtype=np.float32)
+    step = max(1, _CHUNK // (blocks * block_size))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        padded = np.zeros((weight[part].shape[0], blocks * block_size), dtype=np.float32)
+        padded[:, :columns] = weight[part]
+        codes, scales[part] = _round_blocks(padded.reshape(-1, blocks, block_size), bits)
+        integers[part] = _pack(codes, bits)
+    return integers, scales
+
+
+def dequantize_blocks(
+    integers: np.ndarray, scales: np.ndarray, bits: int, columns: int, zero_points: np.ndarray | None = None
+) -> np.ndarray:
+    """The matrix that [`quantize_blocks`] has stored.
+
+    Args:
+        integers (`np.ndarray`): Packed integers, from [`quantize_blocks`].
+        scales (`np.ndarray` of shape `[rows, blocks]`): From [`quantize_blocks`].
+        bits (`int`): 4 or 8.
+        columns (`int`): Columns of the matrix, without the filling.
+        zero_points (`np.ndarray` of shape `[rows, blocks]`, *optional*): `2**(bits - 1)` if not given.
+
+    Returns:
+        `np.ndarray` of shape `[rows, columns]`, float32.
+    """
+    codes = integers if bits == 8 else np.stack([integers & 15, integers >> 4], axis=-1)
+    codes = codes.reshape(*scales.shape, -1).astype(np.float32)
+    codes -= np.float32(2 ** (bits - 1)) if zero_points is None else zero_points[..., None]
+    return (codes * scales[..., None]).reshape(len(scales), -1)[:, :columns]
+
+
+def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes `[rows, blocks, block_size]` as the bytes that are stored, `[rows, bytes]`."""
+    codes = codes.reshape(len(codes), -1)
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _inverse(scale: np.ndarray) -> np.ndarray:
+    # a block of zeros, or of numbers too small to divide by, becomes zeros
+    return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
+
+
+def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[..., size]`."""
+    half = 2 ** (bits - 1)
+    largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
+    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half)
+    for share in _INT4_RANGES if bits == 4 else ():
+        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half)
+        better = error < best_error
+        np.copyto(best_codes, codes, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_error, error, where=better)
+    return (best_codes + half).astype(np.uint8), best_scale[..., 0]
+
+
+def _round_to(weight: np.ndarray, scale: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed codes of `weight` at `scale`, the scale itself, and the squared error of each block."""
+    codes = np.clip(np.rint(weight * _inverse(scale)), -half, half - 1)
+    return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)

@@ -1,0 +1,127 @@
+"""What `quantization.method` and `quantization.bits_per_weight` stand for: weights that are rounded before the graph is."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..configuration import QuantizationConfig
+from ..errors import ConfigurationError, Problem
+from ..quantization import quanto_integers
+from .activation_moments import visit_layers
+from .bit_plan import plan_bits, rounding_costs
+from .onnx_quantization import GraphMatrix
+from .onnx_rounding import DAMPING, RoundedMatrix, from_integers, round_with_feedback
+
+# A table serves head and embedding. The head's inputs alone would trade errors of looked-up rows for smaller products.
+_TABLE_DAMPING = 1.0
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Weights that are rounded already, and which of the others get 8 bits.
+
+    Args:
+        matrices (`dict[str, RoundedMatrix]`): By the weight's names in the graph.
+        in_8_bits (`tuple[str, ...]`): Weights of an int4 file that get 8 bits.
+        accuracy_level (`int`, *optional*): Of `MatMulNBits`, in place of the configuration's.
+        only (`tuple[Tensor, ...]`, *optional*): The model's weights that are quantized, if it is not all of them.
+    """
+
+    matrices: dict[str, RoundedMatrix] = field(default_factory=dict)
+    in_8_bits: tuple[str, ...] = ()
+    accuracy_level: int | None = None
+    only: tuple[Tensor, ...] | None = None
+
+
+def needs_calibration(quantization: QuantizationConfig) -> bool:
+    """Whether [`round_weights`] looks at calibration text if there is any."""
+    return "int4" in quantization.weights and (
+        quantization.method in ("auto", "gptq") or quantization.bits_per_weight is not None
+    )
+
+
+def check_calibration(quantization: QuantizationConfig, calibration: Tensor | None) -> None:
+    """Check that there is calibration text where nothing can be done without it.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    required = quantization.method == "gptq" or quantization.bits_per_weight is not None
+    if "int4" in quantization.weights and required and (calibration is None or not calibration.numel()):
+        name = "method" if quantization.method == "gptq" else "bits_per_weight"
+        rule = "it looks at what the model computes on calibration text, and none was given"
+        remedy = 'Give calibration, int64 rows of tokens; or use the method "rtn" without bits_per_weight'
+        raise ConfigurationError(Problem(f"quantization.{name}", getattr(quantization, name), rule, remedy))
+
+
+def round_weights(
+    twin: PreTrainedModel,
+    bits: int,
+    matrices: Mapping[str, GraphMatrix],
+    quantization: QuantizationConfig,
+    calibration: Tensor | None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> RoundedWeights:
+    """Round the weights of a model by the method of the configuration, as far as that is not round-to-nearest.
+
+    In 8 bits `"gptq"` rounds to nearest as well: there is next to nothing to gain.
+
+    Args:
+        twin ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; left as it was.
+        bits (`int`): 4 or 8.
+        matrices (`Mapping[str, GraphMatrix]`): What the graph stores in integers.
+        quantization ([`QuantizationConfig`]): Method, group size, budget.
+        calibration (`Tensor` or `None`): int64 `[rows, length]`, see [`needs_calibration`].
+        seed (`int`): Of the sensitivities of a budget.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`RoundedWeights`]
+
+    Raises:
+        QuantizationError: If the budget is too small, or the model's hidden states are not finite.
+    """
+    block_size = quantization.group_size
+    in_8_bits: tuple[str, ...] = ()
+    if bits == 4 and quantization.bits_per_weight is not None:
+        assert calibration is not None
+        costs = rounding_costs(twin, calibration, matrices, block_size, seed=seed, quiet=quiet)
+        in_8_bits = plan_bits(matrices, costs, block_size, quantization.bits_per_weight)
+    if quantization.method == "quanto":
+        given = dict(_quanto_matrices(twin, bits))
+        only = tuple(twin.get_parameter(name) for name in given)
+        # level 4 would round what the weights are multiplied by
+        return RoundedWeights(given, accuracy_level=1, only=only)
+    if quantization.method == "rtn" or bits == 8 or calibration is None:
+        return RoundedWeights({}, in_8_bits)
+    found: dict[str, RoundedMatrix] = {}
+    by_storage: dict[int, RoundedMatrix] = {}
+
+    def quantize(names: list[str], weight: np.ndarray, gram: np.ndarray, tied: bool) -> np.ndarray:
+        known = matrices.keys() & names
+        if not known or any(matrices[name].is_router for name in known):
+            return weight
+        address = weight.__array_interface__["data"][0]
+        if address not in by_storage:
+            damping = _TABLE_DAMPING if tied else DAMPING
+            in_bits = 8 if known & set(in_8_bits) else 4
+            by_storage[address] = round_with_feedback(weight, gram, in_bits, block_size, damping=damping)
+        found.update(dict.fromkeys(known, by_storage[address]))
+        return by_storage[address].dequantize()
+
+    visit_layers(twin, calibration, quantize, quiet=quiet)
+    return RoundedWeights(found, in_8_bits)
+
+
+def _quanto_matrices(twin: PreTrainedModel, bits: int) -> Iterator[tuple[str, RoundedMatrix]]:
+    """quanto's own integers of every linear layer that it quantizes."""
+    for name, integers, scales, shifts in quanto_integers(twin, f"int{bits}"):
+        # int8 is signed in quanto, and MatMulNBits takes unsigned integers
+        codes = integers if shifts is not None else (integers.to(torch.int16) + 128).to(torch.uint8)
+        yield name, from_integers(codes.numpy(), bits, scales.numpy(), None if shifts is None else shifts.numpy())

@@ -1,0 +1,9 @@
+"""Names in an exported file that those who run it need too."""
+
+# metadata of a file whose attention is ONNX Runtime's: several tokens after a past only in batches of one row
+FUSED_ATTENTION = "optimum_clp.attention"
+
+
+def cache_names(prefix: str, num_layers: int) -> list[str]:
+    """Names of the cache's tensors in the graph's order: `{prefix}.0.key`, `{prefix}.0.value`, `{prefix}.1.key`, ..."""
+    return [f"{prefix}.{layer}.{kind}" for layer in range(num_layers) for kind in ("key", "value")]

@@ -1,0 +1,299 @@
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from test_onnx_quantization import dequantized_model, logits_of, read_file, relative_difference
+from tiny_models import random_tokens, tiny_model
+from tiny_onnx import exported_llama, onnx_test_model, state_of, traced_qwen3
+
+from optimum_clp import exporters
+from optimum_clp.configuration import CLPConfig, QuantizationConfig
+from optimum_clp.errors import ConfigurationError, QuantizationError
+from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.activation_moments import visit_layers
+from optimum_clp.exporters.bit_plan import plan_bits, rounding_costs
+from optimum_clp.exporters.onnx_quantization import GraphMatrix, graph_matrices, quantize_graph
+from optimum_clp.exporters.onnx_rounding import round_to_nearest
+from optimum_clp.exporters.rounding_methods import round_weights
+from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
+
+TOKENS = random_tokens(6, 20, seed=1)
+
+
+def inputs_of(model, names, tokens=TOKENS):
+    """What enters some linear modules, `[tokens, inputs]`, seen by hooks on one whole forward pass."""
+    seen = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).double())
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.fixture
+def no_tracing(monkeypatch):
+    """`export_onnx(qwen3.model, ...)` takes the graph that was traced already."""
+    monkeypatch.setattr(exporters, "export_float_graph", lambda *args, **options: traced_qwen3().graph.clone())
+
+
+def linear_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_moments_are_those_of_the_layers_below_as_they_were_replaced(batch_size):
+    model, visited = tiny_model("qwen2", num_layers=3), {}
+    before = state_of(model)
+    changed = tiny_model("qwen2", num_layers=3)
+
+    def quantize(names, weight, gram, tied):
+        (name,) = names
+        assert not tied and weight.dtype == np.float32 and gram.dtype == np.float64
+        np.testing.assert_array_equal(weight, model.get_parameter(name).detach().numpy())
+        visited[name] = gram
+        return weight * np.float32(0.9)
+
+    visit_layers(model, TOKENS, quantize, batch_size=batch_size, quiet=True)
+    assert state_of(model) == before
+    assert [name.removesuffix(".weight") for name in visited] == linear_names(model)
+    for index in range(4):
+        names = [
+            n for n in linear_names(model) if n.startswith(f"model.layers.{index}.") or index == 3 and n == "lm_head"
+        ]
+        for name, inputs in inputs_of(changed, names).items():
+            np.testing.assert_allclose(
+                visited[f"{name}.weight"],
+                (inputs.T @ inputs).numpy(),
+                rtol=1e-4,
+                atol=1e-4 * float(inputs.square().sum()),
+            )
+        with torch.no_grad():
+            for name in names:
+                changed.get_parameter(f"{name}.weight").mul_(0.9)
+
+
+def test_the_head_of_a_tied_model_comes_with_both_names():
+    calls = []
+
+    def quantize(names, weight, gram, tied):
+        calls.append((names, tied))
+        return weight
+
+    visit_layers(tiny_model("llama", num_layers=2, tie_word_embeddings=True), TOKENS, quantize, quiet=True)
+    assert calls[-1] == (["model.embed_tokens.weight", "lm_head.weight"], True)
+    assert not any(tied for _, tied in calls[:-1])
+
+
+def test_states_that_are_not_finite_are_told():
+    model = tiny_model("llama", num_layers=2)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    with pytest.raises(QuantizationError, match=r"weight is 'model\.layers\.1\.mlp\.down_proj\.weight': .*not finite"):
+        visit_layers(model, TOKENS, lambda names, weight, gram, tied: weight, quiet=True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gptq_has_smaller_errors_than_rounding_to_nearest(tied):
+    model = exported_llama().model if tied else traced_qwen3().model
+    if tied:
+        graph = ir.load(exported_llama().folder / "onnx/model.onnx")
+    else:
+        graph = traced_qwen3().graph.clone()
+    before = state_of(model)
+    matrices = graph_matrices(graph, True)
+    config = QuantizationConfig(method="gptq", group_size=16)
+    rounded = round_weights(model, 4, matrices, config, TOKENS, quiet=True)
+    assert state_of(model) == before
+    assert rounded.matrices.keys() == matrices.keys() - ({"model.embed_tokens.weight"} if not tied else set())
+    errors = {"fed": 0.0, "nearest": 0.0}
+    for name, inputs in inputs_of(model, linear_names(model)).items():
+        # a tied table is in the graph under one of its two names
+        name = name if f"{name}.weight" in matrices else "model.embed_tokens"
+        weight = model.get_parameter(f"{name}.weight").detach().numpy()
+        for kind, matrix in (
+            ("fed", rounded.matrices[f"{name}.weight"]),
+            ("nearest", round_to_nearest(weight, 4, 16)),
+        ):
+            error = ((weight - matrix.dequantize()) @ inputs.float().numpy().T) ** 2
+            errors[kind] += error.sum() / (weight @ inputs.float().numpy().T).var() / error.size
+    assert errors["fed"] < 0.8 * errors["nearest"]
+
+
+def test_gptq_export_holds_what_was_rounded(no_tracing, tmp_path):
+    model = traced_qwen3().model
+    config = QuantizationConfig(weights=["int4"], method="gptq", accuracy_level=1)
+    result = export_onnx(model, tmp_path, quantization=config, calibration=TOKENS, quiet=True)
+    rounded = round_weights(model, 4, graph_matrices(traced_qwen3().graph, True), config, TOKENS, quiet=True)
+    stored = read_file(tmp_path / "onnx/model_q4.onnx")
+    assert len(rounded.matrices) == 15
+    for name, matrix in rounded.matrices.items():
+        np.testing.assert_allclose(stored[name][:, : matrix.columns], matrix.dequantize(), rtol=1e-6)
+    ids = random_tokens(2, 9)
+    with torch.no_grad():
+        reference = dequantized_model(model, tmp_path / "onnx/model_q4.onnx")(input_ids=ids).logits
+    assert relative_difference(logits_of(tmp_path / "onnx/model_q4.onnx", ids), reference) < 1e-5
+    assert [file.num_quantized_matmuls for file in result.files] == [0, 15]
+
+
+def test_auto_is_gptq_where_there_is_text(no_tracing, tmp_path):
+    model = traced_qwen3().model
+    values = {}
+    for name, method, text in (
+        ("auto", "auto", TOKENS),
+        ("gptq", "gptq", TOKENS),
+        ("none", "auto", None),
+        ("rtn", "rtn", None),
+    ):
+        config = QuantizationConfig(weights=["int4"], method=method)
+        export_onnx(model, tmp_path / name, quantization=config, calibration=text, quiet=True)
+        values[name] = (tmp_path / name / "onnx/model_q4.onnx").read_bytes()
+    assert values["auto"] == values["gptq"] != values["none"] == values["rtn"]
+
+
+def test_bits_per_weight_are_what_the_file_stores(no_tracing, tmp_path):
+    result = export_onnx(traced_qwen3().model, tmp_path, quiet=True)
+    assert result.files[0].bits_per_weight == 32
+    weights = sum(p.numel() for p in traced_qwen3().model.parameters() if p.dim() == 2)
+    for file in result.files[1:]:
+        stored = onnx.load(tmp_path / file.file).graph.initializer
+        parts = [onnx.numpy_helper.to_array(t) for t in stored if "_int" in t.name or t.name.endswith("_scales")]
+        size = sum(part.nbytes for part in parts if part.dtype != np.int64)
+        assert file.bits_per_weight == pytest.approx(8 * size / weights)
+        assert json.loads(json.dumps(result.to_dict()))["files"][1]["bits_per_weight"] > 9
+
+
+def test_costs_are_near_the_divergence_of_each_matrix_alone():
+    model = onnx_test_model("llama", tied=True, num_layers=2)
+    tokens = random_tokens(40, 24, seed=2)
+    names = [n for n, p in model.named_parameters() if p.dim() == 2]
+    before = state_of(model)
+    costs = rounding_costs(model, tokens, names, 16, quiet=True)
+    assert state_of(model) == before and costs.keys() == set(names)
+    with torch.no_grad():
+        dense = model(input_ids=tokens).logits.log_softmax(-1)
+        measured = {}
+        for name in names:
+            parameter = model.get_parameter(name)
+            original = parameter.clone()
+            parameter.copy_(torch.from_numpy(round_to_nearest(original.numpy(), 4, 16).dequantize()))
+            found = model(input_ids=tokens).logits.log_softmax(-1)
+            measured[name] = (dense.exp() * (dense - found)).sum(-1).mean().item()
+            parameter.copy_(original)
+    ratios = [costs[name] / measured[name] for name in names]
+    assert 0.4 < min(ratios) and max(ratios) < 2.5, dict(zip(names, ratios, strict=True))
+    order = [np.argsort([values[name] for name in names]).argsort() for values in (costs, measured)]
+    assert np.corrcoef(order)[0, 1] > 0.9
+
+
+def test_plan_spends_the_budget_on_what_costs_most():
+    matrices = {
+        "small": GraphMatrix(16, 32),
+        "large": GraphMatrix(64, 32),
+        "router": GraphMatrix(4, 32, is_router=True),
+        "unseen": GraphMatrix(8, 32),
+    }
+    costs = {"small": 1.0, "large": 2.0, "router": 9.0}
+    weights = sum(m.rows * m.columns for m in matrices.values())
+
+    def spent(names):
+        bits = {n: 8 if n in names or m.is_router else 4 for n, m in matrices.items()}
+        return 8 * sum(m.stored_bytes(bits[n], 32) for n, m in matrices.items()) / weights
+
+    assert plan_bits(matrices, costs, 32, spent(()) + 1e-9) == ()
+    assert plan_bits(matrices, costs, 32, spent(("small",))) == ("small",)
+    # the small one gains more for a byte, and both fit
+    assert plan_bits(matrices, costs, 32, spent(("small", "large"))) == ("small", "large")
+    # the small one alone fits
+    assert plan_bits(matrices, {"small": 1.0, "large": 8.0}, 32, spent(("small",)) + 0.1) == ("small",)
+    with pytest.raises(
+        QuantizationError, match=r"bits_per_weight is 4\.5: in 4 bits with groups of 32 this model takes 5\."
+    ):
+        plan_bits(matrices, costs, 32, 4.5)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_budget_is_kept_by_the_file(method, no_tracing, tmp_path):
+    config = QuantizationConfig(weights=["int4"], method=method, bits_per_weight=7.5)
+    result = export_onnx(traced_qwen3().model, tmp_path, quantization=config, calibration=TOKENS, quiet=True)
+    assert 7 < result.files[1].bits_per_weight <= 7.5
+    nodes = onnx.load(tmp_path / "onnx/model_q4.onnx").graph.node
+    bits = [a.i for node in nodes for a in node.attribute if a.name == "bits"]
+    assert len(bits) == 16 and set(bits) == {4, 8}
+    assert result.files[1].max_relative_error < 0.5
+
+
+def test_quanto_int8_file_says_what_quanto_says(no_tracing, tmp_path):
+    model = traced_qwen3().model
+    config = QuantizationConfig(weights=["int8"], method="quanto")
+    result = export_onnx(model, tmp_path, quantization=config, quiet=True)
+    save_quantized(model, None, tmp_path / "quanto", "int8", quiet=True)
+    ids = random_tokens(2, 9)
+    with torch.no_grad():
+        reference = load_quantized(tmp_path / "quanto")(input_ids=ids).logits
+    assert relative_difference(logits_of(tmp_path / "onnx/model_quantized.onnx", ids), reference) < 1e-4
+    assert (result.files[1].num_quantized_matmuls, result.files[1].num_quantized_embeddings) == (15, 0)
+
+
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(32, 56), (256, 192)])
+def test_quanto_int4_file_says_what_quanto_says(hidden_size, intermediate_size, tmp_path):
+    """Rows without groups; groups of 128 and of 96, of which `MatMulNBits` has no block."""
+    sizes = {"hidden_size": hidden_size, "intermediate_size": intermediate_size}
+    model = onnx_test_model("llama", tied=True, num_layers=1, **sizes)
+    config = QuantizationConfig(weights=["int4"], method="quanto")
+    result = export_onnx(model, tmp_path, quantization=config, quiet=True)
+    save_quantized(model, None, tmp_path / "quanto", "int4", quiet=True)
+    ids = random_tokens(2, 9)
+    with torch.no_grad(), without_compiler():
+        reference = load_quantized(tmp_path / "quanto")(input_ids=ids).logits
+    assert relative_difference(logits_of(tmp_path / "onnx/model_q4.onnx", ids), reference) < 1e-4
+    # the rounding itself is far larger than that
+    assert result.files[1].max_relative_error > 0.01
+    assert (result.files[1].num_quantized_matmuls, result.files[1].num_quantized_embeddings) == (7, 0)
+
+
+def test_calibration_text_is_asked_for_before_any_work(tmp_path):
+    model = traced_qwen3().model
+    with pytest.raises(
+        ConfigurationError, match=r"quantization\.method is 'gptq': .*none was given\. Give calibration"
+    ):
+        export_onnx(model, tmp_path, quantization=QuantizationConfig(method="gptq"))
+    planned = QuantizationConfig(method="rtn", bits_per_weight=6)
+    with pytest.raises(ConfigurationError, match=r"quantization\.bits_per_weight is 6: .*none was given"):
+        export_onnx(model, tmp_path, quantization=planned, calibration=TOKENS[:0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rounded_weight_that_is_not_in_the_graph_is_told():
+    matrix = round_to_nearest(np.ones((4, 32), np.float32), 4, 32)
+    with pytest.raises(QuantizationError, match="'elsewhere.weight': 1 weights that were rounded .* are not in the"):
+        quantize_graph(
+            traced_qwen3().graph.clone(),
+            4,
+            block_size=32,
+            accuracy_level=4,
+            quantize_embeddings=True,
+            rounded={"elsewhere.weight": matrix},
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "awq"}, r"quantization\.method is 'awq': .*'auto', 'rtn', 'gptq', 'quanto'"),
+        ({"bits_per_weight": 3}, r"quantization\.bits_per_weight is 3: it must be a number between 4 and 10, or None"),
+        ({"calibration_sequences": 0}, r"quantization\.calibration_sequences is 0: .*at least 1"),
+        ({"method": "quanto", "bits_per_weight": 6}, r"bits_per_weight is 6: quanto's integers are taken as they are"),
+    ],
+)
+def test_values_out_of_range_are_told(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CLPConfig(quantization=values)
