@@ -215,11 +215,15 @@ def _lengths(search: dict[str, Any]) -> str:
 
 def _source(report: CLPReport) -> str:
     source = (report.to_dict()["calibration"] or {}).get("source") or "the calibration text"
-    return "text that the dense model wrote itself" if source == "self-written" else source
+    return source.replace("self-written", "text that the dense model wrote itself")
 
 
 def _picture(folder: Path, name: str, text: str) -> list[str]:
     return [f"![{text}]({name})"] if (folder / name).is_file() else []
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _recovery(report: CLPReport, folder: Path) -> str:
@@ -232,6 +236,13 @@ def _recovery(report: CLPReport, folder: Path) -> str:
         f"were trained in full with the loss `{describe_loss(tuning['loss'])}` for {tuning['steps']} steps, on "
         f"{tuning['num_tokens']:,} tokens of {_source(report)}. "
     )
+    init = tuning.get("init")
+    if init and init["kept"]:
+        text += (
+            "They started from a closed-form solution for their output projections, by least squares "
+            f"({init['method']}), which took the validation loss from {_number(init['loss_before'])} to "
+            f"{_number(init['loss_after'])}. "
+        )
     before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
     if not tuning["improved"]:
         text += "The validation loss did not improve, and the weights were kept as they were."

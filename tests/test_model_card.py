@@ -163,6 +163,19 @@ def test_empty_report_still_gives_a_valid_card(tmp_path):
     assert "None" not in text
 
 
+def test_a_closed_form_start_is_told(tmp_path):
+    report = example_report()
+    report.calibration["source"] = "corpus.txt and self-written"
+    report.tuning["init"] = {
+        "method": "least_squares", "steps": [], "seconds": 1.0, "kept": True, "loss_before": 0.41, "loss_after": 0.17,
+    }  # fmt: skip
+    text = write(report, tmp_path)
+    assert "by least squares (least_squares), which took the validation loss from 0.4100 to 0.1700." in text
+    assert "tokens of corpus.txt and text that the dense model wrote itself." in text
+    report.tuning["init"]["kept"] = False
+    assert "closed-form" not in write(report, tmp_path)
+
+
 def test_tuning_that_did_not_help_is_told(tmp_path):
     report = example_report()
     report.tuning.update(improved=False, best_step=0, best_validation_loss=0.41)
