@@ -239,9 +239,8 @@ def _recovery(report: CLPReport, folder: Path) -> str:
     init = tuning.get("init")
     if init and init["kept"]:
         text += (
-            "They started from a closed-form solution for their output projections, by least squares "
-            f"({init['method']}), which took the validation loss from {_number(init['loss_before'])} to "
-            f"{_number(init['loss_after'])}. "
+            f"They started from a closed-form solution for their output projections ({init['method'].replace('_', ' ')}), "
+            f"which took the validation loss from {_number(init['loss_before'])} to {_number(init['loss_after'])}. "
         )
     before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
     if not tuning["improved"]:

@@ -170,7 +170,7 @@ def test_a_closed_form_start_is_told(tmp_path):
         "method": "least_squares", "steps": [], "seconds": 1.0, "kept": True, "loss_before": 0.41, "loss_after": 0.17,
     }  # fmt: skip
     text = write(report, tmp_path)
-    assert "by least squares (least_squares), which took the validation loss from 0.4100 to 0.1700." in text
+    assert "output projections (least squares), which took the validation loss from 0.4100 to 0.1700." in text
     assert "tokens of corpus.txt and text that the dense model wrote itself." in text
     report.tuning["init"]["kept"] = False
     assert "closed-form" not in write(report, tmp_path)
