@@ -458,12 +458,13 @@ class CLPPruner(OptimumQuantizer):
         Returns:
             `Path`: The folder.
         """
-        target = check_output(save_directory, overwrite)
         model = self._cut_model()
         if not is_first():
+            # not checked here: the first process may have filled the folder by now
             wait_for_all()
-            self._folder = target
-            return target
+            self._folder = Path(save_directory)
+            return self._folder
+        target = check_output(save_directory, overwrite)
         # the report of a folder speaks of that folder's files alone
         self.report.quantization = self.report.export = self.report.evaluation = None
         with staged_folder(target, overwrite) as folder:

@@ -204,8 +204,10 @@ class TrainingLoop:
             return None
         return torch.load(self._best_file(self.state.best_step), map_location="cpu", mmap=True, weights_only=True)
 
-    def tokens_in(self, state: TrainingState) -> int:
+    @property
+    def num_tokens(self) -> int:
         """Tokens that the steps so far have trained on, in all processes together, repeats counted."""
+        state = self.state
         done = state.step - (state.stopped == "nan" and not math.isfinite(state.last_loss))
         return done * self.batch_size * self.train.outputs.tokens.shape[1]
 

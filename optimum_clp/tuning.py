@@ -233,7 +233,7 @@ class _Run:
             improved=_best_loss(state) < initial,
             history=tuple(state.history),
             stopped=state.stopped or "finished",
-            num_tokens=loop.tokens_in(state),
+            num_tokens=loop.num_tokens,
             num_processes=processes,
             seconds=time.perf_counter() - begin,
             cache_seconds=cache_seconds,

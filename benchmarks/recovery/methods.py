@@ -292,7 +292,7 @@ def lora(cell: Cell, config: TuningConfig, *, rank: int | None) -> Healed:
         num_trained=sum(p.numel() for p in trained.parameters()),
         steps=state.step,
         best_step=state.best_step,
-        num_tokens=loop.tokens_in(state),
+        num_tokens=loop.num_tokens,
         validation_loss=min(step.validation_loss for step in state.history),
         stopped=state.stopped,
         details={"rank": rank, "cache_seconds": cache_seconds},

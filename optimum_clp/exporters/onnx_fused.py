@@ -54,6 +54,7 @@ class FusedAttention:
         """A cache for one pass, which knows the past's length and hands new keys and values on as they are."""
         self.past, self.present = past, {}
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
+        # on this one object, which is gone after the pass: the operator appends to the past itself
         cache.update = lambda keys, values, *args, **kwargs: (keys, values)  # type: ignore[method-assign]
         return cache
 
@@ -69,10 +70,11 @@ class FusedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention interface: `[batch, heads, length, size]` in, `[batch, length, heads, size]` out."""
+        # what is raised here is caught by fused_obstacle, and is its answer
         given = [name for name in _UNKNOWN if kwargs.get(name) is not None]
         if given or attention_mask is None or query.shape[-1] != value.shape[-1]:
             raise NotImplementedError(f"attention with {given or 'no mask, or values of another size than the keys'}")
-        index = int(module.layer_idx)  # type: ignore[arg-type]
+        index = int(module.layer_idx)  # type: ignore[arg-type]  # a number in every attention module, unknown to nn.Module
         if index in self.present:
             raise NotImplementedError("a cache entry that is used twice")
         past = self.past[2 * index], self.past[2 * index + 1]
