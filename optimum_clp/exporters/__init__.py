@@ -25,6 +25,7 @@ from .onnx_file import save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
 from .onnx_fused import fused_obstacle
 from .onnx_obstacle import onnx_obstacle
+from .onnx_packing import pack_projections
 from .onnx_quantization import check_quantized_nodes, graph_matrices, quantize_graph
 from .onnx_twin import attention_of, float32_twin
 from .rounding_methods import check_calibration, round_weights
@@ -164,7 +165,9 @@ def export_onnx(
                 only_rounded=quantization.method == "quanto",
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
-            writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
+            bits_each = bits_per_weight(graph, quantized)
+            pack_projections(quantized)
+            writer.add(weights, quantized, found, bits_each, None, started)
             bar.update()
         writer.publish(directory / "onnx")
     return ExportResult(

@@ -167,7 +167,7 @@ def attention_by(model: PreTrainedModel, attention: FusedAttention) -> Iterator[
     # not register(), which cannot be undone; and masks are looked for in the shared table alone
     with (
         mock.patch.dict(ALL_ATTENTION_FUNCTIONS._global_mapping, {_NAME: attention}),
-        mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_NAME: eager_mask}),
+        mock.patch.dict(ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, {_NAME: _additive_mask}),
     ):
         try:
             for config, _ in before:
@@ -176,6 +176,14 @@ def attention_by(model: PreTrainedModel, attention: FusedAttention) -> Iterator[
         finally:
             for config, implementation in before:
                 config._attn_implementation = implementation
+
+
+def _additive_mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+    """transformers' mask of numbers; it looks padding up cell by cell, which is a dozen nodes in a graph, and here one is."""
+    mask = eager_mask(attention_mask=None, **kwargs)
+    if attention_mask is None:
+        return mask
+    return torch.where(attention_mask[:, None, None, :].bool(), mask, torch.finfo(mask.dtype).min)
 
 
 @contextmanager
@@ -258,14 +266,14 @@ def _rotary_operator(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, heads, length, size = states.shape
-    rows = cos.shape[0] * length
+    rows, half = cos.shape[0] * length, cos.shape[-1]
     numbers = torch.arange(rows).reshape(cos.shape[0], length).expand(batch, length)
     flat = states.transpose(1, 2).reshape(batch, length, heads * size)
     output = torch.onnx.ops.symbolic(
         f"{_CONTRIB}::RotaryEmbedding",
-        (flat, numbers, cos.reshape(rows, -1), sin.reshape(rows, -1)),
+        (flat, numbers, cos.reshape(rows, half), sin.reshape(rows, half)),
         # 0: the whole head is rotated
-        attrs={"num_heads": heads, "rotary_embedding_dim": 0 if 2 * cos.shape[-1] == size else 2 * cos.shape[-1]},
+        attrs={"num_heads": heads, "rotary_embedding_dim": 0 if 2 * half == size else 2 * half},
         dtype=_FLOAT,
         shape=list(flat.shape),
         version=1,
@@ -284,9 +292,14 @@ def _is_swap(node: ir.Node | None) -> bool:
 
 
 def _cancel_round_trips(graph: ir.Model) -> None:
-    """Heads are taken apart for the model's code, and put together again for the operator."""
+    """Heads are taken apart for the model's code, and put together again for the operator, and the reverse behind it."""
     for node in list(graph.graph):
         second = _producer(node) if node.op_type == "Reshape" else None
+        if second is not None and second.op_type == "Reshape":
+            source = second.inputs[0]
+            if source is not None and _width(source) is not None and _width(source) == _width(node.outputs[0]):
+                node.outputs[0].replace_all_uses_with(source)
+            continue
         first = _producer(second) if _is_swap(second) else None
         if first is None or not _is_swap(first):
             continue
