@@ -21,7 +21,7 @@ from ..progress import progress_bar
 from .genai_config import write_genai_config
 from .onnx_check import FileCheck, check_tolerance
 from .onnx_count import QuantizedNodes, bits_per_weight, expected_nodes
-from .onnx_file import save_graph
+from .onnx_file import drop_weights, save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
 from .onnx_fused import fused_obstacle
 from .onnx_obstacle import onnx_obstacle
@@ -171,6 +171,9 @@ def export_onnx(
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
             writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
+            # the integers of one file are gone before those of the next are made
+            drop_weights(quantized)
+            del quantized, rounded
             bar.update()
         writer.publish(directory / "onnx")
     appends_in_place = FUSED_ATTENTION in graph.metadata_props
