@@ -18,7 +18,7 @@ from ..onnx_comparison import ReferenceStep, read_result, relative_error, write_
 from .onnx_float import input_names
 
 # Float weights above which a file is checked in a process of its own: a session holds a file's weights up to three
-# times while it loads, and a process takes about a third of a second to start.
+# times while it loads, and a process takes about 0.2 seconds to start.
 IN_PROCESS_BYTES = 250_000_000
 # What a pass over the longest context may cost: operations, and bytes of attention scores and logits.
 WHOLE_CONTEXT_OPERATIONS = 2e10
