@@ -16,6 +16,8 @@ from .depth_fields import DepthField, NotRepresentable
 from .errors import CutError, ModelError, Problem
 from .segments import LayerSegment, candidate_segments, kept_layers
 
+# where models with ALiBi, which have no table of positions, keep the length that they were trained on
+_CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
 # how a model computes; kept in the config object, not in its file
 _RUNTIME_SETTINGS = ("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path")
 
@@ -55,6 +57,12 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 def num_layers(config: PretrainedConfig) -> int:
     """Number of decoder layers."""
     return getattr(text_config(config), find_architecture(config).count)
+
+
+def declared_context_length(config: PretrainedConfig) -> int | None:
+    """Longest text that a config declares, in tokens; `None` if it declares none."""
+    found = (getattr(text_config(config), name, None) for name in _CONTEXT_LENGTH)
+    return next((length for length in found if length), None)
 
 
 def decoder_path(model: PreTrainedModel) -> str:

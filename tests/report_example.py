@@ -140,6 +140,7 @@ def example_report() -> CLPReport:
         quantization=[{"folder": "quanto-int8", "weights": "int8", "num_quantized": 91, "bytes": 4_800_000}],
         export={
             "opset": 21,
+            "context": {"length": 512, "checked": "whole"},
             "files": [
                 {
                     "file": f"onnx/{name}.onnx",

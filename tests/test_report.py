@@ -121,7 +121,11 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         search=search.to_dict(),
         tuning=tuning.to_dict(),
         quantization=[QuantoResult(tmp_path / "quanto-int8", "int8", 9, 100).to_dict()],
-        export=ExportResult(21, (ExportedFile("onnx/model.onnx", "float32", 100, 0, 0, 32.0, 1e-7, 0.3),)).to_dict(),
+        export=ExportResult(
+            21,
+            (ExportedFile("onnx/model.onnx", "float32", 100, 0, 0, 32.0, 1e-7, 0.3),),
+            {"length": 128, "checked": "whole"},
+        ).to_dict(),
         evaluation={"text": "corpus.txt", "rows": [row]},
     )
     values = json.loads(report.save(tmp_path).read_text())

@@ -19,9 +19,9 @@ from ..errors import ExportError
 from ..onnx_names import FUSED_ATTENTION
 from ..progress import progress_bar
 from .genai_config import write_genai_config
-from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
+from .onnx_check import FileCheck, check_tolerance
 from .onnx_count import QuantizedNodes, bits_per_weight, expected_nodes
-from .onnx_file import save_graph
+from .onnx_file import drop_weights, save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
 from .onnx_fused import fused_obstacle
 from .onnx_obstacle import onnx_obstacle
@@ -69,6 +69,7 @@ class ExportResult:
     Args:
         opset (`int`): ONNX opset.
         files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
+        context (`Mapping[str, Any]`): How the longest context was looked at, see [`~exporters.onnx_check.checked_context`].
         inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
         appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
             report.
@@ -76,12 +77,17 @@ class ExportResult:
 
     opset: int
     files: tuple[ExportedFile, ...]
+    context: Mapping[str, Any]
     inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     appends_in_place: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""
-        return {"opset": self.opset, "files": [asdict(file) for file in self.files]}
+        return {
+            "opset": self.opset,
+            "context": dict(self.context),
+            "files": [asdict(file) for file in self.files],
+        }
 
 
 def export_onnx(
@@ -96,10 +102,10 @@ def export_onnx(
 ) -> ExportResult:
     """Write `onnx/model.onnx` and the quantized files to a folder, each checked against PyTorch.
 
-    The check runs every file in a plain ONNX Runtime session, over a left-padded batch and several cached steps. The
-    float file must agree with PyTorch within `export.tolerance`; of the quantized files the error is recorded, their
-    logits must be finite, and no linear layer may have been left in float. Files appear in the folder only after all
-    of them have passed.
+    The check runs every file in a plain ONNX Runtime session, over a left-padded batch, several cached steps and the end
+    of the longest context; for a model of more than 250 MB in float32, in a process of its own. The float file must
+    agree with PyTorch within `export.tolerance`; of the quantized files the error is recorded, their logits must be
+    finite, and no linear layer may have been left in float. Files appear in the folder only after all of them have passed.
 
     A model in 16 bits or on an accelerator is exported in float32 from a copy on the CPU (4 bytes for each parameter);
     a float32 model on the CPU is not copied. `model` itself is left as it is.
@@ -137,7 +143,7 @@ def export_onnx(
         twin = float32_twin(model)
         # the caller's own model is the better witness where it can be called without changing it
         witness = model if _can_witness(model) else twin
-        writer = _Writer(Path(staging), reference_steps(witness, seed=seed))
+        writer = _Writer(Path(staging), FileCheck(witness, Path(staging), seed=seed))
         fuse = export.format == "contrib" and fused_obstacle(twin) is None
         try:
             graph = _float_graph(twin, export, writer, fuse, started)
@@ -168,10 +174,14 @@ def export_onnx(
             bits_each = bits_per_weight(graph, quantized)
             pack_projections(quantized)
             writer.add(weights, quantized, found, bits_each, None, started)
+            # the integers of one file are gone before those of the next are made
+            drop_weights(quantized)
+            del quantized, rounded
             bar.update()
         writer.publish(directory / "onnx")
+    appends_in_place = FUSED_ATTENTION in graph.metadata_props
     return ExportResult(
-        export.opset, tuple(writer.files), _input_shapes(graph), FUSED_ATTENTION in graph.metadata_props
+        export.opset, tuple(writer.files), writer.check.context, _input_shapes(graph), appends_in_place
     )
 
 
@@ -217,10 +227,12 @@ def _float_graph(
 class _Writer:
     """Writes graphs to a staging folder, checks them, and moves them to the output folder together."""
 
-    def __init__(self, staging: Path, steps: list[ReferenceStep]):
+    def __init__(self, staging: Path, check: FileCheck):
         self.staging = staging
-        self.steps = steps
+        self.check = check
         self.files: list[ExportedFile] = []
+        # a dictionary, for its order: a graph that is made again is written over the first
+        self.written: dict[Path, None] = {}
 
     def add(
         self,
@@ -234,7 +246,8 @@ class _Writer:
         """Write and check one graph; `tolerance=None` asks for finite logits only."""
         file = self.staging / QUANTIZED_FILES.get(weights, FLOAT_FILE)
         written = save_graph(graph, file)
-        error = relative_error(file, self.steps)
+        self.written |= dict.fromkeys(written)
+        error = self.check.error(file)
         check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
         self.files.append(
             ExportedFile(
@@ -251,7 +264,7 @@ class _Writer:
 
     def publish(self, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        for path in self.staging.iterdir():
+        for path in self.written:
             os.replace(path, folder / path.name)
 
 

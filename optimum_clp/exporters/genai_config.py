@@ -6,15 +6,13 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from ..architecture import text_config
+from ..architecture import declared_context_length, text_config
 from ..checkpoint_files import write_json
 
 GENAI_FILE = "genai_config.json"
 # onnxruntime-genai's name for any decoder-only model; names of single model types switch on rules of their own
 _DECODER = "decoder"
 _PAST, _PRESENT = "past_key_values.%d", "present.%d"
-# where models with ALiBi, which have no table of positions, keep the length that they were trained on
-_CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
 _DEFAULT_CONTEXT_LENGTH = 2048
 # onnxruntime-genai sets a shared cache aside for all of `max_length` at once
 _MAX_SHARED_CACHE_BYTES = 2**30
@@ -78,8 +76,7 @@ def genai_config(
     text = text_config(config)
     generation = generation_config or GenerationConfig.from_model_config(config)
     _, heads, _, head_size = inputs[f"{_PAST % 0}.key"]
-    found = (getattr(text, name, None) for name in _CONTEXT_LENGTH)
-    context_length = next((length for length in found if length), _DEFAULT_CONTEXT_LENGTH)
+    context_length = declared_context_length(config) or _DEFAULT_CONTEXT_LENGTH
     tokens = {name: _token(name, generation, text) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokens["pad_token_id"] is None:
         eos = tokens["eos_token_id"]

@@ -1,109 +1,147 @@
-"""Comparison of an ONNX file, run by a plain ONNX Runtime session, with the PyTorch model that it was made from."""
+"""The check of every exported file against the PyTorch model that it was made from: on what, in which process, how close."""
 
-from dataclasses import dataclass
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..architecture import text_config
+from .. import onnx_comparison
+from ..architecture import declared_context_length, text_config
 from ..errors import ExportError, Problem
-from ..onnx_names import FUSED_ATTENTION, cache_names
+from ..onnx_comparison import ReferenceStep, read_result, relative_error, write_steps
 from .onnx_float import input_names
 
+# Float weights above which a file is checked in a process of its own: a session holds a file's weights up to three
+# times while it loads, and a process takes about 0.2 seconds to start.
+IN_PROCESS_BYTES = 250_000_000
+# What a pass over the longest context may cost: operations, and bytes of attention scores and logits.
+WHOLE_CONTEXT_OPERATIONS = 2e10
+WHOLE_CONTEXT_BYTES = 2**28
+
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
+_LAST_TOKENS = 16  # of the longest context, before the cached one at its very end
+_ROOT = str(Path(onnx_comparison.__file__).parents[1])
 
 
-@dataclass(frozen=True)
-class ReferenceStep:
-    """One call of the PyTorch model, and its answer.
+class FileCheck:
+    """Compares files with PyTorch, in this process or, for a large model, in one of their own.
 
     Args:
-        input_ids (`torch.Tensor` of shape `[batch, length]`, int64): The tokens of this call.
-        attention_mask (`torch.Tensor` of shape `[batch, past + length]`, int64): 0 on the left padding.
-        position_ids (`torch.Tensor` of shape `[batch, length]`, int64): Counted from the first real token.
-        logits (`torch.Tensor` of shape `[batch, length, vocabulary]`, float32): The model's answer.
+        model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; asked once, here.
+        folder (`Path`): A temporary folder, for what is handed to another process.
+        seed (`int`): Of the tokens.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
-    logits: torch.Tensor
+    def __init__(self, model: PreTrainedModel, folder: Path, *, seed: int = 0):
+        self.context = checked_context(model)
+        self.reference: Path | None = None
+        self.steps = reference_steps(model, seed=seed)
+        if 4 * sum(parameter.numel() for parameter in model.parameters()) > IN_PROCESS_BYTES:
+            self.reference = folder / "reference.npz"
+            write_steps(self.steps, self.reference)
+            self.steps.clear()
 
-    @property
-    def is_real(self) -> np.ndarray:
-        """`[batch, length]`, bool: where a token is no padding."""
-        return self.attention_mask[:, -self.input_ids.shape[1] :].numpy() == 1
+    def error(self, file: Path) -> float:
+        """[`~onnx_comparison.relative_error`] of a file.
+
+        Raises:
+            ExportError: If ONNX Runtime cannot load or run the file.
+        """
+        return (
+            relative_error(file, self.steps) if self.reference is None else relative_error_apart(file, self.reference)
+        )
+
+
+def checked_context(model: PreTrainedModel) -> dict[str, Any]:
+    """How [`reference_steps`] looks at the longest context that the configuration declares.
+
+    Returns:
+        `dict`: `length` (`int` or `None`), and `checked`: `"whole"` where a text of that length is run, which is done as
+        long as the pass is cheap; `"last positions"` where a short text is given the positions at its end; `"none"` for a
+        model without positions as an input, or without a declared length.
+    """
+    length = declared_context_length(model.config)
+    if length is None or length < 2:
+        checked = "none"
+    elif _whole_is_cheap(model, length):
+        checked = "whole"
+    else:
+        checked = "last positions" if "position_ids" in input_names(model) else "none"
+    return {"length": length, "checked": checked}
 
 
 def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceStep]:
-    """A prompt of three rows of different lengths, left-padded, with an empty past; then cached steps.
+    """What every file is run on, and the model's answers.
 
-    The tokens are random, seeded. A prompt is longer than a short sliding window, so that the window is seen.
+    First a prompt of three rows of different lengths, left-padded, with an empty past, and cached steps of 1 or 3 tokens
+    that continue it; the prompt is longer than a short sliding window, so that the window is seen. Then one row at the
+    end of the longest context ([`checked_context`]), whose last token is a cached step at the very last position.
+    The tokens are random, seeded.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode.
         seed (`int`): Of the tokens.
 
     Returns:
-        `list[ReferenceStep]`: The prompt, then steps of 1 or 3 tokens that continue it.
+        `list[ReferenceStep]`
     """
     generator = torch.Generator().manual_seed(seed)
-    config = text_config(model.config)
-    window = getattr(config, "sliding_window", None) or 0
-    limit = getattr(config, "max_position_embeddings", None) or 64
+    window = getattr(text_config(model.config), "sliding_window", None) or 0
+    context = checked_context(model)
+    limit = context["length"] or 64
     length = max(2, min(max(16, window + 8 if window <= 256 else 0), limit - sum(_DECODE_STEPS)))
     padding = torch.tensor([0, length // 3, length - 1])
-    attention_mask = (torch.arange(length)[None] >= padding[:, None]).long()
-    cache = DynamicCache()
-    names = input_names(model)
-    steps: list[ReferenceStep] = []
-    for size in (length, *_DECODE_STEPS):
-        if steps:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(padding), size)], dim=1)
-        input_ids = torch.randint(config.vocab_size, (len(padding), size), generator=generator)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:]
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        with torch.no_grad():
-            # XGLM of transformers 4 adds to the positions in place, and takes no view of them
-            given = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
-            output = model(**given, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        steps.append(ReferenceStep(input_ids, attention_mask, position_ids, output.logits.float()))
+    mask = (torch.arange(length + sum(_DECODE_STEPS))[None] >= padding[:, None]).long()
+    steps = _text_steps(model, mask, (length, *_DECODE_STEPS), generator)
+    if context["checked"] != "none":
+        tokens = limit if context["checked"] == "whole" else min(limit, _LAST_TOKENS + 1)
+        # a mask of ones, given: without one, transformers may take positions that do not start at 0 for packed texts
+        mask = torch.ones(1, tokens, dtype=torch.long)
+        # the last logits are enough: what is wrong at a position is wrong for all that see it
+        sizes, kept = (tokens - 1, 1), _LAST_TOKENS
+        steps += _text_steps(model, mask, sizes, generator, first_position=limit - tokens, kept=kept)
     return steps
 
 
-def relative_error(file: Path, steps: list[ReferenceStep]) -> float:
-    """Run a file over the reference steps, with its own cache.
+def relative_error_apart(file: Path, reference: Path) -> float:
+    """[`~onnx_comparison.relative_error`] from a process that holds nothing but the file and the reference.
 
     Args:
         file (`Path`): The ONNX file.
-        steps (`list[ReferenceStep]`): From [`reference_steps`].
-
-    Returns:
-        `float`: max|difference| / max|reference| over the logits of all real tokens of all steps; infinite if any
-        logit, also of the padding, is not finite.
+        reference (`Path`): From [`~onnx_comparison.write_steps`]; the result is written beside it.
 
     Raises:
-        ExportError: If ONNX Runtime cannot load or run the file.
+        ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.
     """
-    try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return _compare(session, steps)
-    except ExportError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ExportError(
-            Problem(
-                file.name,
-                str(error).strip().splitlines()[0][:300],
-                f"ONNX Runtime {onnxruntime.__version__} cannot run it",
-                "Update onnxruntime, or leave this file out of quantization.weights",
-            )
-        ) from error
+    result = reference.with_suffix(".json")
+    # the modules of this process, and none of the working folder's (-P) that happens to have such a name
+    paths = dict.fromkeys([*(os.path.abspath(path) for path in sys.path), _ROOT])
+    process = subprocess.run(
+        [sys.executable, "-P", "-m", onnx_comparison.__name__, str(file), str(reference), str(result)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if process.returncode == 0:
+        return read_result(result)
+    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    raise ExportError(
+        Problem(
+            file.name,
+            f"exit status {process.returncode}",
+            f"the process that runs it in ONNX Runtime ended without a result ({last[:300]})",
+            "Free memory for it, up to three times the file's size; or set export.enabled to False",
+        )
+    )
 
 
 def check_tolerance(file: Path, error: float, tolerance: float) -> None:
@@ -125,26 +163,40 @@ def check_tolerance(file: Path, error: float, tolerance: float) -> None:
         )
 
 
-def _compare(session: onnxruntime.InferenceSession, steps: list[ReferenceStep]) -> float:
-    shapes = {value.name: value.shape for value in session.get_inputs()}
-    num_layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
-    past_names = cache_names("past_key_values", num_layers)
-    outputs = ["logits", *cache_names("present", num_layers)]
-    batch = steps[0].input_ids.shape[0]
-    past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
-    difference = largest = 0.0
-    row_by_row = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
-    for step in steps:
-        feeds = {name: getattr(step, name).numpy() for name in shapes if name not in past_names}
-        feeds |= dict(zip(past_names, past, strict=True))
-        if row_by_row and step.input_ids.shape[1] > 1 and past[0].shape[2] > 0:
-            rows = [session.run(outputs, {n: v[i : i + 1] for n, v in feeds.items()}) for i in range(batch)]
-            logits, *past = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-        else:
-            logits, *past = session.run(outputs, feeds)
-        if not np.isfinite(logits).all():
-            return float("inf")
-        reference = step.logits.numpy()[step.is_real]
-        difference = max(difference, float(np.abs(logits[step.is_real] - reference).max()))
-        largest = max(largest, float(np.abs(reference).max()))
-    return difference / largest
+def _whole_is_cheap(model: PreTrainedModel, length: int) -> bool:
+    config = text_config(model.config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    operations = 2 * parameters * length + 4 * config.num_hidden_layers * config.hidden_size * length**2
+    memory = 4 * length * (config.num_attention_heads * length + config.vocab_size)
+    return operations <= WHOLE_CONTEXT_OPERATIONS and memory <= WHOLE_CONTEXT_BYTES
+
+
+def _text_steps(
+    model: PreTrainedModel,
+    mask: torch.Tensor,
+    sizes: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    first_position: int = 0,
+    kept: int | None = None,
+) -> list[ReferenceStep]:
+    """The model's answers on a batch of random texts, in calls of so many tokens with one cache; the last `kept` of each call."""
+    vocabulary = text_config(model.config).vocab_size
+    cache = DynamicCache()
+    names = input_names(model)
+    steps: list[ReferenceStep] = []
+    end = 0
+    for size in sizes:
+        end += size
+        attention_mask = mask[:, :end]
+        input_ids = torch.randint(vocabulary, (len(mask), size), generator=generator)
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -size:] + first_position
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        with torch.no_grad():
+            # XGLM of transformers 4 adds to the positions in place, and takes no view of them
+            given = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
+            output = model(**given, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
+        steps.append(ReferenceStep(**arrays, logits=output.logits[:, -(kept or size) :].float().numpy().copy()))
+    return steps

@@ -29,6 +29,7 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
         ir.save(graph, file, external_data=data.name)
         return [file, data]
     bare = graph.clone()
+    drop_weights(bare)
     bare.graph.initializers.clear()
     proto = ir.to_proto(bare)
     graph_bytes = proto.graph.SerializeToString()
@@ -43,6 +44,15 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
             stream.write(_INITIALIZER + _varint(size) + header)
             _write_weight(stream, tensor)
     return [file]
+
+
+def drop_weights(graph: ir.Model) -> None:
+    """Let go of the weights of a graph that is not needed any more.
+
+    Its values and nodes refer to one another, so without this the weights stay until Python's collector comes by.
+    """
+    for value in graph.graph.initializers.values():
+        value.const_value = None
 
 
 def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol:

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoX
 
 from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, onnx_fused
-from optimum_clp.exporters.onnx_check import reference_steps, relative_error
+from optimum_clp.exporters.onnx_check import reference_steps
 from optimum_clp.exporters.onnx_file import save_graph
 from optimum_clp.exporters.onnx_float import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.onnx_fused import FusedAttention, attention_by, fused_obstacle
 from optimum_clp.exporters.onnx_twin import float32_twin
+from optimum_clp.onnx_comparison import relative_error
 from optimum_clp.runtime import OnnxCausalLM
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 128}
