@@ -27,6 +27,7 @@ from .onnx_fused import fused_obstacle
 from .onnx_obstacle import onnx_obstacle
 from .onnx_packing import pack_projections
 from .onnx_quantization import check_quantized_nodes, graph_matrices, quantize_graph
+from .onnx_scales import store_scales_in_16_bits
 from .onnx_twin import attention_of, float32_twin
 from .rounding_methods import check_calibration, round_weights
 from .transformers_js import write_transformers_js_config
@@ -46,8 +47,8 @@ class ExportedFile:
         bytes (`int`): Size on disk, the data file included.
         num_quantized_matmuls (`int`): `MatMulNBits` nodes.
         num_quantized_embeddings (`int`): `GatherBlockQuantized` nodes.
-        bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points (float32) and the filling
-            of rows; 32 in the float file.
+        bits_per_weight (`float`): Mean over the quantized weights, with scales (16 bits) and zero points (32 bits),
+            and the filling of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
     """
@@ -171,9 +172,9 @@ def export_onnx(
                 only_rounded=quantization.method == "quanto",
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
-            bits_each = bits_per_weight(graph, quantized)
             pack_projections(quantized)
-            writer.add(weights, quantized, found, bits_each, None, started)
+            store_scales_in_16_bits(quantized, graph)
+            writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
             # the integers of one file are gone before those of the next are made
             drop_weights(quantized)
             del quantized, rounded

@@ -26,6 +26,11 @@ WHOLE_CONTEXT_BYTES = 2**28
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
 _LAST_TOKENS = 16  # of the longest context, before the cached one at its very end
+# runs a module, given folders to look for it in
+_CHILD = (
+    "import os, runpy, sys; name, paths = sys.argv[1:3]; del sys.argv[1:3]; "
+    "sys.path += paths.split(os.pathsep); runpy.run_module(name, run_name='__main__', alter_sys=True)"
+)
 _ROOT = str(Path(onnx_comparison.__file__).parents[1])
 
 
@@ -120,11 +125,11 @@ def relative_error_apart(file: Path, reference: Path) -> float:
         ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.
     """
     result = reference.with_suffix(".json")
-    # the modules of this process, and none of the working folder's (-P) that happens to have such a name
-    paths = dict.fromkeys([*(os.path.abspath(path) for path in sys.path), _ROOT])
+    # what this process can import, behind the child's own library: a script's folder may have modules of any name (-P)
+    paths = [*(os.path.abspath(path) for path in sys.path), _ROOT]
+    arguments = [onnx_comparison.__name__, os.pathsep.join(paths), str(file), str(reference), str(result)]
     process = subprocess.run(
-        [sys.executable, "-P", "-m", onnx_comparison.__name__, str(file), str(reference), str(result)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        [sys.executable, "-P", "-c", _CHILD, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -36,8 +36,8 @@ class GraphMatrix:
     is_router: bool = False
 
     def stored_bytes(self, bits: int, block_size: int) -> int:
-        """Bytes of integers and float32 scales, the last block of a row filled up."""
-        return self.rows * -(-self.columns // block_size) * (block_size * bits // 8 + 4)
+        """Bytes of integers and 16-bit scales, the last block of a row filled up."""
+        return self.rows * -(-self.columns // block_size) * (block_size * bits // 8 + 2)
 
 
 def graph_matrices(graph: ir.Model, quantize_embeddings: bool) -> dict[str, GraphMatrix]:

@@ -13,6 +13,8 @@ import torch
 _CHUNK = 4 * 1024 * 1024
 # Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
 _INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
+# Scales in between become float16 without a step between neighbours of more than a 128th; a matrix with others keeps float32.
+_SMALLEST_NARROW, _LARGEST_NARROW = 2.0**-17, 65504.0
 # Added to the Gram matrix's diagonal, in units of its mean, as GPTQ's authors do.
 DAMPING = 0.01
 
@@ -24,7 +26,8 @@ class RoundedMatrix:
     Args:
         integers (`np.ndarray` of shape `[rows, blocks * block_size * bits / 8]`, uint8): The lower half of a byte first
             where `bits` is 4. The last block is filled up with zeros.
-        scales (`np.ndarray` of shape `[rows, blocks]`, float32): One for each block of a row.
+        scales (`np.ndarray` of shape `[rows, blocks]`, float32): One for each block of a row. Those that are made here are
+            float16's numbers, unless the matrix has scales that do not fit there.
         bits (`int`): 4 or 8.
         columns (`int`): Columns of the matrix, without the filling.
         zero_points (`np.ndarray` of shape `[rows, blocks]`, float32, *optional*): `2**(bits - 1)` if not given.
@@ -90,11 +93,11 @@ def round_with_feedback(
     mean = np.trace(gram) / columns
     if not mean > 0:
         return plain
-    factor = _feedback(gram, damping * mean)
+    factor, narrow = _feedback(gram, damping * mean), _fits_16_bits(plain.scales)
     step = max(1, _CHUNK // columns)
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        codes, scales = _round_columns(weight[part].astype(np.float64), factor, bits, block_size)
+        codes, scales = _round_columns(weight[part].astype(np.float64), factor, bits, block_size, narrow)
         integers = _pack(codes, bits)
         fed = dequantize_blocks(integers, scales, bits, columns)
         nearest = dequantize_blocks(plain.integers[part], plain.scales[part], bits, columns)
@@ -142,7 +145,7 @@ def _feedback(gram: np.ndarray, penalty: float) -> np.ndarray:
 
 
 def _round_columns(
-    weight: np.ndarray, factor: np.ndarray, bits: int, block_size: int
+    weight: np.ndarray, factor: np.ndarray, bits: int, block_size: int, narrow: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes, uint8 `[rows, blocks, block_size]`, and scales, float32; `weight`, float64, is overwritten."""
     half = 2 ** (bits - 1)
@@ -152,7 +155,7 @@ def _round_columns(
     scales = np.empty((rows, blocks), dtype=np.float32)
     for block in range(blocks):
         start, stop = block * block_size, min(columns, (block + 1) * block_size)
-        scales[:, block] = _round_blocks(weight[:, start:stop].astype(np.float32), bits)[1]
+        scales[:, block] = _round_blocks(weight[:, start:stop].astype(np.float32), bits, narrow)[1]
         scale = scales[:, block].astype(np.float64)
         inverse = _inverse(scale)
         errors = np.empty((rows, stop - start))
@@ -176,7 +179,8 @@ def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.
     """Quantize a matrix to unsigned integers with one scale for each block of a row.
 
     A weight is `(integer - 2**(bits - 1)) * scale`. The scale maps the block's largest weight to the integer range's
-    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken.
+    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken. Scales
+    are rounded to float16 before weights are divided by them, unless the matrix has scales that do not fit there.
 
     Args:
         weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
@@ -193,13 +197,25 @@ def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.
     integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
     scales = np.empty((rows, blocks), dtype=np.float32)
     step = max(1, _CHUNK // (blocks * block_size))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        padded = np.zeros((weight[part].shape[0], blocks * block_size), dtype=np.float32)
-        padded[:, :columns] = weight[part]
-        codes, scales[part] = _round_blocks(padded.reshape(-1, blocks, block_size), bits)
+    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    for part in parts:
+        scales[part] = np.abs(_in_blocks(weight[part], blocks, block_size)).max(-1) / 2 ** (bits - 1)
+    narrow = _fits_16_bits(scales)
+    for part in parts:
+        codes, scales[part] = _round_blocks(_in_blocks(weight[part], blocks, block_size), bits, narrow)
         integers[part] = _pack(codes, bits)
     return integers, scales
+
+
+def _in_blocks(weight: np.ndarray, blocks: int, block_size: int) -> np.ndarray:
+    padded = np.zeros((len(weight), blocks * block_size), dtype=np.float32)
+    padded[:, : weight.shape[1]] = weight
+    return padded.reshape(-1, blocks, block_size)
+
+
+def _fits_16_bits(scales: np.ndarray) -> bool:
+    sizes = np.abs(scales[scales != 0])
+    return bool(((sizes >= _SMALLEST_NARROW) & (sizes <= _LARGEST_NARROW)).all())
 
 
 def dequantize_blocks(
@@ -234,13 +250,13 @@ def _inverse(scale: np.ndarray) -> np.ndarray:
     return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > np.finfo(np.float32).tiny)
 
 
-def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+def _round_blocks(weight: np.ndarray, bits: int, narrow: bool) -> tuple[np.ndarray, np.ndarray]:
     """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[..., size]`."""
     half = 2 ** (bits - 1)
     largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
-    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half)
+    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half, narrow)
     for share in _INT4_RANGES if bits == 4 else ():
-        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half)
+        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half, narrow)
         better = error < best_error
         np.copyto(best_codes, codes, where=better)
         np.copyto(best_scale, scale, where=better)
@@ -248,7 +264,12 @@ def _round_blocks(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray
     return (best_codes + half).astype(np.uint8), best_scale[..., 0]
 
 
-def _round_to(weight: np.ndarray, scale: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Signed codes of `weight` at `scale`, the scale itself, and the squared error of each block."""
+def _round_to(
+    weight: np.ndarray, scale: np.ndarray, half: int, narrow: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed codes of `weight` at `scale`, the scale itself as it is stored, and the squared error of each block."""
+    if narrow:
+        # feedback may move a block's weights out of float16's range: its row is then rounded to nearest
+        scale = np.clip(scale, -_LARGEST_NARROW, _LARGEST_NARROW).astype(np.float16).astype(np.float32)
     codes = np.clip(np.rint(weight * _inverse(scale)), -half, half - 1)
     return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)
