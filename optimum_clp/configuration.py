@@ -39,7 +39,7 @@ QUANTIZATION_METHODS = ("auto", "rtn", "gptq", "quanto")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
 OPSETS = (21, 22, 23)
-FORMATS = ("contrib", "plain")
+FORMATS = ("contrib", "qdq")
 
 
 @dataclasses.dataclass
@@ -197,7 +197,7 @@ class ExportConfig:
     Args:
         enabled (`bool`): `False` writes no ONNX file.
         format (`str`): `"contrib"`: with ONNX Runtime's fused operators (attention, rotary embedding, norms) where the
-            architecture allows it; `"plain"`: standard operators only in the float file.
+            architecture allows it; `"qdq"`: standard operators only in the float file.
         opset (`int`): ONNX opset: 21, 22 or 23.
         tolerance (`float`): Largest allowed max|difference| / max|logit| between ONNX Runtime and PyTorch in float32;
             above it the export fails.
