@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigurationError, ModelError, Problem
 from .onnx_names import FUSED_ATTENTION
+from .onnx_session import open_session
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input
@@ -95,9 +96,7 @@ class OnnxCausalLM(GenerationMixin):
         _check_files(folder, file)
         options = _session_options(num_threads, session_options)
         try:
-            session = onnxruntime.InferenceSession(
-                str(file), options, providers=list(providers or ["CPUExecutionProvider"])
-            )
+            session = open_session(file, options, providers or ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ModelError(
                 Problem(

@@ -42,8 +42,8 @@ class ExportedFile:
         file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
         weights (`str`): `"float32"`, `"int8"` or `"int4"`.
         bytes (`int`): Size on disk, the data file included.
-        num_quantized_matmuls (`int`): `MatMulNBits` nodes.
-        num_quantized_embeddings (`int`): `GatherBlockQuantized` nodes.
+        num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.onnx_count.QuantizedNodes`].
+        num_quantized_embeddings (`int`): Look-ups in a quantized table.
         bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points (float32) and the filling
             of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
@@ -158,6 +158,7 @@ def export_onnx(
                 rounded=rounded.matrices,
                 in_8_bits=rounded.in_8_bits,
                 only_rounded=quantization.method == "quanto",
+                form=export.format,
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
             writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 from ..architecture import text_config
 from ..errors import ExportError, Problem
 from ..onnx_names import FUSED_ATTENTION, cache_names
+from ..onnx_session import open_session
 from .onnx_float import input_names
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
@@ -91,8 +92,7 @@ def relative_error(file: Path, steps: list[ReferenceStep]) -> float:
         ExportError: If ONNX Runtime cannot load or run the file.
     """
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return _compare(session, steps)
+        return _compare(open_session(file), steps)
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base

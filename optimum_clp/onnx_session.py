@@ -1,0 +1,40 @@
+"""Opening an exported file in ONNX Runtime."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import onnxruntime
+
+from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY
+
+# what a session takes that is not told
+_DEFAULT_LEVEL = "4"
+
+
+def open_session(
+    file: str | os.PathLike,
+    options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+) -> onnxruntime.InferenceSession:
+    """A session that multiplies as the file was exported to be: by `quantization.accuracy_level`.
+
+    `MatMulNBits` carries the level itself. Standard operators cannot, so it is in the file's metadata, which only an open
+    session can read: a file of another level than ONNX Runtime's own is opened twice.
+
+    Args:
+        file (`str` or `os.PathLike`): The ONNX file.
+        options (`onnxruntime.SessionOptions`, *optional*): The level is added to it where the file has one.
+        providers (`Sequence`): Execution providers.
+
+    Returns:
+        `onnxruntime.InferenceSession`
+    """
+    options = options or onnxruntime.SessionOptions()
+    session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    level = session.get_modelmeta().custom_metadata_map.get(ACCURACY_LEVEL, _DEFAULT_LEVEL)
+    if level == _DEFAULT_LEVEL:
+        return session
+    del session
+    options.add_session_config_entry(ACCURACY_LEVEL_ENTRY, level)
+    return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
