@@ -81,7 +81,8 @@ class OnnxCausalLM(GenerationMixin):
             file_name (`str`): The ONNX file, relative to `folder`: `"onnx/model.onnx"`,
                 `"onnx/model_quantized.onnx"` or `"onnx/model_q4.onnx"`.
             num_threads (`int`, *optional*): Threads inside an operator, at least 1; by default one for each core.
-            session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`.
+            session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`, and
+                also instead of the accuracy level of a file of `export.format="qdq"`.
             providers (`Sequence`, *optional*): Execution providers; by default the CPU's.
 
         Returns:
@@ -96,7 +97,9 @@ class OnnxCausalLM(GenerationMixin):
         _check_files(folder, file)
         options = _session_options(num_threads, session_options)
         try:
-            session = open_session(file, options, providers or ["CPUExecutionProvider"])
+            session = open_session(
+                file, options, providers or ["CPUExecutionProvider"], as_exported=session_options is None
+            )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ModelError(
                 Problem(

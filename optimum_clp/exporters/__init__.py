@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
+from ..onnx_names import ACCURACY_LEVEL_ENTRY
 from ..progress import progress_bar
 from .genai_config import write_genai_config
 from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
@@ -68,11 +69,14 @@ class ExportResult:
         opset (`int`): ONNX opset.
         files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
         inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
+        session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
+            files as they were checked; not in the report.
     """
 
     opset: int
     files: tuple[ExportedFile, ...]
     inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    session_entries: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""
@@ -144,16 +148,20 @@ def export_onnx(
         bar.update(2)
         keeps_tables = quantization.method == "quanto" or not quantization.quantize_embeddings
         matrices = graph_matrices(graph, not keeps_tables)
+        session_entries: dict[str, str] = {}
         for weights in quantization.weights:
             started = time.perf_counter()
             bits = _BITS[weights]
             rounded = round_weights(twin, bits, matrices, quantization, calibration, seed=seed, quiet=quiet)
+            accuracy_level = rounded.accuracy_level or quantization.accuracy_level
+            if export.format == "qdq":
+                session_entries[ACCURACY_LEVEL_ENTRY] = str(accuracy_level)
             quantized = graph.clone()
             found = quantize_graph(
                 quantized,
                 bits,
                 block_size=quantization.group_size,
-                accuracy_level=rounded.accuracy_level or quantization.accuracy_level,
+                accuracy_level=accuracy_level,
                 quantize_embeddings=not keeps_tables,
                 rounded=rounded.matrices,
                 in_8_bits=rounded.in_8_bits,
@@ -164,7 +172,7 @@ def export_onnx(
             writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
             bar.update()
         writer.publish(directory / "onnx")
-    return ExportResult(export.opset, tuple(writer.files), _input_shapes(graph))
+    return ExportResult(export.opset, tuple(writer.files), _input_shapes(graph), session_entries)
 
 
 def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> str | None:
@@ -182,7 +190,9 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
     """
     smallest = min(result.files, key=lambda file: _BITS.get(file.weights, 32))
     write_transformers_js_config(folder, smallest.weights)
-    return write_genai_config(folder, model.config, model.generation_config, result.inputs, smallest.file)
+    return write_genai_config(
+        folder, model.config, model.generation_config, result.inputs, smallest.file, result.session_entries
+    )
 
 
 def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:

@@ -56,6 +56,7 @@ def genai_config(
     generation_config: GenerationConfig | None,
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
+    session_entries: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `genai_config.json`.
 
@@ -65,6 +66,7 @@ def genai_config(
             from `config` if not given.
         inputs (`Mapping[str, Sequence]`): Name and shape of each input of the file, without a [`genai_obstacle`].
         file_name (`str`): The ONNX file, relative to the folder: `"onnx/model_q4.onnx"`.
+        session_entries (`Mapping[str, str]`, *optional*): Configuration entries of the session.
 
     Returns:
         `dict`: JSON-ready.
@@ -88,7 +90,7 @@ def genai_config(
             "context_length": context_length,
             "decoder": {
                 "filename": file_name,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(session_entries or {})},
                 "hidden_size": text.hidden_size,
                 "num_attention_heads": text.num_attention_heads,
                 "num_key_value_heads": heads,
@@ -118,19 +120,21 @@ def write_genai_config(
     generation_config: GenerationConfig | None,
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
+    session_entries: Mapping[str, str] | None = None,
 ) -> str | None:
     """Write `genai_config.json`, unless onnxruntime-genai cannot run the file.
 
     Args:
         folder (`Path`): The folder with `config.json`.
-        config, generation_config, inputs, file_name: As in [`genai_config`].
+        config, generation_config, inputs, file_name, session_entries: As in [`genai_config`].
 
     Returns:
         `str` or `None`: Why nothing was written.
     """
     obstacle = genai_obstacle(inputs)
     if obstacle is None:
-        write_json(folder / GENAI_FILE, genai_config(config, generation_config, inputs, file_name))
+        made = genai_config(config, generation_config, inputs, file_name, session_entries)
+        write_json(folder / GENAI_FILE, made)
     return obstacle
 
 

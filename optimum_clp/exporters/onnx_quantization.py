@@ -287,7 +287,8 @@ class _GraphQuantizer:
     def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
         tensor = ir.tensor(content)
         tensor.name = name
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        shape = ir.Shape(stored_shape(tensor))
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

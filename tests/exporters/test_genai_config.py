@@ -62,6 +62,12 @@ def test_tokens_and_search_are_the_generation_configuration():
     assert greedy["model"]["pad_token_id"] == 0 and greedy["search"]["do_sample"] is False
 
 
+def test_entries_of_the_session_are_handed_on():
+    entries = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    decoder = genai_config(llama(), None, inputs((2, 8, 8)), FILE, entries)["model"]["decoder"]
+    assert decoder["session_options"] == {"log_id": "onnxruntime-genai", "provider_options": [], **entries}
+
+
 def test_layers_may_differ_but_keys_and_values_may_not(tmp_path):
     different = inputs((4, 8, 8), (2, 16, 16))
     assert genai_obstacle(different) is None
