@@ -1,6 +1,7 @@
 """Names in an exported file that those who run it need too."""
 
-# metadata of a file whose attention is ONNX Runtime's: several tokens after a past only in batches of one row
+# metadata of a file whose attention is ONNX Runtime's: several tokens after a past only in batches of one row, and the
+# tensors of the cache may have room behind the past, which the present is then written into if it is the same memory
 FUSED_ATTENTION = "optimum_clp.attention"
 # metadata of a file with standard operators: `accuracy_level` of the MatMulNBits that ONNX Runtime makes of them
 ACCURACY_LEVEL = "optimum_clp.accuracy_level"

@@ -28,8 +28,9 @@ class OnnxCausalLM(GenerationMixin):
     """A causal LM in an ONNX file, called like the PyTorch model.
 
     `generate()` is transformers' own: greedy, sampling, beam search, left-padded batches and streamers work as with a
-    PyTorch model. The key-value cache is a [`~transformers.DynamicCache`] whose tensors are ONNX Runtime's outputs,
-    handed over without a copy.
+    PyTorch model. The key-value cache is a [`~transformers.DynamicCache`]. With a file whose attention is fused its tensors
+    are views of memory with room for more tokens, which ONNX Runtime writes into; otherwise they are ONNX Runtime's
+    outputs, handed over without a copy, and each step makes a new one.
 
     Args:
         session (`onnxruntime.InferenceSession`): Over a file with this package's input and output names.
@@ -62,7 +63,9 @@ class OnnxCausalLM(GenerationMixin):
         self._past_names = list(self._past_shapes)
         self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
-        self._one_token_each = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
+        self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
+        # on another device ONNX Runtime would copy the tensors there and back
+        self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
 
     @classmethod
     def from_pretrained(
@@ -181,15 +184,25 @@ class OnnxCausalLM(GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
-        if self._one_token_each and batch > 1 and length > 1 and past_length > 0:
+        if self._is_fused and batch > 1 and length > 1 and past_length > 0:
             return self._token_by_token(input_ids, attention_mask, position_ids.expand(batch, -1), cache, use_cache)
         feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
+        layers: Sequence[DynamicLayer]
         feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
-        feeds |= self._past(cache, batch, past_length)
-        logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
+        if use_cache and self._appends_in_place:
+            layers = roomy = self._layers_with_room(cache, batch, past_length, length)
+            memory = [states for layer in roomy for states in (layer.key_memory, layer.value_memory)]
+            feeds |= zip(self._past_names, memory, strict=True)
+            (logits,) = self._run(feeds, ["logits"], dict(zip(self._present_names, memory, strict=True)))
+            for layer in roomy:
+                layer.show(past_length + length)
+        else:
+            feeds |= self._past(cache, batch, past_length)
+            logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
+            layers = [_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
         if use_cache:
             cache = DynamicCache() if cache is None else cache
-            cache.layers[:] = [_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
+            cache.layers[:] = layers
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def _token_by_token(
@@ -236,7 +249,7 @@ class OnnxCausalLM(GenerationMixin):
         plain = cache is None or (
             isinstance(cache, DynamicCache)
             # a sliding layer is fine while it is empty: generate() makes such a cache from the configuration
-            and (cache.get_seq_length() == 0 or all(type(layer) is DynamicLayer for layer in cache.layers))
+            and (cache.get_seq_length() == 0 or all(type(layer) in _LAYERS for layer in cache.layers))
         )
         if not plain:
             raise ModelError(
@@ -258,21 +271,86 @@ class OnnxCausalLM(GenerationMixin):
             states += [layer.keys, layer.values]
         return {name: tensor.contiguous() for name, tensor in zip(self._past_names, states, strict=True)}
 
-    def _run(self, feeds: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
-        """Run the session on the tensors' own memory, and take its outputs' memory over."""
+    def _layers_with_room(
+        self, cache: DynamicCache | None, batch: int, past_length: int, length: int
+    ) -> list["_LayerWithRoom"]:
+        """The cache's layers, with memory behind the past that nothing else has written to; moved where there is none."""
+        known: list[Any] = [None] * (len(self._past_names) // 2) if cache is None or past_length == 0 else cache.layers
+        layers = []
+        for index, old in enumerate(known):
+            if isinstance(old, _LayerWithRoom) and old.has_room(past_length, length):
+                layers.append(old)
+                continue
+            # some growth at each move: a token costs a constant number of copies, however long the text gets
+            room = past_length + length + max(_LEAST_ROOM, past_length // 4)
+            memory = []
+            for name, states in zip(
+                ("key", "value"), (None, None) if old is None else (old.keys, old.values), strict=True
+            ):
+                heads, size = self._past_shapes[f"past_key_values.{index}.{name}"]
+                memory.append(torch.empty(batch, heads, room, size))
+                if states is not None:
+                    memory[-1][:, :, :past_length] = states
+            layers.append(_LayerWithRoom(*memory))
+        return layers
+
+    def _run(
+        self, feeds: dict[str, Tensor], outputs: list[str], memory: dict[str, Tensor] | None = None
+    ) -> list[Tensor]:
+        """Run the session on the tensors' own memory, and take its outputs' memory over; or give it `memory` for them."""
         binding = self.session.io_binding()
+        for name, tensor in (memory or {}).items():
+            binding.bind_output(name, "cpu", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
         for name, tensor in feeds.items():
             kind = np.int64 if tensor.dtype == torch.long else np.float32
             binding.bind_input(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
         for name in outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return [_tensor(value) for value in binding.get_outputs()]
+        return [_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
 
 
 def _tensor(value: onnxruntime.OrtValue) -> Tensor:
     # before ONNX Runtime 1.25 an output can only be copied
     return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.from_numpy(value.numpy())
+
+
+class _LayerWithRoom(DynamicLayer):
+    """Keys and values that begin a larger piece of memory, which ONNX Runtime writes the next ones into.
+
+    Args:
+        key_memory, value_memory (`Tensor` of shape `[batch, heads, room, size]`, float32): `keys` and `values` are views of
+            them, as long as nobody replaces them.
+    """
+
+    def __init__(self, key_memory: Tensor, value_memory: Tensor):
+        super().__init__()
+        self.key_memory, self.value_memory = key_memory, value_memory
+        self.written = [0]
+        self.dtype, self.device = key_memory.dtype, key_memory.device
+        self.is_initialized = True
+
+    def show(self, length: int) -> None:
+        """Let `keys` and `values` be the first `length` tokens, which have been written."""
+        self.written[0] = length
+        self.keys, self.values = self.key_memory[:, :, :length], self.value_memory[:, :, :length]
+
+    def has_room(self, past_length: int, length: int) -> bool:
+        """Whether `length` tokens can be written behind the past without harm to anyone who looks at this memory."""
+        views = ((self.keys, self.key_memory), (self.values, self.value_memory))
+        return (
+            # a cache that was cut shorter, or a shallow copy whose other copy went on
+            self.written[0] == past_length
+            and past_length + length <= self.key_memory.shape[2]
+            # reordered by a beam search, or selected from
+            and all(a is not None and a.data_ptr() == b.data_ptr() and a.shape[0] == b.shape[0] for a, b in views)
+        )
+
+
+# a subclass of another kind, such as a sliding window, holds a part of the past
+_LAYERS = (DynamicLayer, _LayerWithRoom)
+# tokens that a cache gets room for besides those it holds
+_LEAST_ROOM = 256
 
 
 def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:

@@ -1,3 +1,4 @@
+import copy
 import shutil
 
 import numpy as np
@@ -94,6 +95,50 @@ def test_cache_is_extended_in_place_and_older_tensors_stay_whole(onnx_model):
     onnx_model(ids[:, 4:], past_key_values=cache)
     assert cache.get_seq_length() == 6
     assert torch.equal(keys, copy) and torch.equal(cache.layers[0].keys[:, :, :4], copy)
+
+
+def test_tokens_are_appended_where_the_cache_lies(onnx_model):
+    """The cache is copied when its room ends, and not once for each token."""
+    ids = random_tokens(2, 300)
+    cache, places, pieces = DynamicCache(), set(), []
+    pieces.append(onnx_model(ids[:, :5], past_key_values=cache).logits)
+    for position in range(5, 300):
+        pieces.append(onnx_model(ids[:, position : position + 1], past_key_values=cache).logits)
+        places.add((cache.layers[0].keys.data_ptr(), cache.layers[-1].values.data_ptr()))
+    assert len(places) == 2
+    torch.testing.assert_close(torch.cat(pieces, 1), onnx_model(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["copied", "cut", "reordered", "selected", "repeated"])
+def test_a_cache_that_was_changed_is_not_written_over(onnx_model, change):
+    ids = random_tokens(2, 12)
+    cache = onnx_model(ids[:, :6], past_key_values=DynamicCache()).past_key_values
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    rows, past = [0, 1], 6
+    if change == "copied":
+        onnx_model(ids[:, 6:9], past_key_values=cache)
+    elif change == "cut":
+        onnx_model(ids[:, 6:9], past_key_values=other)
+        # -4 in transformers 5, and 5 tokens that are left in both
+        for layer in other.layers:
+            layer.keys, layer.values = layer.keys[:, :, :5], layer.values[:, :, :5]
+        past = 5
+    elif change == "reordered":
+        rows = [1, 0]
+        other.reorder_cache(torch.tensor(rows))
+    elif change == "selected":
+        rows = [1]
+        other.batch_select_indices(torch.tensor(rows))
+    else:
+        rows = [0, 0, 1, 1]
+        other.batch_repeat_interleave(2)
+    kept = [layer.keys.clone() for layer in cache.layers]
+    new = torch.flip(ids, [1])[:, :1][rows]
+    found = onnx_model(new, past_key_values=other).logits
+    expected = onnx_model(torch.cat([ids[rows, :past], new], 1)).logits[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, cache.layers, strict=True))
 
 
 def test_greedy_tokens_are_pytorchs(onnx_model, pytorch):

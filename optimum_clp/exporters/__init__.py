@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
-from ..onnx_names import ACCURACY_LEVEL_ENTRY
+from ..onnx_names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
 from ..progress import progress_bar
 from .genai_config import write_genai_config
 from .onnx_check import ReferenceStep, check_tolerance, reference_steps, relative_error
@@ -69,6 +69,8 @@ class ExportResult:
         opset (`int`): ONNX opset.
         files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
         inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
+        appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
+            report.
         session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
             files as they were checked; not in the report.
     """
@@ -76,6 +78,7 @@ class ExportResult:
     opset: int
     files: tuple[ExportedFile, ...]
     inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    appends_in_place: bool = False
     session_entries: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -172,7 +175,13 @@ def export_onnx(
             writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
             bar.update()
         writer.publish(directory / "onnx")
-    return ExportResult(export.opset, tuple(writer.files), _input_shapes(graph), session_entries)
+    return ExportResult(
+        export.opset,
+        tuple(writer.files),
+        _input_shapes(graph),
+        FUSED_ATTENTION in graph.metadata_props,
+        session_entries,
+    )
 
 
 def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> str | None:
@@ -191,7 +200,13 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
     smallest = min(result.files, key=lambda file: _BITS.get(file.weights, 32))
     write_transformers_js_config(folder, smallest.weights)
     return write_genai_config(
-        folder, model.config, model.generation_config, result.inputs, smallest.file, result.session_entries
+        folder,
+        model.config,
+        model.generation_config,
+        result.inputs,
+        smallest.file,
+        result.appends_in_place,
+        result.session_entries,
     )
 
 

@@ -16,6 +16,8 @@ _PAST, _PRESENT = "past_key_values.%d", "present.%d"
 # where models with ALiBi, which have no table of positions, keep the length that they were trained on
 _CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
 _DEFAULT_CONTEXT_LENGTH = 2048
+# onnxruntime-genai sets a shared cache aside for all of `max_length` at once
+_MAX_SHARED_CACHE_BYTES = 2**30
 # transformers' own defaults: its generation configuration may leave any of them open
 _SEARCH = {
     "diversity_penalty": 0.0,
@@ -56,6 +58,7 @@ def genai_config(
     generation_config: GenerationConfig | None,
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
+    appends_in_place: bool,
     session_entries: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `genai_config.json`.
@@ -66,6 +69,9 @@ def genai_config(
             from `config` if not given.
         inputs (`Mapping[str, Sequence]`): Name and shape of each input of the file, without a [`genai_obstacle`].
         file_name (`str`): The ONNX file, relative to the folder: `"onnx/model_q4.onnx"`.
+        appends_in_place (`bool`): Whether the file takes a cache with room for `max_length` tokens and writes into it;
+            otherwise it hands out a longer cache at each step. Made use of where a cache of the whole context for one
+            row has at most 1 GiB.
         session_entries (`Mapping[str, str]`, *optional*): Configuration entries of the session.
 
     Returns:
@@ -82,6 +88,8 @@ def genai_config(
         tokens["pad_token_id"] = eos[0] if isinstance(eos, list) else eos
     named = {name: name for name in inputs if not name.startswith("past_key_values.")}
     search = {name: getattr(generation, name, None) for name in _SEARCH}
+    numbers = sum(shape[1] * shape[3] for name, shape in inputs.items() if name.startswith("past_key_values."))
+    fits = 4 * numbers * context_length <= _MAX_SHARED_CACHE_BYTES
     return {
         "model": {
             "type": _DECODER,
@@ -108,8 +116,7 @@ def genai_config(
             **{name: _SEARCH[name] if value is None else value for name, value in search.items()},
             "early_stopping": bool(getattr(generation, "early_stopping", None)),
             "max_length": context_length,
-            # the file hands out a longer cache at each step, it does not write into the old one
-            "past_present_share_buffer": False,
+            "past_present_share_buffer": appends_in_place and fits,
         },
     }
 
@@ -120,21 +127,22 @@ def write_genai_config(
     generation_config: GenerationConfig | None,
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
+    appends_in_place: bool,
     session_entries: Mapping[str, str] | None = None,
 ) -> str | None:
     """Write `genai_config.json`, unless onnxruntime-genai cannot run the file.
 
     Args:
         folder (`Path`): The folder with `config.json`.
-        config, generation_config, inputs, file_name, session_entries: As in [`genai_config`].
+        config, generation_config, inputs, file_name, appends_in_place, session_entries: As in [`genai_config`].
 
     Returns:
         `str` or `None`: Why nothing was written.
     """
     obstacle = genai_obstacle(inputs)
     if obstacle is None:
-        made = genai_config(config, generation_config, inputs, file_name, session_entries)
-        write_json(folder / GENAI_FILE, made)
+        content = genai_config(config, generation_config, inputs, file_name, appends_in_place, session_entries)
+        write_json(folder / GENAI_FILE, content)
     return obstacle
 
 

@@ -38,7 +38,9 @@ class _FlatCacheModel(nn.Module):
         named = dict(zip(self.inputs, tensors, strict=False))
         past = tensors[len(named) :]
         if self.attention is not None:
-            output = self.causal_lm(**named, past_key_values=self.attention.begin(list(past)), use_cache=True)
+            past_length = named["attention_mask"].shape[1] - named["input_ids"].shape[1]
+            cache = self.attention.begin(list(past), past_length)
+            output = self.causal_lm(**named, past_key_values=cache, use_cache=True)
             present = self.attention.present
             return output.logits, *(states for index in sorted(present) for states in present[index])
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])

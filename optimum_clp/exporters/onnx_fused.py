@@ -50,12 +50,20 @@ class FusedAttention:
         self.past: list[Tensor] = []
         self.present: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def begin(self, past: list[Tensor]) -> DynamicCache:
-        """A cache for one pass, which knows the past's length and hands new keys and values on as they are."""
+    def begin(self, past: list[Tensor], past_length: int) -> DynamicCache:
+        """A cache for one pass, which knows the past's length and hands new keys and values on as they are.
+
+        Args:
+            past (`list[Tensor]`): As in the attributes; may have room behind the past.
+            past_length (`int`): Tokens in the past. It is not read from the shape of `past`, so that a file takes a cache
+                with room for what is to come, into which the operator writes without a copy.
+        """
         self.past, self.present = past, {}
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-        # on this one object, which is gone after the pass: the operator appends to the past itself
+        # on these objects, which are gone after the pass: the operator appends to the past itself
         cache.update = lambda keys, values, *args, **kwargs: (keys, values)  # type: ignore[method-assign]
+        for layer in cache.layers:
+            cast(Any, layer).get_seq_length = lambda: past_length
         return cache
 
     def __call__(
@@ -87,12 +95,12 @@ class FusedAttention:
     @staticmethod
     def _operator(query, key, value, past_key, past_value, bias, scale, softcap):
         batch, heads, length, size = query.shape
-        groups, total = key.shape[1], past_key.shape[2] + length
+        groups = key.shape[1]
         flat = [states.transpose(1, 2).reshape(batch, length, -1) for states in (query, key, value)]
         # of all rows the same: which columns are padding is in the bias
         columns = torch.ones(batch + 1, dtype=torch.int32) * bias.shape[3]
         last, whole = (columns[:batch] - 1).to(torch.int32), columns[batch:].to(torch.int32)
-        shapes = ([batch, length, heads * size], *[[batch, groups, total, size]] * 2)
+        shapes = ([batch, length, heads * size], *[[batch, groups, bias.shape[3], size]] * 2)
         output, keys, values = torch.onnx.ops.symbolic_multi_out(
             f"{_CONTRIB}::GroupQueryAttention",
             (*flat, past_key, past_value, last, whole, None, None, None, bias),
@@ -139,7 +147,7 @@ def fused_obstacle(twin: PreTrainedModel) -> str | None:
                 found = twin(
                     input_ids=ids[:, 2:],
                     attention_mask=mask,
-                    past_key_values=attention.begin(past),
+                    past_key_values=attention.begin(past, 2),
                     use_cache=True,
                     **rest,
                 ).logits
