@@ -39,7 +39,7 @@ QUANTIZATION_METHODS = ("auto", "rtn", "gptq", "quanto")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
 OPSETS = (21, 22, 23)
-FORMATS = ("contrib", "plain")
+FORMATS = ("contrib", "qdq")
 
 
 @dataclasses.dataclass
@@ -174,7 +174,7 @@ class QuantizationConfig:
         calibration_sequences (`int`): Rows of the train split that `"gptq"` and `bits_per_weight` look at.
         group_size (`int`): Weights that share one scale: 16, 32, 64, 128 or 256.
         accuracy_level (`int`): How ONNX Runtime multiplies: 4 with int8 activations (fast), 1 in float32, 0 its own
-            choice.
+            choice. A file of `export.format="qdq"` has it in its metadata, and a session must be told.
         quantize_embeddings (`bool`): Also the embedding; a tied head is quantized with it.
         quanto (`bool`): Also write an optimum-quanto checkpoint for each of `weights`, in folders `quanto-int8` and
             `quanto-int4` of the output.
@@ -196,8 +196,9 @@ class ExportConfig:
 
     Args:
         enabled (`bool`): `False` writes no ONNX file.
-        format (`str`): `"contrib"`: with ONNX Runtime's fused operators (attention, rotary embedding, norms) where the
-            architecture allows it; `"plain"`: standard operators only in the float file.
+        format (`str`): `"contrib"`: with ONNX Runtime's operators, fused (attention, rotary embedding, norms) where the
+            architecture allows it, and for quantized weights; `"qdq"`: standard operators only, quantized weights behind
+            `DequantizeLinear`.
         opset (`int`): ONNX opset: 21, 22 or 23.
         tolerance (`float`): Largest allowed max|difference| / max|logit| between ONNX Runtime and PyTorch in float32;
             above it the export fails.

@@ -77,7 +77,7 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
 
     float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 4)`: integers, the last group of a row filled up, and a
-    float32 scale for each group. Quantized are the linear layers, the experts and, with `quantize_embeddings`, the
+    float32 scale for each group (with `export.format="qdq"` without the filling, so it is at most that). Quantized are the linear layers, the experts and, with `quantize_embeddings`, the
     embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
     choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
     `bits_per_weight` is counted as spent. With the method `"quanto"` the embedding stays in float32, and the figure for the

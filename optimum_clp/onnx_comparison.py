@@ -16,6 +16,7 @@ import onnxruntime
 
 from .errors import ExportError, Problem
 from .onnx_names import FUSED_ATTENTION, cache_names
+from .onnx_session import open_session
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def relative_error(file: Path, steps: Iterable[ReferenceStep]) -> float:
         ExportError: If ONNX Runtime cannot load or run the file.
     """
     try:
-        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-        return _compare(session, steps)
+        return _compare(open_session(file), steps)
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base

@@ -3,6 +3,10 @@
 # metadata of a file whose attention is ONNX Runtime's: several tokens after a past only in batches of one row, and the
 # tensors of the cache may have room behind the past, which the present is then written into if it is the same memory
 FUSED_ATTENTION = "optimum_clp.attention"
+# metadata of a file with standard operators: `accuracy_level` of the MatMulNBits that ONNX Runtime makes of them
+ACCURACY_LEVEL = "optimum_clp.accuracy_level"
+# the session's entry for it
+ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:

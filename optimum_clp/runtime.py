@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigurationError, ModelError, Problem
 from .onnx_names import FUSED_ATTENTION
+from .onnx_session import open_session
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input
@@ -83,7 +84,8 @@ class OnnxCausalLM(GenerationMixin):
             file_name (`str`): The ONNX file, relative to `folder`: `"onnx/model.onnx"`,
                 `"onnx/model_quantized.onnx"` or `"onnx/model_q4.onnx"`.
             num_threads (`int`, *optional*): Threads inside an operator, at least 1; by default one for each core.
-            session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`.
+            session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`, and
+                also instead of the accuracy level of a file of `export.format="qdq"`.
             providers (`Sequence`, *optional*): Execution providers; by default the CPU's.
 
         Returns:
@@ -98,8 +100,8 @@ class OnnxCausalLM(GenerationMixin):
         _check_files(folder, file)
         options = _session_options(num_threads, session_options)
         try:
-            session = onnxruntime.InferenceSession(
-                str(file), options, providers=list(providers or ["CPUExecutionProvider"])
+            session = open_session(
+                file, options, providers or ["CPUExecutionProvider"], as_exported=session_options is None
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ModelError(

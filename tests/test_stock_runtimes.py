@@ -23,7 +23,7 @@ from zoo import ZOO
 
 from optimum_clp import OnnxCausalLM
 from optimum_clp.checkpoint import load_model, load_tokenizer, save_configs, save_tokenizer
-from optimum_clp.configuration import QuantizationConfig
+from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, write_runtime_configs
 
 DENSE = Path(__file__).parents[1] / "benchmarks" / "models" / "stories-llama-16l"
@@ -85,11 +85,12 @@ print(json.dumps(found))
 """
 
 
-def write_folder(model, tokenizer, folder, **quantization):
+def write_folder(model, tokenizer, folder, form="contrib", **quantization):
     """The folder of `CLPPruner.export`, without its records."""
     save_configs(model, folder)
     save_tokenizer(tokenizer, folder)
-    result = export_onnx(model, folder, quantization=QuantizationConfig(method="rtn", **quantization), quiet=True)
+    settings = ExportConfig(format=form), QuantizationConfig(method="rtn", **quantization)
+    result = export_onnx(model, folder, *settings, quiet=True)
     assert write_runtime_configs(folder, model, result) is None
 
 
@@ -142,6 +143,19 @@ def test_genai_says_what_our_class_says(model_type, tmp_path):
         expected = greedy(ours, ids, 20)
         # onnxruntime-genai keeps the token that ends a text to itself
         assert genai_tokens(genai, tmp_path, ids, 20)[0] in (expected, expected[:-1])
+
+
+@pytest.mark.parametrize("accuracy_level", [1, 4])
+def test_genai_runs_standard_operators_at_their_accuracy_level(accuracy_level, tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = onnx_test_model("llama", tied=True, num_layers=2, initializer_range=0.3)
+    write_folder(model, None, tmp_path, "qdq", weights=["int4"], accuracy_level=accuracy_level)
+    ours = OnnxCausalLM.from_pretrained(tmp_path, "onnx/model_q4.onnx")
+    ids = [3, 9, 27, 81, 5]
+    generator = genai.Generator(loaded := genai.Model(str(tmp_path)), genai.GeneratorParams(loaded))
+    generator.append_tokens(np.array([ids], dtype=np.int32))
+    expected = ours(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(generator.get_logits().reshape(-1), expected[0, -1], atol=1e-5)
 
 
 def test_genai_takes_rows_of_different_lengths(tmp_path):

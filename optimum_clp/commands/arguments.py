@@ -273,7 +273,9 @@ def add_quantization(parser: argparse.ArgumentParser, weights: bool = True) -> N
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Options of `ExportConfig`."""
     group = parser.add_argument_group("ONNX export")
-    _add(group, "export", "--format", help="contrib (ONNX Runtime's fused operators) or plain (default: contrib)")
+    _add(
+        group, "export", "--format", help="contrib (ONNX Runtime's operators) or qdq (standard ones; default: contrib)"
+    )
     _add(group, "export", "--opset", type=int, help="21, 22 or 23 (default: 21)")
     _add(group, "export", "--tolerance", type=float, help="largest relative error against PyTorch (default: 1e-4)")
 

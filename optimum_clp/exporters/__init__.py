@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
-from ..onnx_names import FUSED_ATTENTION
+from ..onnx_names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
 from ..progress import progress_bar
 from .genai_config import write_genai_config
 from .onnx_check import FileCheck, check_tolerance
@@ -45,8 +45,8 @@ class ExportedFile:
         file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
         weights (`str`): `"float32"`, `"int8"` or `"int4"`.
         bytes (`int`): Size on disk, the data file included.
-        num_quantized_matmuls (`int`): `MatMulNBits` nodes.
-        num_quantized_embeddings (`int`): `GatherBlockQuantized` nodes.
+        num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.onnx_count.QuantizedNodes`].
+        num_quantized_embeddings (`int`): Look-ups in a quantized table.
         bits_per_weight (`float`): Mean over the quantized weights, with scales (16 bits) and zero points (32 bits),
             and the filling of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
@@ -74,6 +74,8 @@ class ExportResult:
         inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
         appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
             report.
+        session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
+            files as they were checked; not in the report.
     """
 
     opset: int
@@ -81,6 +83,7 @@ class ExportResult:
     context: Mapping[str, Any]
     inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     appends_in_place: bool = False
+    session_entries: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""
@@ -156,20 +159,25 @@ def export_onnx(
         bar.update(2)
         keeps_tables = quantization.method == "quanto" or not quantization.quantize_embeddings
         matrices = graph_matrices(graph, not keeps_tables)
+        session_entries: dict[str, str] = {}
         for weights in quantization.weights:
             started = time.perf_counter()
             bits = _BITS[weights]
             rounded = round_weights(twin, bits, matrices, quantization, calibration, seed=seed, quiet=quiet)
+            accuracy_level = rounded.accuracy_level or quantization.accuracy_level
+            if export.format == "qdq":
+                session_entries[ACCURACY_LEVEL_ENTRY] = str(accuracy_level)
             quantized = graph.clone()
             found = quantize_graph(
                 quantized,
                 bits,
                 block_size=quantization.group_size,
-                accuracy_level=rounded.accuracy_level or quantization.accuracy_level,
+                accuracy_level=accuracy_level,
                 quantize_embeddings=not keeps_tables,
                 rounded=rounded.matrices,
                 in_8_bits=rounded.in_8_bits,
                 only_rounded=quantization.method == "quanto",
+                form=export.format,
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
             pack_projections(quantized)
@@ -180,9 +188,13 @@ def export_onnx(
             del quantized, rounded
             bar.update()
         writer.publish(directory / "onnx")
-    appends_in_place = FUSED_ATTENTION in graph.metadata_props
     return ExportResult(
-        export.opset, tuple(writer.files), writer.check.context, _input_shapes(graph), appends_in_place
+        export.opset,
+        tuple(writer.files),
+        writer.check.context,
+        _input_shapes(graph),
+        FUSED_ATTENTION in graph.metadata_props,
+        session_entries,
     )
 
 
@@ -202,7 +214,13 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
     smallest = min(result.files, key=lambda file: _BITS.get(file.weights, 32))
     write_transformers_js_config(folder, smallest.weights)
     return write_genai_config(
-        folder, model.config, model.generation_config, result.inputs, smallest.file, result.appends_in_place
+        folder,
+        model.config,
+        model.generation_config,
+        result.inputs,
+        smallest.file,
+        result.appends_in_place,
+        result.session_entries,
     )
 
 

@@ -57,6 +57,7 @@ def genai_config(
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
     appends_in_place: bool,
+    session_entries: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `genai_config.json`.
 
@@ -69,6 +70,7 @@ def genai_config(
         appends_in_place (`bool`): Whether the file takes a cache with room for `max_length` tokens and writes into it;
             otherwise it hands out a longer cache at each step. Made use of where a cache of the whole context for one
             row has at most 1 GiB.
+        session_entries (`Mapping[str, str]`, *optional*): Configuration entries of the session.
 
     Returns:
         `dict`: JSON-ready.
@@ -93,7 +95,7 @@ def genai_config(
             "context_length": context_length,
             "decoder": {
                 "filename": file_name,
-                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": [], **(session_entries or {})},
                 "hidden_size": text.hidden_size,
                 "num_attention_heads": text.num_attention_heads,
                 "num_key_value_heads": heads,
@@ -123,19 +125,20 @@ def write_genai_config(
     inputs: Mapping[str, Sequence[Any]],
     file_name: str,
     appends_in_place: bool,
+    session_entries: Mapping[str, str] | None = None,
 ) -> str | None:
     """Write `genai_config.json`, unless onnxruntime-genai cannot run the file.
 
     Args:
         folder (`Path`): The folder with `config.json`.
-        config, generation_config, inputs, file_name, appends_in_place: As in [`genai_config`].
+        config, generation_config, inputs, file_name, appends_in_place, session_entries: As in [`genai_config`].
 
     Returns:
         `str` or `None`: Why nothing was written.
     """
     obstacle = genai_obstacle(inputs)
     if obstacle is None:
-        content = genai_config(config, generation_config, inputs, file_name, appends_in_place)
+        content = genai_config(config, generation_config, inputs, file_name, appends_in_place, session_entries)
         write_json(folder / GENAI_FILE, content)
     return obstacle
 

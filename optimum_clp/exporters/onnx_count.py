@@ -20,8 +20,8 @@ class QuantizedNodes:
     """How many nodes of the graph have quantized weights.
 
     Args:
-        matmuls (`int`): `MatMulNBits` nodes.
-        embeddings (`int`): `GatherBlockQuantized` nodes.
+        matmuls (`int`): `MatMulNBits`, or `MatMul` by a `DequantizeLinear`.
+        embeddings (`int`): `GatherBlockQuantized`, or a `DequantizeLinear` of looked-up rows.
     """
 
     matmuls: int
@@ -71,8 +71,8 @@ def bits_per_weight(float_graph: ir.Model, quantized: ir.Model) -> float:
     before, after = float_graph.graph.initializers, quantized.graph.initializers
     weights = sum(math.prod(stored_shape(stored_tensor(before[name]))) for name in before.keys() - after.keys())
     stored = [stored_tensor(after[name]) for name in after.keys() - before.keys()]
-    # shapes and bounds of slices are no weights
-    return 8 * sum(tensor.nbytes for tensor in stored if tensor.dtype != ir.DataType.INT64) / weights
+    # shapes, bounds of slices and the like, which are no matrices, are no weights
+    return 8 * sum(tensor.nbytes for tensor in stored if len(tensor.shape) > 1) / weights
 
 
 class _WeightCounter(TorchDispatchMode):

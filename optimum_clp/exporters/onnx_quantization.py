@@ -1,7 +1,7 @@
 """Weight-only int8 and int4 for an ONNX graph, in blocks along the input axis.
 
-Linear layers become `MatMulNBits`, the embedding becomes `GatherBlockQuantized` (both are operators of ONNX Runtime).
-Everything else, such as the norms' weights, stays in float32.
+What is quantized and with which integers is decided here; `onnx_contrib` and `onnx_qdq` say what nodes that makes.
+Everything that is no linear layer and no embedding, such as the norms' weights, stays in float32.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -11,12 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import Problem, QuantizationError
+from .onnx_contrib import ContribNodes
 from .onnx_count import QuantizedNodes
 from .onnx_file import stored_shape, stored_tensor
 from .onnx_float import is_stored_matrix, transposed_weight
+from .onnx_form import NodeForm, StoredMatrix
+from .onnx_qdq import QdqNodes
 from .onnx_rounding import RoundedMatrix, round_to_nearest
 
-_CONTRIB = "com.microsoft"
+_FORMS: dict[str, type[ContribNodes] | type[QdqNodes]] = {"contrib": ContribNodes, "qdq": QdqNodes}
 # Nodes that may lie between the token ids and the embedding.
 _SAME_TOKENS = ("Cast", "Identity", "Reshape", "ScatterND", "Where")
 
@@ -36,7 +39,7 @@ class GraphMatrix:
     is_router: bool = False
 
     def stored_bytes(self, bits: int, block_size: int) -> int:
-        """Bytes of integers and 16-bit scales, the last block of a row filled up."""
+        """Bytes of integers and 16-bit scales, the last block of a row filled up (`"qdq"` has no filling: at most these)."""
         return self.rows * -(-self.columns // block_size) * (block_size * bits // 8 + 2)
 
 
@@ -76,6 +79,7 @@ def quantize_graph(
     rounded: Mapping[str, RoundedMatrix] | None = None,
     in_8_bits: Collection[str] = (),
     only_rounded: bool = False,
+    form: str = "contrib",
 ) -> QuantizedNodes:
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
@@ -87,12 +91,13 @@ def quantize_graph(
         graph (`onnx_ir.Model`): From [`~exporters.onnx_float.export_float_graph`].
         bits (`int`): 4 or 8.
         block_size (`int`): Weights that share a scale: a power of two, at least 16.
-        accuracy_level (`int`): Of `MatMulNBits`: 4 multiplies in int8, 1 in float32, 0 is ONNX Runtime's choice.
+        accuracy_level (`int`): Of the products: 4 multiplies in int8, 1 in float32, 0 is ONNX Runtime's choice.
         quantize_embeddings (`bool`): Also the embedding.
         rounded (`Mapping[str, RoundedMatrix]`, *optional*): Weights that were rounded before, by name; the others are
             rounded to nearest. A matrix that chooses experts is taken from here in 8 bits only.
         in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
         only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
+        form (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones.
 
     Returns:
         [`QuantizedNodes`]: What was quantized, counted in the graph.
@@ -103,7 +108,7 @@ def quantize_graph(
     rounded = rounded or {}
     embeddings = [node for node in graph.graph if _is_embedding(node)]
     tables = {_name(node.inputs[0]) for node in embeddings}
-    quantizer = _GraphQuantizer(graph, tables, bits, block_size, accuracy_level, rounded, in_8_bits)
+    quantizer = _GraphQuantizer(graph, tables, bits, block_size, form, accuracy_level, rounded, in_8_bits)
     routers = _routers(graph.graph)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
@@ -116,9 +121,7 @@ def quantize_graph(
             quantizer.quantize_embedding(node)
     quantizer.check_used()
     quantizer.remove_unused()
-    graph.opset_imports[_CONTRIB] = 1
-    operators = [node.op_type for node in graph.graph if node.domain == _CONTRIB]
-    return QuantizedNodes(operators.count("MatMulNBits"), operators.count("GatherBlockQuantized"))
+    return quantizer.form.finish(graph)
 
 
 def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: QuantizedNodes) -> None:
@@ -200,17 +203,6 @@ def _name(value: ir.Value | None) -> str:
     return str(value.name) if value is not None else ""
 
 
-@dataclass(frozen=True)
-class _StoredMatrix:
-    """A quantized weight's initializers."""
-
-    integers: ir.Value
-    scales: ir.Value
-    zero_points: ir.Value | None
-    bits: int
-    block_size: int
-
-
 class _GraphQuantizer:
     """Replaces nodes of one graph; a weight with several uses is quantized and stored once."""
 
@@ -220,6 +212,7 @@ class _GraphQuantizer:
         tables: set[str],
         bits: int,
         block_size: int,
+        form: str,
         accuracy_level: int,
         rounded: Mapping[str, RoundedMatrix],
         in_8_bits: Collection[str],
@@ -228,61 +221,22 @@ class _GraphQuantizer:
         self.tables = tables
         self.bits = bits
         self.block_size = block_size
-        self.accuracy_level = accuracy_level
+        self.form: NodeForm = _FORMS[form](self._initializer, accuracy_level)
         self.rounded = rounded
         self.in_8_bits = in_8_bits
-        self.done: dict[str, _StoredMatrix] = {}
+        self.done: dict[str, StoredMatrix] = {}
         # one matrix may be given under all the names that share it
         self.used: set[int] = set()
 
     def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool, is_router: bool) -> None:
-        stored = self._quantize(weight, transposed, is_router)
-        shape = stored_shape(stored_tensor(weight))
-        outputs, inputs = shape if transposed else shape[::-1]
-        integers = self._in_blocks(stored) if weight.name in self.tables else stored.integers
-        zero_points = [stored.zero_points] if stored.zero_points is not None else []
-        new = ir.node(
-            "MatMulNBits",
-            [node.inputs[0], integers, stored.scales, *zero_points],
-            {
-                "K": inputs,
-                "N": outputs,
-                "bits": stored.bits,
-                "block_size": stored.block_size,
-                "accuracy_level": self.accuracy_level,
-            },
-            domain=_CONTRIB,
-            name=node.name,
-        )
-        self._replace(node, new)
+        inputs = node.inputs[0]
+        assert inputs is not None
+        self._replace(node, self.form.product(str(node.name), inputs, self._quantize(weight, transposed, is_router)))
 
     def quantize_embedding(self, node: ir.Node) -> None:
-        table = node.inputs[0]
-        assert table is not None
-        stored = self._quantize(table, True, False)
-        columns = stored_shape(stored_tensor(table))[1]
-        new = ir.node(
-            "GatherBlockQuantized",
-            [stored.integers, node.inputs[1], stored.scales],
-            {
-                "bits": stored.bits,
-                "block_size": stored.block_size,
-                "gather_axis": 0,
-                "quantize_axis": 1,
-            },
-            domain=_CONTRIB,
-            name=node.name,
-        )
-        if columns % stored.block_size == 0:
-            self._replace(node, new)
-            return
-        # The last block is filled up with zeros, so that the head can use the same bytes: cut them off.
-        new.outputs[0].dtype = ir.DataType.FLOAT
-        self.graph.insert_before(node, new)
-        bounds = [
-            self._constant(f"{node.name}_{key}", [v]) for key, v in (("start", 0), ("end", columns), ("axis", -1))
-        ]
-        self._replace(node, ir.node("Slice", [new.outputs[0], *bounds], name=f"{node.name}_slice"))
+        table, ids = node.inputs
+        assert table is not None and ids is not None
+        self._replace(node, self.form.look_up(str(node.name), ids, self._quantize(table, True, False)))
 
     def remove_unused(self) -> None:
         """Remove the float weights that no node uses any more, and their `Transpose` nodes."""
@@ -301,20 +255,22 @@ class _GraphQuantizer:
             remedy = 'Use the method "rtn", and report this with the model\'s name'
             raise QuantizationError(Problem("quantized graph", ", ".join(lost), rule, remedy))
 
-    def _quantize(self, weight: ir.Value, transposed: bool, is_router: bool) -> _StoredMatrix:
+    def _quantize(self, weight: ir.Value, transposed: bool, is_router: bool) -> StoredMatrix:
         name = _name(weight)
         if name not in self.done:
             matrix = self._rounded(weight, transposed, is_router)
-            integers = matrix.integers
-            if name not in self.tables:
-                integers = integers.reshape(*matrix.scales.shape, -1)
-            zero_points = matrix.zero_points
-            self.done[name] = _StoredMatrix(
-                self._initializer(f"{name}_int{matrix.bits}", integers),
-                self._initializer(f"{name}_scales", matrix.scales),
+            stored = self.form.layout(matrix, name in self.tables)
+            zero_points = stored.zero_points
+            self.done[name] = StoredMatrix(
+                name,
+                self._initializer(f"{name}_int{matrix.bits}", stored.integers),
+                self._initializer(f"{name}_scales", stored.scales),
                 None if zero_points is None else self._initializer(f"{name}_zero_points", zero_points),
                 matrix.bits,
                 matrix.block_size,
+                matrix.scales.shape[0],
+                matrix.columns,
+                name in self.tables,
             )
         return self.done[name]
 
@@ -328,26 +284,16 @@ class _GraphQuantizer:
         bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
         return round_to_nearest(matrix if transposed else matrix.T, bits, self.block_size)
 
-    def _in_blocks(self, stored: _StoredMatrix) -> ir.Value:
-        """An embedding's integers for a tied head: a view `[outputs, blocks, bytes]`, made when the file is loaded."""
-        integers = stored.integers
-        shape = self._constant(f"{integers.name}_shape", [*stored_shape(stored_tensor(stored.scales)), -1])
-        reshape = ir.node("Reshape", [integers, shape], name=f"{integers.name}_reshape")
-        reshape.outputs[0].name = f"{integers.name}_blocks"
-        self.graph.insert_before(self.graph[0], reshape)
-        return reshape.outputs[0]
-
-    def _initializer(self, name: str, array: np.ndarray) -> ir.Value:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
+        tensor = ir.tensor(content)
+        tensor.name = name
+        shape = ir.Shape(stored_shape(tensor))
+        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
-    def _constant(self, name: str, integers: list[int]) -> ir.Value:
-        return self._initializer(name, np.array(integers, dtype=np.int64))
-
-    def _replace(self, node: ir.Node, new: ir.Node) -> None:
-        old_output, output = node.outputs[0], new.outputs[0]
+    def _replace(self, node: ir.Node, new: list[ir.Node]) -> None:
+        old_output, output = node.outputs[0], new[-1].outputs[0]
         output.shape, output.type, output.name = old_output.shape, old_output.type, old_output.name
         self.graph.insert_before(node, new)
         old_output.replace_all_uses_with(output, replace_graph_outputs=True)

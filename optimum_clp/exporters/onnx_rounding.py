@@ -50,6 +50,10 @@ class RoundedMatrix:
         parts = (self.integers, self.scales, self.zero_points)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def codes(self) -> np.ndarray:
+        """The unsigned integers one by one, uint8 `[rows, columns]`."""
+        return _unpack(self.integers, self.bits)[:, : self.columns]
+
     def dequantize(self) -> np.ndarray:
         """The matrix that is stored, `[rows, columns]`, float32."""
         return dequantize_blocks(self.integers, self.scales, self.bits, self.columns, self.zero_points)
@@ -233,8 +237,7 @@ def dequantize_blocks(
     Returns:
         `np.ndarray` of shape `[rows, columns]`, float32.
     """
-    codes = integers if bits == 8 else np.stack([integers & 15, integers >> 4], axis=-1)
-    codes = codes.reshape(*scales.shape, -1).astype(np.float32)
+    codes = _unpack(integers, bits).reshape(*scales.shape, -1).astype(np.float32)
     codes -= np.float32(2 ** (bits - 1)) if zero_points is None else zero_points[..., None]
     return (codes * scales[..., None]).reshape(len(scales), -1)[:, :columns]
 
@@ -243,6 +246,11 @@ def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes `[rows, blocks, block_size]` as the bytes that are stored, `[rows, bytes]`."""
     codes = codes.reshape(len(codes), -1)
     return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _unpack(integers: np.ndarray, bits: int) -> np.ndarray:
+    """The codes of stored bytes `[rows, bytes]`, one by one, with the filling."""
+    return integers if bits == 8 else np.stack([integers & 15, integers >> 4], axis=-1).reshape(len(integers), -1)
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:

@@ -55,6 +55,12 @@ def test_tokens_and_search_are_the_generation_configuration():
     assert greedy["model"]["pad_token_id"] == 0 and greedy["search"]["do_sample"] is False
 
 
+def test_entries_of_the_session_are_handed_on():
+    entries = {"session.qdq_matmulnbits_accuracy_level": "1"}
+    decoder = genai_config(llama(), None, inputs((2, 8, 8)), FILE, False, entries)["model"]["decoder"]
+    assert decoder["session_options"] == {"log_id": "onnxruntime-genai", "provider_options": [], **entries}
+
+
 @pytest.mark.parametrize(("context_length", "expected"), [(2**20, True), (2**20 + 1, False)])
 def test_a_shared_cache_is_used_up_to_a_gibibyte(context_length, expected):
     config = llama(max_position_embeddings=context_length)

@@ -91,9 +91,9 @@ def test_a_fused_graph_that_differs_is_replaced_by_the_plain_one(tmp_path, monke
     assert "GroupQueryAttention" not in operators(ir.load(tmp_path / "onnx/model.onnx"))
 
 
-def test_plain_files_have_standard_operators_alone(tmp_path):
+def test_qdq_files_have_standard_operators_alone(tmp_path):
     quantization = QuantizationConfig(weights=[], method="rtn")
-    export_onnx(tiny_model("llama", 2), tmp_path, ExportConfig(format="plain"), quantization, quiet=True)
+    export_onnx(tiny_model("llama", 2), tmp_path, ExportConfig(format="qdq"), quantization, quiet=True)
     assert {node.domain for node in ir.load(tmp_path / "onnx/model.onnx").graph} <= {"", "ai.onnx"}
 
 

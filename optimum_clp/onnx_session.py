@@ -1,0 +1,47 @@
+"""Opening an exported file in ONNX Runtime."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import onnxruntime
+
+from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY
+
+# what a session takes that is not told
+_DEFAULT_LEVEL = "4"
+
+
+def open_session(
+    file: str | os.PathLike,
+    options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    as_exported: bool = True,
+) -> onnxruntime.InferenceSession:
+    """A session that multiplies as the file was exported to: by `quantization.accuracy_level`.
+
+    `MatMulNBits` carries the level itself. Standard operators cannot, so it is in the file's metadata, which only an open
+    session can read: a file of another level than ONNX Runtime's own is opened twice.
+
+    Args:
+        file (`str` or `os.PathLike`): The ONNX file.
+        options (`onnxruntime.SessionOptions`, *optional*): Such a file's level is added to them.
+        providers (`Sequence`): Execution providers.
+        as_exported (`bool`): `False` leaves `options` as they are, whatever the file says.
+
+    Returns:
+        `onnxruntime.InferenceSession`
+
+    Raises:
+        Exception: ONNX Runtime's own, which have no common base, if it cannot load the file.
+    """
+    options = options or onnxruntime.SessionOptions()
+    session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+    level = session.get_modelmeta().custom_metadata_map.get(ACCURACY_LEVEL, _DEFAULT_LEVEL)
+    if level == _DEFAULT_LEVEL or not as_exported:
+        return session
+    # its memory goes before the other's comes
+    del session
+    options.add_session_config_entry(ACCURACY_LEVEL_ENTRY, level)
+    return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
