@@ -35,7 +35,7 @@ LOSSES = ("kd", "ce", "hidden")
 INITS = ("none", "fold", "least_squares")
 MIXED_PRECISIONS = ("no", "bf16", "fp16")
 WEIGHTS = ("int8", "int4")
-QUANTIZATION_METHODS = ("auto", "rtn", "gptq", "quanto")
+QUANTIZATION_METHODS = ("auto", "rtn", "hqq", "gptq", "quanto")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_LEVELS = (0, 1, 4)
 OPSETS = (21, 22, 23)
@@ -166,7 +166,8 @@ class QuantizationConfig:
     Args:
         weights (`list[str]`): Any of `"int8"` and `"int4"`: one ONNX file each, beside the float one.
         method (`str`): How the weights of the ONNX files are rounded: `"rtn"` (to nearest), `"gptq"` (with error feedback
-            on calibration text; in 8 bits to nearest), `"auto"` (`"gptq"` where there is such text, else `"rtn"`), or
+            on calibration text; in 8 bits to nearest), `"hqq"` (with a zero point for each group, fitted without data; in 8
+            bits to nearest, and so is the embedding), `"auto"` (`"gptq"` where there is such text, else `"rtn"`), or
             `"quanto"` (optimum-quanto's own integers: the file says what `quanto-int8` and `quanto-int4` say; groups are
             quanto's, products are in float32, and the embedding and a tied head stay float).
         bits_per_weight (`float` or `None`): Size budget of the int4 file, scales included: the matrices whose rounding
@@ -312,12 +313,16 @@ class CLPConfig(BaseConfig):
         problems += _check("min_retention", self.min_retention, _or_none(share))
         problems += _check("seed", self.seed, _integer(0))
         problems += self._quality_problems()
-        if self.quantization.method == "quanto" and self.quantization.bits_per_weight is not None:
+        unplanned = {
+            "quanto": "quanto's integers are taken as they are, so there is nothing to choose",
+            "hqq": "sizes and errors are planned for groups without zero points, which HQQ has",
+        }
+        if self.quantization.method in unplanned and self.quantization.bits_per_weight is not None:
             problems.append(
                 Problem(
                     "quantization.bits_per_weight",
                     self.quantization.bits_per_weight,
-                    "quanto's integers are taken as they are, so there is nothing to choose",
+                    unplanned[self.quantization.method],
                     'Leave it out, or choose the method "rtn" or "gptq"',
                 )
             )

@@ -248,7 +248,9 @@ def add_quantization(parser: argparse.ArgumentParser, weights: bool = True) -> N
             metavar="WEIGHTS",
             help="int8, int4: one ONNX file each, beside the float one (default: both)",
         )
-    _add(group, "quantization", "--method", help="rounding: auto, rtn, gptq, or quanto's integers (default: auto)")
+    _add(
+        group, "quantization", "--method", help="rounding: auto, rtn, hqq, gptq, or quanto's integers (default: auto)"
+    )
     _add(
         group,
         "quantization",

@@ -178,6 +178,7 @@ def export_onnx(
                 in_8_bits=rounded.in_8_bits,
                 only_rounded=quantization.method == "quanto",
                 form=export.format,
+                rounding=rounded.rounding,
             )
             check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
             pack_projections(quantized)

@@ -4,7 +4,7 @@ What is quantized and with which integers is decided here; `onnx_contrib` and `o
 Everything that is no linear layer and no embedding, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,7 @@ def quantize_graph(
     in_8_bits: Collection[str] = (),
     only_rounded: bool = False,
     form: str = "contrib",
+    rounding: Callable[[np.ndarray, int, int], RoundedMatrix] = round_to_nearest,
 ) -> QuantizedNodes:
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
@@ -98,6 +99,8 @@ def quantize_graph(
         in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
         only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
         form (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones.
+        rounding (`Callable`): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights of `bits` bits that are not in
+            `rounded`. What is looked up is rounded to nearest: that operator has no zero points that are no integers.
 
     Returns:
         [`QuantizedNodes`]: What was quantized, counted in the graph.
@@ -108,7 +111,7 @@ def quantize_graph(
     rounded = rounded or {}
     embeddings = [node for node in graph.graph if _is_embedding(node)]
     tables = {_name(node.inputs[0]) for node in embeddings}
-    quantizer = _GraphQuantizer(graph, tables, bits, block_size, form, accuracy_level, rounded, in_8_bits)
+    quantizer = _GraphQuantizer(graph, tables, bits, block_size, form, accuracy_level, rounded, in_8_bits, rounding)
     routers = _routers(graph.graph)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
@@ -216,6 +219,7 @@ class _GraphQuantizer:
         accuracy_level: int,
         rounded: Mapping[str, RoundedMatrix],
         in_8_bits: Collection[str],
+        rounding: Callable[[np.ndarray, int, int], RoundedMatrix],
     ):
         self.graph = graph.graph
         self.tables = tables
@@ -224,6 +228,7 @@ class _GraphQuantizer:
         self.form: NodeForm = _FORMS[form](self._initializer, accuracy_level)
         self.rounded = rounded
         self.in_8_bits = in_8_bits
+        self.rounding = rounding
         self.done: dict[str, StoredMatrix] = {}
         # one matrix may be given under all the names that share it
         self.used: set[int] = set()
@@ -282,7 +287,8 @@ class _GraphQuantizer:
                 return given
         matrix = stored_tensor(weight).numpy()
         bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
-        return round_to_nearest(matrix if transposed else matrix.T, bits, self.block_size)
+        rounding = self.rounding if bits == self.bits and _name(weight) not in self.tables else round_to_nearest
+        return rounding(matrix if transposed else matrix.T, bits, self.block_size)
 
     def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
         tensor = ir.tensor(content)

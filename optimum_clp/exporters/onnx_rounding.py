@@ -1,7 +1,7 @@
 """Rounding of a matrix to 8 or 4 bits with one scale for each block of a row, in the form that ONNX Runtime stores.
 
 Symmetric round-to-nearest, or with error feedback (GPTQ): the rounding error of a column is made up for by the columns
-behind it, for the inputs that the matrix meets on calibration text.
+behind it, for the inputs that the matrix meets on calibration text. Or with a fitted zero point for each block (HQQ).
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,9 @@ _CHUNK = 4 * 1024 * 1024
 _INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
 # Scales in between become float16 without a step between neighbours of more than a 128th; a matrix with others keeps float32.
 _SMALLEST_NARROW, _LARGEST_NARROW = 2.0**-17, 65504.0
+# HQQ: the norm that errors count in, the penalty that ties them to their shrunken copy (in squared steps of the block), its
+# growth in each round, and the rounds.
+_LP_NORM, _PENALTY, _PENALTY_GROWTH, _ROUNDS = 0.7, 10.0, 1.01, 20
 # Added to the Gram matrix's diagonal, in units of its mean, as GPTQ's authors do.
 DAMPING = 0.01
 
@@ -109,6 +112,64 @@ def round_with_feedback(
         plain.integers[part][better] = integers[better]
         plain.scales[part][better] = scales[better]
     return plain
+
+
+def round_half_quadratic(weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:
+    """Round a matrix with a zero point for each block that is fitted without data (HQQ, half-quadratic quantization).
+
+    The scale maps the block's range, 0 included, to the integers' range; the zero point minimises the sum of
+    `|error|**0.7`, in which a few large weights count less than in squares, by alternating a shrinkage of the errors and the
+    zero point's closed form. Of all rounds the block's best is kept.
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        [`RoundedMatrix`]: With zero points, which like the scales are float16's numbers where they fit there.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
+    scales, zero_points = (np.empty((rows, blocks), dtype=np.float32) for _ in range(2))
+    step = max(1, _CHUNK // (blocks * block_size))
+    parts = [slice(start, start + step) for start in range(0, rows, step)]
+    for part in parts:
+        padded = _in_blocks(weight[part], blocks, block_size)
+        scales[part] = (np.maximum(padded.max(-1), 0) - np.minimum(padded.min(-1), 0)) / (2**bits - 1)
+    if _fits_16_bits(scales):
+        scales = _narrowed(scales)
+    for part in parts:
+        padded = _in_blocks(weight[part], blocks, block_size)
+        codes, zero_points[part] = _fit_zero_points(padded, scales[part, :, None], 2**bits - 1)
+        integers[part] = _pack(codes, bits)
+    return RoundedMatrix(integers, scales, bits, columns, zero_points)
+
+
+def _fit_zero_points(weight: np.ndarray, scale: np.ndarray, largest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and zero points of `[rows, blocks, size]`; errors are counted in steps of the block's scale."""
+    scaled = weight * _inverse(scale)
+    zero = _narrowed(-np.minimum(scaled.min(-1, keepdims=True), 0))
+    best_zero, best_error, penalty = zero, np.full_like(zero, np.inf), _PENALTY
+    for _ in range(_ROUNDS):
+        codes = np.clip(np.rint(scaled + zero), 0, largest)
+        error = scaled - (codes - zero)
+        size = np.abs(error)
+        total = (size**_LP_NORM).sum(-1, keepdims=True)
+        better = total < best_error
+        best_zero, best_error = np.where(better, zero, best_zero), np.where(better, total, best_error)
+        with np.errstate(divide="ignore"):
+            shrunken = np.sign(error) * np.maximum(size - size ** (_LP_NORM - 1) / penalty, 0)
+        zero = _narrowed((codes - (scaled - shrunken)).mean(-1, keepdims=True))
+        penalty *= _PENALTY_GROWTH
+    codes = np.clip(np.rint(scaled + best_zero), 0, largest)
+    return codes.astype(np.uint8), best_zero[..., 0]
+
+
+def _narrowed(numbers: np.ndarray) -> np.ndarray:
+    """The nearest of float16's numbers, in float32."""
+    return numbers.astype(np.float16).astype(np.float32)
 
 
 def from_integers(codes: np.ndarray, bits: int, scales: np.ndarray, shifts: np.ndarray | None = None) -> RoundedMatrix:
@@ -278,6 +339,6 @@ def _round_to(
     """Signed codes of `weight` at `scale`, the scale itself as it is stored, and the squared error of each block."""
     if narrow:
         # feedback may move a block's weights out of float16's range: its row is then rounded to nearest
-        scale = np.clip(scale, -_LARGEST_NARROW, _LARGEST_NARROW).astype(np.float16).astype(np.float32)
+        scale = _narrowed(np.clip(scale, -_LARGEST_NARROW, _LARGEST_NARROW))
     codes = np.clip(np.rint(weight * _inverse(scale)), -half, half - 1)
     return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)

@@ -1,6 +1,6 @@
 """What `quantization.method` and `quantization.bits_per_weight` stand for: weights that are rounded before the graph is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,14 @@ from ..quantization import quanto_integers
 from .activation_moments import visit_layers
 from .bit_plan import plan_bits, rounding_costs
 from .onnx_quantization import GraphMatrix
-from .onnx_rounding import DAMPING, RoundedMatrix, from_integers, round_with_feedback
+from .onnx_rounding import (
+    DAMPING,
+    RoundedMatrix,
+    from_integers,
+    round_half_quadratic,
+    round_to_nearest,
+    round_with_feedback,
+)
 
 # A table serves head and embedding. The head's inputs alone would trade errors of looked-up rows for smaller products.
 _TABLE_DAMPING = 1.0
@@ -29,12 +36,14 @@ class RoundedWeights:
         in_8_bits (`tuple[str, ...]`): Weights of an int4 file that get 8 bits.
         accuracy_level (`int`, *optional*): Of `MatMulNBits`, in place of the configuration's.
         only (`tuple[Tensor, ...]`, *optional*): The model's weights that are quantized, if it is not all of them.
+        rounding (`Callable`): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights that are not in `matrices`.
     """
 
     matrices: dict[str, RoundedMatrix] = field(default_factory=dict)
     in_8_bits: tuple[str, ...] = ()
     accuracy_level: int | None = None
     only: tuple[Tensor, ...] | None = None
+    rounding: Callable[[np.ndarray, int, int], RoundedMatrix] = round_to_nearest
 
 
 def needs_calibration(quantization: QuantizationConfig) -> bool:
@@ -70,7 +79,7 @@ def round_weights(
 ) -> RoundedWeights:
     """Round the weights of a model by the method of the configuration, as far as that is not round-to-nearest.
 
-    In 8 bits `"gptq"` rounds to nearest as well: there is next to nothing to gain.
+    In 8 bits `"gptq"` and `"hqq"` round to nearest as well: there is next to nothing to gain.
 
     Args:
         twin ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; left as it was.
@@ -98,7 +107,9 @@ def round_weights(
         only = tuple(twin.get_parameter(name) for name in given)
         # level 4 would round what the weights are multiplied by
         return RoundedWeights(given, accuracy_level=1, only=only)
-    if quantization.method == "rtn" or bits == 8 or calibration is None:
+    if quantization.method == "hqq" and bits == 4:
+        return RoundedWeights({}, in_8_bits, rounding=round_half_quadratic)
+    if quantization.method in ("rtn", "hqq") or bits == 8 or calibration is None:
         return RoundedWeights({}, in_8_bits)
     found: dict[str, RoundedMatrix] = {}
     by_storage: dict[int, RoundedMatrix] = {}

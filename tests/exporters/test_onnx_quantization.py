@@ -21,6 +21,10 @@ def read_file(file):
     graph = onnx.load(file).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     reshaped = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Reshape"}
+    for node in graph.node:
+        if node.op_type == "Cast" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]].astype(np.float32)
+    widths = {node.input[0]: stored[node.input[1]] for node in graph.node if node.op_type == "Split"}
     weights = {}
     for node in graph.node:
         if node.op_type not in ("MatMulNBits", "GatherBlockQuantized"):
@@ -35,8 +39,11 @@ def read_file(file):
                 codes = [half for byte in codes for half in (byte % 16, byte // 16)]
             zero = 2 ** (options["bits"] - 1)
             rows.append([(code - zero) * scale[i // options["block_size"]] for i, code in enumerate(codes)])
-        key = "embedding" if is_embedding else name.rsplit("_int", 1)[0]
-        weights[key] = np.array(rows, dtype=np.float32)[:, : options.get("K")]
+        # queries, keys and values are one product
+        keys = ["embedding"] if is_embedding else [part.rsplit("_int", 1)[0] for part in name.split("+")]
+        ends = np.cumsum(widths[node.output[0]])[:-1] if len(keys) > 1 else []
+        matrix = np.array(rows, dtype=np.float32)[:, : options.get("K")]
+        weights |= zip(keys, np.split(matrix, ends), strict=True)
     return weights
 
 
@@ -186,10 +193,12 @@ def test_rounding_error_is_within_the_step(bits, shape, block_size):
     largest = np.array(
         [[np.abs(row[i : i + block_size]).max() for i in range(0, shape[1], block_size)] for row in weight]
     )
+    # what float16 moves a number by: half of its last place, of which the smallest are 2**-24 apart
+    moved = np.maximum(largest / 2 ** (bits - 1) * 2.0**-11, 2.0**-25)
     if bits == 8:
-        np.testing.assert_allclose(np.abs(scales), largest / 128, rtol=1e-6)
+        assert (np.abs(np.abs(scales) - largest / 128) <= moved * 1.001).all()
         assert (np.abs(restored - weight) <= 0.5001 * step + (np.abs(weight) > 127.49 * step) * 0.5 * step).all()
-    assert (np.abs(scales) <= largest / 2 ** (bits - 1) * 1.0001).all()
+    assert (np.abs(scales) <= largest / 2 ** (bits - 1) + moved * 1.001).all()
     assert (restored[0] == 0).all()
 
 
@@ -229,5 +238,8 @@ def test_rounding_is_at_least_as_good_as_onnx_runtimes(bits):
     ours = (
         np.square(dequantize_blocks(*quantize_blocks(weight, bits, 32), bits, 96) - weight).reshape(24, 3, 32).sum(-1)
     )
-    assert (ours <= theirs * (1 + 1e-5)).all()
-    assert bits == 8 or ours.sum() < 0.97 * theirs.sum()
+    # theirs are scales in 32 bits; with those of float16 the same integers are off by as much as the scale is
+    moved = np.maximum(2.0**-11, 2.0**-25 / np.maximum(np.abs(scales), 1e-30)) * (scales != 0)
+    size = np.sqrt(np.square(weight).reshape(24, 3, 32).sum(-1))
+    assert (np.sqrt(ours) <= np.sqrt(theirs) + moved * size * (1 + 1e-5)).all()
+    assert ours.sum() < (1.01 if bits == 8 else 0.97) * theirs.sum()
