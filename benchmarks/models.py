@@ -7,6 +7,10 @@ tokenizer is that of `benchmarks/models/stories-llama-16l`. The model goes to `b
 ignores; what it is and how well it knows the text goes to `benchmarks/results/models/NAME.json`. An interrupted run is
 continued by the same command.
 
+    python benchmarks/models.py speed100m
+
+makes the model of the speed benchmark: 119 million random weights, no data.
+
 A model counts as trained when its perplexity on the test text is below half that of a unigram model, whose
 frequencies are those of the training text.
 """
@@ -51,16 +55,44 @@ RECIPES = {
     "deep32": Recipe(num_layers=32, hidden_size=96, intermediate_size=256, steps=1800),
     "deep80": Recipe(num_layers=80, hidden_size=64, intermediate_size=160, steps=1200),
 }
+SPEED = "speed100m"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=sorted(RECIPES))
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("names", nargs="+", choices=[*sorted(RECIPES), SPEED])
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.data is None and args.names != [SPEED]:
+        parser.error("--data: deep models are trained on text")
     for name in args.names:
-        train(name, args.data, args.device)
+        if name == SPEED:
+            print(speed100m())
+        else:
+            train(name, args.data, args.device)
+
+
+def speed100m() -> Path:
+    """The folder of a model that is as fast as a trained one of its shape: 15 layers, 119 million weights, tied."""
+    folder = CACHE / SPEED
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=15,
+            num_attention_heads=12,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            # a text that goes on to the end: no token ends it
+            eos_token_id=None,
+        )
+        LlamaForCausalLM(config).eval().save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return folder
 
 
 def train(name: str, data: Path, device: str) -> None:

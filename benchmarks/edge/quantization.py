@@ -29,16 +29,11 @@ ROWS, LENGTH = 64, 256
 VARIANTS = {
     "round to nearest": {"method": "rtn"},
     "quanto": {"method": "quanto"},
+    "HQQ": {"method": "hqq", "weights": ["int4"]},
     "GPTQ": {"method": "gptq", "weights": ["int4"]},
-    "round to nearest, budget 5.6": {"method": "rtn", "weights": ["int4"], "bits_per_weight": 5.6},
-    "GPTQ, budget 5.6": {"method": "gptq", "weights": ["int4"], "bits_per_weight": 5.6},
-    "GPTQ, budget 6": {"method": "gptq", "weights": ["int4"], "bits_per_weight": 6.0},
-    "GPTQ, groups of 64, budget 5.2": {
-        "method": "gptq",
-        "weights": ["int4"],
-        "group_size": 64,
-        "bits_per_weight": 5.2,
-    },
+    "round to nearest, budget 5.25": {"method": "rtn", "weights": ["int4"], "bits_per_weight": 5.25},
+    "GPTQ, budget 5.25": {"method": "gptq", "weights": ["int4"], "bits_per_weight": 5.25},
+    "GPTQ, groups of 64, budget 5": {"method": "gptq", "weights": ["int4"], "group_size": 64, "bits_per_weight": 5.0},
 }
 
 
