@@ -74,7 +74,7 @@ def table(results: dict) -> str:
             model, weights = key.split(", ")
             lines.append(
                 f"| {name} | {model} | {weights} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} "
-                f"| {row['perplexity']:.3f} | {row['kl_divergence']:.4f} |"
+                f"| {row['perplexity']:.3f} | {row['kl']:.4f} |"
             )
     return "\n".join(lines)
 
