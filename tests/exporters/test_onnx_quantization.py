@@ -60,8 +60,8 @@ def dequantized_model(model, file):
     return twin
 
 
-def logits_of(file, ids):
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+def logits_of(file, ids, session=None):
+    session = session or onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     feeds = {"input_ids": ids.numpy(), "attention_mask": np.ones_like(ids.numpy())}
     feeds["position_ids"] = np.arange(ids.shape[1])[None].repeat(len(ids), 0)
     for value in session.get_inputs():
