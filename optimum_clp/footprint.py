@@ -19,7 +19,7 @@ from .configuration import QuantizationConfig, TuningConfig
 from .losses import CHUNK_TOKENS
 from .surgery import count_bytes
 
-_FLOAT32 = 4
+_FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
 _BITS = {"int8": 8, "int4": 4}
 
@@ -76,9 +76,10 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     """Bytes of the weights in an exported ONNX file; a tied head and embedding are stored once.
 
     float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
-    `rows * ceil(columns / group_size) * (group_size * bits / 8 + 4)`: integers, the last group of a row filled up, and a
-    float32 scale for each group (with `export.format="qdq"` without the filling, so it is at most that). Quantized are the linear layers, the experts and, with `quantize_embeddings`, the
-    embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
+    `rows * ceil(columns / group_size) * (group_size * bits / 8 + 2)`: integers, the last group of a row filled up, and a scale
+    of 16 bits for each group (with `export.format="qdq"` without the filling, so it is at most that); with the method `"hqq"`
+    2 more in int4 for a zero point, but in the embedding. Quantized are the linear layers, the experts and, with
+    `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
     choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
     `bits_per_weight` is counted as spent. With the method `"quanto"` the embedding stays in float32, and the figure for the
     rest is near: groups are quanto's own.
@@ -102,11 +103,13 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     if quantization.method == "quanto" or not quantization.quantize_embeddings:
         del shapes[id(embedding)]
     group = quantization.group_size
+    with_zero_points = quantization.method == "hqq" and weights == "int4"
     rest = quantized = budget = 0
     for parameter in model.parameters():
         if id(parameter) in shapes:
             rows, columns = shapes[id(parameter)]
-            quantized += rows * -(-columns // group) * (group * _BITS[weights] // 8 + _FLOAT32)
+            of_group = 2 * _FLOAT16 if with_zero_points and parameter is not embedding else _FLOAT16
+            quantized += rows * -(-columns // group) * (group * _BITS[weights] // 8 + of_group)
             if weights == "int4" and quantization.bits_per_weight is not None:
                 budget += int(parameter.numel() * quantization.bits_per_weight / 8)
         else:

@@ -228,6 +228,19 @@ def test_onnx_bytes_are_those_of_a_tied_file_but_for_its_graph(weights):
     assert 0 < file.bytes - predicted < (2 + 1) * GRAPH_BYTES_PER_LAYER
 
 
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 4.5), ("hqq", 5.0)])
+def test_bits_of_a_large_model_are_counted_with_their_scales(method, bits):
+    """Of a model of 119 million weights: matrices take so many bits, norms 32."""
+    config = LlamaConfig(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=15,
+                         num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True)  # fmt: skip
+    model = build_on_meta(config, torch.float32)
+    table = model.get_input_embeddings().weight.numel()
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - table
+    norms = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    predicted = onnx_weight_bytes(model, "int4", QuantizationConfig(method=method))
+    assert predicted == matrices * bits / 8 + table * 4.5 / 8 + norms * 4
+
+
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx_bytes_with_a_float_embedding_and_another_group_size(tied, tmp_path):
     model = onnx_test_model("qwen2", tied=tied, num_layers=2)
