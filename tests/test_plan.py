@@ -12,6 +12,7 @@ from big_shapes import BIG_SHAPES, PUBLISHED
 from safetensors import safe_open
 from tiny_models import MODEL_TYPES, VOCABULARY, random_tokens, tiny_config
 from tiny_onnx import exported_llama, onnx_test_model
+from transformers import LlamaConfig
 from zoo import ALL, zoo_config
 
 from optimum_clp import guard, plan_pruning, surgery
