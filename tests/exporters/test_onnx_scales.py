@@ -64,7 +64,8 @@ def test_weights_are_rounded_with_the_scale_that_is_stored(bits, fed_back):
 def test_scales_that_do_not_fit_stay_in_32_bits(size):
     weight = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32) * np.float32(size)
     matrix = round_to_nearest(weight, 8, 32)
-    assert not np.array_equal(matrix.scales.astype(np.float16).astype(np.float32), matrix.scales)
+    with np.errstate(over="ignore"):
+        assert not np.array_equal(matrix.scales.astype(np.float16).astype(np.float32), matrix.scales)
     assert np.abs(matrix.dequantize() - weight).max() < 0.01 * np.abs(weight).max()
 
 
