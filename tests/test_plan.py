@@ -58,7 +58,7 @@ def check_big_plan(name):
         assert (cut.num_parameters, cut.bytes, cut.onnx["float32"]) == (left, 2 * left, 4 * left)
         # int4: 18 bytes for 32 weights. All widths are multiples of 32; norms and biases stay in float32
         vectors = left - 2 * shape.vocabulary * shape.hidden - (shape.layers - removed) * matrices(shape)
-        assert cut.onnx["int4"] == (left - vectors) * 20 // 32 + 4 * vectors
+        assert cut.onnx["int4"] == (left - vectors) * 18 // 32 + 4 * vectors
     return plan
 
 
