@@ -35,7 +35,7 @@ from optimum_clp.surgery import cut_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
-from models import CACHE, speed100m  # noqa: E402
+from models import CACHE, speed100m  # noqa: E402  # a script of the folder above, which is on the path only now
 
 FOLDER = CACHE / "edge"
 CUT = LayerSegment(6, 9)
@@ -156,7 +156,7 @@ class Runner:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")  # type: ignore[arg-type]
+            raise SystemExit(f"{self.process.args} ended with {self.process.wait()}")
         return json.loads(line)
 
     def close(self) -> None:

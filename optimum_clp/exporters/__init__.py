@@ -47,8 +47,8 @@ class ExportedFile:
         bytes (`int`): Size on disk, the data file included.
         num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.onnx_count.QuantizedNodes`].
         num_quantized_embeddings (`int`): Look-ups in a quantized table.
-        bits_per_weight (`float`): Mean over the quantized weights, with scales (16 bits) and zero points (32 bits),
-            and the filling of rows; 32 in the float file.
+        bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points as they are stored, and
+            the filling of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
     """

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -53,6 +54,25 @@ def drop_weights(graph: ir.Model) -> None:
     """
     for value in graph.graph.initializers.values():
         value.const_value = None
+
+
+def store_tensor(graph: ir.Graph, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """Store a tensor in the graph under a new name.
+
+    Args:
+        graph (`onnx_ir.Graph`): The graph.
+        name (`str`): Of the tensor and its value.
+        content (`np.ndarray` or `onnx_ir.TensorProtocol`): The numbers, or a tensor that has them when it is written.
+
+    Returns:
+        `onnx_ir.Value`: The initializer.
+    """
+    tensor = ir.tensor(content)
+    tensor.name = name
+    shape = ir.Shape(stored_shape(tensor))
+    value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def stored_tensor(value: ir.Value | None) -> ir.TensorProtocol:

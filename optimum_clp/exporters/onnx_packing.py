@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_file import stored_shape, stored_tensor
+from .onnx_file import store_tensor, stored_shape, stored_tensor
 
 _CONTRIB = "com.microsoft"
 # what may lie between a projection and the attention
@@ -60,7 +60,7 @@ def _pack(graph: ir.Model, products: Sequence[ir.Node]) -> None:
     )
     split = ir.node(
         "Split",
-        [packed.outputs[0], _stored(graph, f"{first.name}_widths", ir.tensor(np.array(widths, dtype=np.int64)))],
+        [packed.outputs[0], store_tensor(graph.graph, f"{first.name}_widths", np.array(widths, dtype=np.int64))],
         {"axis": -1},
         num_outputs=3,
         name=f"{first.name}_split",
@@ -88,13 +88,4 @@ def _joined(graph: ir.Model, values: Sequence[ir.Value]) -> ir.Value:
         shape=ir.Shape([sum(shape[0] for shape in shapes), *shapes[0][1:]]),
         name=name,
     )
-    return _stored(graph, name, joined)
-
-
-def _stored(graph: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    tensor.name = name
-    value = ir.Value(
-        name=name, shape=ir.Shape(stored_shape(tensor)), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.graph.register_initializer(value)
-    return value
+    return store_tensor(graph.graph, name, joined)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from ..errors import Problem, QuantizationError
 from .onnx_contrib import ContribNodes
 from .onnx_count import QuantizedNodes
-from .onnx_file import stored_shape, stored_tensor
+from .onnx_file import store_tensor, stored_shape, stored_tensor
 from .onnx_float import is_stored_matrix, transposed_weight
 from .onnx_form import NodeForm, StoredMatrix
 from .onnx_qdq import QdqNodes
@@ -291,12 +291,7 @@ class _GraphQuantizer:
         return rounding(matrix if transposed else matrix.T, bits, self.block_size)
 
     def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
-        tensor = ir.tensor(content)
-        tensor.name = name
-        shape = ir.Shape(stored_shape(tensor))
-        value = ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return store_tensor(self.graph, name, content)
 
     def _replace(self, node: ir.Node, new: list[ir.Node]) -> None:
         old_output, output = node.outputs[0], new[-1].outputs[0]

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 
-from .onnx_file import stored_shape, stored_tensor
+from .onnx_file import store_tensor, stored_tensor
 
 
 def store_scales_in_16_bits(graph: ir.Model, float_graph: ir.Model) -> None:
@@ -26,15 +26,9 @@ def store_scales_in_16_bits(graph: ir.Model, float_graph: ir.Model) -> None:
             narrow = numbers.astype(np.float16)
         if not np.array_equal(narrow, numbers):
             continue
-        new = ir.Value(
-            name=f"{name}_float16",
-            shape=ir.Shape(stored_shape(tensor)),
-            type=ir.TensorType(ir.DataType.FLOAT16),
-            const_value=ir.tensor(narrow, name=f"{name}_float16"),
-        )
+        new = store_tensor(graph.graph, f"{name}_float16", narrow)
         cast = ir.node("Cast", [new], {"to": ir.DataType.FLOAT}, name=f"{name}_float32")
         cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = f"{name}_cast", old.shape, old.type
-        graph.graph.register_initializer(new)
         graph.graph.insert_before(graph.graph[0], cast)
         old.replace_all_uses_with(cast.outputs[0])
         del graph.graph.initializers[name]
