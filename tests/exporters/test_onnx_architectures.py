@@ -5,6 +5,7 @@ import copy
 import onnx
 import pytest
 import torch
+import transformers
 from tiny_models import random_tokens
 from tiny_onnx import short_reason, small_zoo_model, state_of
 from torch import nn
@@ -14,6 +15,10 @@ from zoo import ZOO, zoo_model
 from optimum_clp.errors import ExportError
 from optimum_clp.exporters import export_onnx, onnx_obstacle
 from optimum_clp.runtime import OnnxCausalLM
+
+
+# transformers 4 leaves a mask of ones out, and this class is then not even causal: one row is not what it is in a batch
+WRONG_IN_TRANSFORMERS_4 = ("doge",)
 
 
 def members():
@@ -61,7 +66,9 @@ def check_files(tiny, model, folder, record_property):
         record_property(f"onnx_{file.weights}", file.max_relative_error)
         graph = onnx.load(folder / file.file).graph
         operators = [node.op_type for node in graph.node]
-        assert operators.count("MatMulNBits") == file.num_quantized_matmuls
+        # queries, keys and values may be one product, whose integers have the names of all three
+        products = [node.input[1] for node in graph.node if node.op_type == "MatMulNBits"]
+        assert sum(len(name.split("+")) for name in products) == file.num_quantized_matmuls
         assert operators.count("GatherBlockQuantized") == file.num_quantized_embeddings
         left = {tensor.name for tensor in graph.initializer if len(tensor.dims) >= 2 and tensor.data_type == 1}
         if file.weights != "float32":
@@ -110,6 +117,12 @@ def test_files_of_every_architecture_or_an_obstacle(tiny, tmp_path, architecture
             architecture_result(tiny.name, column, f"refused: {short_reason(obstacle)}")
         return
     model = small_zoo_model(tiny)
+    if tiny.name in WRONG_IN_TRANSFORMERS_4 and transformers.__version__.startswith("4."):
+        with pytest.raises(ExportError, match="its logits differ from PyTorch's"):
+            export_onnx(model, tmp_path, quiet=True)
+        for column in ("onnx_float", "onnx_int8", "onnx_int4"):
+            architecture_result(tiny.name, column, "refused: a file differs from the model")
+        return
     check_files(tiny, model, tmp_path, record_property)
     check_against_each_row_alone(tmp_path, model)
     for column in ("onnx_float", "onnx_int8", "onnx_int4"):
