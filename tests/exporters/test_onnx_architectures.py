@@ -16,7 +16,6 @@ from optimum_clp.errors import ExportError
 from optimum_clp.exporters import export_onnx, onnx_obstacle
 from optimum_clp.runtime import OnnxCausalLM
 
-
 # transformers 4 leaves a mask of ones out, and this class is then not even causal: one row is not what it is in a batch
 WRONG_IN_TRANSFORMERS_4 = ("doge",)
 
