@@ -1,6 +1,6 @@
-"""Gram matrices of what enters each linear module on calibration text, layer by layer, so that one layer's are held."""
+"""What enters each linear module on calibration text, as moments, while the modules below are quantized one after another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -13,9 +13,13 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import Problem, QuantizationError
 from ..gating import LayerStack, layer_hidden, run_without_head, stopped_before
 from ..progress import progress_bar
+from .dependency_levels import dependency_levels
+from .drift_correction import InputMoments
 from .onnx_experts import unrolled_experts
 
-Quantize = Callable[[list[str], np.ndarray, np.ndarray, bool], np.ndarray]
+Quantize = Callable[[list[str], np.ndarray, InputMoments | None, bool], np.ndarray]
+# Tokens of the float model that say what enters a head whose table is the embedding's too.
+_TABLE_TOKENS = 4096
 
 
 def linear_matrix(module: nn.Module) -> Tensor | None:
@@ -37,21 +41,29 @@ def weight_names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def visit_layers(
-    model: PreTrainedModel, tokens: Tensor, quantize: Quantize, *, batch_size: int = 8, quiet: bool = False
+    model: PreTrainedModel,
+    tokens: Tensor,
+    wanted: Collection[str],
+    quantize: Quantize,
+    *,
+    batch_size: int = 8,
+    quiet: bool = False,
 ) -> None:
-    """Hand every linear module's weight and inputs to `quantize`, from the bottom up, the head last.
+    """Hand weights and what enters their modules to `quantize`: the embedding, then layer by layer, then the head.
 
-    What enters a layer comes from the layers below with the weights that `quantize` has returned for them, as in the
-    quantized model; within a layer all modules are seen at once. A layer's weights are replaced only while what leaves
-    it is computed. Fused experts come one by one, under the names that they have in the exported graph; a module that no
-    token reaches does not come.
+    What enters a module comes from the modules below with the weights that `quantize` has returned for them, as in the
+    quantized model; modules of a layer that do not depend on one another are seen at once. Beside it the float model's own
+    activations are computed. A layer's weights are replaced only while something is computed with them. Fused experts come
+    one by one, under the names that they have in the exported graph; a module that no token reaches does not come.
 
     Args:
         model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
         tokens (`Tensor`): int64 `[rows, length]`, without padding.
+        wanted (`Collection[str]`): The weights to visit, each by one of its names.
         quantize (`Callable`): Takes the weight's names, one of which it has in the graph; the weight (float32
-            `[outputs, inputs]`); the sum over tokens of `x x^T` of its inputs (float64 `[inputs, inputs]`); and whether it
-            is the embedding's table too. Returns the weight to go on with.
+            `[outputs, inputs]`); the [`InputMoments`] of its module; and whether it is the table of head and embedding.
+            Returns the weight to go on with. An embedding of its own comes without moments. A table that serves both comes
+            first, with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bar.
 
@@ -59,108 +71,178 @@ def visit_layers(
         QuantizationError: If the hidden states are not finite.
     """
     with torch.no_grad(), unrolled_experts(model):
-        _Visitor(model, tokens, quantize, batch_size).run(quiet)
+        _Visitor(model, tokens, wanted, quantize, batch_size).run(quiet)
 
 
 class _Visitor:
     """The loop of [`visit_layers`]."""
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, quantize: Quantize, batch_size: int):
+    def __init__(
+        self, model: PreTrainedModel, tokens: Tensor, wanted: Collection[str], quantize: Quantize, batch_size: int
+    ):
         self.model, self.quantize = model, quantize
         self.batches = tokens.split(batch_size)
         self.stack = LayerStack(model)
-        self.names = weight_names(model)
+        self.names = {key: names for key, names in weight_names(model).items() if set(wanted) & set(names)}
         self.embedding: Any = model.get_input_embeddings()
+        self.head: Any = model.get_output_embeddings()
 
     def run(self, quiet: bool) -> None:
-        states: list[Tensor | None] = [None] * len(self.batches)
+        start: list[Tensor | None] = [None] * len(self.batches)
         with progress_bar(len(self.stack) + 1, "Calibrating the quantization", quiet) as bar:
+            replaced = self._table()
+            floats, states = start, start
             for index, layer in enumerate(self.stack.layers):
-                modules = [module for module in layer.modules() if linear_matrix(module) is not None]
-                with _replaced_weights(self._quantized(index, modules, states)):
-                    states = [
-                        self._run(index, batch, state) for batch, state in zip(self.batches, states, strict=True)
-                    ]
+                modules = [module for module in layer.modules() if self._is_wanted(module)]
+                levels = self._levels(index, modules, floats[0]) if modules else []
+                for level in levels:
+                    replaced |= self._rounded(level, self._moments(index, level, floats, states, replaced, level[-1]))
+                floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
+                with _replaced_weights(replaced):
+                    states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
+                replaced = {}
                 bar.update()
-            head: Any = self.model.get_output_embeddings()
-            if head is not None and linear_matrix(head) is not None:
-                self._quantized(len(self.stack), [head], states)
+            if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
+                self._rounded([self.head], self._moments(len(self.stack), [self.head], floats, states, {}, self.head))
             bar.update()
 
-    def _quantized(self, index: int, modules: list[nn.Module], states: list[Tensor | None]) -> dict[nn.Module, Tensor]:
-        """What `quantize` makes of some modules of a layer; of the head, with the number of layers as index."""
+    def _is_wanted(self, module: nn.Module | None) -> bool:
+        return module is not None and linear_matrix(module) is not None and id(module.weight) in self.names
+
+    def _table(self) -> dict[nn.Module, Tensor]:
+        """The embedding, as `quantize` makes it."""
+        weight: Any = self.embedding.weight
+        names = self.names.get(id(weight))
+        if names is None:
+            return {}
+        moments = None
+        tied = self._is_wanted(self.head) and self.head.weight is weight
+        if tied:
+            found = _Moments([self.head])
+            rows = -(-_TABLE_TOKENS // self.batches[0].shape[1])
+            for batch in torch.cat(self.batches)[:rows].split(len(self.batches[0])):
+                with _recorded([self.head]) as inputs, stopped_before(self.head):
+                    self.model(input_ids=batch, use_cache=False)
+                found.add({}, inputs, batch)
+            moments = found.moments(self.head)
+            _check_finite(names, moments)
+        return {self.embedding: torch.from_numpy(self.quantize(names, weight.detach().numpy(), moments, tied))}
+
+    def _levels(self, index: int, modules: list[nn.Module], state: Tensor | None) -> list[list[nn.Module]]:
+        batch, layer = self.batches[0], self.stack.layers[index]
+        return dependency_levels(layer, modules, lambda: self._run(index, batch, state))
+
+    def _moments(
+        self,
+        index: int,
+        modules: Sequence[nn.Module],
+        floats: Sequence[Tensor | None],
+        states: Sequence[Tensor | None],
+        replaced: dict[nn.Module, Tensor],
+        last: nn.Module,
+    ) -> "_Moments":
+        """Moments of modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
         moments = _Moments(modules)
-        with ExitStack() as stack:
-            for module in modules:
-                stack.callback(module.register_forward_pre_hook(moments.add).remove)
-            for batch, state in zip(self.batches, states, strict=True):
-                moments.seen.clear()
-                if index < len(self.stack):
-                    self._run(index, batch, state)
-                else:
-                    assert state is not None
-                    with self.stack.resumed(index, state), stopped_before(modules[0]):
-                        self.model(input_ids=batch, use_cache=False)
-        found = {}
+        for batch, before, state in zip(self.batches, floats, states, strict=True):
+            with _recorded(modules) as expected, stopped_before(last):
+                self._run(index, batch, before)
+            with _replaced_weights(replaced), _recorded(modules) as inputs, stopped_before(last):
+                self._run(index, batch, state)
+            moments.add(expected, inputs, batch)
+        return moments
+
+    def _rounded(self, modules: Sequence[nn.Module], moments: "_Moments") -> dict[nn.Module, Tensor]:
+        """What `quantize` makes of modules."""
+        found: dict[nn.Module, Tensor] = {}
         for module in modules:
-            gram = moments.gram(module)
-            if gram is None:
+            known, matrix = moments.moments(module), linear_matrix(module)
+            if known is None or matrix is None:
                 continue
             weight: Any = module.weight
             names = self.names[id(weight)]
-            if not np.isfinite(gram).all():
-                rule = "what enters it on the calibration text is not finite"
-                raise QuantizationError(
-                    Problem("weight", names[0], rule, 'Check the weights, or use the method "rtn"')
-                )
-            matrix = linear_matrix(module)
-            assert matrix is not None
-            found[module] = torch.from_numpy(
-                self.quantize(names, matrix.numpy(), gram, weight is self.embedding.weight)
-            )
+            _check_finite(names, known)
+            found[module] = torch.from_numpy(self.quantize(names, matrix.numpy(), known, False))
         return found
 
-    def _run(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor:
-        """What leaves a layer, `[rows, length, hidden]`; `state` has entered it."""
+    def _run(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor | None:
+        """What leaves a layer, `[rows, length, hidden]`; `state` has entered it. Nothing if the pass ends within the layer, and
+        for the number of layers, which stands for the head."""
         seen: list[Tensor] = []
         with ExitStack() as stack:
-            layer = self.stack.layers[index]
-            stack.callback(layer.register_forward_hook(lambda _, __, out: seen.append(layer_hidden(out))).remove)
             if state is not None:
                 stack.enter_context(self.stack.resumed(index, state))
+            if index == len(self.stack):
+                self.model(input_ids=batch, use_cache=False)
+                return None
+            layer = self.stack.layers[index]
+            stack.callback(layer.register_forward_hook(lambda _, __, out: seen.append(layer_hidden(out))).remove)
             if index + 1 < len(self.stack):
                 stack.enter_context(stopped_before(self.stack.layers[index + 1]))
             run_without_head(self.model, batch)
-        return seen[-1]
+        return seen[-1].detach() if seen else None
 
 
 class _Moments:
-    """Gram matrices of several modules; modules that are given the same tensor share one."""
+    """Sums over tokens for several modules; modules that are given the same tensor share them."""
 
-    def __init__(self, modules: list[nn.Module]):
-        self.owners = dict.fromkeys(modules)
-        self.grams: dict[nn.Module, Tensor] = {}
-        self.seen: list[tuple[Tensor, nn.Module]] = []
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.owners: dict[nn.Module, nn.Module | None] = dict.fromkeys(modules)
+        self.found: dict[nn.Module, InputMoments] = {}
 
-    def add(self, module: nn.Module, args: tuple) -> None:
-        """A hook before `module`'s forward."""
-        owner = next((other for tensor, other in self.seen if tensor is args[0]), module)
-        self.seen.append((args[0], module))
-        known = self.owners[module]
-        if known is None:
-            self.owners[module] = known = self.owners[owner] or owner
-        if known is not module:
-            return
-        inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-        if module not in self.grams:
-            self.grams[module] = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64)
-        self.grams[module] += inputs.T @ inputs
+    def add(
+        self, floats: dict[nn.Module, list[Tensor]], inputs: dict[nn.Module, list[Tensor]], tokens: Tensor
+    ) -> None:
+        """Add a batch: what has entered each module in the float model and in the quantized one, and its tokens."""
+        by_tensor: dict[int, nn.Module] = {}
+        for module, tensors in inputs.items():
+            owner = by_tensor.setdefault(id(tensors[0]), module)
+            known = self.owners[module]
+            if known is None:
+                self.owners[module] = known = self.owners[owner] or owner
+            if known is module:
+                batch = _moments_of(floats.get(module, []), tensors, *tokens.shape)
+                self.found[module] = self.found[module].add(batch) if module in self.found else batch
 
-    def gram(self, module: nn.Module) -> np.ndarray | None:
-        """The sum over tokens of `x x^T`, float64; `None` if no token came."""
+    def moments(self, module: nn.Module) -> InputMoments | None:
+        """The sums; `None` if no token came."""
         owner = self.owners[module]
-        gram = None if owner is None else self.grams[owner]
-        return None if gram is None or not gram.any() else gram.numpy()
+        found = None if owner is None else self.found[owner]
+        return None if found is None or not any(gram.any() for gram in found.grams) else found
+
+
+def _moments_of(floats: list[Tensor], inputs: list[Tensor], rows: int, length: int) -> InputMoments:
+    """Of one batch; with drifts if the module was given every token once, in both models."""
+    width = inputs[0].shape[-1]
+    if [tensor.numel() for tensor in (*floats, *inputs)] != [rows * length * width] * 2:
+        flat = torch.cat([tensor.reshape(-1, width) for tensor in inputs]).float()
+        return InputMoments(((flat.T @ flat).double(),))
+    before, after = (tensor.reshape(rows, length, width).float() for tensor in (floats[0], inputs[0]))
+    grams, drifts = [], []
+    for half in (0, 1):
+        x = after[half::2].reshape(-1, width)
+        grams.append((x.T @ x).double())
+        drifts.append(((before[half::2].reshape(-1, width) - x).T @ x).double())
+    return InputMoments((grams[0], grams[1]), (drifts[0], drifts[1]))
+
+
+def _check_finite(names: list[str], moments: InputMoments | None) -> None:
+    if moments is not None and not all(gram.isfinite().all() for gram in moments.grams):
+        rule = "what enters it on the calibration text is not finite"
+        raise QuantizationError(Problem("weight", names[0], rule, 'Check the weights, or use the method "rtn"'))
+
+
+@contextmanager
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Collect what enters modules, call by call."""
+    found: dict[nn.Module, list[Tensor]] = {}
+
+    def record(module: nn.Module, args: tuple) -> None:
+        found.setdefault(module, []).append(args[0].detach())
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(record).remove)
+        yield found
 
 
 @contextmanager

@@ -21,19 +21,31 @@ class InputMoments:
     """What enters a linear module on calibration text, summed over two halves of the rows.
 
     Args:
-        grams (`tuple[Tensor, Tensor]`): Of each half the sum over tokens of `x x^T`, float64 `[inputs, inputs]`, where
-            `x` enters the module in the model as it is quantized so far.
+        grams (`tuple[Tensor, ...]`): Of each half the sum over tokens of `x x^T`, float64 `[inputs, inputs]`, where
+            `x` enters the module in the model as it is quantized so far; one for all rows where there are no drifts.
         drifts (`tuple[Tensor, Tensor]`, *optional*): Of each half the sum of `(x_f - x) x^T`, where `x_f` enters the module
             in the float model for the same token; not given where tokens cannot be matched.
     """
 
-    grams: tuple[Tensor, Tensor]
+    grams: tuple[Tensor, ...]
     drifts: tuple[Tensor, Tensor] | None = None
 
     @property
     def gram(self) -> np.ndarray:
         """The sum of `x x^T` over all tokens, float64 `[inputs, inputs]`."""
-        return (self.grams[0] + self.grams[1]).numpy()
+        return _total(self.grams).numpy()
+
+    def add(self, other: "InputMoments") -> "InputMoments":
+        """The sums over both texts; the tensors of `self` are added to in place and belong to the result."""
+        if self.drifts is None or other.drifts is None:
+            return InputMoments((_total(self.grams).add_(_total(other.grams)),))
+        for mine, more in zip((*self.grams, *self.drifts), (*other.grams, *other.drifts), strict=True):
+            mine.add_(more)
+        return self
+
+
+def _total(halves: tuple[Tensor, ...]) -> Tensor:
+    return halves[0] if len(halves) == 1 else halves[0] + halves[1]
 
 
 def corrected_weight(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
@@ -64,7 +76,7 @@ def corrected_weight(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
             best_error, best_ridge = error, ridge
     if best_ridge is None:
         return weight
-    change = _change(moments.grams[0] + moments.grams[1], wanted[0] + wanted[1], best_ridge)
+    change = _change(_total(moments.grams), wanted[0] + wanted[1], best_ridge)
     return (matrix + change).float().numpy()
 
 

@@ -13,6 +13,7 @@ from ..errors import ConfigurationError, Problem
 from ..quantization import quanto_integers
 from .activation_moments import visit_layers
 from .bit_plan import plan_bits, rounding_costs
+from .drift_correction import InputMoments, corrected_weight
 from .onnx_quantization import GraphMatrix
 from .onnx_rounding import (
     DAMPING,
@@ -114,19 +115,21 @@ def round_weights(
     found: dict[str, RoundedMatrix] = {}
     by_storage: dict[int, RoundedMatrix] = {}
 
-    def quantize(names: list[str], weight: np.ndarray, gram: np.ndarray, tied: bool) -> np.ndarray:
+    def quantize(names: list[str], weight: np.ndarray, moments: InputMoments | None, tied: bool) -> np.ndarray:
         known = matrices.keys() & names
-        if not known or any(matrices[name].is_router for name in known):
-            return weight
+        in_bits = 8 if known & set(in_8_bits) else 4
+        if moments is None:  # an embedding, whose rows are looked up
+            return round_to_nearest(weight, in_bits, block_size).dequantize()
         address = weight.__array_interface__["data"][0]
         if address not in by_storage:
             damping = _TABLE_DAMPING if tied else DAMPING
-            in_bits = 8 if known & set(in_8_bits) else 4
-            by_storage[address] = round_with_feedback(weight, gram, in_bits, block_size, damping=damping)
+            weight = corrected_weight(weight, moments)
+            by_storage[address] = round_with_feedback(weight, moments.gram, in_bits, block_size, damping=damping)
         found.update(dict.fromkeys(known, by_storage[address]))
         return by_storage[address].dequantize()
 
-    visit_layers(twin, calibration, quantize, quiet=quiet)
+    wanted = [name for name, matrix in matrices.items() if not matrix.is_router]
+    visit_layers(twin, calibration, wanted, quantize, quiet=quiet)
     return RoundedWeights(found, in_8_bits)
 
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from test_onnx_quantization import dequantized_model, logits_of, read_file, relative_difference
 from tiny_models import random_tokens, tiny_model
-from tiny_onnx import exported_llama, onnx_test_model, state_of, traced_qwen3
+from tiny_onnx import exported_llama, onnx_test_model, small_zoo_model, state_of, traced_qwen3
+from zoo import ZOO
 
 from optimum_clp import exporters
 from optimum_clp.configuration import CLPConfig, ExportConfig, QuantizationConfig
 from optimum_clp.errors import ConfigurationError, QuantizationError
 from optimum_clp.exporters import export_onnx
-from optimum_clp.exporters.activation_moments import visit_layers
+from optimum_clp.exporters.activation_moments import visit_layers, weight_names
 from optimum_clp.exporters.bit_plan import plan_bits, rounding_costs
+from optimum_clp.exporters.onnx_experts import unrolled_experts
 from optimum_clp.exporters.onnx_quantization import GraphMatrix, graph_matrices, quantize_graph
 from optimum_clp.exporters.onnx_rounding import round_half_quadratic, round_to_nearest
 from optimum_clp.exporters.rounding_methods import round_weights
@@ -51,56 +53,111 @@ def linear_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
+QWEN2_LEVELS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+
+
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_moments_are_those_of_the_layers_below_as_they_were_replaced(batch_size):
+def test_moments_are_those_of_the_modules_below_as_they_were_replaced(batch_size):
     model, visited = tiny_model("qwen2", num_layers=3), {}
     before = state_of(model)
     changed = tiny_model("qwen2", num_layers=3)
 
-    def quantize(names, weight, gram, tied):
+    def quantize(names, weight, moments, tied):
         (name,) = names
-        assert not tied and weight.dtype == np.float32 and gram.dtype == np.float64
+        assert not tied and weight.dtype == np.float32
         np.testing.assert_array_equal(weight, model.get_parameter(name).detach().numpy())
-        visited[name] = gram
+        visited[name] = moments
         return weight * np.float32(0.9)
 
-    visit_layers(model, TOKENS, quantize, batch_size=batch_size, quiet=True)
+    names = [f"{name}.weight" for name in linear_names(model)]
+    visit_layers(model, TOKENS, ["model.embed_tokens.weight", *names], quantize, batch_size=batch_size, quiet=True)
     assert state_of(model) == before
-    assert [name.removesuffix(".weight") for name in visited] == linear_names(model)
-    for index in range(4):
-        names = [
-            n for n in linear_names(model) if n.startswith(f"model.layers.{index}.") or index == 3 and n == "lm_head"
-        ]
-        for name, inputs in inputs_of(changed, names).items():
-            np.testing.assert_allclose(
-                visited[f"{name}.weight"],
-                (inputs.T @ inputs).numpy(),
-                rtol=1e-4,
-                atol=1e-4 * float(inputs.square().sum()),
-            )
+    assert list(visited) == ["model.embed_tokens.weight", *names]
+    assert visited.pop("model.embed_tokens.weight") is None
+    floats = inputs_of(model, linear_names(model))
+    levels = [[f"model.layers.{index}.{name}" for name in level] for index in range(3) for level in QWEN2_LEVELS]
+    with torch.no_grad():
+        changed.model.embed_tokens.weight.mul_(0.9)
+    # halves are even and odd rows of each batch, all of which have an even number of rows here
+    even = (torch.arange(TOKENS.numel()) // TOKENS.shape[1]) % 2 == 0
+    for level in [*levels, ["lm_head"]]:
+        for name, inputs in inputs_of(changed, level).items():
+            found, drift = visited[f"{name}.weight"], floats[name] - inputs
+            for rows, gram, change in zip((even, ~even), found.grams, found.drifts, strict=True):
+                assert gram.dtype == change.dtype == torch.float64
+                scale = float(inputs.square().sum())
+                torch.testing.assert_close(gram, inputs[rows].T @ inputs[rows], rtol=1e-4, atol=1e-5 * scale)
+                torch.testing.assert_close(change, drift[rows].T @ inputs[rows], rtol=1e-4, atol=1e-5 * scale)
+            np.testing.assert_array_equal(found.gram, (found.grams[0] + found.grams[1]).numpy())
         with torch.no_grad():
-            for name in names:
+            for name in level:
                 changed.get_parameter(f"{name}.weight").mul_(0.9)
 
 
-def test_the_head_of_a_tied_model_comes_with_both_names():
+def test_the_table_of_a_tied_model_comes_first_with_what_enters_its_head():
     calls = []
 
-    def quantize(names, weight, gram, tied):
-        calls.append((names, tied))
-        return weight
+    def quantize(names, weight, moments, tied):
+        calls.append((names, tied, moments))
+        return weight * np.float32(0.9)
 
-    visit_layers(tiny_model("llama", num_layers=2, tie_word_embeddings=True), TOKENS, quantize, quiet=True)
-    assert calls[-1] == (["model.embed_tokens.weight", "lm_head.weight"], True)
-    assert not any(tied for _, tied in calls[:-1])
+    model = tiny_model("llama", num_layers=2, tie_word_embeddings=True)
+    wanted = ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]
+    visit_layers(model, TOKENS, wanted, quantize, quiet=True)
+    assert [(names, tied) for names, tied, _ in calls] == [
+        (["model.embed_tokens.weight", "lm_head.weight"], True),
+        (["model.layers.0.self_attn.q_proj.weight"], False),
+    ]
+    inputs = inputs_of(model, ["lm_head"])["lm_head"]
+    np.testing.assert_allclose(calls[0][2].gram, (inputs.T @ inputs).numpy(), rtol=1e-4, atol=1e-2)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.9)
+    inputs = inputs_of(model, ["model.layers.0.self_attn.q_proj"])["model.layers.0.self_attn.q_proj"]
+    np.testing.assert_allclose(calls[1][2].gram, (inputs.T @ inputs).numpy(), rtol=1e-4, atol=1e-2)
+
+
+def test_experts_have_moments_of_the_tokens_that_reach_them():
+    (tiny,) = [tiny for tiny in ZOO if tiny.name == "mixtral"]
+    model, found = small_zoo_model(tiny, num_layers=1), {}
+
+    def quantize(names, weight, moments, tied):
+        found[names[0]] = moments
+        return weight * np.float32(0.9)
+
+    with unrolled_experts(model):
+        names = [name for names in weight_names(model).values() for name in names]
+    visit_layers(model, TOKENS, names, quantize, quiet=True)
+    experts = {name: moments for name, moments in found.items() if ".experts." in name}
+    assert len(experts) == 2 * model.config.num_local_experts
+    # tokens may go elsewhere in the quantized model, so there is nothing to compare with
+    assert all(moments.drifts is None and len(moments.grams) == 1 for moments in experts.values())
+    assert found["model.layers.0.self_attn.o_proj.weight"].drifts is not None
+    # each token reaches so many experts with what leaves the norm behind the attention as it is quantized
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "self_attn" in name or "embed_tokens" in name:
+                parameter.mul_(0.9)
+    seen = []
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    total = sum(np.trace(moments.gram) for name, moments in experts.items() if ".up." in name)
+    expected = model.config.num_experts_per_tok * float(seen[0].double().square().sum())
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_states_that_are_not_finite_are_told():
     model = tiny_model("llama", num_layers=2)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
+    names = [f"{name}.weight" for name in linear_names(model)]
     with pytest.raises(QuantizationError, match=r"weight is 'model\.layers\.1\.mlp\.down_proj\.weight': .*not finite"):
-        visit_layers(model, TOKENS, lambda names, weight, gram, tied: weight, quiet=True)
+        visit_layers(model, TOKENS, names, lambda names, weight, moments, tied: weight, quiet=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])
