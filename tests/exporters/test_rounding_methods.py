@@ -9,12 +9,12 @@ import torch
 from test_onnx_quantization import dequantized_model, logits_of, read_file, relative_difference
 from tiny_models import random_tokens, tiny_model
 from tiny_onnx import exported_llama, onnx_test_model, small_zoo_model, state_of, traced_qwen3
-from zoo import ZOO
+from zoo import ZOO, zoo_model
 
 from optimum_clp import exporters
 from optimum_clp.configuration import CLPConfig, ExportConfig, QuantizationConfig
 from optimum_clp.errors import ConfigurationError, QuantizationError
-from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters import export_onnx, onnx_obstacle
 from optimum_clp.exporters.activation_moments import visit_layers, weight_names
 from optimum_clp.exporters.bit_plan import plan_bits, rounding_costs
 from optimum_clp.exporters.onnx_experts import unrolled_experts
@@ -379,3 +379,28 @@ def test_a_rounded_weight_that_is_not_in_the_graph_is_told():
 def test_values_out_of_range_are_told(values, message):
     with pytest.raises(ConfigurationError, match=message):
         CLPConfig(quantization=values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", [pytest.param(tiny, id=tiny.name) for tiny in ZOO])
+def test_every_matrix_of_every_architecture_is_visited(tiny):
+    if onnx_obstacle(zoo_model(tiny)) is not None:
+        pytest.skip("has no ONNX file")
+    model, visited = small_zoo_model(tiny), {}
+    model = copy.deepcopy(model).float()
+
+    def quantize(names, weight, moments, tied):
+        visited[names[0]] = moments
+        return weight * np.float32(0.98)
+
+    with unrolled_experts(model):
+        aliases = list(weight_names(model).values())
+    before = state_of(model)
+    visit_layers(model, TOKENS, [name for names in aliases for name in names], quantize, quiet=True)
+    assert state_of(model) == before
+    missed = {names[0] for names in aliases if ".layers." in names[0]} - visited.keys()
+    # a tower for pictures, experts that no token reaches, and a router that multiplies by its weight in its own way
+    apart = ("vision", ".experts.", ".router.")
+    assert not [name for name in missed if not any(part in name for part in apart)]
+    with_drifts = [name for name, moments in visited.items() if moments is not None and moments.drifts is not None]
+    assert len(with_drifts) >= sum("o_proj" in name for name in visited)
