@@ -215,13 +215,13 @@ def _moments_of(floats: list[Tensor], inputs: list[Tensor], rows: int, length: i
     width = inputs[0].shape[-1]
     if [tensor.numel() for tensor in (*floats, *inputs)] != [rows * length * width] * 2:
         flat = torch.cat([tensor.reshape(-1, width) for tensor in inputs]).float()
-        return InputMoments(((flat.T @ flat).double(),))
+        return InputMoments((flat.T @ flat,))
     before, after = (tensor.reshape(rows, length, width).float() for tensor in (floats[0], inputs[0]))
     grams, drifts = [], []
     for half in (0, 1):
         x = after[half::2].reshape(-1, width)
-        grams.append((x.T @ x).double())
-        drifts.append(((before[half::2].reshape(-1, width) - x).T @ x).double())
+        grams.append(x.T @ x)
+        drifts.append((before[half::2].reshape(-1, width) - x).T @ x)
     return InputMoments((grams[0], grams[1]), (drifts[0], drifts[1]))
 
 

@@ -6,6 +6,7 @@ is what the float model gives, so the weight to round is not `W` but the one who
 fitted on.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ from torch import Tensor
 
 # Ridges that are tried, in units of the Gram matrix's mean diagonal; from what GPTQ adds in any case up to next to no change.
 _RIDGES = (0.01, 0.1, 1.0, 10.0)
+# Rows of a weight are changed together up to this many weights, which bounds the working memory beside the sums.
+_PIECE = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class InputMoments:
     """What enters a linear module on calibration text, summed over two halves of the rows.
 
     Args:
-        grams (`tuple[Tensor, ...]`): Of each half the sum over tokens of `x x^T`, float64 `[inputs, inputs]`, where
+        grams (`tuple[Tensor, ...]`): Of each half the sum over tokens of `x x^T`, float32 `[inputs, inputs]`, where
             `x` enters the module in the model as it is quantized so far; one for all rows where there are no drifts.
         drifts (`tuple[Tensor, Tensor]`, *optional*): Of each half the sum of `(x_f - x) x^T`, where `x_f` enters the module
             in the float model for the same token; not given where tokens cannot be matched.
@@ -38,14 +41,18 @@ class InputMoments:
     def add(self, other: "InputMoments") -> "InputMoments":
         """The sums over both texts; the tensors of `self` are added to in place and belong to the result."""
         if self.drifts is None or other.drifts is None:
-            return InputMoments((_total(self.grams).add_(_total(other.grams)),))
+            return InputMoments((_total((*self.grams, *other.grams)).float(),))
         for mine, more in zip((*self.grams, *self.drifts), (*other.grams, *other.drifts), strict=True):
             mine.add_(more)
         return self
 
 
-def _total(halves: tuple[Tensor, ...]) -> Tensor:
-    return halves[0] if len(halves) == 1 else halves[0] + halves[1]
+def _total(parts: Sequence[Tensor]) -> Tensor:
+    """The sum of matrices, float64, one of which is held beside them."""
+    total = parts[0].to(torch.float64, copy=True)
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def corrected_weight(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
@@ -64,29 +71,33 @@ def corrected_weight(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
     """
     if moments.drifts is None or not all(gram.any() for gram in moments.grams):
         return weight
-    matrix = torch.from_numpy(weight).double()
-    wanted = [matrix @ drift for drift in moments.drifts]
-    best_error, best_ridge = 0.0, None
+    pieces = torch.from_numpy(weight).split(max(1, _PIECE // weight.shape[1]))
+    errors = dict.fromkeys(_RIDGES, 0.0)
     for ridge in _RIDGES:
-        error = sum(
-            _error_on(_change(moments.grams[half], wanted[half], ridge), moments.grams[1 - half], wanted[1 - half])
-            for half in (0, 1)
-        )
-        if error < best_error:
-            best_error, best_ridge = error, ridge
-    if best_ridge is None:
+        for half in (0, 1):
+            factor = _factor(moments.grams[half : half + 1], ridge)
+            for piece in pieces:
+                change = _change(piece, moments.drifts[half], factor)
+                errors[ridge] += _error_on(piece, change, moments.grams[1 - half], moments.drifts[1 - half])
+    best = min(_RIDGES, key=lambda ridge: errors[ridge])
+    if not errors[best] < 0:
         return weight
-    change = _change(_total(moments.grams), wanted[0] + wanted[1], best_ridge)
-    return (matrix + change).float().numpy()
+    factor, drift = _factor(moments.grams, best), _total(moments.drifts).float()
+    return torch.cat([piece + _change(piece, drift, factor) for piece in pieces]).numpy()
 
 
-def _change(gram: Tensor, wanted: Tensor, ridge: float) -> Tensor:
-    """`V - W`: the solution of `change (gram + ridge) = wanted`."""
-    damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean())
-    return torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
+def _factor(grams: Sequence[Tensor], ridge: float) -> Tensor:
+    """The Cholesky factor of the damped sum of Gram matrices, float64, made in the place of that sum."""
+    damped = _total(grams)
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
+    return torch.linalg.cholesky(damped, out=damped)
 
 
-def _error_on(change: Tensor, gram: Tensor, wanted: Tensor) -> float:
+def _change(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
+    """`V - W`, float32: the solution of `change (gram + ridge) = W drift`."""
+    return torch.cholesky_solve((weight @ drift).double().T, factor).T.float()
+
+
+def _error_on(weight: Tensor, change: Tensor, gram: Tensor, drift: Tensor) -> float:
     """The summed square of `V x - W x_f` on other text, less that of the weight as it is."""
-    return float((((change @ gram) - 2 * wanted) * change).sum())
+    return float(((change @ gram - 2 * (weight @ drift)) * change).sum(dtype=torch.float64))

@@ -203,10 +203,11 @@ def from_integers(codes: np.ndarray, bits: int, scales: np.ndarray, shifts: np.n
 
 def _feedback(gram: np.ndarray, penalty: float) -> np.ndarray:
     """The upper Cholesky factor of the inverse of the damped Gram matrix."""
-    damped = torch.from_numpy(gram).clone()
-    damped.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).numpy()
+    # in place where LAPACK works in place: these are the largest matrices of an export
+    matrix = torch.from_numpy(gram).clone()
+    matrix.diagonal().add_(penalty)
+    matrix = torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
+    return torch.linalg.cholesky(matrix, upper=True, out=matrix).numpy()
 
 
 def _round_columns(
