@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/edge/export_memory.py FOLDER --heads untied --dtype float32 --weights int8 int4
 
-The model is a LLaMA of about 620 million random weights (2.5 GB in float32), made in code, few and wide layers. Prints one
-line of JSON; the files and `reference.npz`, logits of the model on tokens of another seed than the check's, are left in
-FOLDER. The processes in which the files are compared with PyTorch are not counted. Needs Linux.
+The model is a LLaMA of about 620 million random weights (2.5 GB in float32), made in code, of few and wide layers or
+("narrow") of many narrow ones. Prints one line of JSON; the files and `reference.npz`, logits of the model on tokens of
+another seed than the check's, are left in FOLDER. The processes in which the files are compared with PyTorch are not counted. Needs Linux.
 """
 
 import argparse
@@ -22,21 +22,26 @@ from optimum_clp.exporters.onnx_check import reference_steps
 from optimum_clp.exporters.onnx_twin import float32_twin
 from optimum_clp.onnx_comparison import write_steps
 
-SHAPES = {"untied": (2, 9216), "tied": (3, 8192)}
+# layers, hidden size, intermediate size, vocabulary; "narrow" is Qwen3-0.6B's shape
+SHAPES = {
+    "untied": (2, 4096, 9216, 32000),
+    "tied": (3, 4096, 8192, 32000),
+    "narrow": (28, 1024, 3072, 151936),
+}
 
 
 def build(heads: str, dtype: torch.dtype):
     """A model whose weights are made one by one, in `dtype`: no other copy was ever in memory."""
-    layers, intermediate = SHAPES[heads]
+    layers, hidden, intermediate, vocabulary = SHAPES[heads]
     config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=4096,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=32,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=hidden // 128,
         max_position_embeddings=4096,
-        tie_word_embeddings=heads == "tied",
+        tie_word_embeddings=heads != "untied",
     )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config)
@@ -56,13 +61,15 @@ def main() -> None:
     parser.add_argument("--heads", choices=SHAPES, default="untied")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--weights", nargs="*", default=["int8", "int4"])
-    parser.add_argument("--method", default="rtn", choices=["rtn", "quanto"])
+    parser.add_argument("--method", default="rtn", choices=["rtn", "gptq", "quanto"])
     args = parser.parse_args()
     model = build(args.heads, getattr(torch, args.dtype))
     float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     started = time.perf_counter()
     quantization = QuantizationConfig(weights=args.weights, method=args.method)
-    result = export_onnx(model, args.folder, quantization=quantization, quiet=True)
+    # the memory does not depend on how many batches of 8 rows there are
+    calibration = torch.randint(32000, (16, 128), generator=torch.Generator().manual_seed(0))
+    result = export_onnx(model, args.folder, quantization=quantization, calibration=calibration, quiet=True)
     seconds = time.perf_counter() - started
     # not getrusage, which also has the peak of the process that started this one
     status = Path("/proc/self/status").read_text().splitlines()
