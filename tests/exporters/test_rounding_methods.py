@@ -135,7 +135,9 @@ def test_experts_have_moments_of_the_tokens_that_reach_them():
         names = [name for names in weight_names(model).values() for name in names]
     visit_layers(model, TOKENS, names, quantize, quiet=True)
     experts = {name: moments for name, moments in found.items() if ".experts." in name}
-    assert len(experts) == 2 * model.config.num_local_experts
+    # of the two matrices that read an expert's tokens, transformers 4 keeps `w1` and `w3`, and 5 one for both
+    first = {name: moments for name, moments in experts.items() if ".up." in name or ".w1." in name}
+    assert len(first) == model.config.num_local_experts
     # tokens may go elsewhere in the quantized model, so there is nothing to compare with
     assert all(moments.drifts is None and len(moments.grams) == 1 for moments in experts.values())
     assert found["model.layers.0.self_attn.o_proj.weight"].drifts is not None
@@ -148,7 +150,7 @@ def test_experts_have_moments_of_the_tokens_that_reach_them():
     model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
         model(input_ids=TOKENS)
-    total = sum(np.trace(moments.gram) for name, moments in experts.items() if ".up." in name)
+    total = sum(np.trace(moments.gram) for moments in first.values())
     expected = model.config.num_experts_per_tok * float(seen[0].double().square().sum())
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
