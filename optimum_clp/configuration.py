@@ -203,12 +203,16 @@ class ExportConfig:
         opset (`int`): ONNX opset: 21, 22 or 23.
         tolerance (`float`): Largest allowed max|difference| / max|logit| between ONNX Runtime and PyTorch in float32;
             above it the export fails.
+        logits_to_keep (`int`): Positions of a text that get logits in a runtime that does not say how many (`OnnxCausalLM`
+            does): 0 for all, or 1, the last. 1 saves onnxruntime-genai, transformers.js and Optimum most of the head's
+            work on a prompt, and is wrong for rows that are padded on the right.
     """
 
     enabled: bool = True
     format: str = "contrib"
     opset: int = 21
     tolerance: float = 1e-4
+    logits_to_keep: int = 0
 
 
 STAGES: dict[str, type] = {
@@ -556,6 +560,7 @@ _RULES: dict[str, dict[str, Rule]] = {
         "format": _one_of(*FORMATS),
         "opset": _one_of(*OPSETS),
         "tolerance": _positive(),
+        "logits_to_keep": _one_of(0, 1),
     },
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from .errors import ExportError, Problem
-from .onnx_names import FUSED_ATTENTION, cache_names
+from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
 from .onnx_session import open_session
 
 
@@ -58,7 +58,7 @@ def relative_error(file: Path, steps: Iterable[ReferenceStep]) -> float:
         logit, also of the padding, is not finite.
 
     Raises:
-        ExportError: If ONNX Runtime cannot load or run the file.
+        ExportError: If ONNX Runtime cannot load or run the file, or it gives logits of other positions than it is asked for.
     """
     try:
         return _compare(open_session(file), steps)
@@ -137,23 +137,39 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
     past: list[np.ndarray] = []
     difference = largest = 0.0
     row_by_row = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
-    for step in steps:
+    chooses_positions = any(value.name == LOGITS_TO_KEEP for value in session.get_overridable_initializers())
+    for index, step in enumerate(steps):
         batch, length = step.input_ids.shape
+        kept = step.logits.shape[1]
         if step.begins_text:
             past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
         feeds = {name: getattr(step, name) for name in shapes if name not in past_names}
         feeds |= dict(zip(past_names, past, strict=True))
+        chosen = {LOGITS_TO_KEEP: np.array(0 if kept == length else kept)} if chooses_positions else {}
         if row_by_row and length > 1 and not step.begins_text:
-            rows = [session.run(outputs, {n: v[i : i + 1] for n, v in feeds.items()}) for i in range(batch)]
+            rows = [session.run(outputs, {n: v[i : i + 1] for n, v in feeds.items()} | chosen) for i in range(batch)]
             logits, *past = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         else:
-            logits, *past = session.run(outputs, feeds)
-        if not np.isfinite(logits).all():
-            return float("inf")
-        reference = step.logits[step.is_real]
-        answer = logits[:, -step.logits.shape[1] :][step.is_real]
-        difference = max(difference, float(np.abs(answer - reference).max()))
-        largest = max(largest, float(np.abs(reference).max()))
+            logits, *past = session.run(outputs, feeds | chosen)
+        answers = {kept: logits[:, -kept:]}
+        if chosen and index == 0:
+            (answers[1],) = session.run(["logits"], feeds | {LOGITS_TO_KEEP: np.array(1)})
+        for count, answer in answers.items():
+            if answer.shape[1] != count:
+                raise ExportError(
+                    Problem(
+                        "logits",
+                        answer.shape,
+                        f"the file was asked for the last {count} of {length} positions",
+                        "Keep the PyTorch checkpoint and report the model",
+                    )
+                )
+            if not np.isfinite(answer).all():
+                return float("inf")
+            is_real = step.is_real[:, -count:]
+            reference = step.logits[:, -count:][is_real]
+            difference = max(difference, float(np.abs(answer[is_real] - reference).max()))
+            largest = max(largest, float(np.abs(reference).max()))
     return difference / largest
 
 

@@ -7,6 +7,8 @@ FUSED_ATTENTION = "optimum_clp.attention"
 ACCURACY_LEVEL = "optimum_clp.accuracy_level"
 # the session's entry for it
 ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
+# input with a default: how many positions of a text get logits, the last ones; 0 for all. transformers.js has the name
+LOGITS_TO_KEEP = "num_logits_to_keep"
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:

@@ -12,6 +12,18 @@ from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY
 _DEFAULT_LEVEL = "4"
 
 
+def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
+    """Options that tell errors only: ONNX Runtime warns of every input with a default, and of every shorter output.
+
+    Args:
+        num_threads (`int`): Threads inside an operator; 0 for one per core.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.log_severity_level = 3
+    return options
+
+
 def open_session(
     file: str | os.PathLike,
     options: onnxruntime.SessionOptions | None = None,
@@ -36,7 +48,7 @@ def open_session(
     Raises:
         Exception: ONNX Runtime's own, which have no common base, if it cannot load the file.
     """
-    options = options or onnxruntime.SessionOptions()
+    options = options or session_options()
     session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
     level = session.get_modelmeta().custom_metadata_map.get(ACCURACY_LEVEL, _DEFAULT_LEVEL)
     if level == _DEFAULT_LEVEL or not as_exported:

@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigurationError, ModelError, Problem
-from .onnx_names import FUSED_ATTENTION
+from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .onnx_session import open_session
+from .onnx_session import session_options as default_options
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input
@@ -64,6 +65,7 @@ class OnnxCausalLM(GenerationMixin):
         self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
+        self._chooses_positions = any(v.name == LOGITS_TO_KEEP for v in session.get_overridable_initializers())
         # on another device ONNX Runtime would copy the tensors there and back
         self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
 
@@ -138,6 +140,7 @@ class OnnxCausalLM(GenerationMixin):
         return_dict: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
     ) -> CausalLMOutputWithPast:
         """Run the model.
 
@@ -152,10 +155,12 @@ class OnnxCausalLM(GenerationMixin):
                 `past_key_values` is given.
             inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states: What `generate()`
                 passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
+            logits_to_keep (`int`): Positions that get logits, the last ones, at least 0; 0 for all. `generate()` asks for
+                1, which saves most of the head's work on a prompt.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape
-            `[batch, length, vocabulary]`, float32 on the CPU, and `past_key_values`.
+            `[batch, min(length, logits_to_keep) or length, vocabulary]`, float32 on the CPU, and `past_key_values`.
 
         Raises:
             ModelError: If the mask does not fit, the cache is of another kind, or something is asked for that the file
@@ -185,10 +190,15 @@ class OnnxCausalLM(GenerationMixin):
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
         if self._is_fused and batch > 1 and length > 1 and past_length > 0:
-            return self._token_by_token(input_ids, attention_mask, position_ids.expand(batch, -1), cache, use_cache)
+            positions = position_ids.expand(batch, -1)
+            output = self._token_by_token(input_ids, attention_mask, positions, cache, use_cache)
+            output.logits = output.logits[:, -logits_to_keep:]
+            return output
         feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
         layers: Sequence[DynamicLayer]
         feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
+        if self._chooses_positions:
+            feeds[LOGITS_TO_KEEP] = torch.tensor(logits_to_keep)
         if use_cache and self._appends_in_place:
             layers = roomy = self._layers_with_room(cache, batch, past_length, length)
             memory = [states for layer in roomy for states in (layer.key_memory, layer.value_memory)]
@@ -203,6 +213,8 @@ class OnnxCausalLM(GenerationMixin):
         if use_cache:
             cache = DynamicCache() if cache is None else cache
             cache.layers[:] = layers
+        # a no-op where the file has chosen
+        logits = logits[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
 
     def _token_by_token(
@@ -416,9 +428,7 @@ def _session_options(
         )
     if session_options is not None:
         return session_options
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads or 0
-    return options
+    return default_options(num_threads or 0)
 
 
 def _refuse(**asked: Any) -> None:

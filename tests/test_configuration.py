@@ -88,6 +88,7 @@ def test_ratios_outside_the_open_interval_are_refused(ratio):
         ("quantization", "weights", ["int4", "int4"], "each at most once"),
         ("quantization", "accuracy_level", 2, "it must be one of 0, 1, 4"),
         ("export", "opset", 18, "it must be one of 21, 22, 23"),
+        ("export", "logits_to_keep", 2, "it must be one of 0, 1"),
     ],
 )
 def test_each_rule_names_key_value_and_rule(stage, key, value, message):

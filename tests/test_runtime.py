@@ -205,6 +205,44 @@ def test_evaluation_measures_file_and_model_alike(onnx_model, pytorch):
     assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-5)
 
 
+def test_generation_asks_for_the_last_logits_alone(onnx_model, monkeypatch):
+    run, sizes = onnx_model._run, []
+
+    def spy(*args):
+        found = run(*args)
+        sizes.append(found[0].shape[1])
+        return found
+
+    monkeypatch.setattr(onnx_model, "_run", spy)
+    ids = random_tokens(1, 7)
+    generate(onnx_model, ids, max_new_tokens=3, min_new_tokens=3)
+    assert sizes == [1, 1, 1]
+    every = onnx_model(ids).logits
+    for count in (1, 3, 9):
+        torch.testing.assert_close(onnx_model(ids, logits_to_keep=count).logits, every[:, -count:])
+    assert sizes[3:] == [7, 1, 3, 7]
+
+
+def test_last_logits_of_several_rows_after_a_past(onnx_model):
+    ids = random_tokens(2, 8, seed=3)
+    every = onnx_model(ids).logits
+    past = onnx_model(ids[:, :4], use_cache=True).past_key_values
+    kept = onnx_model(ids[:, 4:], past_key_values=past, logits_to_keep=2).logits
+    torch.testing.assert_close(kept, every[:, -2:])
+
+
+def test_a_file_without_the_choice_of_positions_runs(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    graph = onnx.load(folder / "onnx/model.onnx")
+    (index,) = [i for i, value in enumerate(graph.graph.input) if value.name == "num_logits_to_keep"]
+    # no input any more: a constant, as before this package gave a choice
+    del graph.graph.input[index]
+    onnx.save(graph, tmp_path / "copy/onnx/model.onnx")
+    older, ids = OnnxCausalLM.from_pretrained(tmp_path / "copy"), random_tokens(2, 5)
+    assert not older.session.get_overridable_initializers()
+    torch.testing.assert_close(older(ids, logits_to_keep=2).logits, older(ids).logits[:, -2:])
+
+
 def test_session_options_and_generation_config_are_used(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy/generation_config.json").write_text(

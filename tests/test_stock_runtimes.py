@@ -85,21 +85,22 @@ print(json.dumps(found))
 """
 
 
-def write_folder(model, tokenizer, folder, form="contrib", **quantization):
+def write_folder(model, tokenizer, folder, form="contrib", logits_to_keep=0, **quantization):
     """The folder of `CLPPruner.export`, without its records."""
     save_configs(model, folder)
     save_tokenizer(tokenizer, folder)
-    settings = ExportConfig(format=form), QuantizationConfig(method="rtn", **quantization)
+    export = ExportConfig(format=form, logits_to_keep=logits_to_keep)
+    settings = export, QuantizationConfig(method="rtn", **quantization)
     result = export_onnx(model, folder, *settings, quiet=True)
     assert write_runtime_configs(folder, model, result) is None
 
 
 @functools.cache
-def stories():
+def stories(logits_to_keep=0):
     """The folder of stories-llama-16l, and for each of its files what `OnnxCausalLM` makes of the prompts."""
     temporary = tempfile.TemporaryDirectory()
     folder, tokenizer = Path(temporary.name), load_tokenizer(DENSE)
-    write_folder(load_model(DENSE, quiet=True), tokenizer, folder)
+    write_folder(load_model(DENSE, quiet=True), tokenizer, folder, logits_to_keep=logits_to_keep)
     tokens = {}
     for dtype, name in FILES.items():
         model = OnnxCausalLM.from_pretrained(folder, f"onnx/{name}")
@@ -158,6 +159,17 @@ def test_genai_runs_standard_operators_at_their_accuracy_level(accuracy_level, t
     np.testing.assert_allclose(generator.get_logits().reshape(-1), expected[0, -1], atol=1e-5)
 
 
+def test_genai_takes_files_that_give_the_last_logits_alone(tmp_path):
+    genai = pytest.importorskip("onnxruntime_genai")
+    model = onnx_test_model("llama", tied=True, num_layers=2, initializer_range=0.3)
+    model.config.eos_token_id = model.generation_config.eos_token_id = 96
+    write_folder(model, None, tmp_path, logits_to_keep=1, weights=["int4"])
+    ours = OnnxCausalLM.from_pretrained(tmp_path, "onnx/model_q4.onnx")
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0)).tolist()
+    for row, found in zip(ids, genai_tokens(genai, tmp_path, ids, 20), strict=True):
+        assert found[:27] in (expected := greedy(ours, row, 20), expected[:-1])
+
+
 def test_genai_takes_rows_of_different_lengths(tmp_path):
     genai = pytest.importorskip("onnxruntime_genai")
     model = onnx_test_model("llama", tied=True, num_layers=2, initializer_range=0.3)
@@ -173,9 +185,9 @@ def test_genai_takes_rows_of_different_lengths(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NODE_MODULES or not shutil.which("node"), reason="needs node and CLP_NODE_MODULES")
-@pytest.mark.parametrize("dtype", [*FILES, "default"])
-def test_transformers_js_says_what_our_class_says(dtype, tmp_path):
-    folder, expected, _ = stories()
+@pytest.mark.parametrize(("dtype", "logits_to_keep"), [*((dtype, 0) for dtype in FILES), ("default", 0), ("q4", 1)])
+def test_transformers_js_says_what_our_class_says(dtype, logits_to_keep, tmp_path):
+    folder, expected, _ = stories(logits_to_keep)
     script = tmp_path / "run.mjs"
     script.write_text(NODE)
     command = ["node", str(script), NODE_MODULES, str(folder), dtype, str(NEW_TOKENS), *PROMPTS]
@@ -227,8 +239,9 @@ def test_a_page_says_what_our_class_says(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif("CLP_OPTIMUM_PYTHON" not in os.environ, reason="needs CLP_OPTIMUM_PYTHON")
-def test_optimum_says_what_our_class_says(tmp_path):
-    folder, expected, _ = stories()
+@pytest.mark.parametrize("logits_to_keep", [0, 1])
+def test_optimum_says_what_our_class_says(logits_to_keep, tmp_path):
+    folder, expected, _ = stories(logits_to_keep)
     files = list(FILES.values())
     arguments = [str(folder), str(NEW_TOKENS), json.dumps(files), json.dumps(PROMPTS)]
     output = subprocess.run(

@@ -280,6 +280,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     _add(group, "export", "--opset", type=int, help="21, 22 or 23 (default: 21)")
     _add(group, "export", "--tolerance", type=float, help="largest relative error against PyTorch (default: 1e-4)")
+    _add(
+        group,
+        "export",
+        "--logits-to-keep",
+        type=int,
+        help="positions that get logits where a runtime does not say: 0 (all, the default) or 1 (the last)",
+    )
 
 
 def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> None:

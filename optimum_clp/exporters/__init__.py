@@ -24,6 +24,7 @@ from .onnx_count import QuantizedNodes, bits_per_weight, expected_nodes
 from .onnx_file import drop_weights, save_graph
 from .onnx_float import export_float_graph, fold_weight_transposes
 from .onnx_fused import fused_obstacle
+from .onnx_logits import choose_positions
 from .onnx_obstacle import onnx_obstacle
 from .onnx_packing import pack_projections
 from .onnx_quantization import check_quantized_nodes, graph_matrices, quantize_graph
@@ -229,6 +230,8 @@ def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:
     return {
         str(value.name): tuple(size if isinstance(size, int) else str(size) for size in value.shape or ())
         for value in graph.graph.inputs
+        # those that have a default are nobody's duty
+        if not value.is_initializer()
     }
 
 
@@ -238,6 +241,7 @@ def _float_graph(
     """Trace, write and check the float file; the graph that the quantized files are made from."""
     with _quiet_exporter():
         graph = export_float_graph(twin, export.opset, fuse=fuse)
+    choose_positions(graph, export.logits_to_keep)
     float_graph = graph.clone()
     fold_weight_transposes(float_graph)
     writer.add("float32", float_graph, QuantizedNodes(0, 0), 32.0, export.tolerance, started)

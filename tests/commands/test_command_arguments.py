@@ -73,7 +73,7 @@ def test_every_option_reaches_the_configuration():
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
         "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
-        "--format qdq --opset 22 --tolerance 1e-3 out"
+        "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 out"
     )
     config = CLPConfig.from_dict(values(line))
     default = CLPConfig()

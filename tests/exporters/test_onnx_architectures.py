@@ -14,6 +14,7 @@ from zoo import ZOO, zoo_model
 
 from optimum_clp.errors import ExportError
 from optimum_clp.exporters import export_onnx, onnx_obstacle
+from optimum_clp.onnx_names import LOGITS_TO_KEEP
 from optimum_clp.runtime import OnnxCausalLM
 
 # transformers 4 leaves a mask of ones out, and this class is then not even causal: one row is not what it is in a batch
@@ -65,6 +66,8 @@ def check_files(tiny, model, folder, record_property):
         record_property(f"onnx_{file.weights}", file.max_relative_error)
         graph = onnx.load(folder / file.file).graph
         operators = [node.op_type for node in graph.node]
+        # the head of every architecture can be asked for the last positions alone
+        assert LOGITS_TO_KEEP in [value.name for value in graph.input]
         # queries, keys and values may be one product, whose integers have the names of all three
         products = [node.input[1] for node in graph.node if node.op_type == "MatMulNBits"]
         assert sum(len(name.split("+")) for name in products) == file.num_quantized_matmuls
