@@ -192,6 +192,7 @@ class OnnxCausalLM(GenerationMixin):
         if self._is_fused and batch > 1 and length > 1 and past_length > 0:
             positions = position_ids.expand(batch, -1)
             output = self._token_by_token(input_ids, attention_mask, positions, cache, use_cache)
+            assert output.logits is not None
             output.logits = output.logits[:, -logits_to_keep:]
             return output
         feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))

@@ -1,7 +1,8 @@
 """One way to run one model, in a process of its own that answers requests on its standard input.
 
-    python benchmarks/edge/runners.py RUNTIME FOLDER FILE THREADS PROMPT NEW
+    python benchmarks/edge/runners.py RUNTIME FOLDER FILE THREADS PROMPT NEW KEPT
 
+KEPT is how many positions get logits, 0 for all; of a file that onnxruntime-genai runs it was decided before.
 RUNTIME is `ours`, `genai`, `eager` or `compiled`. The process loads the model, says `{"load_seconds": ...}`, and then for each line it
 reads runs a prompt of PROMPT tokens and NEW - 1 further steps, greedily, and answers with the seconds of both, the tokens, and its
 peak memory so far. Each imports only what it needs: a device that runs onnxruntime-genai has no PyTorch.
@@ -22,10 +23,10 @@ Run = Callable[[list[int]], tuple[float, float, list[int]]]
 
 def main() -> None:
     runtime, folder, file, *numbers = sys.argv[1:]
-    threads, prompt, new = map(int, numbers)
+    threads, prompt, new, kept = map(int, numbers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     begin = time.perf_counter()
-    run = RUNTIMES[runtime](Path(folder), file, threads, new)
+    run = RUNTIMES[runtime](Path(folder), file, threads, new, kept)
     generator = random.Random(0)
     tokens = [generator.randrange(3, 30000) for _ in range(prompt)]
     for _ in range(2 if runtime == "compiled" else 0):
@@ -48,7 +49,7 @@ def peak_memory() -> int:
     return int(match[1]) * 1024
 
 
-def ours(folder: Path, file: str, threads: int, new: int) -> Run:
+def ours(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     import torch
 
     from optimum_clp.runtime import OnnxCausalLM
@@ -57,13 +58,13 @@ def ours(folder: Path, file: str, threads: int, new: int) -> Run:
     model = OnnxCausalLM.from_pretrained(folder, file, num_threads=threads)
 
     def step(ids, cache):
-        output = model(ids, past_key_values=cache)
+        output = model(ids, past_key_values=cache, logits_to_keep=kept)
         return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
     return stepwise(step, new)
 
 
-def eager(folder: Path, file: str, threads: int, new: int) -> Run:
+def eager(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -72,13 +73,13 @@ def eager(folder: Path, file: str, threads: int, new: int) -> Run:
 
     @torch.no_grad()
     def step(ids, cache):
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=kept)
         return output.logits[:, -1].argmax(-1, keepdim=True), output.past_key_values
 
     return stepwise(step, new)
 
 
-def compiled(folder: Path, file: str, threads: int, new: int) -> Run:
+def compiled(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     """`torch.compile` over a static cache, as transformers recommends; compiled before it says that it has loaded."""
     import torch
     from transformers import AutoModelForCausalLM, StaticCache
@@ -95,8 +96,10 @@ def compiled(folder: Path, file: str, threads: int, new: int) -> Run:
         for _ in range(new):
             start = len(prompt) + len(chosen) - ids.shape[1]
             position = torch.arange(start, start + ids.shape[1])[None]
-            logits = fast(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True).logits
-            ids = logits[:, -1].argmax(-1, keepdim=True)
+            output = fast(
+                input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=kept
+            )
+            ids = output.logits[:, -1].argmax(-1, keepdim=True)
             chosen.append(int(ids))
             times.append(time.perf_counter())
         return times[1] - times[0], times[-1] - times[1], chosen
@@ -120,7 +123,7 @@ def stepwise(step, new: int) -> Run:
     return run
 
 
-def genai(folder: Path, file: str, threads: int, new: int) -> Run:
+def genai(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     import onnxruntime_genai as og
 
     config = og.Config(str(folder))

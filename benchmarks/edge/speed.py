@@ -6,7 +6,8 @@ Of `speed100m` (`benchmarks/models.py`, 119 million weights) and of what is left
 prompt of 256 tokens, then 63 steps of one token, greedily. Every way to run a model is a process of its own
 (`runners.py`), started anew in each round, in which it runs three times: the first is not counted. Rounds take turns, so a
 ratio is of two processes that ran one after the other; the table has medians, and the ratios with their range. Compiled
-models live through all rounds.
+models live through all rounds. In the rows "(last logits)" the prompt's last position alone gets logits, as `generate()`
+asks for; the file of onnxruntime-genai's builder is made with `prune_lm_head` there.
 
 onnxruntime-genai's builder gets the settings that our files have (blocks of 32, `accuracy_level` 4, embedding and head
 shared), and in a second row its own. Before anything is timed, the float files must choose the same tokens.
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.configuration import QuantizationConfig
+from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import QUANTIZED_FILES, export_onnx, write_runtime_configs
 from optimum_clp.report import environment_info
 from optimum_clp.segments import LayerSegment
@@ -39,6 +40,7 @@ from models import CACHE, speed100m  # noqa: E402  # a script of the folder abov
 
 FOLDER = CACHE / "edge"
 CUT = LayerSegment(6, 9)
+LAST = "dense (last logits)"
 PROMPT, NEW, RUNS = 256, 64, 3
 FILES = {"float32": "model.onnx", **QUANTIZED_FILES}
 SAME = ["shared_embeddings=true", "int4_block_size=32", "int4_accuracy_level=4"]
@@ -55,6 +57,7 @@ class Variant:
     runtime: str
     folder: Path
     file: str
+    kept: int = 0
 
     @property
     def key(self) -> str:
@@ -90,11 +93,7 @@ def prepare() -> list[Variant]:
     variants = []
     for name in ("dense", "cut"):
         checkpoint = speed100m() if name == "dense" else cut_checkpoint()
-        ours = FOLDER / f"{name}-ours"
-        if not (ours / "genai_config.json").is_file():
-            shutil.copytree(checkpoint, ours, dirs_exist_ok=True)
-            model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-            write_runtime_configs(ours, model, export_onnx(model, ours, quantization=QuantizationConfig(method="rtn")))
+        ours = exported(checkpoint, FOLDER / f"{name}-ours", ExportConfig())
         variants.append(Variant(name, "float32", "PyTorch", "eager", checkpoint, "model.safetensors"))
         variants.append(Variant(name, "float32", "torch.compile", "compiled", checkpoint, "model.safetensors"))
         for weights, file in FILES.items():
@@ -105,7 +104,36 @@ def prepare() -> list[Variant]:
             variants.append(Variant(name, weights, "ours, generate()", "ours", ours, f"onnx/{file}"))
         own = built(checkpoint, name, "int4", [])
         variants.append(Variant(name, "int4", "builder, its own settings", "genai", own, "model.onnx"))
+    return [*variants, *last_logits()]
+
+
+def last_logits() -> list[Variant]:
+    """The dense model, with logits of the prompt's last position alone."""
+    checkpoint, every = speed100m(), FOLDER / "dense-ours"
+    last = exported(checkpoint, FOLDER / "dense-last-ours", ExportConfig(logits_to_keep=1))
+    variants = [
+        Variant(LAST, "float32", "PyTorch", "eager", checkpoint, "model.safetensors", 1),
+        Variant(LAST, "float32", "torch.compile", "compiled", checkpoint, "model.safetensors", 1),
+    ]
+    for weights, file in FILES.items():
+        theirs = built(checkpoint, "dense-last", weights, [*SAME, "prune_lm_head=true"])
+        variants += [
+            Variant(LAST, weights, "ours", "genai", last, f"onnx/{file}", 1),
+            Variant(LAST, weights, "builder", "genai", theirs, "model.onnx", 1),
+            Variant(LAST, weights, "ours, generate()", "ours", every, f"onnx/{file}", 1),
+        ]
     return variants
+
+
+def exported(checkpoint: Path, folder: Path, export: ExportConfig) -> Path:
+    """A folder with our files."""
+    if not (folder / "genai_config.json").is_file():
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+        write_runtime_configs(
+            folder, model, export_onnx(model, folder, export, quantization=QuantizationConfig(method="rtn"))
+        )
+    return folder
 
 
 def cut_checkpoint() -> Path:
@@ -134,7 +162,7 @@ class Runner:
     """A process of `runners.py`."""
 
     def __init__(self, variant: Variant, threads: int):
-        arguments = [variant.runtime, variant.folder, variant.file, threads, PROMPT, NEW]
+        arguments = [variant.runtime, variant.folder, variant.file, threads, PROMPT, NEW, variant.kept]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "runners.py"), *map(str, arguments)],
@@ -192,7 +220,7 @@ def measure(variants: list[Variant], threads: int, rounds: int) -> dict[str, dic
 
 def check_tokens(found: dict[str, dict]) -> None:
     """Models in float32 must say the same, whoever made the file and whatever runs it."""
-    for model in ("dense", "cut"):
+    for model in ("dense", "cut", LAST):
         tokens = {key: record["tokens"] for key, record in found.items() if key.startswith(f"{model}, float32")}
         if len({tuple(chosen) for chosen in tokens.values()}) != 1:
             raise SystemExit(f"not the same tokens: {tokens}")
@@ -228,15 +256,17 @@ def table(content: dict) -> str:
 
 def ratios() -> list[tuple[str, str]]:
     found = []
-    for model in ("dense", "cut"):
+    for model in ("dense", "cut", LAST):
         for weights in FILES:
             found.append((f"{model}, {weights}, ours", f"{model}, {weights}, builder"))
-        found.append((f"{model}, int4, ours", f"{model}, int4, builder, its own settings"))
+        if model != LAST:
+            found.append((f"{model}, int4, ours", f"{model}, int4, builder, its own settings"))
         for weights in FILES:
             found += [
                 (f"{model}, {weights}, ours", f"{model}, float32, {maker}") for maker in ("PyTorch", "torch.compile")
             ]
-    return found + [(f"cut, {weights}, ours", f"dense, {weights}, ours") for weights in FILES]
+    found += [(f"cut, {weights}, ours", f"dense, {weights}, ours") for weights in FILES]
+    return found + [(f"{LAST}, {weights}, ours", f"dense, {weights}, ours") for weights in FILES]
 
 
 def plot(content: dict, file: Path) -> None:
@@ -246,7 +276,7 @@ def plot(content: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     variants = content["variants"]
-    keys = [key for key in variants if "generate" not in key]
+    keys = [key for key in variants if "generate" not in key and "last" not in key]
     figure, axes = plt.subplots(1, 2, figsize=(11, 6), sharey=True)
     colors = {"ours": "tab:blue", "builder": "tab:orange", "builder, its own settings": "tab:red"}
     for axis, speed, title in zip(axes, ("prefill", "decode"), ("Prompt", "Decoding"), strict=True):

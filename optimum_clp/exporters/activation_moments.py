@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,26 @@ from .dependency_levels import dependency_levels
 from .drift_correction import InputMoments
 from .onnx_experts import unrolled_experts
 
-Quantize = Callable[[list[str], np.ndarray, InputMoments | None, bool], np.ndarray]
+
+@dataclass(frozen=True)
+class NamedWeight:
+    """A weight of the model.
+
+    Args:
+        names (`list[str]`): All its names, one of which it has in the graph.
+        weight (`np.ndarray` of shape `[outputs, inputs]`, float32): A view of the parameter.
+    """
+
+    names: list[str]
+    weight: np.ndarray
+
+    @property
+    def address(self) -> int:
+        """Where its numbers lie: that of another module with the same parameter is the same."""
+        return self.weight.__array_interface__["data"][0]
+
+
+Quantize = Callable[[Sequence[NamedWeight], InputMoments | None, bool], Sequence[np.ndarray]]
 # Tokens of the float model that say what enters a head whose table is the embedding's too.
 _TABLE_TOKENS = 4096
 
@@ -29,6 +49,12 @@ def linear_matrix(module: nn.Module) -> Tensor | None:
     # a router that is a linear layer with a forward of its own may multiply by something else
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return cast(Tensor, module.weight).detach() if plain else None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    matrix = linear_matrix(module)
+    assert matrix is not None
+    return matrix
 
 
 def weight_names(model: nn.Module) -> dict[int, list[str]]:
@@ -60,10 +86,10 @@ def visit_layers(
         model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
         tokens (`Tensor`): int64 `[rows, length]`, without padding.
         wanted (`Collection[str]`): The weights to visit, each by one of its names.
-        quantize (`Callable`): Takes the weight's names, one of which it has in the graph; the weight (float32
-            `[outputs, inputs]`); the [`InputMoments`] of its module; and whether it is the table of head and embedding.
-            Returns the weight to go on with. An embedding of its own comes without moments. A table that serves both comes
-            first, with what enters the head in the float model, of 4096 tokens.
+        quantize (`Callable`): Takes [`NamedWeight`]s of modules that are given the same input; its [`InputMoments`], which
+            belong to the callee; and whether it is the table of head and embedding. Returns the weights to go on with. An
+            embedding of its own comes without moments. A table that serves both comes first, with what enters the head
+            in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bar.
 
@@ -96,14 +122,14 @@ class _Visitor:
                 modules = [module for module in layer.modules() if self._is_wanted(module)]
                 levels = self._levels(index, modules, floats[0]) if modules else []
                 for level in levels:
-                    replaced |= self._rounded(level, self._moments(index, level, floats, states, replaced, level[-1]))
+                    replaced |= self._rounded(self._moments(index, level, floats, states, replaced, level[-1]))
                 floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
                 with _replaced_weights(replaced):
                     states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
                 replaced = {}
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
-                self._rounded([self.head], self._moments(len(self.stack), [self.head], floats, states, {}, self.head))
+                self._rounded(self._moments(len(self.stack), [self.head], floats, states, {}, self.head))
             bar.update()
 
     def _is_wanted(self, module: nn.Module | None) -> bool:
@@ -124,9 +150,10 @@ class _Visitor:
                 with _recorded([self.head]) as inputs, stopped_before(self.head):
                     self.model(input_ids=batch, use_cache=False)
                 found.add({}, inputs, batch)
-            moments = found.moments(self.head)
+            ((_, moments),) = found.taken()
             _check_finite(names, moments)
-        return {self.embedding: torch.from_numpy(self.quantize(names, weight.detach().numpy(), moments, tied))}
+        (table,) = self.quantize([NamedWeight(names, weight.detach().numpy())], moments, tied)
+        return {self.embedding: torch.from_numpy(table)}
 
     def _levels(self, index: int, modules: list[nn.Module], state: Tensor | None) -> list[list[nn.Module]]:
         batch, layer = self.batches[0], self.stack.layers[index]
@@ -151,17 +178,14 @@ class _Visitor:
             moments.add(expected, inputs, batch)
         return moments
 
-    def _rounded(self, modules: Sequence[nn.Module], moments: "_Moments") -> dict[nn.Module, Tensor]:
-        """What `quantize` makes of modules."""
+    def _rounded(self, moments: "_Moments") -> dict[nn.Module, Tensor]:
+        """What `quantize` makes of the modules that `moments` are of."""
         found: dict[nn.Module, Tensor] = {}
-        for module in modules:
-            known, matrix = moments.moments(module), linear_matrix(module)
-            if known is None or matrix is None:
-                continue
-            weight: Any = module.weight
-            names = self.names[id(weight)]
-            _check_finite(names, known)
-            found[module] = torch.from_numpy(self.quantize(names, matrix.numpy(), known, False))
+        for modules, sums in moments.taken():
+            weights = [NamedWeight(self.names[id(module.weight)], _matrix(module).numpy()) for module in modules]
+            _check_finite(weights[0].names, sums)
+            rounded = map(torch.from_numpy, self.quantize(weights, sums, False))
+            found.update(zip(modules, rounded, strict=True))
         return found
 
     def _run(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor | None:
@@ -193,36 +217,41 @@ class _Moments:
         self, floats: dict[nn.Module, list[Tensor]], inputs: dict[nn.Module, list[Tensor]], tokens: Tensor
     ) -> None:
         """Add a batch: what has entered each module in the float model and in the quantized one, and its tokens."""
-        by_tensor: dict[int, nn.Module] = {}
+        by_tensor: dict[tuple, nn.Module] = {}
         for module, tensors in inputs.items():
-            owner = by_tensor.setdefault(id(tensors[0]), module)
+            owner = by_tensor.setdefault(_place(tensors[0]), module)
             known = self.owners[module]
             if known is None:
                 self.owners[module] = known = self.owners[owner] or owner
             if known is module:
-                batch = _moments_of(floats.get(module, []), tensors, *tokens.shape)
-                self.found[module] = self.found[module].add(batch) if module in self.found else batch
+                self._add(module, floats.get(module, []), tensors, *tokens.shape)
 
-    def moments(self, module: nn.Module) -> InputMoments | None:
-        """The sums; `None` if no token came."""
-        owner = self.owners[module]
-        found = None if owner is None else self.found[owner]
-        return None if found is None or not any(gram.any() for gram in found.grams) else found
+    def _add(self, module: nn.Module, floats: list[Tensor], inputs: list[Tensor], rows: int, length: int) -> None:
+        width = inputs[0].shape[-1]
+        # a module that was given every token once, in both models, has drifts
+        matched = [tensor.numel() for tensor in (*floats, *inputs)] == [rows * length * width] * 2
+        if module not in self.found:
+            self.found[module] = InputMoments.zeros(width, matched=matched)
+        sums = self.found[module]
+        if matched:
+            floats = [tensor.reshape(rows, length, width).float() for tensor in floats]
+            sums.add(inputs[0].reshape(rows, length, width).float(), floats[0])
+        else:
+            sums.add(torch.cat([tensor.reshape(-1, width) for tensor in inputs]).float())
+
+    def taken(self) -> Iterator[tuple[list[nn.Module], InputMoments]]:
+        """Modules that share sums, and the sums, which are not held here any more; not modules that no token reached."""
+        owners = list(self.found)
+        for owner in owners:
+            sums = self.found.pop(owner)
+            if any(gram.any() for gram in sums.grams):
+                yield [module for module, known in self.owners.items() if known is owner], sums
 
 
-def _moments_of(floats: list[Tensor], inputs: list[Tensor], rows: int, length: int) -> InputMoments:
-    """Of one batch; with drifts if the module was given every token once, in both models."""
-    width = inputs[0].shape[-1]
-    if [tensor.numel() for tensor in (*floats, *inputs)] != [rows * length * width] * 2:
-        flat = torch.cat([tensor.reshape(-1, width) for tensor in inputs]).float()
-        return InputMoments((flat.T @ flat,))
-    before, after = (tensor.reshape(rows, length, width).float() for tensor in (floats[0], inputs[0]))
-    grams, drifts = [], []
-    for half in (0, 1):
-        x = after[half::2].reshape(-1, width)
-        grams.append(x.T @ x)
-        drifts.append((before[half::2].reshape(-1, width) - x).T @ x)
-    return InputMoments((grams[0], grams[1]), (drifts[0], drifts[1]))
+def _place(tensor: Tensor) -> tuple:
+    """Where a tensor's numbers lie, which tells whether another one, also in memory, is the same."""
+    # what has no numbers lies nowhere: the tokens of an expert that got none are not another one's
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
 
 
 def _check_finite(names: list[str], moments: InputMoments | None) -> None:

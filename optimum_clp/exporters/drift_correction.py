@@ -19,32 +19,73 @@ _RIDGES = (0.01, 0.1, 1.0, 10.0)
 _PIECE = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True)
+@dataclass
 class InputMoments:
-    """What enters a linear module on calibration text, summed over two halves of the rows.
+    """What enters linear modules on calibration text, summed over two halves of the rows.
+
+    These are the largest matrices of an export, so sums are added to, and given up, in place.
 
     Args:
         grams (`tuple[Tensor, ...]`): Of each half the sum over tokens of `x x^T`, float32 `[inputs, inputs]`, where
-            `x` enters the module in the model as it is quantized so far; one for all rows where there are no drifts.
-        drifts (`tuple[Tensor, Tensor]`, *optional*): Of each half the sum of `(x_f - x) x^T`, where `x_f` enters the module
+            `x` enters the modules in the model as it is quantized so far; one for all rows where there are no drifts.
+        drifts (`tuple[Tensor, ...]`, *optional*): Of each half the sum of `(x_f - x) x^T`, where `x_f` enters the modules
             in the float model for the same token; not given where tokens cannot be matched.
     """
 
     grams: tuple[Tensor, ...]
-    drifts: tuple[Tensor, Tensor] | None = None
+    drifts: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def zeros(cls, width: int, *, matched: bool) -> "InputMoments":
+        """Before any text.
+
+        Args:
+            width (`int`): Inputs of the modules.
+            matched (`bool`): Whether tokens can be matched with the float model's.
+        """
+        sums = [torch.zeros(width, width) for _ in range(4 if matched else 1)]
+        return cls((sums[0], sums[1]), (sums[2], sums[3])) if matched else cls((sums[0],))
 
     @property
     def gram(self) -> np.ndarray:
         """The sum of `x x^T` over all tokens, float64 `[inputs, inputs]`."""
         return _total(self.grams).numpy()
 
-    def add(self, other: "InputMoments") -> "InputMoments":
-        """The sums over both texts; the tensors of `self` are added to in place and belong to the result."""
-        if self.drifts is None or other.drifts is None:
-            return InputMoments((_total((*self.grams, *other.grams)).float(),))
-        for mine, more in zip((*self.grams, *self.drifts), (*other.grams, *other.drifts), strict=True):
-            mine.add_(more)
-        return self
+    def add(self, inputs: Tensor, floats: Tensor | None = None) -> None:
+        """Add a batch of text.
+
+        Args:
+            inputs (`Tensor` of shape `[rows, length, inputs]`, float32): `x`; without `floats` of any shape `[..., inputs]`.
+            floats (`Tensor`, *optional*): `x_f`, of the same shape; where it is missing once, drifts say too little and are
+                given up.
+        """
+        if floats is None or self.drifts is None:
+            self.merge()
+            self.drifts = None
+            x = inputs.reshape(-1, inputs.shape[-1])
+            self.grams[0].addmm_(x.T, x)
+            return
+        for half in (0, 1):
+            x, x_f = (states[half::2].reshape(-1, states.shape[-1]) for states in (inputs, floats))
+            self.grams[half].addmm_(x.T, x)
+            self.drifts[half].addmm_((x_f - x).T, x)
+
+    def merge(self) -> None:
+        """Give up the halves for sums over all rows."""
+        self.grams = (_sum_in_place(self.grams),)
+        self.drifts = None if self.drifts is None else (_sum_in_place(self.drifts),)
+
+    def take_gram(self) -> np.ndarray:
+        """[`gram`](#gram), for which everything else is given up."""
+        gram = self.gram
+        self.grams, self.drifts = (), None
+        return gram
+
+
+def _sum_in_place(parts: Sequence[Tensor]) -> Tensor:
+    for part in parts[1:]:
+        parts[0].add_(part)
+    return parts[0]
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -55,40 +96,54 @@ def _total(parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def corrected_weight(weight: np.ndarray, moments: InputMoments) -> np.ndarray:
-    """The weight whose products with a module's inputs are nearest to the float model's products.
+def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> list[np.ndarray]:
+    """The weights whose products with their modules' inputs are nearest to the float model's products.
 
-    It minimises `|V x - W x_f|^2 + ridge |V - W|^2`, summed over tokens. The ridge is the one of four that does best
-    when it is fitted on one half of the rows and judged on the other, both ways; if none does better there than the weight
-    as it is, nothing is changed.
+    Each minimises `|V x - W x_f|^2 + ridge |V - W|^2`, summed over tokens. The ridge is the one of four that does best
+    for the weight when it is fitted on one half of the rows and judged on the other, both ways; if none does better there
+    than the weight as it is, nothing is changed.
 
     Args:
-        weight (`np.ndarray` of shape `[outputs, inputs]`, float32): `W`.
-        moments ([`InputMoments`]): Of the module's inputs.
+        weights (`Sequence[np.ndarray]`, each of shape `[outputs, inputs]`, float32): `W` of modules with the same inputs.
+        moments ([`InputMoments`]): Of these inputs; merged afterwards.
 
     Returns:
-        `np.ndarray` of shape `[outputs, inputs]`, float32: `V`; `weight` itself where nothing is gained.
+        `list[np.ndarray]`, each of shape `[outputs, inputs]`, float32: `V`; the weight itself where nothing is gained.
     """
-    if moments.drifts is None or not all(gram.any() for gram in moments.grams):
-        return weight
-    pieces = torch.from_numpy(weight).split(max(1, _PIECE // weight.shape[1]))
-    errors = dict.fromkeys(_RIDGES, 0.0)
+    if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.any() for gram in moments.grams):
+        return list(weights)
+    pieces = [torch.from_numpy(weight).split(max(1, _PIECE // weight.shape[1])) for weight in weights]
+    errors = [dict.fromkeys(_RIDGES, 0.0) for _ in weights]
     for ridge in _RIDGES:
         for half in (0, 1):
-            factor = _factor(moments.grams[half : half + 1], ridge)
-            for piece in pieces:
-                change = _change(piece, moments.drifts[half], factor)
-                errors[ridge] += _error_on(piece, change, moments.grams[1 - half], moments.drifts[1 - half])
-    best = min(_RIDGES, key=lambda ridge: errors[ridge])
-    if not errors[best] < 0:
-        return weight
-    factor, drift = _factor(moments.grams, best), _total(moments.drifts).float()
-    return torch.cat([piece + _change(piece, drift, factor) for piece in pieces]).numpy()
+            factor = _factor(moments.grams[half], ridge)
+            for found, parts in zip(errors, pieces, strict=True):
+                for piece in parts:
+                    change = _change(piece, moments.drifts[half], factor)
+                    found[ridge] += _error_on(piece, change, moments.grams[1 - half], moments.drifts[1 - half])
+            # gone before the next one is made
+            del factor
+    moments.merge()
+    best = [min(_RIDGES, key=found.__getitem__) for found in errors]
+    better = [found[ridge] < 0 for found, ridge in zip(errors, best, strict=True)]
+    corrected = list(weights)
+    for ridge in sorted({ridge for ridge, gains in zip(best, better, strict=True) if gains}):
+        factor = _factor(moments.grams[0], ridge)
+        for index, parts in enumerate(pieces):
+            if better[index] and best[index] == ridge:
+                corrected[index] = np.empty(weights[index].shape, np.float32)
+                start = 0
+                for piece in parts:
+                    change = _change(piece, moments.drifts[0], factor)
+                    np.add(piece.numpy(), change.numpy(), out=corrected[index][start : start + len(piece)])
+                    start += len(piece)
+        del factor
+    return corrected
 
 
-def _factor(grams: Sequence[Tensor], ridge: float) -> Tensor:
-    """The Cholesky factor of the damped sum of Gram matrices, float64, made in the place of that sum."""
-    damped = _total(grams)
+def _factor(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of the damped Gram matrix, float64."""
+    damped = gram.double()
     damped.diagonal().add_(ridge * damped.diagonal().mean())
     return torch.linalg.cholesky(damped, out=damped)
 

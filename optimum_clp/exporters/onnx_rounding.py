@@ -76,42 +76,50 @@ def round_to_nearest(weight: np.ndarray, bits: int, block_size: int) -> RoundedM
     return RoundedMatrix(*quantize_blocks(weight, bits, block_size), bits, weight.shape[1])
 
 
-def round_with_feedback(
-    weight: np.ndarray, gram: np.ndarray, bits: int, block_size: int, *, damping: float = DAMPING
-) -> RoundedMatrix:
-    """Round a matrix column by column, each time moving the columns that are left so that its products change least.
+class FeedbackRounding:
+    """Rounds matrices column by column, each time moving the columns that are left so that products change least.
 
     This is GPTQ in the order of the columns; scales are chosen block by block, from the weights as they are when a block
     is reached, by the rule of [`quantize_blocks`]. A row whose products change more than by rounding to nearest, on the
-    inputs that `gram` is of, is rounded to nearest, and so is the whole matrix if no input differs from zero.
+    inputs that `gram` is of, is rounded to nearest, and so is a whole matrix if no input differs from zero.
 
     Args:
-        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
-        gram (`np.ndarray` of shape `[columns, columns]`, float64): Sum over tokens of `x x^T` of its inputs.
-        bits (`int`): 4 or 8.
-        block_size (`int`): Weights that share a scale, even.
+        gram (`np.ndarray` of shape `[columns, columns]`, float64): Sum over tokens of `x x^T` of the matrices' inputs.
         damping (`float`): Added to the diagonal of `gram`, in units of its mean; above 0.
-
-    Returns:
-        [`RoundedMatrix`]
     """
-    plain = round_to_nearest(weight, bits, block_size)
-    rows, columns = weight.shape
-    mean = np.trace(gram) / columns
-    if not mean > 0:
+
+    def __init__(self, gram: np.ndarray, damping: float = DAMPING):
+        mean = np.trace(gram) / len(gram)
+        self.gram = gram
+        self.factor = _feedback(gram, damping * mean) if mean > 0 else None
+
+    def round(self, weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:
+        """Round one matrix.
+
+        Args:
+            weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+            bits (`int`): 4 or 8.
+            block_size (`int`): Weights that share a scale, even.
+
+        Returns:
+            [`RoundedMatrix`]
+        """
+        plain = round_to_nearest(weight, bits, block_size)
+        if self.factor is None:
+            return plain
+        rows, columns = weight.shape
+        narrow = _fits_16_bits(plain.scales)
+        step = max(1, _CHUNK // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            codes, scales = _round_columns(weight[part].astype(np.float64), self.factor, bits, block_size, narrow)
+            integers = _pack(codes, bits)
+            fed = dequantize_blocks(integers, scales, bits, columns)
+            nearest = dequantize_blocks(plain.integers[part], plain.scales[part], bits, columns)
+            better = _output_error(weight[part] - fed, self.gram) < _output_error(weight[part] - nearest, self.gram)
+            plain.integers[part][better] = integers[better]
+            plain.scales[part][better] = scales[better]
         return plain
-    factor, narrow = _feedback(gram, damping * mean), _fits_16_bits(plain.scales)
-    step = max(1, _CHUNK // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        codes, scales = _round_columns(weight[part].astype(np.float64), factor, bits, block_size, narrow)
-        integers = _pack(codes, bits)
-        fed = dequantize_blocks(integers, scales, bits, columns)
-        nearest = dequantize_blocks(plain.integers[part], plain.scales[part], bits, columns)
-        better = _output_error(weight[part] - fed, gram) < _output_error(weight[part] - nearest, gram)
-        plain.integers[part][better] = integers[better]
-        plain.scales[part][better] = scales[better]
-    return plain
 
 
 def round_half_quadratic(weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:

@@ -1,6 +1,6 @@
 """What `quantization.method` and `quantization.bits_per_weight` stand for: weights that are rounded before the graph is."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 from ..configuration import QuantizationConfig
 from ..errors import ConfigurationError, Problem
 from ..quantization import quanto_integers
-from .activation_moments import visit_layers
+from .activation_moments import NamedWeight, visit_layers
 from .bit_plan import plan_bits, rounding_costs
-from .drift_correction import InputMoments, corrected_weight
+from .drift_correction import InputMoments, corrected_weights
 from .onnx_quantization import GraphMatrix
 from .onnx_rounding import (
     DAMPING,
+    FeedbackRounding,
     RoundedMatrix,
     from_integers,
     round_half_quadratic,
     round_to_nearest,
-    round_with_feedback,
 )
 
 # A table serves head and embedding. The head's inputs alone would trade errors of looked-up rows for smaller products.
@@ -115,18 +115,21 @@ def round_weights(
     found: dict[str, RoundedMatrix] = {}
     by_storage: dict[int, RoundedMatrix] = {}
 
-    def quantize(names: list[str], weight: np.ndarray, moments: InputMoments | None, tied: bool) -> np.ndarray:
-        known = matrices.keys() & names
-        in_bits = 8 if known & set(in_8_bits) else 4
+    def bits_of(names: list[str]) -> int:
+        return 8 if set(in_8_bits).intersection(names) else 4
+
+    def quantize(weights: Sequence[NamedWeight], moments: InputMoments | None, tied: bool) -> list[np.ndarray]:
         if moments is None:  # an embedding, whose rows are looked up
-            return round_to_nearest(weight, in_bits, block_size).dequantize()
-        address = weight.__array_interface__["data"][0]
-        if address not in by_storage:
-            damping = _TABLE_DAMPING if tied else DAMPING
-            weight = corrected_weight(weight, moments)
-            by_storage[address] = round_with_feedback(weight, moments.gram, in_bits, block_size, damping=damping)
-        found.update(dict.fromkeys(known, by_storage[address]))
-        return by_storage[address].dequantize()
+            return [round_to_nearest(w.weight, bits_of(w.names), block_size).dequantize() for w in weights]
+        new = [weight for weight in weights if weight.address not in by_storage]
+        if new:
+            corrected = corrected_weights([weight.weight for weight in new], moments)
+            rounding = FeedbackRounding(moments.take_gram(), _TABLE_DAMPING if tied else DAMPING)
+            for weight, values in zip(new, corrected, strict=True):
+                by_storage[weight.address] = rounding.round(values, bits_of(weight.names), block_size)
+        for weight in weights:
+            found.update(dict.fromkeys(matrices.keys() & weight.names, by_storage[weight.address]))
+        return [by_storage[weight.address].dequantize() for weight in weights]
 
     wanted = [name for name, matrix in matrices.items() if not matrix.is_router]
     visit_layers(twin, calibration, wanted, quantize, quiet=quiet)

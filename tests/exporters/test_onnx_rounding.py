@@ -4,12 +4,12 @@ import pytest
 from optimum_clp.exporters import onnx_rounding
 from optimum_clp.exporters.onnx_rounding import (
     DAMPING,
+    FeedbackRounding,
     dequantize_blocks,
     from_integers,
     quantize_blocks,
     round_half_quadratic,
     round_to_nearest,
-    round_with_feedback,
 )
 
 
@@ -48,7 +48,7 @@ def test_feedback_is_the_textbooks(bits, columns, block_size, monkeypatch):
     # every row as it comes with feedback, without the choice between two roundings
     errors = iter([np.zeros(12), np.ones(12)])
     monkeypatch.setattr(onnx_rounding, "_output_error", lambda difference, gram: next(errors))
-    found = round_with_feedback(weight, gram, bits, block_size)
+    found = FeedbackRounding(gram).round(weight, bits, block_size)
     np.testing.assert_allclose(found.dequantize(), expected, atol=1e-6)
     assert (found.bits, found.columns, found.block_size) == (bits, columns, block_size)
 
@@ -58,7 +58,7 @@ def test_feedback_is_the_textbooks(bits, columns, block_size, monkeypatch):
 def test_products_are_never_worse_than_rounded_to_nearest(bits, tokens, monkeypatch):
     monkeypatch.setattr(onnx_rounding, "_CHUNK", 400)
     weight, inputs = layer_of(40, 56, tokens, seed=1)
-    fed = round_with_feedback(weight, inputs.T @ inputs, bits, 16).dequantize()
+    fed = FeedbackRounding(inputs.T @ inputs).round(weight, bits, 16).dequantize()
     nearest = round_to_nearest(weight, bits, 16).dequantize()
     errors = [np.square((weight - rounded) @ inputs.T).sum(1) for rounded in (fed, nearest)]
     assert (errors[0] <= errors[1] * (1 + 1e-6)).all()
@@ -67,15 +67,15 @@ def test_products_are_never_worse_than_rounded_to_nearest(bits, tokens, monkeypa
 
 def test_rows_in_pieces_are_rounded_as_together(monkeypatch):
     weight, inputs = layer_of(30, 32)
-    whole = round_with_feedback(weight, inputs.T @ inputs, 4, 32)
+    whole = FeedbackRounding(inputs.T @ inputs).round(weight, 4, 32)
     monkeypatch.setattr(onnx_rounding, "_CHUNK", 100)
-    pieces = round_with_feedback(weight, inputs.T @ inputs, 4, 32)
+    pieces = FeedbackRounding(inputs.T @ inputs).round(weight, 4, 32)
     np.testing.assert_allclose(pieces.dequantize(), whole.dequantize(), atol=1e-6)
 
 
 def test_no_input_means_rounding_to_nearest():
     weight, _ = layer_of(6, 32)
-    fed, nearest = round_with_feedback(weight, np.zeros((32, 32)), 4, 32), round_to_nearest(weight, 4, 32)
+    fed, nearest = FeedbackRounding(np.zeros((32, 32))).round(weight, 4, 32), round_to_nearest(weight, 4, 32)
     np.testing.assert_array_equal(fed.integers, nearest.integers)
     np.testing.assert_array_equal(fed.scales, nearest.scales)
 
@@ -84,7 +84,7 @@ def test_inputs_that_are_zero_on_some_features_are_no_obstacle():
     weight, inputs = layer_of(6, 32)
     inputs[:, 5] = 0
     inputs[:, 20:] = 0
-    assert np.isfinite(round_with_feedback(weight, inputs.T @ inputs, 4, 16).dequantize()).all()
+    assert np.isfinite(FeedbackRounding(inputs.T @ inputs).round(weight, 4, 16).dequantize()).all()
 
 
 @pytest.mark.parametrize(("columns", "groups", "block_size"), [(256, 2, 128), (192, 2, 32), (64, 1, 64), (20, 1, 16)])

@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 
 from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx
-from optimum_clp.exporters.onnx_rounding import round_to_nearest, round_with_feedback
+from optimum_clp.exporters.onnx_rounding import FeedbackRounding, round_to_nearest
 from optimum_clp.exporters.onnx_scales import store_scales_in_16_bits
 from optimum_clp.onnx_session import open_session
 
@@ -49,7 +49,7 @@ def test_weights_are_rounded_with_the_scale_that_is_stored(bits, fed_back):
     weight = generator.standard_normal((6, 96)).astype(np.float32) * 0.02
     inputs = generator.standard_normal((200, 96))
     if fed_back:
-        matrix = round_with_feedback(weight, inputs.T @ inputs, bits, 32)
+        matrix = FeedbackRounding(inputs.T @ inputs).round(weight, bits, 32)
     else:
         matrix = round_to_nearest(weight, bits, 32)
     assert np.array_equal(matrix.scales.astype(np.float16).astype(np.float32), matrix.scales)
