@@ -17,6 +17,8 @@ from torch import Tensor
 _RIDGES = (0.01, 0.1, 1.0, 10.0)
 # Rows of a weight are changed together up to this many weights, which bounds the working memory beside the sums.
 _PIECE = 4 * 1024 * 1024
+# Rows of a weight on which ridges are judged: eight solutions of a large matrix would take most of an export's time.
+_JUDGED_ROWS = 512
 
 
 @dataclass
@@ -100,8 +102,8 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
     """The weights whose products with their modules' inputs are nearest to the float model's products.
 
     Each minimises `|V x - W x_f|^2 + ridge |V - W|^2`, summed over tokens. The ridge is the one of four that does best
-    for the weight when it is fitted on one half of the rows and judged on the other, both ways; if none does better there
-    than the weight as it is, nothing is changed.
+    for the weight when it is fitted on one half of the text and judged on the other, both ways, by at most 512 of the weight's
+    rows; if none does better there than the weight as it is, nothing is changed.
 
     Args:
         weights (`Sequence[np.ndarray]`, each of shape `[outputs, inputs]`, float32): `W` of modules with the same inputs.
@@ -112,15 +114,14 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
     """
     if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.any() for gram in moments.grams):
         return list(weights)
-    pieces = [torch.from_numpy(weight).split(max(1, _PIECE // weight.shape[1])) for weight in weights]
+    judged = [torch.from_numpy(weight[:: -(-len(weight) // _JUDGED_ROWS)]) for weight in weights]
     errors = [dict.fromkeys(_RIDGES, 0.0) for _ in weights]
     for ridge in _RIDGES:
         for half in (0, 1):
             factor = _factor(moments.grams[half], ridge)
-            for found, parts in zip(errors, pieces, strict=True):
-                for piece in parts:
-                    change = _change(piece, moments.drifts[half], factor)
-                    found[ridge] += _error_on(piece, change, moments.grams[1 - half], moments.drifts[1 - half])
+            for found, rows in zip(errors, judged, strict=True):
+                change = _change(rows, moments.drifts[half], factor)
+                found[ridge] += _error_on(rows, change, moments.grams[1 - half], moments.drifts[1 - half])
             # gone before the next one is made
             del factor
     moments.merge()
@@ -129,14 +130,11 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
     corrected = list(weights)
     for ridge in sorted({ridge for ridge, gains in zip(best, better, strict=True) if gains}):
         factor = _factor(moments.grams[0], ridge)
-        for index, parts in enumerate(pieces):
+        for index, weight in enumerate(weights):
             if better[index] and best[index] == ridge:
-                corrected[index] = np.empty(weights[index].shape, np.float32)
-                start = 0
-                for piece in parts:
-                    change = _change(piece, moments.drifts[0], factor)
-                    np.add(piece.numpy(), change.numpy(), out=corrected[index][start : start + len(piece)])
-                    start += len(piece)
+                corrected[index] = weight.copy()
+                for piece in torch.from_numpy(corrected[index]).split(max(1, _PIECE // weight.shape[1])):
+                    piece += _change(piece, moments.drifts[0], factor)
         del factor
     return corrected
 

@@ -97,6 +97,15 @@ def test_several_weights_are_corrected_as_each_alone():
     assert together[2] is third
 
 
+@pytest.mark.parametrize("explained", [True, False])
+def test_some_rows_say_which_ridge_is_best_for_all(explained, monkeypatch):
+    weight = np.random.default_rng(11).standard_normal((300, INPUTS)).astype(np.float32)
+    moments = moments_of(*pairs(60, 0.3, seed=12, explained=explained))
+    whole = corrected(weight, copy.deepcopy(moments))
+    monkeypatch.setattr(drift_correction, "_JUDGED_ROWS", 40)
+    np.testing.assert_array_equal(corrected(weight, moments), whole)
+
+
 def test_sums_are_those_of_the_text():
     floats, inputs = (torch.from_numpy(x).float().reshape(4, 15, INPUTS) for x in pairs(60, 0.1, seed=6))
     found = InputMoments.zeros(INPUTS, matched=True)
