@@ -75,13 +75,17 @@ class InputMoments:
     def merge(self) -> None:
         """Give up the halves for sums over all rows."""
         self.grams = (_sum_in_place(self.grams),)
+        self.merge_drifts()
+
+    def merge_drifts(self) -> None:
+        """[`merge`](#merge), of the drifts alone."""
         self.drifts = None if self.drifts is None else (_sum_in_place(self.drifts),)
 
     def take_gram(self) -> np.ndarray:
-        """[`gram`](#gram), for which everything else is given up."""
-        gram = self.gram
+        """The sum of `x x^T` over all tokens, float32 `[inputs, inputs]`; everything else is given up."""
+        gram = _sum_in_place(self.grams)
         self.grams, self.drifts = (), None
-        return gram
+        return gram.numpy()
 
 
 def _sum_in_place(parts: Sequence[Tensor]) -> Tensor:
@@ -115,13 +119,15 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
     if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.any() for gram in moments.grams):
         return list(weights)
     judged = [torch.from_numpy(weight[:: -(-len(weight) // _JUDGED_ROWS)]) for weight in weights]
+    drifted = [[rows @ drift for drift in moments.drifts] for rows in judged]
+    moments.merge_drifts()
     errors = [dict.fromkeys(_RIDGES, 0.0) for _ in weights]
     for ridge in _RIDGES:
         for half in (0, 1):
             factor = _factor(moments.grams[half], ridge)
-            for found, rows in zip(errors, judged, strict=True):
-                change = _change(rows, moments.drifts[half], factor)
-                found[ridge] += _error_on(rows, change, moments.grams[1 - half], moments.drifts[1 - half])
+            for found, targets in zip(errors, drifted, strict=True):
+                change = _change(targets[half], factor)
+                found[ridge] += _error_on(change, moments.grams[1 - half], targets[1 - half])
             # gone before the next one is made
             del factor
     moments.merge()
@@ -134,23 +140,26 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
             if better[index] and best[index] == ridge:
                 corrected[index] = weight.copy()
                 for piece in torch.from_numpy(corrected[index]).split(max(1, _PIECE // weight.shape[1])):
-                    piece += _change(piece, moments.drifts[0], factor)
+                    piece += _change(piece @ moments.drifts[0], factor)
         del factor
     return corrected
 
 
 def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of the damped Gram matrix, float64."""
-    damped = gram.double()
+    """The lower Cholesky factor of the damped Gram matrix, float64."""
+    # symmetric, so its transpose is the same matrix in the order of columns, in which LAPACK works in place
+    damped = gram.double().T
     damped.diagonal().add_(ridge * damped.diagonal().mean())
     return torch.linalg.cholesky(damped, out=damped)
 
 
-def _change(weight: Tensor, drift: Tensor, factor: Tensor) -> Tensor:
+def _change(drifted: Tensor, factor: Tensor) -> Tensor:
     """`V - W`, float32: the solution of `change (gram + ridge) = W drift`."""
-    return torch.cholesky_solve((weight @ drift).double().T, factor).T.float()
+    # not torch.cholesky_solve, which copies the factor
+    half = torch.linalg.solve_triangular(factor, drifted.double().T, upper=False)
+    return torch.linalg.solve_triangular(factor.T, half, upper=True).T.float()
 
 
-def _error_on(weight: Tensor, change: Tensor, gram: Tensor, drift: Tensor) -> float:
+def _error_on(change: Tensor, gram: Tensor, drifted: Tensor) -> float:
     """The summed square of `V x - W x_f` on other text, less that of the weight as it is."""
-    return float(((change @ gram - 2 * (weight @ drift)) * change).sum(dtype=torch.float64))
+    return float(((change @ gram - 2 * drifted) * change).sum(dtype=torch.float64))

@@ -84,7 +84,7 @@ class FeedbackRounding:
     inputs that `gram` is of, is rounded to nearest, and so is a whole matrix if no input differs from zero.
 
     Args:
-        gram (`np.ndarray` of shape `[columns, columns]`, float64): Sum over tokens of `x x^T` of the matrices' inputs.
+        gram (`np.ndarray` of shape `[columns, columns]`, float32): Sum over tokens of `x x^T` of the matrices' inputs.
         damping (`float`): Added to the diagonal of `gram`, in units of its mean; above 0.
     """
 
@@ -210,12 +210,28 @@ def from_integers(codes: np.ndarray, bits: int, scales: np.ndarray, shifts: np.n
 
 
 def _feedback(gram: np.ndarray, penalty: float) -> np.ndarray:
-    """The upper Cholesky factor of the inverse of the damped Gram matrix."""
-    # in place where LAPACK works in place: these are the largest matrices of an export
-    matrix = torch.from_numpy(gram).clone()
-    matrix.diagonal().add_(penalty)
-    matrix = torch.cholesky_inverse(torch.linalg.cholesky(matrix, out=matrix))
-    return torch.linalg.cholesky(matrix, upper=True, out=matrix).numpy()
+    """The upper Cholesky factor of the inverse of the damped Gram matrix, float64.
+
+    It is the inverse of the upper triangular matrix `R` with `R R^T` equal to the damped matrix, and that is the lower
+    Cholesky factor of the matrix in reversed order. One matrix is held beside `gram`: these are the largest of an export.
+    """
+    # symmetric, so its transpose is the same matrix in the order of columns, in which LAPACK works in place
+    reverse = torch.from_numpy(gram[::-1, ::-1].astype(np.float64)).T
+    reverse.diagonal().add_(penalty)
+    _invert_lower(torch.linalg.cholesky(reverse, out=reverse))
+    return reverse.numpy()[::-1, ::-1]
+
+
+def _invert_lower(matrix: torch.Tensor, step: int = 256) -> None:
+    """The inverse of a lower triangular matrix in its place, blocks of columns from the last to the first."""
+    size = len(matrix)
+    for start in reversed(range(0, size, step)):
+        stop = min(start + step, size)
+        block = matrix[start:stop, start:stop]
+        inverse = torch.linalg.solve_triangular(block, torch.eye(stop - start, dtype=matrix.dtype), upper=False)
+        below = matrix[stop:, start:stop]
+        below.copy_(matrix[stop:, stop:] @ (below @ inverse)).neg_()
+        block.copy_(inverse)
 
 
 def _round_columns(
@@ -245,8 +261,7 @@ def _round_columns(
 
 def _output_error(difference: np.ndarray, gram: np.ndarray) -> np.ndarray:
     """For each row `d` of the difference the summed square of its products, `d gram d^T`."""
-    difference = difference.astype(np.float64)
-    return ((difference @ gram) * difference).sum(-1)
+    return np.einsum("ij,ij->i", difference @ gram, difference, dtype=np.float64)
 
 
 def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
