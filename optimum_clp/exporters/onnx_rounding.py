@@ -324,7 +324,9 @@ def dequantize_blocks(
     """
     codes = _unpack(integers, bits).reshape(*scales.shape, -1).astype(np.float32)
     codes -= np.float32(2 ** (bits - 1)) if zero_points is None else zero_points[..., None]
-    return (codes * scales[..., None]).reshape(len(scales), -1)[:, :columns]
+    # in place: a whole layer of such matrices is held while the next ones are rounded
+    codes *= scales[..., None]
+    return codes.reshape(len(scales), -1)[:, :columns]
 
 
 def _pack(codes: np.ndarray, bits: int) -> np.ndarray:

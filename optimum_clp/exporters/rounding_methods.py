@@ -122,11 +122,9 @@ def round_weights(
         if moments is None:  # an embedding, whose rows are looked up
             return [round_to_nearest(w.weight, bits_of(w.names), block_size).dequantize() for w in weights]
         new = [weight for weight in weights if weight.address not in by_storage]
-        if new:
-            corrected = corrected_weights([weight.weight for weight in new], moments)
-            rounding = FeedbackRounding(moments.take_gram(), _TABLE_DAMPING if tied else DAMPING)
-            for weight, values in zip(new, corrected, strict=True):
-                by_storage[weight.address] = rounding.round(values, bits_of(weight.names), block_size)
+        in_bits = [bits_of(weight.names) for weight in new]
+        rounded = _round_together(new, moments, in_bits, block_size, _TABLE_DAMPING if tied else DAMPING)
+        by_storage.update(zip((weight.address for weight in new), rounded, strict=True))
         for weight in weights:
             found.update(dict.fromkeys(matrices.keys() & weight.names, by_storage[weight.address]))
         return [by_storage[weight.address].dequantize() for weight in weights]
@@ -134,6 +132,17 @@ def round_weights(
     wanted = [name for name, matrix in matrices.items() if not matrix.is_router]
     visit_layers(twin, calibration, wanted, quantize, quiet=quiet)
     return RoundedWeights(found, in_8_bits)
+
+
+def _round_together(
+    weights: Sequence[NamedWeight], moments: InputMoments, bits: Sequence[int], block_size: int, damping: float
+) -> list[RoundedMatrix]:
+    """Weights of modules with the same inputs; what is needed besides the result is let go of."""
+    if not weights:
+        return []
+    corrected = corrected_weights([weight.weight for weight in weights], moments)
+    rounding = FeedbackRounding(moments.take_gram(), damping)
+    return [rounding.round(values, b, block_size) for values, b in zip(corrected, bits, strict=True)]
 
 
 def _quanto_matrices(twin: PreTrainedModel, bits: int) -> Iterator[tuple[str, RoundedMatrix]]:
