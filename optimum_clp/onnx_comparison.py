@@ -16,7 +16,7 @@ import onnxruntime
 
 from .errors import ExportError, Problem
 from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
-from .onnx_session import open_session
+from .onnx_session import chooses_positions, open_session
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
     past: list[np.ndarray] = []
     difference = largest = 0.0
     row_by_row = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
-    chooses_positions = any(value.name == LOGITS_TO_KEEP for value in session.get_overridable_initializers())
+    can_choose = chooses_positions(session)
     for index, step in enumerate(steps):
         batch, length = step.input_ids.shape
         kept = step.logits.shape[1]
@@ -145,7 +145,7 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
             past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
         feeds = {name: getattr(step, name) for name in shapes if name not in past_names}
         feeds |= dict(zip(past_names, past, strict=True))
-        chosen = {LOGITS_TO_KEEP: np.array(0 if kept == length else kept)} if chooses_positions else {}
+        chosen = {LOGITS_TO_KEEP: np.array(0 if kept == length else kept)} if can_choose else {}
         if row_by_row and length > 1 and not step.begins_text:
             rows = [session.run(outputs, {n: v[i : i + 1] for n, v in feeds.items()} | chosen) for i in range(batch)]
             logits, *past = (np.concatenate(parts) for parts in zip(*rows, strict=True))

@@ -6,13 +6,13 @@ from typing import Any
 
 import onnxruntime
 
-from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY
+from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY, LOGITS_TO_KEEP
 
 # what a session takes that is not told
 _DEFAULT_LEVEL = "4"
 
 
-def session_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
+def quiet_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
     """Options that tell errors only: ONNX Runtime warns of every input with a default, and of every shorter output.
 
     Args:
@@ -48,7 +48,7 @@ def open_session(
     Raises:
         Exception: ONNX Runtime's own, which have no common base, if it cannot load the file.
     """
-    options = options or session_options()
+    options = options or quiet_options()
     session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
     level = session.get_modelmeta().custom_metadata_map.get(ACCURACY_LEVEL, _DEFAULT_LEVEL)
     if level == _DEFAULT_LEVEL or not as_exported:
@@ -57,3 +57,8 @@ def open_session(
     del session
     options.add_session_config_entry(ACCURACY_LEVEL_ENTRY, level)
     return onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+
+
+def chooses_positions(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a file can be told how many positions get logits; files of other exporters, and older ones, give all."""
+    return any(value.name == LOGITS_TO_KEEP for value in session.get_overridable_initializers())

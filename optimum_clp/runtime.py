@@ -16,8 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import ConfigurationError, ModelError, Problem
 from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP
-from .onnx_session import open_session
-from .onnx_session import session_options as default_options
+from .onnx_session import chooses_positions, open_session, quiet_options
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input
@@ -65,7 +64,7 @@ class OnnxCausalLM(GenerationMixin):
         self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
-        self._chooses_positions = any(v.name == LOGITS_TO_KEEP for v in session.get_overridable_initializers())
+        self._chooses_positions = chooses_positions(session)
         # on another device ONNX Runtime would copy the tensors there and back
         self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
 
@@ -171,6 +170,15 @@ class OnnxCausalLM(GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
+        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+            raise ModelError(
+                Problem(
+                    "logits_to_keep",
+                    logits_to_keep,
+                    "it must be a number of positions, the last ones, at least 0",
+                    "Give 0 for the logits of all positions, and choose among them",
+                )
+            )
         cache = self._cache(past_key_values)
         past_length = 0 if cache is None else cache.get_seq_length()
         batch, length = input_ids.shape
@@ -429,7 +437,7 @@ def _session_options(
         )
     if session_options is not None:
         return session_options
-    return default_options(num_threads or 0)
+    return quiet_options(num_threads or 0)
 
 
 def _refuse(**asked: Any) -> None:

@@ -223,6 +223,12 @@ def test_generation_asks_for_the_last_logits_alone(onnx_model, monkeypatch):
     assert sizes[3:] == [7, 1, 3, 7]
 
 
+@pytest.mark.parametrize("count", [-1, torch.tensor([0, 2])])
+def test_positions_that_cannot_be_kept_are_refused(onnx_model, count):
+    with pytest.raises(ModelError, match=r"logits_to_keep is .*: it must be a number of positions, the last ones"):
+        onnx_model(random_tokens(1, 4), logits_to_keep=count)
+
+
 def test_last_logits_of_several_rows_after_a_past(onnx_model):
     ids = random_tokens(2, 8, seed=3)
     every = onnx_model(ids).logits

@@ -276,7 +276,7 @@ def plot(content: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     variants = content["variants"]
-    keys = [key for key in variants if "generate" not in key and "last" not in key]
+    keys = [key for key in variants if "generate" not in key and not key.startswith(LAST)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 6), sharey=True)
     colors = {"ours": "tab:blue", "builder": "tab:orange", "builder, its own settings": "tab:red"}
     for axis, speed, title in zip(axes, ("prefill", "decode"), ("Prompt", "Decoding"), strict=True):

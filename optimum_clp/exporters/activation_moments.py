@@ -51,12 +51,6 @@ def linear_matrix(module: nn.Module) -> Tensor | None:
     return cast(Tensor, module.weight).detach() if plain else None
 
 
-def _matrix(module: nn.Module) -> Tensor:
-    matrix = linear_matrix(module)
-    assert matrix is not None
-    return matrix
-
-
 def weight_names(model: nn.Module) -> dict[int, list[str]]:
     """All names of every linear module's weight, and of the embedding's, by the weight's `id`; the graph has one of them."""
     names: dict[int, list[str]] = {}
@@ -182,7 +176,9 @@ class _Visitor:
         """What `quantize` makes of the modules that `moments` are of."""
         found: dict[nn.Module, Tensor] = {}
         for modules, sums in moments.taken():
-            weights = [NamedWeight(self.names[id(module.weight)], _matrix(module).numpy()) for module in modules]
+            matrices = [cast(Tensor, linear_matrix(module)).numpy() for module in modules]
+            names = [self.names[id(module.weight)] for module in modules]
+            weights = [NamedWeight(*pair) for pair in zip(names, matrices, strict=True)]
             _check_finite(weights[0].names, sums)
             rounded = map(torch.from_numpy, self.quantize(weights, sums, False))
             found.update(zip(modules, rounded, strict=True))

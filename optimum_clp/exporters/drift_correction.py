@@ -48,11 +48,6 @@ class InputMoments:
         sums = [torch.zeros(width, width) for _ in range(4 if matched else 1)]
         return cls((sums[0], sums[1]), (sums[2], sums[3])) if matched else cls((sums[0],))
 
-    @property
-    def gram(self) -> np.ndarray:
-        """The sum of `x x^T` over all tokens, float64 `[inputs, inputs]`."""
-        return _total(self.grams).numpy()
-
     def add(self, inputs: Tensor, floats: Tensor | None = None) -> None:
         """Add a batch of text.
 
@@ -78,7 +73,7 @@ class InputMoments:
         self.merge_drifts()
 
     def merge_drifts(self) -> None:
-        """[`merge`](#merge), of the drifts alone."""
+        """The same, of the drifts alone."""
         self.drifts = None if self.drifts is None else (_sum_in_place(self.drifts),)
 
     def take_gram(self) -> np.ndarray:
@@ -92,14 +87,6 @@ def _sum_in_place(parts: Sequence[Tensor]) -> Tensor:
     for part in parts[1:]:
         parts[0].add_(part)
     return parts[0]
-
-
-def _total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of matrices, float64, one of which is held beside them."""
-    total = parts[0].to(torch.float64, copy=True)
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> list[np.ndarray]:

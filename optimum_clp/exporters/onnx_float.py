@@ -156,6 +156,14 @@ def is_stored_matrix(value: ir.Value | None) -> bool:
     )
 
 
+def stored_weight(value: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """The stored matrix that a product's second input is or transposes, and whether it is stored as `[outputs, inputs]`."""
+    if is_stored_matrix(value):
+        return value, False
+    producer = value.producer() if value is not None else None
+    return (transposed_weight(producer), True) if producer is not None else (None, False)
+
+
 def _lazy_transpose(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     shape = ir.Shape(stored_shape(tensor)[::-1])
     return ir.LazyTensor(lambda: ir.tensor(tensor.numpy().T), dtype=tensor.dtype, shape=shape, name=tensor.name)
@@ -215,9 +223,7 @@ def _split_gemms(graph: ir.Model) -> None:
         if node.op_type != "Gemm" or node.domain not in ("", "ai.onnx"):
             continue
         weight, scales = node.inputs[1], [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")]
-        producer = weight.producer() if weight is not None else None
-        known = is_stored_matrix(weight) or (producer is not None and transposed_weight(producer) is not None)
-        if not known or scales != [1.0, 1.0] or node.attributes.get_int("transA"):
+        if stored_weight(weight)[0] is None or scales != [1.0, 1.0] or node.attributes.get_int("transA"):
             continue
         new = []
         if node.attributes.get_int("transB"):

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..onnx_names import LOGITS_TO_KEEP
 from .onnx_file import store_tensor
-from .onnx_float import is_stored_matrix, transposed_weight
+from .onnx_float import stored_weight
 
 # what models do with their logits, number by number: biases, scales, soft caps
 _NUMBER_BY_NUMBER = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh")
@@ -68,17 +68,12 @@ def _head(graph: ir.Graph) -> tuple[ir.Node, list[ir.Value]] | None:
     while value is not None and (node := value.producer()) is not None:
         behind.append(value)
         if node.op_type == "MatMul":
-            return (node, behind) if _is_stored(node.inputs[1]) else None
+            return (node, behind) if stored_weight(node.inputs[1])[0] is not None else None
         changing = [other for other in node.inputs if other is not None and not _is_vector(other)]
         if node.op_type not in _NUMBER_BY_NUMBER or len(changing) != 1:
             return None
         (value,) = changing
     return None
-
-
-def _is_stored(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    return is_stored_matrix(value) or (producer is not None and transposed_weight(producer) is not None)
 
 
 def _is_vector(value: ir.Value) -> bool:

@@ -14,7 +14,7 @@ from ..errors import Problem, QuantizationError
 from .onnx_contrib import ContribNodes
 from .onnx_count import QuantizedNodes
 from .onnx_file import store_tensor, stored_shape, stored_tensor
-from .onnx_float import is_stored_matrix, transposed_weight
+from .onnx_float import is_stored_matrix, stored_weight, transposed_weight
 from .onnx_form import NodeForm, StoredMatrix
 from .onnx_qdq import QdqNodes
 from .onnx_rounding import RoundedMatrix, round_to_nearest
@@ -195,11 +195,7 @@ def _matmul_weight(node: ir.Node) -> tuple[ir.Value | None, bool]:
     """The stored matrix that a `MatMul` multiplies by, and whether it is stored as `[outputs, inputs]`."""
     if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
         return None, False
-    weight = node.inputs[1]
-    if is_stored_matrix(weight):
-        return weight, False
-    producer = weight.producer() if weight is not None else None
-    return (transposed_weight(producer), True) if producer is not None else (None, False)
+    return stored_weight(node.inputs[1])
 
 
 def _name(value: ir.Value | None) -> str:
