@@ -118,6 +118,21 @@ def stopped_before(layer: nn.Module) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def replaced_input(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Let `hidden`, `[batch, length, hidden]`, enter a layer, whatever the layers below or the embedding give."""
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        value = hidden.to(layer_input(args, kwargs).device)
+        return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
+
+    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def run_without_head(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
     """Run a model for what hooks see; logits, a vocabulary wide, are not computed.
 

@@ -4,7 +4,14 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture import decoder_layers
 from optimum_clp.gate import concave_gate, hard_gate
-from optimum_clp.gating import LayerStack, gated, recorded_inputs, replaced_forward, stopped_before
+from optimum_clp.gating import (
+    LayerStack,
+    gated,
+    recorded_inputs,
+    replaced_forward,
+    replaced_input,
+    stopped_before,
+)
 
 
 def hooks(model):
@@ -114,3 +121,18 @@ def test_a_forward_that_was_replaced_before_is_put_back():
     with replaced_forward(layers[0], lambda *args, **kwargs: args[0]):
         assert layers[0].forward is not theirs
     assert layers[0].forward is theirs
+
+
+def test_other_states_can_enter_a_layer():
+    model, ids = tiny_model(), random_tokens(2, 20)
+    layers = decoder_layers(model)
+    with torch.no_grad():
+        with recorded_inputs(layers, [0, 2]) as found:
+            plain = model(ids).logits
+        with replaced_input(layers[0], found[0]):
+            assert torch.equal(model(ids).logits, plain)
+        with LayerStack(model).resumed(2, found[0]):
+            expected = model(ids, use_cache=False).logits
+        with replaced_input(layers[2], found[0]):
+            assert torch.equal(model(ids, use_cache=False).logits, expected)
+    assert hooks(model) == 0

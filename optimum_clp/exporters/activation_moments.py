@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import Problem, QuantizationError
-from ..gating import LayerStack, layer_hidden, run_without_head, stopped_before
+from ..gating import LayerStack, layer_hidden, recorded_inputs, replaced_input, run_without_head, stopped_before
 from ..progress import progress_bar
 from .dependency_levels import dependency_levels
 from .drift_correction import InputMoments
@@ -37,7 +37,14 @@ class NamedWeight:
         return self.weight.__array_interface__["data"][0]
 
 
-Quantize = Callable[[Sequence[NamedWeight], InputMoments | None, bool], Sequence[np.ndarray]]
+class Dequantize(Protocol):
+    """What makes a weight's numbers each time they are needed: the integers take less room."""
+
+    def __call__(self, rows: np.ndarray | slice = ..., /) -> np.ndarray:
+        """All rows or some, float32 `[rows, inputs]`."""
+
+
+Quantize = Callable[[Sequence[NamedWeight], InputMoments | None, bool], Sequence[Dequantize]]
 # Tokens of the float model that say what enters a head whose table is the embedding's too.
 _TABLE_TOKENS = 4096
 
@@ -73,17 +80,18 @@ def visit_layers(
 
     What enters a module comes from the modules below with the weights that `quantize` has returned for them, as in the
     quantized model; modules of a layer that do not depend on one another are seen at once. Beside it the float model's own
-    activations are computed. A layer's weights are replaced only while something is computed with them. Fused experts come
-    one by one, under the names that they have in the exported graph; a module that no token reaches does not come.
+    activations are computed. Weights are dequantized only while something is computed with them, a layer's together, the
+    embedding's before all layers'. Fused experts come one by one, under the names that they have in the exported graph; a
+    module that no token reaches does not come.
 
     Args:
         model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
         tokens (`Tensor`): int64 `[rows, length]`, without padding.
         wanted (`Collection[str]`): The weights to visit, each by one of its names.
         quantize (`Callable`): Takes [`NamedWeight`]s of modules that are given the same input; its [`InputMoments`], which
-            belong to the callee; and whether it is the table of head and embedding. Returns the weights to go on with. An
-            embedding of its own comes without moments. A table that serves both comes first, with what enters the head
-            in the float model, of 4096 tokens.
+            belong to the callee; and whether it is the table of head and embedding. Returns for each what makes the weight to go
+            on with, float32 of the same shape. An embedding of its own comes without moments. A table that serves both comes
+            first, with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bar.
 
@@ -108,19 +116,18 @@ class _Visitor:
         self.head: Any = model.get_output_embeddings()
 
     def run(self, quiet: bool) -> None:
-        start: list[Tensor | None] = [None] * len(self.batches)
+        floats: list[Tensor | None] = [None] * len(self.batches)
         with progress_bar(len(self.stack) + 1, "Calibrating the quantization", quiet) as bar:
-            replaced = self._table()
-            floats, states = start, start
+            states = self._embedded(self._table())
             for index, layer in enumerate(self.stack.layers):
+                replaced: dict[nn.Module, Dequantize] = {}
                 modules = [module for module in layer.modules() if self._is_wanted(module)]
                 levels = self._levels(index, modules, floats[0]) if modules else []
                 for level in levels:
                     replaced |= self._rounded(self._moments(index, level, floats, states, replaced, level[-1]))
                 floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
-                with _replaced_weights(replaced):
+                with _replaced_weights(_dequantized(replaced)):
                     states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
-                replaced = {}
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
                 self._rounded(self._moments(len(self.stack), [self.head], floats, states, {}, self.head))
@@ -129,12 +136,12 @@ class _Visitor:
     def _is_wanted(self, module: nn.Module | None) -> bool:
         return module is not None and linear_matrix(module) is not None and id(module.weight) in self.names
 
-    def _table(self) -> dict[nn.Module, Tensor]:
-        """The embedding, as `quantize` makes it."""
+    def _table(self) -> Dequantize | None:
+        """The embedding, as `quantize` makes it; `None` if it is not wanted."""
         weight: Any = self.embedding.weight
         names = self.names.get(id(weight))
         if names is None:
-            return {}
+            return None
         moments = None
         tied = self._is_wanted(self.head) and self.head.weight is weight
         if tied:
@@ -147,7 +154,23 @@ class _Visitor:
             ((_, moments),) = found.taken()
             _check_finite(names, moments)
         (table,) = self.quantize([NamedWeight(names, weight.detach().numpy())], moments, tied)
-        return {self.embedding: torch.from_numpy(table)}
+        return table
+
+    def _embedded(self, table: Dequantize | None) -> list[Tensor | None]:
+        """What enters the first layer, `[rows, length, hidden]`, with another embedding; `None` without one."""
+        if table is None:
+            return [None] * len(self.batches)
+        states: list[Tensor | None] = []
+        looked_up = torch.cat(self.batches).unique().numpy()
+        # memory of zeros that is never written to is not taken: of a large table it is a few rows that are
+        weight = np.zeros(self.embedding.weight.shape, dtype=np.float32)
+        weight[looked_up] = table(looked_up)
+        with _replaced_weights({self.embedding: torch.from_numpy(weight)}):
+            for batch in self.batches:
+                with recorded_inputs(self.stack.layers, [0]) as found, stopped_before(self.stack.layers[0]):
+                    run_without_head(self.model, batch)
+                states.append(found[0])
+        return states
 
     def _levels(self, index: int, modules: list[nn.Module], state: Tensor | None) -> list[list[nn.Module]]:
         batch, layer = self.batches[0], self.stack.layers[index]
@@ -159,29 +182,28 @@ class _Visitor:
         modules: Sequence[nn.Module],
         floats: Sequence[Tensor | None],
         states: Sequence[Tensor | None],
-        replaced: dict[nn.Module, Tensor],
+        replaced: dict[nn.Module, Dequantize],
         last: nn.Module,
     ) -> "_Moments":
         """Moments of modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
-        moments = _Moments(modules)
+        moments, weights = _Moments(modules), _dequantized(replaced)
         for batch, before, state in zip(self.batches, floats, states, strict=True):
             with _recorded(modules) as expected, stopped_before(last):
                 self._run(index, batch, before)
-            with _replaced_weights(replaced), _recorded(modules) as inputs, stopped_before(last):
+            with _replaced_weights(weights), _recorded(modules) as inputs, stopped_before(last):
                 self._run(index, batch, state)
             moments.add(expected, inputs, batch)
         return moments
 
-    def _rounded(self, moments: "_Moments") -> dict[nn.Module, Tensor]:
+    def _rounded(self, moments: "_Moments") -> dict[nn.Module, Dequantize]:
         """What `quantize` makes of the modules that `moments` are of."""
-        found: dict[nn.Module, Tensor] = {}
+        found: dict[nn.Module, Dequantize] = {}
         for modules, sums in moments.taken():
             matrices = [cast(Tensor, linear_matrix(module)).numpy() for module in modules]
             names = [self.names[id(module.weight)] for module in modules]
             weights = [NamedWeight(*pair) for pair in zip(names, matrices, strict=True)]
             _check_finite(weights[0].names, sums)
-            rounded = map(torch.from_numpy, self.quantize(weights, sums, False))
-            found.update(zip(modules, rounded, strict=True))
+            found.update(zip(modules, self.quantize(weights, sums, False), strict=True))
         return found
 
     def _run(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor | None:
@@ -190,7 +212,8 @@ class _Visitor:
         seen: list[Tensor] = []
         with ExitStack() as stack:
             if state is not None:
-                stack.enter_context(self.stack.resumed(index, state))
+                resumed = self.stack.resumed(index, state) if index else replaced_input(self.stack.layers[0], state)
+                stack.enter_context(resumed)
             if index == len(self.stack):
                 self.model(input_ids=batch, use_cache=False)
                 return None
@@ -268,6 +291,10 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Ten
         for module in modules:
             stack.callback(module.register_forward_pre_hook(record).remove)
         yield found
+
+
+def _dequantized(weights: dict[nn.Module, Dequantize]) -> dict[nn.Module, Tensor]:
+    return {module: torch.from_numpy(dequantize()) for module, dequantize in weights.items()}
 
 
 @contextmanager

@@ -57,9 +57,10 @@ class RoundedMatrix:
         """The unsigned integers one by one, uint8 `[rows, columns]`."""
         return _unpack(self.integers, self.bits)[:, : self.columns]
 
-    def dequantize(self) -> np.ndarray:
-        """The matrix that is stored, `[rows, columns]`, float32."""
-        return dequantize_blocks(self.integers, self.scales, self.bits, self.columns, self.zero_points)
+    def dequantize(self, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """The matrix that is stored, or some of its rows, `[rows, columns]`, float32."""
+        zero_points = None if self.zero_points is None else self.zero_points[rows]
+        return dequantize_blocks(self.integers[rows], self.scales[rows], self.bits, self.columns, zero_points)
 
 
 def round_to_nearest(weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:

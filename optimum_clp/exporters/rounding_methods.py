@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..configuration import QuantizationConfig
 from ..errors import ConfigurationError, Problem
 from ..quantization import quanto_integers
-from .activation_moments import NamedWeight, visit_layers
+from .activation_moments import Dequantize, NamedWeight, visit_layers
 from .bit_plan import plan_bits, rounding_costs
 from .drift_correction import InputMoments, corrected_weights
 from .onnx_quantization import GraphMatrix
@@ -118,16 +118,16 @@ def round_weights(
     def bits_of(names: list[str]) -> int:
         return 8 if set(in_8_bits).intersection(names) else 4
 
-    def quantize(weights: Sequence[NamedWeight], moments: InputMoments | None, tied: bool) -> list[np.ndarray]:
+    def quantize(weights: Sequence[NamedWeight], moments: InputMoments | None, tied: bool) -> list[Dequantize]:
         if moments is None:  # an embedding, whose rows are looked up
-            return [round_to_nearest(w.weight, bits_of(w.names), block_size).dequantize() for w in weights]
+            return [round_to_nearest(w.weight, bits_of(w.names), block_size).dequantize for w in weights]
         new = [weight for weight in weights if weight.address not in by_storage]
         in_bits = [bits_of(weight.names) for weight in new]
         rounded = _round_together(new, moments, in_bits, block_size, _TABLE_DAMPING if tied else DAMPING)
         by_storage.update(zip((weight.address for weight in new), rounded, strict=True))
         for weight in weights:
             found.update(dict.fromkeys(matrices.keys() & weight.names, by_storage[weight.address]))
-        return [by_storage[weight.address].dequantize() for weight in weights]
+        return [by_storage[weight.address].dequantize for weight in weights]
 
     wanted = [name for name, matrix in matrices.items() if not matrix.is_router]
     visit_layers(twin, calibration, wanted, quantize, quiet=quiet)

@@ -54,6 +54,11 @@ def linear_names(model):
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
+def shrunken(weights, share):
+    """What `quantize` returns, with other numbers than integers' for it."""
+    return [lambda rows=slice(None), weight=known.weight: weight[rows] * np.float32(share) for known in weights]
+
+
 def gram_of(moments):
     """Over all tokens."""
     return sum(gram.double() for gram in moments.grams).numpy()
@@ -80,7 +85,7 @@ def test_moments_are_those_of_the_modules_below_as_they_were_replaced(batch_size
             np.testing.assert_array_equal(known.weight, model.get_parameter(name).detach().numpy())
             visited[name] = moments
         groups.append([known.names[0].rpartition(".")[0].rpartition(".")[2] for known in weights])
-        return [known.weight * np.float32(0.9) for known in weights]
+        return shrunken(weights, 0.9)
 
     names = [f"{name}.weight" for name in linear_names(model)]
     visit_layers(model, TOKENS, ["model.embed_tokens.weight", *names], quantize, batch_size=batch_size, quiet=True)
@@ -115,7 +120,7 @@ def test_the_table_of_a_tied_model_comes_first_with_what_enters_its_head():
 
     def quantize(weights, moments, tied):
         calls.append(([known.names for known in weights], tied, moments))
-        return [known.weight * np.float32(0.9) for known in weights]
+        return shrunken(weights, 0.9)
 
     model = tiny_model("llama", num_layers=2, tie_word_embeddings=True)
     wanted = ["lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]
@@ -143,7 +148,7 @@ def test_experts_have_moments_of_the_tokens_that_reach_them(batch_size):
 
     def quantize(weights, moments, tied):
         found.update({known.names[0]: moments for known in weights})
-        return [known.weight * np.float32(0.9) for known in weights]
+        return shrunken(weights, 0.9)
 
     with unrolled_experts(model):
         names = [name for names in weight_names(model).values() for name in names]
@@ -175,7 +180,7 @@ def test_states_that_are_not_finite_are_told():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     names = [f"{name}.weight" for name in linear_names(model)]
     with pytest.raises(QuantizationError, match=r"weight is 'model\.layers\.1\.mlp\.down_proj\.weight': .*not finite"):
-        visit_layers(model, TOKENS, names, lambda weights, moments, tied: [w.weight for w in weights], quiet=True)
+        visit_layers(model, TOKENS, names, lambda weights, moments, tied: shrunken(weights, 1), quiet=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -409,7 +414,7 @@ def test_every_matrix_of_every_architecture_is_visited(tiny):
 
     def quantize(weights, moments, tied):
         visited.update({known.names[0]: moments for known in weights})
-        return [known.weight * np.float32(0.98) for known in weights]
+        return shrunken(weights, 0.98)
 
     with unrolled_experts(model):
         aliases = list(weight_names(model).values())
