@@ -18,9 +18,17 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigurationError, ModelError, Problem
-from .gating import LayerStack, evaluation_mode, layer_hidden, layer_input, run_without_head, stopped_before
+from .gating import (
+    LayerStack,
+    evaluation_mode,
+    layer_hidden,
+    layer_input,
+    recorded_inputs,
+    run_without_head,
+    stopped_before,
+)
 from .progress import progress_bar
-from .teacher import DenseOutputs
+from .teacher import DenseOutputs, StateStore
 
 METHODS = ("fold", "least_squares")
 # penalties, in units of the mean eigenvalue of the Gram matrix
@@ -111,6 +119,7 @@ def solve_endpoints(
     attention: bool = True,
     ridges: Sequence[float] = RIDGES,
     batch_size: int = 8,
+    store: StateStore | None = None,
     quiet: bool = False,
 ) -> ClosedFormResult:
     """Refit the output projections of some layers, so that hidden states behind the cut match the dense model's.
@@ -133,6 +142,8 @@ def solve_endpoints(
         attention (`bool`): Solve the layer's earlier output projections too (attention), not its last one alone.
         ridges (`Sequence[float]`): Penalties to choose from, above 0, in units of the mean eigenvalue of the Gram matrix.
         batch_size (`int`): Rows in one forward pass.
+        store ([`StateStore`], *optional*): Where what enters the layers behind the lowest lies, as much as `inputs`
+            once more; main memory if not given.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -144,10 +155,12 @@ def solve_endpoints(
     """
     begin = time.perf_counter()
     _check(layers, kept, train, validation, method)
-    solver = _Solver(model, sorted(set(layers)), kept, (train, validation), inputs, method, ridges, batch_size)
+    indices = sorted(set(layers))
+    solver = _Solver(model, indices[0], kept, (train, validation), inputs, method, ridges, batch_size, store)
     steps: list[ClosedFormStep] = []
-    with torch.no_grad(), evaluation_mode(model), progress_bar(len(solver.indices), "Closed form", quiet) as bar:
-        for index in solver.indices:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(indices), "Closed form", quiet) as bar:
+        for index in indices:
+            solver.begin_at(index)
             steps += solver.solve_layer(index, attention)
             bar.update(1)
     return ClosedFormResult(method, tuple(steps), time.perf_counter() - begin)
@@ -195,18 +208,39 @@ class _Solver:
     def __init__(
         self,
         model: PreTrainedModel,
-        indices: list[int],
+        first: int,
         kept: Sequence[int],
         outputs: tuple[DenseOutputs, DenseOutputs],
         inputs: tuple[Tensor, Tensor],
         method: str,
         ridges: Sequence[float],
         batch_size: int,
+        store: StateStore | None,
     ):
-        self.model, self.indices, self.kept = model, indices, kept
+        self.model, self.first, self.kept = model, first, kept
         self.outputs, self.inputs = outputs, inputs
         self.method, self.ridges, self.batch_size = method, ridges, batch_size
-        self.stack = LayerStack(model)
+        self.stack, self.store = LayerStack(model), store or StateStore()
+        self.owns_inputs = False
+
+    def begin_at(self, index: int) -> None:
+        """Let passes begin at a layer, with what enters it now that the layers below are solved."""
+        if index == self.first:
+            return
+        if not self.owns_inputs:
+            # those that were given are still needed when the endpoints are tuned
+            train, validation = self.inputs
+            self.inputs = self._copied(train), self._copied(validation)
+            self.owns_inputs = True
+        for split in (0, 1):
+            for rows in self._rows(split):
+                with recorded_inputs(self.stack.layers, [index]) as found, stopped_before(self.stack.layers[index]):
+                    self._forward(split, rows)
+                self.inputs[split][rows] = found[index].cpu()
+        self.first = index
+
+    def _copied(self, inputs: Tensor) -> Tensor:
+        return self.store.allocate(inputs.shape, inputs.dtype).copy_(inputs)
 
     def solve_layer(self, index: int, attention: bool) -> list[ClosedFormStep]:
         """Solve a layer's projections, in place."""
@@ -229,14 +263,7 @@ class _Solver:
             return ClosedFormStep(index, name, 0.0, skipped="the layer's output is the target already")
         if fit.is_zero:
             return ClosedFormStep(index, name, skipped="what enters the projection is zero or constant")
-        chosen: tuple[float, _Solution] | None = None
-        for ridge in sorted({max(ridge, fit.least_ridge) for ridge in self.ridges}):
-            solution = fit.solve(ridge)
-            error = check.error_with(solution)
-            if chosen is None or error < chosen[0]:
-                chosen = (error, solution)
-        assert chosen is not None
-        solution = chosen[1]
+        solution = _best_solution(fit, check, self.ridges)
         before = [tensor.clone() for tensor in (projection.matrix, projection.bias) if tensor is not None]
         self._write(projection, solution)
         # not the error that the sums predict: weights are rounded, and what follows the projection may not be linear
@@ -297,9 +324,17 @@ class _Solver:
         """What enters and what leaves a layer, and what should leave it, batch by batch."""
         outputs = self.outputs[split]
         targets = outputs.hidden[target_state(self.kept, index, len(outputs.stack))]
-        for rows in torch.arange(len(outputs.tokens)).split(self.batch_size):
+        for rows in self._rows(split):
             entered, left = self._run(index, split, rows)
             yield entered, left, targets[rows].to(left.device)
+
+    def _rows(self, split: int) -> Sequence[Tensor]:
+        return torch.arange(len(self.outputs[split].tokens)).split(self.batch_size)
+
+    def _forward(self, split: int, rows: Tensor) -> None:
+        """Run the model from the first layer on, for what hooks see."""
+        with self.stack.resumed(self.first, self.inputs[split][rows].to(self.model.device)):
+            run_without_head(self.model, self.outputs[split].tokens[rows])
 
     def _run(self, index: int, split: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What enters and what leaves a layer, `[batch, length, hidden]`."""
@@ -310,10 +345,9 @@ class _Solver:
 
         with ExitStack() as stack:
             stack.callback(self.stack.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
-            stack.enter_context(self.stack.resumed(self.indices[0], self.inputs[split][rows].to(self.model.device)))
             if index + 1 < len(self.stack):
                 stack.enter_context(stopped_before(self.stack.layers[index + 1]))
-            run_without_head(self.model, self.outputs[split].tokens[rows])
+            self._forward(split, rows)
         return seen[0], seen[1]
 
     def _projections(self, index: int) -> list[_Projection] | str:
@@ -417,6 +451,29 @@ class _Solution:
     shift: Tensor | None
     ridge: float
     condition_bound: float
+
+
+def _best_solution(fit: "_Moments", check: "_Moments", ridges: Sequence[float]) -> _Solution:
+    """The solution on some rows whose penalty does best on others.
+
+    Of many penalties most are never tried: from one in the middle it goes downhill, since the error falls towards the
+    best one from both sides.
+    """
+    allowed = sorted({max(ridge, fit.least_ridge) for ridge in ridges})
+
+    def tried(place: int) -> tuple[float, _Solution]:
+        solution = fit.solve(allowed[place])
+        return check.error_with(solution), solution
+
+    start = len(allowed) // 2
+    best = tried(start)
+    for step in (-1, 1):
+        place = start + step
+        while 0 <= place < len(allowed) and (found := tried(place))[0] < best[0]:
+            best, place = found, place + step
+        if place != start + step:
+            break
+    return best[1]
 
 
 class _Moments:

@@ -35,7 +35,8 @@ class TuningMemory:
     Args:
         weights (`int`): The dense model, which the cut one shares.
         endpoints (`int`): The trained layers' own storage, in the model's dtype.
-        closed_form (`int`): The sums of the closed-form start, which are gone before the first step (estimate).
+        closed_form (`int`): The sums of the closed-form start, and what enters the layers behind the first one, which are
+            gone before the first step (estimate).
         masters (`int`): float32 master weights; 0 for a float32 model, which is its own master.
         gradients (`int`): In the model's dtype, and the largest one in float32 too where these differ.
         moments (`int`): AdamW's two, float32.
@@ -167,17 +168,21 @@ def tuning_memory(
     # what should leave the last layer is kept anyway
     following = [*kept[1:], len(layers)]
     states = {kept[endpoints[0]], len(layers), *(following[i] for i in endpoints if compares)}
-    cached = rows * sequence_length * len(states) * hidden * itemsize
+    state = rows * sequence_length * hidden * itemsize
+    limit = round(config.cache_memory_gib * 2**30)
+    cached = min(state * len(states), limit)
+    # the closed form goes up from layer to layer in a copy of what enters the first
+    moved = min(state, limit - cached) if config.init != "none" and len(endpoints) > 1 else 0
     tokens = min(config.batch_size, train_rows) * sequence_length
     saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
-        closed_form=closed_form_bytes([layers[kept[i]] for i in endpoints], hidden, config),
+        closed_form=closed_form_bytes([layers[kept[i]] for i in endpoints], hidden, config) + moved,
         masters=sum(rounded) * _FLOAT32,
         gradients=own + max(rounded, default=0) * _FLOAT32,
         moments=2 * in_float32,
-        caches=rows * sequence_length * _TOKEN + min(cached, round(config.cache_memory_gib * 2**30)),
+        caches=rows * sequence_length * _TOKEN + cached,
         activations=tokens * (saved + norm_activations(hidden)),
         logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
     )

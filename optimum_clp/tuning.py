@@ -194,7 +194,7 @@ class _Run:
             store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
             data = {"train": self._rows(train, (), store), "validation": self._rows(validation, kinds, store)}
             cache_seconds = time.perf_counter() - start
-            init, by_kind = self._start(data)
+            init, by_kind = self._start(data, store)
             with self._trained(modules, accelerator) as trained:
                 loop = TrainingLoop(
                     accelerator,
@@ -263,7 +263,9 @@ class _Run:
             scales = {i: _deviation(states) for i, states in rows.targets.items()}
         return EndpointStudent(self.model, trained, self.layers[0], self.weights, scales)
 
-    def _start(self, data: dict[str, TuningRows]) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
+    def _start(
+        self, data: dict[str, TuningRows], store: StateStore
+    ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
         """The closed-form start, which stays if it lowers the validation loss; and the cut's loss on each kind of text."""
         if self.config.init == "none":
             return None, None
@@ -281,6 +283,7 @@ class _Run:
             (data["train"].inputs, data["validation"].inputs),
             method=self.config.init,
             batch_size=self.config.batch_size,
+            store=store,
             quiet=self.quiet,
         )
         solved = _look(student, data["validation"], self.config.batch_size)

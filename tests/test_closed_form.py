@@ -8,13 +8,14 @@ from tiny_models import make_identity, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
 
+from optimum_clp import closed_form
 from optimum_clp.architecture import decoder_layers
 from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.gating import layer_hidden, layer_input
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut_model, own_layers
-from optimum_clp.teacher import DenseOutputs
+from optimum_clp.teacher import DenseOutputs, StateStore
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]
@@ -374,3 +375,38 @@ def test_hidden_states_that_are_not_finite_are_refused(dense):
         dense.model.layers[3].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(ModelError, match="hidden states is (nan|inf): what enters and leaves layer 1 must be finite"):
         solve(dense, cut, [1])
+
+
+@pytest.mark.parametrize("rows", [2, 24])
+def test_the_penalty_is_the_one_that_does_best_alone(dense, rows):
+    alone = {}
+    for ridge in closed_form.RIDGES:
+        cut = cut_model(dense, SEGMENTS)
+        (step,) = solve(dense, cut, [1], train=TRAIN[:rows], ridges=[ridge], attention=False).steps
+        alone[step.error_after] = step.ridge
+    (step,) = solve(dense, cut_model(dense, SEGMENTS), [1], train=TRAIN[:rows], attention=False).steps
+    assert len(alone) == len(closed_form.RIDGES)
+    assert step.ridge == alone[min(alone)] and step.error_after == min(alone)
+
+
+def test_states_on_disk_and_two_segments_give_the_same(dense, tmp_path):
+    segments = [LayerSegment(1, 2), LayerSegment(4, 5)]
+    layers = endpoint_layers(segments, 6)
+    assert layers == [0, 1, 2, 3]
+    together, one_by_one = (cut_model(dense, segments) for _ in range(2))
+    solve(dense, together, layers, segments, store=StateStore(tmp_path, 0))
+    for index in layers:
+        # what enters it is computed anew from the tokens
+        solve(dense, one_by_one, [index], segments)
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), one_by_one.parameters(), strict=True))
+
+
+def test_what_enters_the_first_layer_is_left_as_it_was(dense):
+    cut, layers, kept = cut_model(dense, SEGMENTS), [1, 2], kept_layers(SEGMENTS, 6)
+    own_layers(cut, layers)
+    wanted = [1, *(target_state(kept, i, 6) for i in layers)]
+    outputs = [DenseOutputs(dense, rows, inputs_of=wanted) for rows in (TRAIN, VALIDATION)]
+    inputs = tuple(o.hidden[1] for o in outputs)
+    before = [states.clone() for states in inputs]
+    assert solve_endpoints(cut, layers, kept, *outputs, inputs, quiet=True).solved == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))

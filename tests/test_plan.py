@@ -92,7 +92,7 @@ def test_tuning_of_a_big_shape_by_hand():
     tokens = (192 + 24) * 256
     # what enters the first endpoint, what leaves the last layer, and what should leave the two endpoints
     assert memory.caches == 4 * tokens * 4096 * 2 + 8 * tokens
-    assert memory.closed_form == 4 * 11008**2 * 8
+    assert memory.closed_form == 4 * 11008**2 * 8 + tokens * 4096 * 2
     frozen = 2 * 4 * (4096 + 1) + 2 * (
         4 * 4096 + 3 * 11008
     )  # two norms; twice the query, key, value; three of the MLP

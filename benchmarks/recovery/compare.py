@@ -8,7 +8,8 @@ folders of models; `deep32` comes from `benchmarks/models.py`. LoRA needs peft. 
 its own, which an interrupted run continues; `tables.py` makes the tables and the plots from them.
 
 All methods get the segment that the default search finds, the same rows (text that the dense model wrote), and with
-gradient steps the same number of tokens. One learning rate for each method and model is chosen on the validation rows
+gradient steps the same number of tokens: 192 rows of 128 for 2 epochs, or with `--defaults` what the package takes when
+nothing is said (192 rows of 256 for 4 epochs), into a folder of its own. One learning rate for each method and model is chosen on the validation rows
 of ratio 0.2 and seed 0, which therefore come first, from the same five; a rate at an end of them is not accepted
 before its neighbour has been tried.
 """
@@ -41,8 +42,7 @@ from optimum_clp.teacher import DenseOutputs
 
 HERE = Path(__file__).parent
 RATIOS, SEEDS = (0.2, 0.1, 0.3, 0.4), (0, 1, 2)
-LENGTH, TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS = 128, 192, 24, 48
-EPOCHS, BATCH_SIZE = 2, 8
+TEST_ROWS, BATCH_SIZE = 48, 8
 RATES, FACTOR, EXTENSIONS = (2e-4, 5e-4, 1.25e-3, 3.1e-3, 7.8e-3), 2.5, 4
 TEXTS = {"stories260K": ("stories-cased", "self-written")}
 # what the dense model writes for testing has a seed that no cell has
@@ -53,6 +53,21 @@ EQUAL_TIME_CELL = (0.2, 0)
 RATE_CELL = (0.2, 0)
 
 
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much text all methods get, in rows of `length` tokens, and how often."""
+
+    length: int = 128
+    train_rows: int = 192
+    validation_rows: int = 24
+    epochs: int = 2
+
+
+def package_defaults() -> Budget:
+    text = CalibrationConfig()
+    return Budget(text.sequence_length, text.train_sequences, text.validation_sequences, TuningConfig().epochs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -61,12 +76,15 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--defaults", action="store_true", help="as much text as the package takes by default")
+    parser.add_argument("--output", type=Path, help="folder; by default results, or results/defaults")
     args = parser.parse_args()
+    budget = package_defaults() if args.defaults else Budget()
+    output = args.output or HERE / ("results/defaults" if args.defaults else "results")
     for name in args.models:
-        setting = load_setting(name, args.models_dir, args.data)
-        Comparison(setting, args.output / f"{name}.json").run(args.ratios, args.seeds, args.methods)
-    subprocess.run([sys.executable, HERE / "tables.py", args.output], check=True)
+        setting = load_setting(name, args.models_dir, args.data, budget)
+        Comparison(setting, output / f"{name}.json").run(args.ratios, args.seeds, args.methods)
+    subprocess.run([sys.executable, HERE / "tables.py", output], check=True)
 
 
 @dataclasses.dataclass
@@ -77,32 +95,32 @@ class Setting:
     model: PreTrainedModel
     tokenizer: Any
     tests: dict[str, DenseOutputs]
+    budget: Budget
 
     def data(self, seed: int) -> CalibrationData:
         config = CalibrationConfig(
             dataset=None,
-            sequence_length=LENGTH,
-            train_sequences=TRAIN_ROWS,
-            validation_sequences=VALIDATION_ROWS,
+            sequence_length=self.budget.length,
+            train_sequences=self.budget.train_rows,
+            validation_sequences=self.budget.validation_rows,
             test_sequences=1,
         )
         return load_calibration(config, self.tokenizer, self.model, seed, quiet=True)
 
 
-def load_setting(name: str, models_dir: Path, data: Path) -> Setting:
+def load_setting(name: str, models_dir: Path, data: Path, budget: Budget) -> Setting:
     path = model_folder(name, models_dir)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     tests = {}
+    size = {"num_sequences": TEST_ROWS, "sequence_length": budget.length}
     for text in TEXTS.get(name, ("stories", "wikipedia")):
         if text == "self-written":
-            size = {"num_sequences": TEST_ROWS, "sequence_length": LENGTH}
             rows = sample_text(model, seed=TEST_SEED, tokenizer=tokenizer, quiet=True, **size).tokens
         else:
-            size = {"num_sequences": TEST_ROWS, "sequence_length": LENGTH}
             rows = tokenize_dataset(str(data / text / "test.txt"), tokenizer, **size)
         tests[text] = DenseOutputs(model, rows, quiet=True)
-    return Setting(name, model, tokenizer, tests)
+    return Setting(name, model, tokenizer, tests, budget)
 
 
 def model_folder(name: str, models_dir: Path) -> Path:
@@ -117,15 +135,15 @@ class Comparison:
     """The runs of one model, and the file that they are kept in."""
 
     def __init__(self, setting: Setting, file: Path):
-        self.setting, self.file = setting, file
+        self.setting, self.file, self.epochs = setting, file, setting.budget.epochs
         self.results = json.loads(file.read_text()) if file.is_file() else {"model": setting.name}
         self.results["num_layers"] = setting.model.config.num_hidden_layers
         self.results["setting"] = {
-            "sequence_length": LENGTH,
-            "train_sequences": TRAIN_ROWS,
-            "validation_sequences": VALIDATION_ROWS,
+            "sequence_length": setting.budget.length,
+            "train_sequences": setting.budget.train_rows,
+            "validation_sequences": setting.budget.validation_rows,
             "test_sequences": TEST_ROWS,
-            "epochs": EPOCHS,
+            "epochs": self.epochs,
             "batch_size": BATCH_SIZE,
             "learning_rates": list(RATES),
         }
@@ -177,9 +195,9 @@ class Comparison:
             return timed(lambda: method.heal(cell))
         chosen = self.found(*RATE_CELL, name)
         if chosen is not None:
-            healed, run = trained(cell, method, chosen["learning_rate"])
+            healed, run = trained(cell, method, chosen["learning_rate"], self.epochs)
             return healed, {**run, "learning_rate": chosen["learning_rate"], "rate_of": list(RATE_CELL)}
-        return best_of_rates(cell, name, method)
+        return best_of_rates(cell, name, method, self.epochs)
 
     def _equal_time(self, ratio: float, cell: Cell, methods, validation: DenseOutputs) -> None:
         """Rivals that are no larger than ours, with as many epochs as our seconds pay for."""
@@ -196,7 +214,7 @@ class Comparison:
                 continue
             # what is done once is not repeated by more epochs
             share = run["details"]["cache_seconds"] / run["wall_seconds"]
-            once, each = run["cpu_seconds"] * share, run["cpu_seconds"] * (1 - share) / EPOCHS
+            once, each = run["cpu_seconds"] * share, run["cpu_seconds"] * (1 - share) / self.epochs
             epochs = math.ceil(1.05 * (ours["cpu_seconds"] - once) / each)
             healed, again = trained(cell, method, run["learning_rate"], epochs)
             while again["cpu_seconds"] < ours["cpu_seconds"] and healed.stopped == "finished":
@@ -252,19 +270,19 @@ def measured(model: PreTrainedModel, text: DenseOutputs) -> dict:
     return evaluate_tokens(model, text.tokens, reference=text, quiet=True).to_dict()
 
 
-def trained(cell: Cell, method: Method, rate: float, epochs: int = EPOCHS) -> tuple[Healed, dict]:
+def trained(cell: Cell, method: Method, rate: float, epochs: int) -> tuple[Healed, dict]:
     config = TuningConfig(
         init="none", loss=method.loss, learning_rate=rate, epochs=epochs, batch_size=BATCH_SIZE, mixed_precision="no"
     )
     return timed(lambda: method.heal(cell, config))
 
 
-def best_of_rates(cell: Cell, name: str, method: Method) -> tuple[Healed, dict]:
+def best_of_rates(cell: Cell, name: str, method: Method, epochs: int) -> tuple[Healed, dict]:
     """The rate with the best validation loss, with a worse one on both sides of it."""
     rates, tried, best = list(RATES), {}, None
     while len(tried) < len(RATES) + EXTENSIONS:
         for rate in (r for r in rates if r not in tried):
-            healed, run = trained(cell, method, rate)
+            healed, run = trained(cell, method, rate, epochs)
             tried[rate] = {
                 "learning_rate": rate,
                 "validation_loss": healed.validation_loss,

@@ -209,6 +209,13 @@ def tuned(cell: Cell, config: TuningConfig, *, layers: str, init: str = "none", 
     return _tune(model, cell, getattr(cell, layers), config)
 
 
+def tuned_from_start(cell: Cell, config: TuningConfig, *, layers: str) -> Healed:
+    """Some layers in full, after the closed form of the endpoints."""
+    start = solved(cell, layers="endpoints", method="least_squares", attention=True)
+    healed = _tune(start.model, cell, getattr(cell, layers), dataclasses.replace(config, init="none"))
+    return dataclasses.replace(healed, details={**healed.details, **start.details})
+
+
 def tuned_dense(cell: Cell, config: TuningConfig) -> Healed:
     """The dense model itself, where the endpoints are: what it gains is adaptation to the text, not recovery."""
     layers = [cell.kept[i] for i in cell.endpoints]
@@ -321,5 +328,6 @@ METHODS = {
     "lora_r8": Method(functools.partial(lora, rank=8), "rival", "kd"),
     "lora_equal": Method(functools.partial(lora, rank=None), "rival", "kd"),
     "all_layers_kd": Method(functools.partial(tuned, layers="all_layers"), "ceiling", "kd"),
+    "all_layers_start": Method(functools.partial(tuned_from_start, layers="all_layers"), "ceiling", "kd"),
     "all_layers_ce": Method(functools.partial(tuned, layers="all_layers"), "ceiling", "ce"),
 }

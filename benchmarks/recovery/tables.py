@@ -31,11 +31,12 @@ LABELS = {
     "endpoints_kd": "endpoints, KL",
     "clp": "**ours**: closed form, then endpoints, KL",
     "all_layers_kd": "all layers, KL",
+    "all_layers_start": "closed form, then all layers, KL",
     "all_layers_ce": "all layers, CE",
     "dense_ce": "dense, same steps, CE",
 }
 COLOURS = {"rival": "#0072B2", "own": "#D55E00", "ceiling": "#009E73", "control": "#999999"}
-MARKERS = dict(zip(LABELS, "x+<*psPXv^>oDhHp", strict=True))
+MARKERS = dict(zip(LABELS, "x+<*psPXv^>oDdhHp", strict=True))
 RIVAL_SIZE, RETENTION, MARGIN, HEALTHY, SHARE = 1.5, 0.9534, 0.0429, 0.93, 0.8
 
 Cells = dict[tuple[float, int], dict[str, dict]]

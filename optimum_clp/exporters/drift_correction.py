@@ -16,7 +16,7 @@ from torch import Tensor
 # Ridges that are tried, in units of the Gram matrix's mean diagonal; from what GPTQ adds in any case up to next to no change.
 _RIDGES = (0.01, 0.1, 1.0, 10.0)
 # Rows of a weight are changed together up to this many weights, which bounds the working memory beside the sums.
-_PIECE = 4 * 1024 * 1024
+_PIECE = 2 * 1024 * 1024
 # Rows of a weight on which ridges are judged: eight solutions of a large matrix would take most of an export's time.
 _JUDGED_ROWS = 512
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 # Rows are quantized together up to this many weights, which bounds the working memory to a few of its copies.
-_CHUNK = 4 * 1024 * 1024
+_CHUNK = 1024 * 1024
 # Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
 _INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
 # Scales in between become float16 without a step between neighbours of more than a 128th; a matrix with others keeps float32.
