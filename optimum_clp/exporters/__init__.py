@@ -1,5 +1,6 @@
 """Export of a causal LM to ONNX: one float32 file, and weight-only int8 and int4 files made from the same graph."""
 
+import gc
 import logging
 import os
 import tempfile
@@ -18,6 +19,7 @@ from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
 from ..onnx_names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
 from ..progress import progress_bar
+from .freed_memory import return_freed_memory
 from .genai_config import write_genai_config
 from .onnx_check import FileCheck, check_tolerance
 from .onnx_count import QuantizedNodes, bits_per_weight, expected_nodes
@@ -157,6 +159,9 @@ def export_onnx(
                 raise
             # what a model does with its attention may not show in four tokens: the plain graph needs no such luck
             graph = _float_graph(twin, export, writer, False, started)
+        # a trace leaves hundreds of thousands of objects in cycles
+        gc.collect()
+        return_freed_memory()
         bar.update(2)
         keeps_tables = quantization.method == "quanto" or not quantization.quantize_embeddings
         matrices = graph_matrices(graph, not keeps_tables)

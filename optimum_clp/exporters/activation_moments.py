@@ -16,6 +16,7 @@ from ..gating import LayerStack, layer_hidden, recorded_inputs, replaced_input, 
 from ..progress import progress_bar
 from .dependency_levels import dependency_levels
 from .drift_correction import InputMoments
+from .freed_memory import return_freed_memory
 from .onnx_experts import unrolled_experts
 
 
@@ -124,6 +125,7 @@ class _Visitor:
                 modules = [module for module in layer.modules() if self._is_wanted(module)]
                 levels = self._levels(index, modules, floats[0]) if modules else []
                 for level in levels:
+                    return_freed_memory()
                     replaced |= self._rounded(self._moments(index, level, floats, states, replaced, level[-1]))
                 floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
                 with _replaced_weights(_dequantized(replaced)):
