@@ -81,18 +81,17 @@ def visit_layers(
 
     What enters a module comes from the modules below with the weights that `quantize` has returned for them, as in the
     quantized model; modules of a layer that do not depend on one another are seen at once. Beside it the float model's own
-    activations are computed. Weights are dequantized only while something is computed with them, a layer's together, the
-    embedding's before all layers'. Fused experts come one by one, under the names that they have in the exported graph; a
-    module that no token reaches does not come.
+    activations are computed. Weights are dequantized module by module, for as long as one is called. Fused experts come one
+    by one, under the names that they have in the exported graph; a module that no token reaches does not come.
 
     Args:
         model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
         tokens (`Tensor`): int64 `[rows, length]`, without padding.
         wanted (`Collection[str]`): The weights to visit, each by one of its names.
         quantize (`Callable`): Takes [`NamedWeight`]s of modules that are given the same input; its [`InputMoments`], which
-            belong to the callee; and whether it is the table of head and embedding. Returns for each what makes the weight to go
-            on with, float32 of the same shape. An embedding of its own comes without moments. A table that serves both comes
-            first, with what enters the head in the float model, of 4096 tokens.
+            belong to the callee; and whether it is the table of head and embedding. Returns for each a [`Dequantize`] that makes
+            the weight to go on with. An embedding of its own comes without moments. A table that serves both comes first,
+            with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bar.
 
@@ -128,7 +127,7 @@ class _Visitor:
                     return_freed_memory()
                     replaced |= self._rounded(self._moments(index, level, floats, states, replaced, level[-1]))
                 floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
-                with _replaced_weights(_dequantized(replaced)):
+                with _replaced_weights(replaced):
                     states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
@@ -167,7 +166,7 @@ class _Visitor:
         # memory of zeros that is never written to is not taken: of a large table it is a few rows that are
         weight = np.zeros(self.embedding.weight.shape, dtype=np.float32)
         weight[looked_up] = table(looked_up)
-        with _replaced_weights({self.embedding: torch.from_numpy(weight)}):
+        with _replaced_weights({self.embedding: lambda rows=slice(None): weight[rows]}):
             for batch in self.batches:
                 with recorded_inputs(self.stack.layers, [0]) as found, stopped_before(self.stack.layers[0]):
                     run_without_head(self.model, batch)
@@ -188,11 +187,11 @@ class _Visitor:
         last: nn.Module,
     ) -> "_Moments":
         """Moments of modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
-        moments, weights = _Moments(modules), _dequantized(replaced)
+        moments = _Moments(modules)
         for batch, before, state in zip(self.batches, floats, states, strict=True):
             with _recorded(modules) as expected, stopped_before(last):
                 self._run(index, batch, before)
-            with _replaced_weights(weights), _recorded(modules) as inputs, stopped_before(last):
+            with _replaced_weights(replaced), _recorded(modules) as inputs, stopped_before(last):
                 self._run(index, batch, state)
             moments.add(expected, inputs, batch)
         return moments
@@ -295,19 +294,21 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Ten
         yield found
 
 
-def _dequantized(weights: dict[nn.Module, Dequantize]) -> dict[nn.Module, Tensor]:
-    return {module: torch.from_numpy(dequantize()) for module, dequantize in weights.items()}
-
-
 @contextmanager
-def _replaced_weights(weights: dict[nn.Module, Tensor]) -> Iterator[None]:
-    """Inside the block modules have other weights, given as `[outputs, inputs]`."""
+def _replaced_weights(weights: dict[nn.Module, Dequantize]) -> Iterator[None]:
+    """Inside the block modules have other weights, `[outputs, inputs]`, which exist while a module is called."""
     before = {module: module.weight for module in weights}
-    try:
-        for module, weight in weights.items():
-            weight = weight.T if isinstance(module, Conv1D) else weight
-            module.weight = nn.Parameter(weight, requires_grad=False)
+
+    def replace(module: nn.Module, args: tuple) -> None:
+        weight = torch.from_numpy(weights[module]())
+        module.weight = nn.Parameter(weight.T if isinstance(module, Conv1D) else weight, requires_grad=False)
+
+    def put_back(module: nn.Module, args: tuple, output: Any) -> None:
+        module.weight = cast(nn.Parameter, before[module])
+
+    with ExitStack() as stack:
+        for module in weights:
+            stack.callback(module.register_forward_pre_hook(replace).remove)
+            # also after an exception
+            stack.callback(module.register_forward_hook(put_back, always_call=True).remove)
         yield
-    finally:
-        for module, parameter in before.items():
-            module.weight = cast(nn.Parameter, parameter)
