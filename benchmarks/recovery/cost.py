@@ -5,7 +5,7 @@
 A random model (24 layers, 40 M parameters) loses 5 layers that begin at 0.5, 0.6 and 0.75 of its depth, and is tuned for
 three epochs towards the dense model's logits: by its endpoints (with and without the closed-form start) and by LoRA of
 rank 8 on every linear module (peft). Both have the dense model's pass cached, and that pass is counted. Runs are
-interleaved; a ratio is of two runs of one round. Next to it stands the ratio that counting layers predicts. Half an
+interleaved, and seconds are CPU seconds; a ratio is of two runs of one round. Next to it stands the ratio that counting layers predicts. Half an
 hour on one core.
 """
 
@@ -64,9 +64,9 @@ def main() -> None:
     for number in range(args.rounds):
         for start, cell in cells.items():
             for name, run in runs.items():
-                begin = time.perf_counter()
+                begin = time.process_time()
                 run(cell)
-                seconds[start, name].append(time.perf_counter() - begin)
+                seconds[start, name].append(time.process_time() - begin)
                 print(f"round {number}: {name} from {start}: {seconds[start, name][-1]:.1f} s", flush=True)
     found = []
     print(

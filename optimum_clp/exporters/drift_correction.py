@@ -103,7 +103,7 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
     Returns:
         `list[np.ndarray]`, each of shape `[outputs, inputs]`, float32: `V`; the weight itself where nothing is gained.
     """
-    if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.any() for gram in moments.grams):
+    if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.diagonal().any() for gram in moments.grams):
         return list(weights)
     judged = [torch.from_numpy(weight[:: -(-len(weight) // _JUDGED_ROWS)]) for weight in weights]
     drifted = [[rows @ drift for drift in moments.drifts] for rows in judged]
