@@ -39,7 +39,7 @@ SHAPE = LlamaConfig(
     max_position_embeddings=256,
     tie_word_embeddings=False,
 )
-ROWS, VALIDATION_ROWS, LENGTH, EPOCHS = 32, 8, 128, 3
+LENGTH, EPOCHS = 128, 3
 CONFIG = TuningConfig(
     epochs=EPOCHS, batch_size=8, learning_rate=1e-4, evaluations_per_epoch=1, patience=9, init="none"
 )
@@ -49,18 +49,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", nargs="?", type=Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs=2, default=(32, 8), metavar=("TRAIN", "VALIDATION"))
+    parser.add_argument("--starts", type=int, nargs="+", default=STARTS, help="where the cut begins, in layers")
     args = parser.parse_args()
     torch.manual_seed(0)
     dense = LlamaForCausalLM(SHAPE).eval()
-    rows = [torch.randint(3, SHAPE.vocab_size, (count, LENGTH)) for count in (ROWS, VALIDATION_ROWS)]
-    cells = {start: Cell(dense, LayerSegment(start, start + REMOVED), *rows, seed=0) for start in STARTS}
+    rows = [torch.randint(3, SHAPE.vocab_size, (count, LENGTH)) for count in args.rows]
+    cells = {start: Cell(dense, LayerSegment(start, start + REMOVED), *rows, seed=0) for start in args.starts}
     runs = {
         "endpoints": lambda cell: tuned(cell, CONFIG, layers="endpoints"),
         "endpoints, closed-form start": lambda cell: tuned(cell, CONFIG, layers="endpoints", init="least_squares"),
         "lora": lambda cell: lora(cell, CONFIG, rank=8),
     }
-    tokens = ROWS * LENGTH * EPOCHS
-    seconds = {(start, name): [] for start in STARTS for name in runs}
+    tokens = args.rows[0] * LENGTH * EPOCHS
+    seconds = {(start, name): [] for start in cells for name in runs}
     for number in range(args.rounds):
         for start, cell in cells.items():
             for name, run in runs.items():
@@ -73,11 +75,11 @@ def main() -> None:
         "| start | ms per token | with closed form | LoRA | ratio (spread) | with closed form | layers predict | share |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    for start in STARTS:
+    for start, cell in cells.items():
         ours, solved, theirs = (seconds[start, name] for name in runs)
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         with_start = [b / a for a, b in zip(solved, theirs, strict=True)]
-        ratio, predicted = statistics.median(ratios), predicted_ratio(start)
+        ratio, predicted = statistics.median(ratios), predicted_ratio(cell)
         times = [1000 * statistics.median(values) / tokens for values in (ours, solved, theirs)]
         found.append({"start": start, "ms_per_token": times, "ratios": ratios, "ratios_with_start": with_start,
                       "predicted": predicted})  # fmt: skip
@@ -95,17 +97,16 @@ def main() -> None:
         shown = " | ".join(f"{m[k] / 1e6:.0f}" for k in ("dense", "copies", "above", "allowed", "endpoints", "lora"))
         print(f"| {m['start']} of {DEPTH} | {shown} |")
     if args.result:
-        result = {"command": "python benchmarks/recovery/cost.py", "environment": environment_info(),
-                  "time": found, "memory": memory}  # fmt: skip
+        result = {"rows": args.rows, "environment": environment_info(), "time": found, "memory": memory}
         args.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def predicted_ratio(start: int) -> float:
+def predicted_ratio(cell: Cell) -> float:
     """LoRA's work over ours, in passes of a token through one layer (forward 1, gradient of activations 1, of weights 1)."""
     layer = 4 * SHAPE.hidden_size**2 + 3 * SHAPE.hidden_size * SHAPE.intermediate_size
     head = SHAPE.hidden_size * SHAPE.vocab_size / layer
-    validation = VALIDATION_ROWS / ROWS
-    left, above = DEPTH - REMOVED, DEPTH - REMOVED - (start - 1)
+    validation = len(cell.validation) / len(cell.train)
+    left, above = DEPTH - REMOVED, DEPTH - REMOVED - (cell.segment.start - 1)
 
     def work(layers: int, trained: int) -> float:
         # student and teacher each run their head; only the student's is gone back through
@@ -123,7 +124,7 @@ def peak_memory(cell: Cell) -> dict[str, int]:
     pass and its backward pass, from the first endpoint on, logits included.
     """
     config = dataclasses.replace(CONFIG, epochs=1)
-    caches = 2 * (ROWS + VALIDATION_ROWS) * LENGTH * SHAPE.hidden_size * 4
+    caches = 2 * (cell.train.numel() + cell.validation.numel()) * SHAPE.hidden_size * 4
     with LiveTensorBytes(cell.dense) as dense:
         DenseOutputs(cell.dense, cell.train[:8], quiet=True).logits(slice(0, 8))
     weights = sum(p.numel() * 4 for p in cell.dense.parameters())
