@@ -216,6 +216,11 @@ def tuned_from_start(cell: Cell, config: TuningConfig, *, layers: str) -> Healed
     return dataclasses.replace(healed, details={**healed.details, **start.details})
 
 
+def as_by_default(cell: Cell) -> Healed:
+    """Ours with nothing chosen: the package's own learning rate and number of epochs."""
+    return tuned(cell, TuningConfig(), layers="endpoints", init=TuningConfig().init)
+
+
 def tuned_dense(cell: Cell, config: TuningConfig) -> Healed:
     """The dense model itself, where the endpoints are: what it gains is adaptation to the text, not recovery."""
     layers = [cell.kept[i] for i in cell.endpoints]
@@ -321,6 +326,7 @@ METHODS = {
         functools.partial(solved, layers="endpoints", method="least_squares", attention=True), "own"
     ),
     "clp": Method(functools.partial(tuned, layers="endpoints", init="least_squares"), "own", "kd"),
+    "clp_default_rate": Method(as_by_default, "own"),
     "endpoints_kd": Method(functools.partial(tuned, layers="endpoints"), "own", "kd"),
     "endpoints_ce": Method(functools.partial(tuned, layers="endpoints"), "rival", "ce"),
     "last3": Method(functools.partial(tuned, layers="last_three", closing=True), "rival", "ce"),

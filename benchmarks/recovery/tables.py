@@ -31,13 +31,14 @@ LABELS = {
     "endpoints_ce": "endpoints, CE",
     "endpoints_kd": "endpoints, KL",
     "clp": "**ours**: closed form, then endpoints, KL",
+    "clp_default_rate": "ours, learning rate and epochs by default",
     "all_layers_kd": "all layers, KL",
     "all_layers_start": "closed form, then all layers, KL",
     "all_layers_ce": "all layers, CE",
     "dense_ce": "dense, same steps, CE",
 }
 COLOURS = {"rival": "#0072B2", "own": "#D55E00", "ceiling": "#009E73", "control": "#999999"}
-MARKERS = dict(zip(LABELS, "x+<*psPXv^>oDhdHp", strict=True))
+MARKERS = dict(zip(LABELS, "x+<*psPXv^>oD8hdHp", strict=True))
 RIVAL_SIZE, RETENTION, MARGIN, HEALTHY, SHARE = 1.5, 0.9534, 0.0429, 0.93, 0.8
 # all layers from the untouched cut, and from where ours starts
 CEILINGS = ("all_layers_kd", "all_layers_start")
