@@ -9,13 +9,12 @@ its own, which an interrupted run continues; `tables.py` makes the tables and th
 
 All methods get the segment that the default search finds, the same rows (text that the dense model wrote), and with
 gradient steps the same number of tokens: 192 rows of 128 for 2 epochs, or with `--defaults` what the package takes when
-nothing is said (192 rows of 256 for 4 epochs), into a folder of its own. One learning rate for each method and model is chosen on the validation rows
-of ratio 0.2 and seed 0, which therefore come first, from the same five; a rate at an end of them is not accepted
-before its neighbour has been tried.
+nothing is said (192 rows of 256 for 4 epochs), into a folder of its own. One learning rate for each method and model is
+chosen on the validation rows of ratio 0.2 and seed 0, which therefore come first, from the same five; a rate at an end
+of them is not accepted before its neighbour has been tried.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import gc
 import json
@@ -34,6 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_clp.calibration import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.configuration import CalibrationConfig, SearchConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.report import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
@@ -135,7 +135,7 @@ class Comparison:
     """The runs of one model, and the file that they are kept in."""
 
     def __init__(self, setting: Setting, file: Path):
-        self.setting, self.file, self.epochs = setting, file, setting.budget.epochs
+        self.setting, self.file = setting, file
         self.results = json.loads(file.read_text()) if file.is_file() else {"model": setting.name}
         self.results["num_layers"] = setting.model.config.num_hidden_layers
         self.results["setting"] = {
@@ -143,7 +143,7 @@ class Comparison:
             "train_sequences": setting.budget.train_rows,
             "validation_sequences": setting.budget.validation_rows,
             "test_sequences": TEST_ROWS,
-            "epochs": self.epochs,
+            "epochs": setting.budget.epochs,
             "batch_size": BATCH_SIZE,
             "learning_rates": list(RATES),
         }
@@ -195,9 +195,9 @@ class Comparison:
             return timed(lambda: method.heal(cell))
         chosen = self.found(*RATE_CELL, name)
         if chosen is not None:
-            healed, run = trained(cell, method, chosen["learning_rate"], self.epochs)
+            healed, run = trained(cell, method, chosen["learning_rate"], self.setting.budget.epochs)
             return healed, {**run, "learning_rate": chosen["learning_rate"], "rate_of": list(RATE_CELL)}
-        return best_of_rates(cell, name, method, self.epochs)
+        return best_of_rates(cell, name, method, self.setting.budget.epochs)
 
     def _equal_time(self, ratio: float, cell: Cell, methods, validation: DenseOutputs) -> None:
         """Rivals that are no larger than ours, with as many epochs as our seconds pay for."""
@@ -214,7 +214,7 @@ class Comparison:
                 continue
             # what is done once is not repeated by more epochs
             share = run["details"]["cache_seconds"] / run["wall_seconds"]
-            once, each = run["cpu_seconds"] * share, run["cpu_seconds"] * (1 - share) / self.epochs
+            once, each = run["cpu_seconds"] * share, run["cpu_seconds"] * (1 - share) / self.setting.budget.epochs
             epochs = math.ceil(1.05 * (ours["cpu_seconds"] - once) / each)
             healed, again = trained(cell, method, run["learning_rate"], epochs)
             while again["cpu_seconds"] < ours["cpu_seconds"] and healed.stopped == "finished":
@@ -316,11 +316,11 @@ def timed(heal) -> tuple[Healed, dict]:
 def _start_of_peak() -> int | None:
     """Resident bytes now, from which the peak is counted anew; `None` where the system does not tell."""
     gc.collect()
+    # or what an earlier method has freed would be filled first
+    return_freed_memory()
     try:
-        # or what an earlier method has freed would be filled first
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except (OSError, AttributeError):
+    except OSError:
         return None
     return _status("VmRSS")
 

@@ -5,8 +5,8 @@
 A random model (24 layers, 40 M parameters) loses 5 layers that begin at 0.5, 0.6 and 0.75 of its depth, and is tuned for
 three epochs towards the dense model's logits: by its endpoints (with and without the closed-form start) and by LoRA of
 rank 8 on every linear module (peft). Both have the dense model's pass cached, and that pass is counted. Runs are
-interleaved, and seconds are CPU seconds; a ratio is of two runs of one round. Next to it stands the ratio that counting layers predicts. Half an
-hour on one core.
+interleaved, and seconds are CPU seconds; a ratio is of two runs of one round. Next to it stands the ratio that counting
+layers predicts. Half an hour on one core.
 """
 
 import argparse

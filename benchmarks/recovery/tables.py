@@ -40,8 +40,13 @@ LABELS = {
 COLOURS = {"rival": "#0072B2", "own": "#D55E00", "ceiling": "#009E73", "control": "#999999"}
 MARKERS = dict(zip(LABELS, "x+<*psPXv^>oD8hdHp", strict=True))
 RIVAL_SIZE, RETENTION, MARGIN, HEALTHY, SHARE = 1.5, 0.9534, 0.0429, 0.93, 0.8
-# all layers from the untouched cut, and from where ours starts
-CEILINGS = ("all_layers_kd", "all_layers_start")
+# columns of the table of shares: a method, and all layers from the untouched cut or from where ours starts
+SHARES = {
+    "closed form alone": ("least_squares", "all_layers_kd"),
+    "endpoints, KL": ("endpoints_kd", "all_layers_kd"),
+    "ours": ("clp", "all_layers_kd"),
+    "ours, of all layers after the closed form": ("clp", "all_layers_start"),
+}
 
 Cells = dict[tuple[float, int], dict[str, dict]]
 
@@ -254,25 +259,14 @@ def share_of_ceiling(cell: dict[str, dict], method: str, text: str, ceiling: str
 
 def share_table(compared: list[dict]) -> str:
     """How much of the gain of tuning all layers each method has."""
-    rows = [
-        [
-            "model",
-            "ratio",
-            "text",
-            "closed form alone",
-            "endpoints, KL",
-            "ours",
-            "ours, of all layers after the closed form",
-        ]
-    ]
+    rows = [["model", "ratio", "text", *SHARES]]
     for results in compared:
         cells = cells_of(results)
         for ratio in sorted({ratio for ratio, _ in cells}):
             here = [cell for (r, _), cell in sorted(cells.items()) if r == ratio]
             for text in texts_of(results):
                 shown = (over_seeds(here, lambda c, m=m, t=text, n=n: share_of_ceiling(c, m, t, n), 2)
-                         for n in CEILINGS for m in ("least_squares", "endpoints_kd", "clp")
-                         if n == CEILINGS[0] or m == "clp")  # fmt: skip
+                         for m, n in SHARES.values())  # fmt: skip
                 rows.append([results["model"], str(ratio), text, *shown])
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]

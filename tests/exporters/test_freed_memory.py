@@ -23,8 +23,12 @@ def test_holes_between_things_that_stay_are_returned():
 
 @pytest.mark.parametrize("error", [OSError, TypeError])
 def test_a_system_without_it_does_nothing(error, monkeypatch):
+    asked = []
+
     def missing(name):
+        asked.append(name)
         raise error
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     return_freed_memory()
+    assert asked == [None]
