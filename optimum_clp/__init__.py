@@ -17,7 +17,7 @@ _HOMES = {
     "ExportConfig": "configuration",
     "CLPPruner": "pruner",
     "LayerSegment": "segments",
-    "OnnxCausalLM": "runtime",
+    "OnnxCausalLM": "runtime.causal_lm",
     "PruningPlan": "plan",
     "plan_pruning": "plan",
     "CLPError": "errors",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .plan import PruningPlan as PruningPlan
     from .plan import plan_pruning as plan_pruning
     from .pruner import CLPPruner as CLPPruner
-    from .runtime import OnnxCausalLM as OnnxCausalLM
+    from .runtime.causal_lm import OnnxCausalLM as OnnxCausalLM
     from .segments import LayerSegment as LayerSegment
 
 

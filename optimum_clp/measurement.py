@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .architecture import num_layers
 from .evaluation import evaluate_tokens, measure_speed
-from .runtime import OnnxCausalLM
+from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment
 from .surgery import count_bytes, count_parameters, cut_model
 from .teacher import DenseOutputs

@@ -37,7 +37,7 @@ from .plots import write_plots
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
 from .report import REPORT_NAME, CLPReport, environment_info
-from .runtime import OnnxCausalLM
+from .runtime.causal_lm import OnnxCausalLM
 from .sample_cache import tensors_fingerprint, weights_fingerprint
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file

@@ -20,7 +20,7 @@ from optimum_clp.configuration import QuantizationConfig
 from optimum_clp.exporters import export_onnx
 from optimum_clp.exporters.onnx_check import reference_steps
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_comparison import write_steps
+from optimum_clp.runtime.comparison import write_steps
 
 # layers, hidden size, intermediate size, vocabulary; "narrow" is Qwen3-0.6B's shape
 SHAPES = {

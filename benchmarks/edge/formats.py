@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent
 PAST = 32

@@ -20,7 +20,7 @@ import torch
 from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 CACHE = Path(__file__).parents[1] / ".cache"
 FOLDER = CACHE / "edge" / "dense-ours"

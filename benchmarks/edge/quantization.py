@@ -21,7 +21,7 @@ from optimum_clp.configuration import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.exporters import export_onnx
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent
 TEXTS = {"stories-llama-16l": "stories", "deep32": "stories", "stories260K": "stories-cased"}

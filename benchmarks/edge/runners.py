@@ -52,7 +52,7 @@ def peak_memory() -> int:
 def ours(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     import torch
 
-    from optimum_clp.runtime import OnnxCausalLM
+    from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
     torch.set_num_threads(threads)
     model = OnnxCausalLM.from_pretrained(folder, file, num_threads=threads)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..configuration import ExportConfig, QuantizationConfig
 from ..errors import ExportError
-from ..onnx_names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
 from ..progress import progress_bar
+from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
 from .freed_memory import return_freed_memory
 from .genai_config import write_genai_config
 from .onnx_check import FileCheck, check_tolerance

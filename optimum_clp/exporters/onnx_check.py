@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .. import onnx_comparison
 from ..architecture import declared_context_length, text_config
 from ..errors import ExportError, Problem
-from ..onnx_comparison import ReferenceStep, read_result, relative_error, write_steps
+from ..runtime import comparison as onnx_comparison
+from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .onnx_float import input_names
 
 # Float weights above which a file is checked in a process of its own: a session holds a file's weights up to three
@@ -31,7 +31,7 @@ _CHILD = (
     "import os, runpy, sys; name, paths = sys.argv[1:3]; del sys.argv[1:3]; "
     "sys.path += paths.split(os.pathsep); runpy.run_module(name, run_name='__main__', alter_sys=True)"
 )
-_ROOT = str(Path(onnx_comparison.__file__).parents[1])
+_ROOT = str(Path(onnx_comparison.__file__).parents[2])
 
 
 class FileCheck:
@@ -53,7 +53,7 @@ class FileCheck:
             self.steps.clear()
 
     def error(self, file: Path) -> float:
-        """[`~onnx_comparison.relative_error`] of a file.
+        """[`~runtime.comparison.relative_error`] of a file.
 
         Raises:
             ExportError: If ONNX Runtime cannot load or run the file.
@@ -115,11 +115,11 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
 
 
 def relative_error_apart(file: Path, reference: Path) -> float:
-    """[`~onnx_comparison.relative_error`] from a process that holds nothing but the file and the reference.
+    """[`~runtime.comparison.relative_error`] from a process that holds nothing but the file and the reference.
 
     Args:
         file (`Path`): The ONNX file.
-        reference (`Path`): From [`~onnx_comparison.write_steps`]; the result is written beside it.
+        reference (`Path`): From [`~runtime.comparison.write_steps`]; the result is written beside it.
 
     Raises:
         ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.

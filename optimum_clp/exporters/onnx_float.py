@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..errors import ExportError, Problem
-from ..onnx_names import FUSED_ATTENTION, cache_names
+from ..runtime.names import FUSED_ATTENTION, cache_names
 from .onnx_experts import unrolled_experts
 from .onnx_file import stored_shape, stored_tensor
 from .onnx_fused import FusedAttention, fuse_graph, fused

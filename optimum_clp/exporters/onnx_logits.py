@@ -7,7 +7,7 @@ The head is the largest product of a small model, and a text of thousands of tok
 import numpy as np
 import onnx_ir as ir
 
-from ..onnx_names import LOGITS_TO_KEEP
+from ..runtime.names import LOGITS_TO_KEEP
 from .onnx_file import store_tensor
 from .onnx_float import stored_weight
 

@@ -8,7 +8,7 @@ table serves embedding and head: what the head does to it, up to its `Dequantize
 import numpy as np
 import onnx_ir as ir
 
-from ..onnx_names import ACCURACY_LEVEL
+from ..runtime.names import ACCURACY_LEVEL
 from .onnx_count import QuantizedNodes
 from .onnx_form import Layout, Store, StoredMatrix, slice_columns
 from .onnx_rounding import RoundedMatrix

@@ -14,8 +14,8 @@ from zoo import ZOO, zoo_model
 
 from optimum_clp.errors import ExportError
 from optimum_clp.exporters import export_onnx, onnx_obstacle
-from optimum_clp.onnx_names import LOGITS_TO_KEEP
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
+from optimum_clp.runtime.names import LOGITS_TO_KEEP
 
 # transformers 4 leaves a mask of ones out, and this class is then not even causal: one row is not what it is in a batch
 WRONG_IN_TRANSFORMERS_4 = ("doge",)

@@ -27,7 +27,7 @@ from optimum_clp.exporters.onnx_check import (
 from optimum_clp.exporters.onnx_file import save_graph
 from optimum_clp.exporters.onnx_float import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_comparison import relative_error
+from optimum_clp.runtime.comparison import relative_error
 
 ROOT = Path(__file__).parents[2]
 POSITIONS = 128

@@ -19,7 +19,7 @@ from optimum_clp.exporters import export_onnx
 from optimum_clp.exporters.onnx_file import save_graph
 from optimum_clp.exporters.onnx_float import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_names import FUSED_ATTENTION
+from optimum_clp.runtime.names import FUSED_ATTENTION
 
 
 @pytest.fixture(scope="module")

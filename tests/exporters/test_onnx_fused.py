@@ -16,8 +16,8 @@ from optimum_clp.exporters.onnx_file import save_graph
 from optimum_clp.exporters.onnx_float import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.onnx_fused import FusedAttention, attention_by, fused_obstacle
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_comparison import relative_error
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
+from optimum_clp.runtime.comparison import relative_error
 
 SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 128}
 

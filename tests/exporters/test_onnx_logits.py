@@ -16,7 +16,7 @@ from optimum_clp.exporters.onnx_file import save_graph
 from optimum_clp.exporters.onnx_float import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.onnx_logits import choose_positions
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_names import LOGITS_TO_KEEP
+from optimum_clp.runtime.names import LOGITS_TO_KEEP
 
 IDS = random_tokens(2, 6, seed=3)
 FILES = ("model.onnx", "model_quantized.onnx", "model_q4.onnx")

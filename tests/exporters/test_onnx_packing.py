@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 
 from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, onnx_packing
-from optimum_clp.onnx_names import cache_names
+from optimum_clp.runtime.names import cache_names
 
 TOKENS = np.array([[5, 9, 23, 4, 71]])
 

@@ -21,8 +21,8 @@ from optimum_clp.exporters.onnx_float import export_float_graph
 from optimum_clp.exporters.onnx_quantization import graph_matrices, quantize_graph
 from optimum_clp.exporters.onnx_rounding import from_integers, round_to_nearest
 from optimum_clp.exporters.onnx_twin import float32_twin
-from optimum_clp.onnx_session import open_session
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
+from optimum_clp.runtime.session import open_session
 
 INTEGERS = {4: onnx.TensorProto.INT4, 8: onnx.TensorProto.INT8}
 

@@ -12,7 +12,7 @@ from optimum_clp.configuration import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx
 from optimum_clp.exporters.onnx_rounding import FeedbackRounding, round_to_nearest
 from optimum_clp.exporters.onnx_scales import store_scales_in_16_bits
-from optimum_clp.onnx_session import open_session
+from optimum_clp.runtime.session import open_session
 
 
 def floats_of(file):

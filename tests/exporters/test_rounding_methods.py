@@ -22,8 +22,8 @@ from optimum_clp.exporters.onnx_experts import unrolled_experts
 from optimum_clp.exporters.onnx_quantization import GraphMatrix, graph_matrices, quantize_graph
 from optimum_clp.exporters.onnx_rounding import round_half_quadratic, round_to_nearest
 from optimum_clp.exporters.rounding_methods import round_weights
-from optimum_clp.onnx_session import open_session
 from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
+from optimum_clp.runtime.session import open_session
 
 TOKENS = random_tokens(6, 20, seed=1)
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from optimum_clp.errors import ExportError
-from optimum_clp.onnx_comparison import (
+from optimum_clp.runtime.comparison import (
     ReferenceStep,
     read_result,
     read_steps,
@@ -56,6 +56,6 @@ def test_a_file_that_does_not_run_is_named(tmp_path):
 
 
 def test_it_needs_neither_torch_nor_transformers():
-    code = "import sys, optimum_clp.onnx_comparison; print({'torch', 'transformers', 'onnx_ir'} & set(sys.modules))"
+    code = "import sys, optimum_clp.runtime.comparison; print({'torch', 'transformers', 'onnx_ir'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

@@ -14,9 +14,9 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, Pretrain
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .errors import ConfigurationError, ModelError, Problem
-from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP
-from .onnx_session import chooses_positions, open_session, quiet_options
+from ..errors import ConfigurationError, ModelError, Problem
+from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
+from .session import chooses_positions, open_session, quiet_options
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 # models with ALiBi have no position_ids, and their files, like Optimum's, no such input

@@ -6,8 +6,8 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from optimum_clp.onnx_names import ACCURACY_LEVEL
-from optimum_clp.onnx_session import open_session
+from optimum_clp.runtime.names import ACCURACY_LEVEL
+from optimum_clp.runtime.session import open_session
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.evaluation import evaluate_tokens
-from optimum_clp.runtime import OnnxCausalLM
+from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 
 @pytest.fixture(scope="module")

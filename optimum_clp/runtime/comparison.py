@@ -2,7 +2,7 @@
 
 It needs numpy and ONNX Runtime alone, so that a large file can be compared in a process without torch and the model:
 
-    python -m optimum_clp.onnx_comparison FILE REFERENCE RESULT
+    python -m optimum_clp.runtime.comparison FILE REFERENCE RESULT
 """
 
 import json
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from .errors import ExportError, Problem
-from .onnx_names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
-from .onnx_session import chooses_positions, open_session
+from ..errors import ExportError, Problem
+from .names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
+from .session import chooses_positions, open_session
 
 
 @dataclass(frozen=True)

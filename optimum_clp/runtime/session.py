@@ -6,7 +6,7 @@ from typing import Any
 
 import onnxruntime
 
-from .onnx_names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY, LOGITS_TO_KEEP
+from .names import ACCURACY_LEVEL, ACCURACY_LEVEL_ENTRY, LOGITS_TO_KEEP
 
 # what a session takes that is not told
 _DEFAULT_LEVEL = "4"
