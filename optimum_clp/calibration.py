@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architecture import text_config
+from .architecture.lookup import text_config
 from .configuration import CalibrationConfig
 from .errors import CalibrationError, Problem
 from .sample_cache import Sample, weights_fingerprint

@@ -15,7 +15,7 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from .architecture import text_config
+from .architecture.lookup import text_config
 from .checkpoint_errors import load_error, model_error, quanto_error
 from .checkpoint_files import (
     TOKENIZER_FILES,

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architecture import decoder_layers, text_config
+from .architecture.lookup import decoder_layers, text_config
 from .closed_form import MAX_FLOAT64_WIDTH
 from .configuration import QuantizationConfig, TuningConfig
 from .losses import CHUNK_TOKENS

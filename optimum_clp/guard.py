@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architecture import decoder_layers, decoder_path, describe_layers, num_layers, text_config
+from .architecture.lookup import decoder_layers, decoder_path, describe_layers, num_layers, text_config
 from .errors import CutError, Problem
 from .gating import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .architecture import num_layers
+from .architecture.lookup import num_layers
 from .evaluation import evaluate_tokens, measure_speed
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .architecture import allowed_segments, cut_config, decoder_layers, num_layers, text_config
+from .architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
 from .configuration import CLPConfig
 from .errors import ConfigurationError, ModelError, Problem
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory

@@ -13,7 +13,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from .architecture import allowed_segments, find_architecture, num_layers, text_config
+from .architecture.lookup import allowed_segments, find_architecture, num_layers, text_config
 from .calibration import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .configuration import CLPConfig

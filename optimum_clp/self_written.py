@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architecture import text_config
+from .architecture.lookup import text_config
 from .decoding import takes_back_its_cache
 from .errors import CalibrationError, Problem
 from .gating import evaluation_mode

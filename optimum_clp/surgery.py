@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import cut_config, decoder_layers, decoder_path, num_layers
+from .architecture.lookup import cut_config, decoder_layers, decoder_path, num_layers
 from .errors import CutError, ModelError, Problem
 from .guard import check_cut, old_name
 from .segments import LayerSegment, check_segments, kept_layers

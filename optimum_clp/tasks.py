@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .architecture import text_config
+from .architecture.lookup import text_config
 from .errors import CalibrationError, ConfigurationError, ModelError, Problem
 from .progress import progress_bar
 

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import decoder_layers, decoder_path, text_config
+from .architecture.lookup import decoder_layers, decoder_path, text_config
 from .closed_form import solve_endpoints, target_state
 from .configuration import TuningConfig
 from .endpoint_student import EndpointStudent, TuningRows

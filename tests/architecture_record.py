@@ -9,7 +9,7 @@ from pathlib import Path
 
 import transformers
 
-from optimum_clp.architecture_table import REFUSED
+from optimum_clp.architecture.table import REFUSED
 
 DOCS = Path(__file__).parent.parent / "docs"
 RECORD, TABLE = DOCS / "architectures.json", DOCS / "architectures.md"

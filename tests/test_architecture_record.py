@@ -6,7 +6,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo import ZOO
 
-from optimum_clp.architecture_table import ARCHITECTURES, REFUSED
+from optimum_clp.architecture.table import ARCHITECTURES, REFUSED
 
 STALE = "run `make architectures`"
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
 
 from optimum_clp import closed_form
-from optimum_clp.architecture import decoder_layers
+from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.gating import layer_hidden, layer_input

@@ -13,7 +13,8 @@ from tiny_models import VOCABULARY, random_tokens
 from zoo import ZOO, zoo_config, zoo_model
 
 from optimum_clp import guard, surgery
-from optimum_clp.architecture import (
+from optimum_clp.architecture.fields import Dropped, RedundantPeriod
+from optimum_clp.architecture.lookup import (
     allowed_segments,
     cut_config,
     cut_obstacle,
@@ -26,7 +27,6 @@ from optimum_clp.architecture import (
 )
 from optimum_clp.checkpoint import save_checkpoint, verify_checkpoint
 from optimum_clp.configuration import SearchConfig, TuningConfig
-from optimum_clp.depth_fields import Dropped, RedundantPeriod
 from optimum_clp.errors import CutError
 from optimum_clp.gating import LayerStack, gated, recorded_inputs
 from optimum_clp.guard import check_cut

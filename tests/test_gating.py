@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
-from optimum_clp.architecture import decoder_layers
+from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.gate import concave_gate, hard_gate
 from optimum_clp.gating import (
     LayerStack,

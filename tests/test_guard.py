@@ -5,7 +5,7 @@ import torch
 from zoo import ZOO, zoo_model
 
 from optimum_clp import surgery
-from optimum_clp.architecture import cut_config
+from optimum_clp.architecture.lookup import cut_config
 from optimum_clp.errors import CutError
 from optimum_clp.guard import check_cut
 from optimum_clp.segments import LayerSegment

@@ -17,7 +17,7 @@ from zoo import ALL, zoo_config
 
 from optimum_clp import guard, plan_pruning, surgery
 from optimum_clp import plan as plan_module
-from optimum_clp.architecture import allowed_segments, decoder_layers
+from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
 from optimum_clp.checkpoint import save_checkpoint
 from optimum_clp.configuration import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError

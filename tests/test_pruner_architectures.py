@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
 
 from optimum_clp import CLPPruner, LayerSegment
-from optimum_clp.architecture import allowed_segments
+from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.errors import ExportError, ModelError, QuantizationError
 
 # tuples from layers, Conv1D, ALiBi, windows, experts, a pattern that few cuts keep, no attention, shared keys and values

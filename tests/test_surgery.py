@@ -5,7 +5,7 @@ import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.architecture import cut_config, decoder_layers
+from optimum_clp.architecture.lookup import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
 from optimum_clp.gating import gated
 from optimum_clp.guard import check_cut

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_clp.architecture import decoder_layers
+from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.configuration import TuningConfig
 from optimum_clp.endpoint_student import EndpointStudent, TuningRows

@@ -21,7 +21,7 @@ import torch
 from live_memory import LiveTensorBytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_clp.architecture import allowed_segments
+from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.calibration import tokenize_dataset
 from optimum_clp.configuration import SearchConfig
 from optimum_clp.report import environment_info

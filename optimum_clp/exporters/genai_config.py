@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from ..architecture import declared_context_length, text_config
+from ..architecture.lookup import declared_context_length, text_config
 from ..checkpoint_files import write_json
 
 GENAI_FILE = "genai_config.json"

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..architecture import declared_context_length, text_config
+from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError, Problem
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps

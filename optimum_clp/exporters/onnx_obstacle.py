@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..architecture import text_config
+from ..architecture.lookup import text_config
 from ..errors import Problem
 from ..gating import evaluation_mode
 from .onnx_experts import experts_modules

@@ -6,7 +6,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
-from ..architecture import text_config
+from ..architecture.lookup import text_config
 from ..errors import ExportError, Problem
 
 # Settings that transformers' eager attention honours and its SDPA does not, in one version or another.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..architecture import allowed_segments
+from ..architecture.lookup import allowed_segments
 from ..errors import ModelError, Problem
 from ..gating import layer_hidden, layer_input, run_without_head
 from ..losses import next_token_cross_entropy

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ..architecture import text_config
+from ..architecture.lookup import text_config
 from ..gate import hard_gate
 from ..gating import LayerStack, recorded_inputs, run_without_head
 from ..progress import progress_bar

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architecture import cut_obstacle
+from ..architecture.lookup import cut_obstacle
 from ..configuration import SearchConfig
 from ..errors import ModelError, Problem
 from ..segments import LayerSegment, check_segments, kept_layers

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture import allowed_segments, num_layers
+from ..architecture.lookup import allowed_segments, num_layers
 from ..configuration import SearchConfig
 from ..errors import ModelError, Problem, SearchError
 from ..gating import evaluation_mode

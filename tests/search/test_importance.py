@@ -10,7 +10,7 @@ from tiny_models import MODEL_TYPES, make_identity, random_tokens, tiny_model
 from torch.nn import functional as F
 from zoo import ZOO, zoo_model
 
-from optimum_clp.architecture import allowed_segments
+from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.configuration import SearchConfig
 from optimum_clp.errors import ModelError
 from optimum_clp.evaluation import evaluate_tokens

@@ -7,7 +7,7 @@ from searches import problem_of, settings
 from tiny_models import make_identity, random_tokens, tiny_model
 from zoo import ZOO, zoo_model
 
-from optimum_clp.architecture import cut_obstacle
+from optimum_clp.architecture.lookup import cut_obstacle
 from optimum_clp.errors import ModelError, SearchError
 from optimum_clp.search import search_segments
 from optimum_clp.search.enumeration import every_cut, number_of_cuts

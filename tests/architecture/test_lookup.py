@@ -4,8 +4,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 from zoo import ZOO, zoo_config
 
-from optimum_clp.architecture import cut_config, decoder_layers, find_architecture, num_layers
-from optimum_clp.architecture_table import REFUSED
+from optimum_clp.architecture.lookup import cut_config, decoder_layers, find_architecture, num_layers
+from optimum_clp.architecture.table import REFUSED
 from optimum_clp.errors import CutError, ModelError
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architecture_table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
-from .depth_fields import DepthField, NotRepresentable
-from .errors import CutError, ModelError, Problem
-from .segments import LayerSegment, candidate_segments, kept_layers
+from ..errors import CutError, ModelError, Problem
+from ..segments import LayerSegment, candidate_segments, kept_layers
+from .fields import DepthField, NotRepresentable
+from .table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
 
 # where models with ALiBi, which have no table of positions, keep the length that they were trained on
 _CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
@@ -183,7 +183,7 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
                 "removed layers",
                 removed,
                 f"{reason}; no config describes what would be left",
-                "Choose other layers: search() looks only at those that can go, optimum_clp.architecture."
+                "Choose other layers: search() looks only at those that can go, optimum_clp.architecture.lookup."
                 "allowed_segments lists them",
             )
         ) from None

@@ -11,7 +11,7 @@ from packaging import version
 from transformers import PretrainedConfig
 from transformers import __version__ as transformers_version
 
-from .depth_fields import (
+from .fields import (
     AttentionTypes,
     Cycle,
     DepthField,

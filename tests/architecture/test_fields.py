@@ -6,7 +6,7 @@ import math
 import pytest
 from transformers import PretrainedConfig
 
-from optimum_clp.depth_fields import (
+from optimum_clp.architecture.fields import (
     AttentionTypes,
     Cycle,
     Dropped,
