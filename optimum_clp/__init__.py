@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 from .version import __version__
 
 _HOMES = {
-    "CLPConfig": "configuration",
-    "CalibrationConfig": "configuration",
-    "SearchConfig": "configuration",
-    "TuningConfig": "configuration",
-    "QuantizationConfig": "configuration",
-    "ExportConfig": "configuration",
+    "CLPConfig": "configuration.clp_config",
+    "CalibrationConfig": "configuration.clp_config",
+    "SearchConfig": "configuration.clp_config",
+    "TuningConfig": "configuration.clp_config",
+    "QuantizationConfig": "configuration.clp_config",
+    "ExportConfig": "configuration.clp_config",
     "CLPPruner": "pruner",
     "LayerSegment": "segments",
     "OnnxCausalLM": "runtime.causal_lm",
@@ -26,12 +26,12 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .configuration import CalibrationConfig as CalibrationConfig
-    from .configuration import CLPConfig as CLPConfig
-    from .configuration import ExportConfig as ExportConfig
-    from .configuration import QuantizationConfig as QuantizationConfig
-    from .configuration import SearchConfig as SearchConfig
-    from .configuration import TuningConfig as TuningConfig
+    from .configuration.clp_config import CalibrationConfig as CalibrationConfig
+    from .configuration.clp_config import CLPConfig as CLPConfig
+    from .configuration.clp_config import ExportConfig as ExportConfig
+    from .configuration.clp_config import QuantizationConfig as QuantizationConfig
+    from .configuration.clp_config import SearchConfig as SearchConfig
+    from .configuration.clp_config import TuningConfig as TuningConfig
     from .errors import CLPError as CLPError
     from .plan import PruningPlan as PruningPlan
     from .plan import plan_pruning as plan_pruning

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
-from .configuration import CLPConfig
+from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, ModelError, Problem
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
 from .guard import check_cut

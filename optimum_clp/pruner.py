@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .architecture.lookup import allowed_segments, find_architecture, num_layers, text_config
 from .calibration import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
-from .configuration import CLPConfig
+from .configuration.clp_config import CLPConfig
 from .errors import (
     CalibrationError,
     ConfigurationError,

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 
-from .configuration import TuningConfig
+from .configuration.clp_config import TuningConfig
 from .endpoint_student import EndpointStudent, TuningRows
 from .errors import ConfigurationError, Problem
 from .master_adamw import MasterAdamW

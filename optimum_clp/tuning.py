@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, decoder_path, text_config
 from .closed_form import solve_endpoints, target_state
-from .configuration import TuningConfig
+from .configuration.clp_config import TuningConfig
 from .endpoint_student import EndpointStudent, TuningRows
 from .errors import ConfigurationError, ModelError, Problem, TuningError
 from .gating import LayerStack, evaluation_mode

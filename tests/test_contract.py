@@ -26,7 +26,7 @@ from optimum_clp.architecture.lookup import (
     text_config,
 )
 from optimum_clp.checkpoint import save_checkpoint, verify_checkpoint
-from optimum_clp.configuration import SearchConfig, TuningConfig
+from optimum_clp.configuration.clp_config import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
 from optimum_clp.gating import LayerStack, gated, recorded_inputs
 from optimum_clp.guard import check_cut

@@ -19,7 +19,7 @@ from optimum_clp import guard, plan_pruning, surgery
 from optimum_clp import plan as plan_module
 from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
 from optimum_clp.checkpoint import save_checkpoint
-from optimum_clp.configuration import CLPConfig, QuantizationConfig, TuningConfig
+from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters import export_onnx
 from optimum_clp.footprint import layer_activations, onnx_weight_bytes

@@ -23,7 +23,7 @@ from zoo import ZOO
 
 from optimum_clp import OnnxCausalLM
 from optimum_clp.checkpoint import load_model, load_tokenizer, save_configs, save_tokenizer
-from optimum_clp.configuration import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, write_runtime_configs
 
 DENSE = Path(__file__).parents[1] / "benchmarks" / "models" / "stories-llama-16l"

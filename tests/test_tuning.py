@@ -7,7 +7,7 @@ from tiny_models import random_tokens, tiny_model
 
 from optimum_clp import tuning
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.configuration import TuningConfig
+from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.endpoint_student import EndpointStudent
 from optimum_clp.errors import ConfigurationError, ModelError, TuningError
 from optimum_clp.evaluation import evaluate_tokens

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optimum_clp.configuration import QuantizationConfig
+from optimum_clp.configuration.clp_config import QuantizationConfig
 from optimum_clp.exporters import export_onnx
 from optimum_clp.exporters.onnx_check import reference_steps
 from optimum_clp.exporters.onnx_twin import float32_twin

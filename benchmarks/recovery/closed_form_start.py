@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.closed_form import solve_endpoints, target_state
-from optimum_clp.configuration import CalibrationConfig, TuningConfig
+from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.report import environment_info
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers

@@ -31,7 +31,7 @@ from methods import METHODS, Cell, Healed, Method
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration import CalibrationData, load_calibration, tokenize_dataset
-from optimum_clp.configuration import CalibrationConfig, SearchConfig, TuningConfig
+from optimum_clp.configuration.clp_config import CalibrationConfig, SearchConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.report import environment_info

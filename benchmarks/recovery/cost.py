@@ -21,7 +21,7 @@ import torch
 from methods import Cell, lora, tuned
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_clp.configuration import TuningConfig
+from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.report import environment_info
 from optimum_clp.segments import LayerSegment
 from optimum_clp.teacher import DenseOutputs

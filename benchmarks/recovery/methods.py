@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.closed_form import solve_endpoints, target_state
-from optimum_clp.configuration import TuningConfig
+from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.endpoint_student import EndpointStudent, TuningRows
 from optimum_clp.errors import TuningError
 from optimum_clp.gating import layer_hidden

@@ -16,7 +16,7 @@ from compare import HELD_OUT_ROWS, LENGTHS, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp.calibration import tokenize_dataset
-from optimum_clp.configuration import SearchConfig
+from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.report import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of

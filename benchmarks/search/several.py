@@ -15,7 +15,7 @@ from pathlib import Path
 
 from compare import RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
 
-from optimum_clp.configuration import SearchConfig
+from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.errors import SearchError
 from optimum_clp.report import environment_info
 from optimum_clp.search import search_segments, search_within_budget

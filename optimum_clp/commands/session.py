@@ -18,7 +18,7 @@ from .arguments import configuration_values
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..configuration import CLPConfig
+    from ..configuration.clp_config import CLPConfig
     from ..pruner import CLPPruner
 
 Answer = tuple[dict[str, Any], str]
@@ -114,7 +114,7 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     Raises:
         ConfigurationError: Lists every value that is out of range; or the file of `--config` cannot be read.
     """
-    from ..configuration import CLPConfig
+    from ..configuration.clp_config import CLPConfig
 
     values = base.to_dict() if base is not None else {}
     if args.config is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, num_layers
-from ..configuration import SearchConfig
+from ..configuration.clp_config import SearchConfig
 from ..errors import ModelError, Problem, SearchError
 from ..gating import evaluation_mode
 from ..segments import LayerSegment

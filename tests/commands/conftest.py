@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from report_example import example_report
 
-from optimum_clp.configuration import CLPConfig
+from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.report import CLPReport
 from optimum_clp.segments import LayerSegment
 from optimum_clp.tasks import TaskScore

@@ -3,10 +3,10 @@ import re
 
 import pytest
 
-from optimum_clp import configuration
 from optimum_clp.commands import arguments
 from optimum_clp.commands.clp import COMMANDS, build_parser
-from optimum_clp.configuration import CLPConfig
+from optimum_clp.configuration import clp_config as configuration
+from optimum_clp.configuration.clp_config import CLPConfig
 
 
 def parse(line):

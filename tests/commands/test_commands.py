@@ -7,7 +7,7 @@ from report_example import example_report, older_report
 
 from optimum_clp.commands.clp import COMMANDS, main
 from optimum_clp.commands.search import scored_segments
-from optimum_clp.configuration import CLPConfig
+from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
 from optimum_clp.segments import LayerSegment
 

@@ -9,7 +9,7 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoXConfig
 
-from optimum_clp.configuration import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, onnx_fused
 from optimum_clp.exporters.onnx_check import reference_steps
 from optimum_clp.exporters.onnx_file import save_graph

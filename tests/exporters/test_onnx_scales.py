@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from optimum_clp.configuration import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx
 from optimum_clp.exporters.onnx_rounding import FeedbackRounding, round_to_nearest
 from optimum_clp.exporters.onnx_scales import store_scales_in_16_bits

@@ -13,7 +13,7 @@ from tiny_onnx import exported_llama, onnx_test_model, small_zoo_model, state_of
 from zoo import ZOO, zoo_model
 
 from optimum_clp import exporters
-from optimum_clp.configuration import CLPConfig, ExportConfig, QuantizationConfig
+from optimum_clp.configuration.clp_config import CLPConfig, ExportConfig, QuantizationConfig
 from optimum_clp.errors import ConfigurationError, QuantizationError
 from optimum_clp.exporters import export_onnx, onnx_obstacle
 from optimum_clp.exporters.activation_moments import visit_layers, weight_names

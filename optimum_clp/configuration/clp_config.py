@@ -15,8 +15,8 @@ from optimum.version import __version__ as optimum_version
 from packaging import version as package_version
 from transformers import __version__ as transformers_version
 
-from .errors import ConfigurationError, Problem
-from .version import __version__
+from ..errors import ConfigurationError, Problem
+from ..version import __version__
 
 STRATEGIES = (
     "auto",

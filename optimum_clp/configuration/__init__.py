@@ -1,0 +1,1 @@
+"""The recipe: `CLPConfig`, one dataclass for each stage."""
