@@ -28,7 +28,7 @@ from .checkpoint_files import (
     read_config,
 )
 from .errors import CLPError, CutError, Problem
-from .gating import evaluation_mode
+from .forward.layer_stack import evaluation_mode
 
 PROBE_LENGTH = 64
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigurationError, ModelError, Problem
-from .gating import (
+from .forward.dense_outputs import DenseOutputs, StateStore
+from .forward.layer_stack import (
     LayerStack,
     evaluation_mode,
     layer_hidden,
@@ -28,7 +29,6 @@ from .gating import (
     stopped_before,
 )
 from .progress import progress_bar
-from .teacher import DenseOutputs, StateStore
 
 METHODS = ("fold", "least_squares")
 # penalties, in units of the mean eigenvalue of the Gram matrix

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .architecture.lookup import decoder_layers, text_config
 from .closed_form import MAX_FLOAT64_WIDTH
 from .configuration.clp_config import QuantizationConfig, TuningConfig
-from .losses import CHUNK_TOKENS
+from .forward.losses import CHUNK_TOKENS
 from .surgery import count_bytes
 
 _FLOAT32, _FLOAT16 = 4, 2

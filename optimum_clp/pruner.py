@@ -29,6 +29,7 @@ from .errors import (
 from .evaluation import evaluate_tokens
 from .exporters import export_onnx, onnx_obstacle, write_runtime_configs
 from .exporters.rounding_methods import needs_calibration
+from .forward.dense_outputs import DenseOutputs
 from .hub import upload, written_file
 from .measurement import measure_outcome
 from .model_card import write_model_card
@@ -44,7 +45,6 @@ from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery import count_parameters, cut_model
 from .tasks import evaluate_tasks, load_task
-from .teacher import DenseOutputs
 from .tuning import TuningResult, tune_layers
 
 

@@ -26,9 +26,9 @@ from .closed_form import solve_endpoints, target_state
 from .configuration.clp_config import TuningConfig
 from .endpoint_student import EndpointStudent, TuningRows
 from .errors import ConfigurationError, ModelError, Problem, TuningError
-from .gating import LayerStack, evaluation_mode
+from .forward.dense_outputs import DenseOutputs, StateStore
+from .forward.layer_stack import LayerStack, evaluation_mode
 from .surgery import own_storage
-from .teacher import DenseOutputs, StateStore
 from .training_loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
 
 

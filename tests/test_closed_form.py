@@ -12,10 +12,10 @@ from optimum_clp import closed_form
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.errors import ConfigurationError, ModelError
-from optimum_clp.gating import layer_hidden, layer_input
+from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
+from optimum_clp.forward.layer_stack import layer_hidden, layer_input
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut_model, own_layers
-from optimum_clp.teacher import DenseOutputs, StateStore
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]

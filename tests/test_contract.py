@@ -28,7 +28,7 @@ from optimum_clp.architecture.lookup import (
 from optimum_clp.checkpoint import save_checkpoint, verify_checkpoint
 from optimum_clp.configuration.clp_config import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
-from optimum_clp.gating import LayerStack, gated, recorded_inputs
+from optimum_clp.forward.layer_stack import LayerStack, gated, recorded_inputs
 from optimum_clp.guard import check_cut
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers

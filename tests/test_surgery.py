@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_clp.architecture.lookup import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
-from optimum_clp.gating import gated
+from optimum_clp.forward.layer_stack import gated
 from optimum_clp.guard import check_cut
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery import count_bytes, count_parameters, cut_model, own_layers

@@ -11,10 +11,10 @@ from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.endpoint_student import EndpointStudent
 from optimum_clp.errors import ConfigurationError, ModelError, TuningError
 from optimum_clp.evaluation import evaluate_tokens
-from optimum_clp.losses import kl_divergence
+from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery import cut_model
-from optimum_clp.teacher import DenseOutputs
 from optimum_clp.tuning import default_learning_rate, tune_layers
 
 SEGMENTS = [LayerSegment(2, 4)]

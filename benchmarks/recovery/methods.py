@@ -24,10 +24,10 @@ from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.endpoint_student import EndpointStudent, TuningRows
 from optimum_clp.errors import TuningError
-from optimum_clp.gating import layer_hidden
+from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.layer_stack import layer_hidden
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut_model, own_layers
-from optimum_clp.teacher import DenseOutputs
 from optimum_clp.training_loop import TrainingLoop, tuning_accelerator
 from optimum_clp.tuning import tune_layers
 

@@ -13,9 +13,9 @@ from optimum_clp import CLPPruner
 from optimum_clp.calibration import load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.segments import LayerSegment, kept_layers
 from optimum_clp.surgery import cut_model
-from optimum_clp.teacher import DenseOutputs
 from optimum_clp.tuning import tune_layers
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -56,7 +56,7 @@ class Architecture:
         conditions (`tuple[Condition, ...]`): What else must hold for a cut.
         count (`str`): Config field with the number of layers.
         threads_state (`bool`): Layers hand later ones more than hidden states, so that those below a cut cannot be
-            left out when a forward pass is resumed; see [`~optimum_clp.gating.LayerStack.resumed`].
+            left out when a forward pass is resumed; see [`~optimum_clp.forward.layer_stack.LayerStack.resumed`].
     """
 
     model_type: str

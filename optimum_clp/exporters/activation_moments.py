@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import Problem, QuantizationError
-from ..gating import LayerStack, layer_hidden, recorded_inputs, replaced_input, run_without_head, stopped_before
+from ..forward.layer_stack import (
+    LayerStack,
+    layer_hidden,
+    recorded_inputs,
+    replaced_input,
+    run_without_head,
+    stopped_before,
+)
 from ..progress import progress_bar
 from .dependency_levels import dependency_levels
 from .drift_correction import InputMoments

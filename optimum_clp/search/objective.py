@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
+from ..forward.layer_stack import LayerStack, recorded_inputs, run_without_head
 from ..gate import hard_gate
-from ..gating import LayerStack, recorded_inputs, run_without_head
 from ..progress import progress_bar
 from ..segments import LayerSegment
 from ..surgery import count_bytes

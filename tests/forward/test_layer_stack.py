@@ -3,8 +3,7 @@ import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.gate import concave_gate, hard_gate
-from optimum_clp.gating import (
+from optimum_clp.forward.layer_stack import (
     LayerStack,
     gated,
     recorded_inputs,
@@ -12,6 +11,7 @@ from optimum_clp.gating import (
     replaced_input,
     stopped_before,
 )
+from optimum_clp.gate import concave_gate, hard_gate
 
 
 def hooks(model):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_clp.losses import kl_divergence, next_token_cross_entropy
+from optimum_clp.forward.losses import kl_divergence, next_token_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

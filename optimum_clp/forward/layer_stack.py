@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture.lookup import decoder_layers, find_architecture
+from ..architecture.lookup import decoder_layers, find_architecture
 
 
 @contextmanager

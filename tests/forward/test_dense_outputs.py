@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 
-from optimum_clp import teacher
 from optimum_clp.errors import TuningError
-from optimum_clp.teacher import DenseOutputs, StateStore
+from optimum_clp.forward import dense_outputs as teacher
+from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .errors import Problem, TuningError
-from .gating import LayerStack, recorded_inputs, run_without_head
-from .progress import progress_bar
+from ..errors import Problem, TuningError
+from ..progress import progress_bar
+from .layer_stack import LayerStack, recorded_inputs, run_without_head
 
 
 class StateStore:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from zoo import ZOO, zoo_model
 
-from optimum_clp.decoding import takes_back_its_cache
+from optimum_clp.forward.decoding import takes_back_its_cache
 from optimum_clp.self_written import sample_text
 
 
