@@ -30,14 +30,14 @@ from .evaluation import evaluate_tokens
 from .exporters import export_onnx, onnx_obstacle, write_runtime_configs
 from .exporters.rounding_methods import needs_calibration
 from .forward.dense_outputs import DenseOutputs
-from .hub import upload, written_file
 from .measurement import measure_outcome
-from .model_card import write_model_card
 from .output import check_output, staged_folder
-from .plots import write_plots
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
-from .report import REPORT_NAME, CLPReport, environment_info
+from .report.hub import upload, written_file
+from .report.model_card import write_model_card
+from .report.plots import write_plots
+from .report.report import REPORT_NAME, CLPReport, environment_info
 from .runtime.causal_lm import OnnxCausalLM
 from .sample_cache import tensors_fingerprint, weights_fingerprint
 from .search import SearchResult, search_segments, search_within_budget
@@ -171,7 +171,7 @@ class CLPPruner(OptimumQuantizer):
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
 
         Returns:
-            [`SearchResult`]: Also in `report.search`; its segments are the next `cut`'s.
+            [`SearchResult`]: Also in `report.report.search`; its segments are the next `cut`'s.
 
         Raises:
             ConfigurationError: If the ratio removes no layer or all of them.
@@ -248,7 +248,7 @@ class CLPPruner(OptimumQuantizer):
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
 
         Returns:
-            [`TuningResult`]: Also in `report.tuning`. The weights with the best validation loss are in `pruned_model`;
+            [`TuningResult`]: Also in `report.report.tuning`. The weights with the best validation loss are in `pruned_model`;
             these are the untuned ones if tuning did not help.
 
         Raises:

@@ -1,6 +1,6 @@
 """A report with every section filled in, as `CLPPruner.prune` writes it, for the tests of report, card and plots."""
 
-from optimum_clp.report import CLPReport
+from optimum_clp.report.report import CLPReport
 
 
 def _step(step: int, start: float, steepness: float, loss: float) -> dict:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, TuningError
 from optimum_clp.exporters import ExportResult
-from optimum_clp.report import CLPReport
+from optimum_clp.report.report import CLPReport
 
 
 def recipe(tmp_path, **overrides):
@@ -300,7 +300,7 @@ def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, mon
         asked.append((path, name, options["revision"]))
         return str(tmp_path / "out" / name)
 
-    monkeypatch.setattr("optimum_clp.hub.cached_file", cached_file)
+    monkeypatch.setattr("optimum_clp.report.hub.cached_file", cached_file)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     monkeypatch.setattr("optimum_clp.pruner.load_model", lambda path, **options: cut)
     monkeypatch.setattr("optimum_clp.pruner.load_tokenizer", lambda path, **options: tiny_tokenizer())

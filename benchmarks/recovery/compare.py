@@ -35,7 +35,7 @@ from optimum_clp.configuration.clp_config import CalibrationConfig, SearchConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report import environment_info
+from optimum_clp.report.report import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
 from optimum_clp.self_written import sample_text

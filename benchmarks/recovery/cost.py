@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report import environment_info
+from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))

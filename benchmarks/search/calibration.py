@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp.calibration import tokenize_dataset
 from optimum_clp.configuration.clp_config import SearchConfig
-from optimum_clp.report import environment_info
+from optimum_clp.report.report import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
 from optimum_clp.segments import candidate_segments, number_of_layers_to_remove

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ..errors import ConfigurationError, Problem
-from ..report import REPORT_NAME
+from ..report.report import REPORT_NAME
 from . import arguments
 from .session import Answer, load_pruner, read_config
 

@@ -46,7 +46,7 @@ def scored_segments(search: dict[str, Any]) -> str:
     Cuts are ranked by how far they are behind the chosen one on the rows that both were measured on. Of a long list only
     the best are shown.
     """
-    from ..plots import segments_of, strategy_name
+    from ..report.plots import segments_of, strategy_name
 
     chosen = [list(bounds) for bounds in search["segments"]]
     ranked = sorted(search["scored"], key=lambda entry: _distance(entry, search["score"]))

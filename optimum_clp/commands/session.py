@@ -145,8 +145,8 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     """
     from ..checkpoint import load_config
     from ..checkpoint_errors import model_error
-    from ..hub import written_file
-    from ..report import REPORT_NAME, CLPReport
+    from ..report.hub import written_file
+    from ..report.report import REPORT_NAME, CLPReport
 
     config = load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
     record = written_file(args.model, REPORT_NAME, args.revision, None)

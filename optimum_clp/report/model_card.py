@@ -16,7 +16,7 @@ from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .report import CLPReport, describe_loss, format_bytes, format_count
 
 if TYPE_CHECKING:
-    from .configuration.clp_config import CLPConfig
+    from ..configuration.clp_config import CLPConfig
 
 PAPER = "[arXiv 2510.23652](https://arxiv.org/abs/2510.23652)"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.utils import cached_file
 
-from .configuration.clp_config import CLPConfig
+from ..configuration.clp_config import CLPConfig
 from .model_card import hub_id, write_model_card
 from .report import CLPReport
 

@@ -5,11 +5,11 @@ import pytest
 from huggingface_hub import ModelCard
 from report_example import example_report, older_report
 
-from optimum_clp import model_card
 from optimum_clp.configuration.clp_config import STRATEGIES, CLPConfig
-from optimum_clp.model_card import hub_id, write_model_card
-from optimum_clp.plots import write_plots
-from optimum_clp.report import CLPReport
+from optimum_clp.report import model_card
+from optimum_clp.report.model_card import hub_id, write_model_card
+from optimum_clp.report.plots import write_plots
+from optimum_clp.report.report import CLPReport
 
 
 class FakeHub:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigurationError, Problem
+from ..errors import ConfigurationError, Problem
 from .report import CLPReport, describe_loss
 
 SEARCH_PLOT = "plots/search.png"

@@ -5,9 +5,9 @@ import sys
 import pytest
 from report_example import example_report, older_report
 
-from optimum_clp import plots
 from optimum_clp.errors import ConfigurationError
-from optimum_clp.report import CLPReport
+from optimum_clp.report import plots
+from optimum_clp.report.report import CLPReport
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -17,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigurationError, Problem
-from .version import __version__
+from ..errors import ConfigurationError, Problem
+from ..version import __version__
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1

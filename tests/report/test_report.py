@@ -15,13 +15,13 @@ from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation import Evaluation
 from optimum_clp.exporters import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
-from optimum_clp.report import SCHEMA_VERSION, CLPReport, environment_info
+from optimum_clp.report.report import SCHEMA_VERSION, CLPReport, environment_info
 from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
 from optimum_clp.training_loop import TuningStep
 from optimum_clp.tuning import TuningResult
 
-SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
+SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "clp_report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
