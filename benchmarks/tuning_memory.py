@@ -91,7 +91,7 @@ def measure(dtype_name: str, start: int) -> dict:
 def tune(shape: LlamaConfig, dtype: torch.dtype, segment, recipe) -> None:
     """Build a random model, cut it, and tune it on random tokens."""
     from optimum_clp.segments import endpoint_layers, kept_layers
-    from optimum_clp.surgery import cut_model
+    from optimum_clp.surgery.cut import cut_model
     from optimum_clp.tuning import tune_layers
 
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from .architecture.lookup import decoder_layers, text_config
 from .closed_form import MAX_FLOAT64_WIDTH
 from .configuration.clp_config import QuantizationConfig, TuningConfig
 from .forward.losses import CHUNK_TOKENS
-from .surgery import count_bytes
+from .surgery.cut import count_bytes
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64

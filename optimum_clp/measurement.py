@@ -13,7 +13,7 @@ from .evaluation import evaluate_tokens, measure_speed
 from .forward.dense_outputs import DenseOutputs
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment
-from .surgery import count_bytes, count_parameters, cut_model
+from .surgery.cut import count_bytes, count_parameters, cut_model
 
 ROW_NAMES = {"float32": "onnx", "int8": "onnx int8", "int4": "onnx int4"}
 PROMPT_TOKENS = 128

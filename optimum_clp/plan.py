@@ -14,9 +14,9 @@ from .architecture.lookup import allowed_segments, cut_config, decoder_layers, n
 from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, ModelError, Problem
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
-from .guard import check_cut
 from .segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery import count_bytes, count_parameters, cut_model, without_weights
+from .surgery.cut import count_bytes, count_parameters, cut_model, without_weights
+from .surgery.guard import check_cut
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PruningPlan:
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
         layer_bytes (`tuple[int, ...]`): Of these.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
-            the meta device and has passed the guard of [`~optimum_clp.surgery.cut_model`].
+            the meta device and has passed the guard of [`~optimum_clp.surgery.cut.cut_model`].
     """
 
     name_or_path: str | None

@@ -43,7 +43,7 @@ from .sample_cache import tensors_fingerprint, weights_fingerprint
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery import count_parameters, cut_model
+from .surgery.cut import count_parameters, cut_model
 from .tasks import evaluate_tasks, load_task
 from .tuning import TuningResult, tune_layers
 

@@ -28,7 +28,7 @@ from .endpoint_student import EndpointStudent, TuningRows
 from .errors import ConfigurationError, ModelError, Problem, TuningError
 from .forward.dense_outputs import DenseOutputs, StateStore
 from .forward.layer_stack import LayerStack, evaluation_mode
-from .surgery import own_storage
+from .surgery.cut import own_storage
 from .training_loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
 
 

@@ -14,7 +14,7 @@ from transformers import __version__ as transformers_version
 from zoo import ZOO
 
 from optimum_clp.checkpoint import save_checkpoint
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 TOLERANCE = 1e-5
 # what transformers 4.57.6 makes of a checkpoint of 5.23 is another model, or none, cut or not

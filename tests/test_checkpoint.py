@@ -35,7 +35,7 @@ from optimum_clp.checkpoint_files import QUANTO_MODEL_TYPE, legacy_rope
 from optimum_clp.errors import CutError, ModelError
 from optimum_clp.output import staged_folder
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 LLAMA3 = {
     "rope_type": "llama3",

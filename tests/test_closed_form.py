@@ -15,7 +15,7 @@ from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.forward.layer_stack import layer_hidden, layer_input
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery import cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_layers
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]

@@ -12,7 +12,6 @@ import torch
 from tiny_models import VOCABULARY, random_tokens
 from zoo import ZOO, zoo_config, zoo_model
 
-from optimum_clp import guard, surgery
 from optimum_clp.architecture.fields import Dropped, RedundantPeriod
 from optimum_clp.architecture.lookup import (
     allowed_segments,
@@ -29,10 +28,12 @@ from optimum_clp.checkpoint import save_checkpoint, verify_checkpoint
 from optimum_clp.configuration.clp_config import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
 from optimum_clp.forward.layer_stack import LayerStack, gated, recorded_inputs
-from optimum_clp.guard import check_cut
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery import cut_model, own_layers
+from optimum_clp.surgery import cut as surgery
+from optimum_clp.surgery import guard
+from optimum_clp.surgery.cut import cut_model, own_layers
+from optimum_clp.surgery.guard import check_cut
 from optimum_clp.tuning import tune_layers
 
 LENGTH = 20  # longer than every sliding window of the zoo

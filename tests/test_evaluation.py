@@ -7,7 +7,7 @@ from tiny_models import VOCABULARY, random_tokens, tiny_model
 from optimum_clp.evaluation import evaluate_tokens, measure_speed
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 
 def test_a_uniform_model_has_the_perplexity_of_the_vocabulary():

@@ -15,8 +15,8 @@ from tiny_onnx import exported_llama, onnx_test_model
 from transformers import LlamaConfig
 from zoo import ALL, zoo_config
 
-from optimum_clp import guard, plan_pruning, surgery
 from optimum_clp import plan as plan_module
+from optimum_clp import plan_pruning
 from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
 from optimum_clp.checkpoint import save_checkpoint
 from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
@@ -25,7 +25,9 @@ from optimum_clp.exporters import export_onnx
 from optimum_clp.footprint import layer_activations, onnx_weight_bytes
 from optimum_clp.plan import build_on_meta
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery import count_bytes, count_parameters, cut_model
+from optimum_clp.surgery import cut as surgery
+from optimum_clp.surgery import guard
+from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model
 from optimum_clp.training_loop import MasterAdamW, TrainingLoop
 from optimum_clp.tuning import tune_layers
 

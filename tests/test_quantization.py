@@ -17,7 +17,7 @@ from optimum_clp.checkpoint import load_model, save_checkpoint
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, QuantizationError
 from optimum_clp.quantization import load_quantized, quanto_obstacle, save_quantized, without_compiler
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 
 def quantized_by_quanto(model, weights, tied):

@@ -16,7 +16,7 @@ from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 from optimum_clp.training_loop import TrainingLoop
 from optimum_clp.tuning import tune_layers
 

@@ -14,7 +14,7 @@ from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning import default_learning_rate, tune_layers
 
 SEGMENTS = [LayerSegment(2, 4)]

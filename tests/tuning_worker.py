@@ -17,7 +17,7 @@ from tiny_models import random_tokens, tiny_model
 from optimum_clp import training_loop
 from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning import tune_layers
 
 

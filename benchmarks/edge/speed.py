@@ -32,7 +32,7 @@ from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfi
 from optimum_clp.exporters import QUANTIZED_FILES, export_onnx, write_runtime_configs
 from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))

@@ -24,7 +24,7 @@ from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery import cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.tuning import tune_layers
 
 TEXTS = ("stories", "wikipedia")

@@ -27,7 +27,7 @@ from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.layer_stack import layer_hidden
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery import cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.training_loop import TrainingLoop, tuning_accelerator
 from optimum_clp.tuning import tune_layers
 

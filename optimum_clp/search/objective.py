@@ -21,7 +21,7 @@ from ..forward.layer_stack import LayerStack, recorded_inputs, run_without_head
 from ..gate import hard_gate
 from ..progress import progress_bar
 from ..segments import LayerSegment
-from ..surgery import count_bytes
+from ..surgery.cut import count_bytes
 from .journal import Journal
 from .work import ForwardWork, measure_work
 

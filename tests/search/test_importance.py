@@ -29,7 +29,7 @@ from optimum_clp.search.objective import Objective
 from optimum_clp.search.problem import Rows, SearchProblem, cut_of
 from optimum_clp.search.scoreboard import Scoreboard
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 DATA_DRIVEN = (block_influence, angular, cosine_block, taylor, perplexity_greedy)
 RANKING = (block_influence, taylor)

@@ -10,7 +10,7 @@ from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective, gate_of
 from optimum_clp.search.work import _attention_flops
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 
 def truth(model, tokens, gate):

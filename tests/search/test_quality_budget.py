@@ -11,7 +11,7 @@ from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.plan import plan_pruning
 from optimum_clp.search import search_within_budget
 from optimum_clp.segments import LayerSegment, candidate_segments
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 
 def written_by(model, rows, length, seed=0):

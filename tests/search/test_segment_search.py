@@ -13,7 +13,7 @@ from optimum_clp.search import search_segments
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective
 from optimum_clp.segments import LayerSegment, candidate_segments
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery.cut import cut_model
 
 
 @pytest.mark.parametrize("strategy", ["auto", "gate", "exhaustive", "halving"])

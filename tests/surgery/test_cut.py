@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 from optimum_clp.architecture.lookup import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
 from optimum_clp.forward.layer_stack import gated
-from optimum_clp.guard import check_cut
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import count_bytes, count_parameters, cut_model, own_layers
+from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model, own_layers
+from optimum_clp.surgery.guard import check_cut
 
 CUTS = [[(0, 2)], [(2, 4)], [(4, 6)], [(1, 2), (3, 5)]]
 
@@ -138,6 +138,6 @@ class TestGuard:
             check_cut(smaller, model, [0, 1, 4, 5])
 
     def test_a_config_with_the_wrong_count(self, monkeypatch):
-        monkeypatch.setattr("optimum_clp.surgery.cut_config", lambda config, kept: cut_config(config, kept[:-1]))
+        monkeypatch.setattr("optimum_clp.surgery.cut.cut_config", lambda config, kept: cut_config(config, kept[:-1]))
         with pytest.raises(CutError, match="number of layers is 3: the dense model has 4 there"):
             cut_model(tiny_model(), [LayerSegment(2, 4)])

@@ -4,12 +4,12 @@ import pytest
 import torch
 from zoo import ZOO, zoo_model
 
-from optimum_clp import surgery
 from optimum_clp.architecture.lookup import cut_config
 from optimum_clp.errors import CutError
-from optimum_clp.guard import check_cut
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery import cut_model
+from optimum_clp.surgery import cut as surgery
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.guard import check_cut
 
 KEPT = [0, 1, 2, 5, 6, 7]
 
@@ -28,7 +28,7 @@ def cut_with(model, monkeypatch, change, *, look_at_config=True):
 
     monkeypatch.setattr(surgery, "cut_config", spoilt)
     if not look_at_config:
-        monkeypatch.setattr("optimum_clp.guard._description_differences", lambda *configs: [])
+        monkeypatch.setattr("optimum_clp.surgery.guard._description_differences", lambda *configs: [])
     return cut_model(model, [LayerSegment(3, 5)])
 
 
@@ -70,7 +70,7 @@ def test_a_mask_that_is_chosen_by_index_while_the_model_runs(monkeypatch):
     smaller = cut_model(model, [LayerSegment(3, 5)])
     kinds = smaller.config.layer_types
     smaller.config.layer_types = [kinds[1], kinds[0], *kinds[2:]]
-    monkeypatch.setattr("optimum_clp.guard._description_differences", lambda *configs: [])
+    monkeypatch.setattr("optimum_clp.surgery.guard._description_differences", lambda *configs: [])
     for layer, kind in zip(smaller.model.layers, smaller.config.layer_types, strict=True):
         layer.self_attn.attention_type = kind  # transformers 4 reads it here
     with pytest.raises(CutError, match=r"layer 0: (argument|self_attn)"):

@@ -8,10 +8,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture.lookup import cut_config, decoder_layers, decoder_path, num_layers
-from .errors import CutError, ModelError, Problem
+from ..architecture.lookup import cut_config, decoder_layers, decoder_path, num_layers
+from ..errors import CutError, ModelError, Problem
+from ..segments import LayerSegment, check_segments, kept_layers
 from .guard import check_cut, old_name
-from .segments import LayerSegment, check_segments, kept_layers
 
 
 def cut_model(dense: PreTrainedModel, segments: Iterable[LayerSegment]) -> PreTrainedModel:
