@@ -44,7 +44,7 @@ test-transformers4: $(VENV4)/.installed
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1
 test-across: $(STAMP) $(VENV4)/.installed
-	CLP_OTHER_PYTHON=$(CURDIR)/$(VENV4)/bin/python $(PY) -m pytest tests/test_across_versions.py tests/test_checkpoint.py -k transformers
+	CLP_OTHER_PYTHON=$(CURDIR)/$(VENV4)/bin/python $(PY) -m pytest tests/checkpoint/test_across_versions.py tests/checkpoint/test_loading.py -k transformers
 
 # the contract suite with its slow tier, in both environments, and the table made from what it finds (about an hour)
 ARCHITECTURES := tests/test_contract.py tests/test_quantization_architectures.py tests/exporters/test_onnx_architectures.py

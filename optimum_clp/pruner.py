@@ -15,7 +15,15 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import allowed_segments, find_architecture, num_layers, text_config
 from .calibration import CalibrationData, load_calibration, tokenize_dataset
-from .checkpoint import load_model, load_tokenizer, save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
+from .checkpoint.loading import (
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+    save_configs,
+    save_tokenizer,
+    verify_checkpoint,
+)
+from .checkpoint.output import check_output, staged_folder
 from .configuration.clp_config import CLPConfig
 from .errors import (
     CalibrationError,
@@ -31,7 +39,6 @@ from .exporters import export_onnx, onnx_obstacle, write_runtime_configs
 from .exporters.rounding_methods import needs_calibration
 from .forward.dense_outputs import DenseOutputs
 from .measurement import measure_outcome
-from .output import check_output, staged_folder
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
 from .report.hub import upload, written_file

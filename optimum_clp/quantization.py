@@ -22,9 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .checkpoint import different_buffer, has_tied_head, save_configs, save_tokenizer
-from .checkpoint_errors import model_error
-from .checkpoint_files import (
+from .checkpoint.errors import model_error
+from .checkpoint.files import (
     CONFIG_FILE,
     QUANTO_FILE,
     QUANTO_MAP_FILE,
@@ -34,8 +33,9 @@ from .checkpoint_files import (
     read_json_object,
     write_json,
 )
+from .checkpoint.loading import different_buffer, has_tied_head, save_configs, save_tokenizer
+from .checkpoint.output import staged_folder
 from .errors import ConfigurationError, Problem, QuantizationError
-from .output import staged_folder
 from .progress import progress_bar
 
 _QTYPES = {"int8": "qint8", "int4": "qint4"}
@@ -115,7 +115,7 @@ def save_quantized(
     Args:
         model (`PreTrainedModel`): A dense model, on any device.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Saved beside it.
-        folder (`str` or `os.PathLike`): A folder of its own, see [`~optimum_clp.output.staged_folder`].
+        folder (`str` or `os.PathLike`): A folder of its own, see [`~optimum_clp.checkpoint.output.staged_folder`].
         weights (`str`): `"int8"`: one scale per row. `"int4"`: one scale and offset per group of 128, 96, 64 or 32
             inputs, the largest that divides a layer's inputs; per row if there are 128 inputs or fewer, or none
             divides.

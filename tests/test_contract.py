@@ -24,7 +24,7 @@ from optimum_clp.architecture.lookup import (
     num_layers,
     text_config,
 )
-from optimum_clp.checkpoint import save_checkpoint, verify_checkpoint
+from optimum_clp.checkpoint.loading import save_checkpoint, verify_checkpoint
 from optimum_clp.configuration.clp_config import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
 from optimum_clp.forward.layer_stack import LayerStack, gated, recorded_inputs

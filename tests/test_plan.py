@@ -18,7 +18,7 @@ from zoo import ALL, zoo_config
 from optimum_clp import plan as plan_module
 from optimum_clp import plan_pruning
 from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
-from optimum_clp.checkpoint import save_checkpoint
+from optimum_clp.checkpoint.loading import save_checkpoint
 from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters import export_onnx

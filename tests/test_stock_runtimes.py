@@ -22,7 +22,7 @@ from tiny_onnx import onnx_test_model, small_zoo_model
 from zoo import ZOO
 
 from optimum_clp import OnnxCausalLM
-from optimum_clp.checkpoint import load_model, load_tokenizer, save_configs, save_tokenizer
+from optimum_clp.checkpoint.loading import load_model, load_tokenizer, save_configs, save_tokenizer
 from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
 from optimum_clp.exporters import export_onnx, write_runtime_configs
 

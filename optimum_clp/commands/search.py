@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `search`; the answer is the report and the table of scored cuts."""
-    from ..output import staged_folder
+    from ..checkpoint.output import staged_folder
 
     output = output_folder(args)
     config = read_config(args)

@@ -87,7 +87,7 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     Raises:
         OutputError: If it cannot be used, or if writing it would delete the model that is read.
     """
-    from ..output import check_output
+    from ..checkpoint.output import check_output
 
     output = getattr(args, "output", None)
     if output is None:
@@ -143,8 +143,8 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     Raises:
         ModelError: If there is none, it cannot be read, it is no causal language model's, or the model was cut before.
     """
-    from ..checkpoint import load_config
-    from ..checkpoint_errors import model_error
+    from ..checkpoint.errors import model_error
+    from ..checkpoint.loading import load_config
     from ..report.hub import written_file
     from ..report.report import REPORT_NAME, CLPReport
 

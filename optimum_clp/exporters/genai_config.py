@@ -7,7 +7,7 @@ from typing import Any
 from transformers import GenerationConfig, PretrainedConfig
 
 from ..architecture.lookup import declared_context_length, text_config
-from ..checkpoint_files import write_json
+from ..checkpoint.files import write_json
 
 GENAI_FILE = "genai_config.json"
 # onnxruntime-genai's name for any decoder-only model; names of single model types switch on rules of their own

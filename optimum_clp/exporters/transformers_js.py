@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint_files import write_json
+from ..checkpoint.files import write_json
 
 _KEY = "transformers.js_config"
 _DTYPES = {"float32": "fp32", "int8": "q8", "int4": "q4"}

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
-from .errors import ModelError, Problem
+from ..errors import ModelError, Problem
 
 
 def model_error(name: Any, rule: str, remedy: str) -> ModelError:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from optimum_clp.checkpoint.output import check_output, staged_folder
 from optimum_clp.errors import OutputError
-from optimum_clp.output import check_output, staged_folder
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -24,16 +24,16 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from optimum_clp.checkpoint import (
+from optimum_clp.checkpoint.files import QUANTO_MODEL_TYPE, legacy_rope
+from optimum_clp.checkpoint.loading import (
     check_finite,
     load_model,
     load_tokenizer,
     save_checkpoint,
     verify_checkpoint,
 )
-from optimum_clp.checkpoint_files import QUANTO_MODEL_TYPE, legacy_rope
+from optimum_clp.checkpoint.output import staged_folder
 from optimum_clp.errors import CutError, ModelError
-from optimum_clp.output import staged_folder
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 
@@ -583,7 +583,7 @@ def test_hub_downloads_only_what_is_needed(folder, tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = """
 import sys
-from optimum_clp.checkpoint import load_model, load_tokenizer
+from optimum_clp.checkpoint.loading import load_model, load_tokenizer
 from optimum_clp.errors import ModelError
 good = dict(revision="v1", token="hf_secret")
 model = load_model("org/model", quiet=True, **good)

@@ -15,9 +15,11 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from .architecture.lookup import text_config
-from .checkpoint_errors import load_error, model_error, quanto_error
-from .checkpoint_files import (
+from ..architecture.lookup import text_config
+from ..errors import CLPError, CutError, Problem
+from ..forward.layer_stack import evaluation_mode
+from .errors import load_error, model_error, quanto_error
+from .files import (
     TOKENIZER_FILES,
     check_class,
     check_config,
@@ -27,8 +29,6 @@ from .checkpoint_files import (
     make_tokenizer_portable,
     read_config,
 )
-from .errors import CLPError, CutError, Problem
-from .forward.layer_stack import evaluation_mode
 
 PROBE_LENGTH = 64
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
@@ -295,7 +295,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
     Args:
         model (`PreTrainedModel`): The model.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
-        folder (`str` or `os.PathLike`): An existing folder, or a new one; see [`~optimum_clp.output.staged_folder`].
+        folder (`str` or `os.PathLike`): An existing folder, or a new one; see [`~optimum_clp.checkpoint.output.staged_folder`].
     """
     folder = Path(folder)
     with _transformers_quiet(bars=True), _config_copies(model):

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .checkpoint_errors import model_error, quanto_error
+from .errors import model_error, quanto_error
 
 CONFIG_FILE = "config.json"
 SAFE_FILE, SAFE_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OutputError, Problem
+from ..errors import OutputError, Problem
 
 
 def check_output(target: str | os.PathLike, overwrite: bool = False) -> Path:
