@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from optimum_clp import CLPConfig, CLPPruner
-from optimum_clp.calibration import load_calibration, tokenize_dataset
+from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs

@@ -14,7 +14,8 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from .architecture.lookup import allowed_segments, find_architecture, num_layers, text_config
-from .calibration import CalibrationData, load_calibration, tokenize_dataset
+from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from .calibration.sample_cache import tensors_fingerprint, weights_fingerprint
 from .checkpoint.loading import (
     load_model,
     load_tokenizer,
@@ -46,7 +47,6 @@ from .report.model_card import write_model_card
 from .report.plots import write_plots
 from .report.report import REPORT_NAME, CLPReport, environment_info
 from .runtime.causal_lm import OnnxCausalLM
-from .sample_cache import tensors_fingerprint, weights_fingerprint
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
@@ -171,7 +171,7 @@ class CLPPruner(OptimumQuantizer):
     def search(self, config: CLPConfig | None = None) -> SearchResult:
         """Find the layers to remove; nothing is removed.
 
-        What is measured is kept beside self-written text (`calibration.cache_dir`) until the search has ended: called
+        What is measured is kept beside self-written text (`calibration.rows.cache_dir`) until the search has ended: called
         again after an interruption, with the same model and recipe, it goes on where it was.
 
         Args:
@@ -248,7 +248,7 @@ class CLPPruner(OptimumQuantizer):
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
 
-        Checkpoints are kept beside self-written text (`calibration.cache_dir`) until tuning has ended: called again after
+        Checkpoints are kept beside self-written text (`calibration.rows.cache_dir`) until tuning has ended: called again after
         an interruption, with the same model and recipe, it goes on from the last one.
 
         Args:
@@ -355,7 +355,7 @@ class CLPPruner(OptimumQuantizer):
         """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, or on tasks, or on both.
 
         Args:
-            text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
+            text (`str` or `list[str]`, *optional*): As `calibration.rows.dataset`; the recipe's own test rows if neither text
                 nor tasks are given.
             reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model, for KL, agreement and
                 retention; the pruner's own dense model if it is loaded.

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_clp.calibration import load_calibration, tokenize_dataset
+from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
 from optimum_clp.evaluation import evaluate_tokens

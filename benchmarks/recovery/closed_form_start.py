@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_clp.calibration import CalibrationData, load_calibration, tokenize_dataset
+from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens

@@ -30,7 +30,8 @@ import torch
 from methods import METHODS, Cell, Healed, Method
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_clp.calibration import CalibrationData, load_calibration, tokenize_dataset
+from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.configuration.clp_config import CalibrationConfig, SearchConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
@@ -38,7 +39,6 @@ from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.report import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
-from optimum_clp.self_written import sample_text
 
 HERE = Path(__file__).parent
 RATIOS, SEEDS = (0.2, 0.1, 0.3, 0.4), (0, 1, 2)

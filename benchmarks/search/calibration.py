@@ -15,7 +15,7 @@ import torch
 from compare import HELD_OUT_ROWS, LENGTHS, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_clp.calibration import tokenize_dataset
+from optimum_clp.calibration.rows import tokenize_dataset
 from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.report.report import environment_info
 from optimum_clp.search import search_segments

@@ -22,7 +22,7 @@ from live_memory import LiveTensorBytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp.architecture.lookup import allowed_segments
-from optimum_clp.calibration import tokenize_dataset
+from optimum_clp.calibration.rows import tokenize_dataset
 from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.report.report import environment_info
 from optimum_clp.search import search_segments

@@ -128,7 +128,7 @@ class TuningConfig:
         patience (`int`): Evaluations without a better validation loss before tuning stops.
         checkpoint_seconds (`float`): How much work an interruption may cost; 0 saves a checkpoint after every step.
         cache_memory_gib (`float`): Hidden states of the tuning text that are held in main memory, in GiB; the rest lies
-            in `calibration.cache_dir`.
+            in `calibration.rows.cache_dir`.
         report_to (`list[str]`): Loggers by accelerate's names, such as `"tensorboard"` or `"wandb"`.
         logging_dir (`str` or `None`): Where loggers write; needed by those that write files.
     """
@@ -243,7 +243,7 @@ class CLPConfig(BaseConfig):
         tuning ([`TuningConfig`] or `dict`): Cutoff endpoint tuning.
         quantization ([`QuantizationConfig`] or `dict`): int8 and int4 files.
         export ([`ExportConfig`] or `dict`): ONNX.
-        calibration_dataset: Short for `calibration.dataset`.
+        calibration_dataset: Short for `calibration.rows.dataset`.
 
     Raises:
         ConfigurationError: Lists every value that is out of range and every key that is unknown.

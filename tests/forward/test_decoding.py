@@ -2,8 +2,8 @@ import pytest
 import torch
 from zoo import ZOO, zoo_model
 
+from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.forward.decoding import takes_back_its_cache
-from optimum_clp.self_written import sample_text
 
 
 def member(name):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from report_example import example_report, older_report
 
-from optimum_clp.calibration import CalibrationData
+from optimum_clp.calibration.rows import CalibrationData
 from optimum_clp.closed_form import ClosedFormResult, ClosedFormStep
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation import Evaluation

@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from .progress import progress_bar
-from .version import __version__
+from ..progress import progress_bar
+from ..version import __version__
 
 # raised when the sampling or the file changes: every older file is then a miss
 _FORMAT = 1

@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_clp import sample_cache
-from optimum_clp.calibration import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
+from optimum_clp.calibration import sample_cache
+from optimum_clp.calibration.rows import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig
 from optimum_clp.errors import CalibrationError
 
@@ -380,8 +380,8 @@ def test_the_weights_are_read_once_for_both_samples(model, tmp_path, monkeypatch
         calls.append(arguments)
         return sample_cache.weights_fingerprint(*arguments)
 
-    monkeypatch.setattr("optimum_clp.calibration.weights_fingerprint", counted)
-    monkeypatch.setattr("optimum_clp.self_written.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.calibration.rows.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.calibration.self_written.weights_fingerprint", counted)
     load_calibration(config_for(None, cache_dir=str(tmp_path)), None, model, seed=0, quiet=True)
     assert len(calls) == 1
     assert len(list((tmp_path / "optimum_clp").iterdir())) == 2

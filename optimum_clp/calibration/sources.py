@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CalibrationError, Problem
+from ..errors import CalibrationError, Problem
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".parquet")
 

@@ -14,9 +14,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from optimum_clp import sample_cache, self_written
+from optimum_clp.calibration import sample_cache, self_written
+from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.errors import CalibrationError
-from optimum_clp.self_written import sample_text
 
 PROBE = 3  # calls that show whether the model takes back its cache
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .architecture.lookup import text_config
-from .configuration.clp_config import CalibrationConfig
-from .errors import CalibrationError, Problem
+from ..architecture.lookup import text_config
+from ..configuration.clp_config import CalibrationConfig
+from ..errors import CalibrationError, Problem
 from .sample_cache import Sample, weights_fingerprint
 from .self_written import embedding_weight, sample_text
-from .text_sources import Passage, describe, read_passages
+from .sources import Passage, describe, read_passages
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13
