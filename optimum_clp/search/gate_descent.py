@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..gate import concave_gate
+from .gate import concave_gate
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
 from .races import affordable_rows, successive_halving

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
 from ..forward.layer_stack import LayerStack, recorded_inputs, run_without_head
-from ..gate import hard_gate
 from ..progress import progress_bar
 from ..segments import LayerSegment
 from ..surgery.cut import count_bytes
+from .gate import hard_gate
 from .journal import Journal
 from .work import ForwardWork, measure_work
 

@@ -9,9 +9,9 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ..gate import concave_gates
 from ..segments import LayerSegment, check_segments
 from .enumeration import MOST_CUTS, halving_search, number_of_cuts
+from .gate import concave_gates
 from .gate_descent import FINAL_STEEPNESS, gate_search, newton_move, places_along, radii, snapped
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem

@@ -11,7 +11,7 @@ from optimum_clp.forward.layer_stack import (
     replaced_input,
     stopped_before,
 )
-from optimum_clp.gate import concave_gate, hard_gate
+from optimum_clp.search.gate import concave_gate, hard_gate
 
 
 def hooks(model):

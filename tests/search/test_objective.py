@@ -5,7 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_clp.forward.layer_stack import gated
 from optimum_clp.forward.losses import kl_divergence, next_token_cross_entropy
-from optimum_clp.gate import concave_gate
+from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective, gate_of
 from optimum_clp.search.work import _attention_flops

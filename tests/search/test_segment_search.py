@@ -8,8 +8,8 @@ from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.layer_stack import gated
 from optimum_clp.forward.losses import kl_divergence
-from optimum_clp.gate import concave_gate
 from optimum_clp.search import search_segments
+from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective
 from optimum_clp.segments import LayerSegment, candidate_segments

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from optimum_clp.gate import concave_gate, hard_gate
+from optimum_clp.search.gate import concave_gate, hard_gate
 
 
 def reference_gate(start, length, num_layers, k):
