@@ -26,7 +26,7 @@ from optimum_clp.report.report import environment_info
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.search import search_segments
 from optimum_clp.segments import endpoint_layers
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.endpoints import tune_layers
 
 
 def main() -> None:

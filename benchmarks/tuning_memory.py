@@ -92,7 +92,7 @@ def tune(shape: LlamaConfig, dtype: torch.dtype, segment, recipe) -> None:
     """Build a random model, cut it, and tune it on random tokens."""
     from optimum_clp.segments import endpoint_layers, kept_layers
     from optimum_clp.surgery.cut import cut_model
-    from optimum_clp.tuning import tune_layers
+    from optimum_clp.tuning.endpoints import tune_layers
 
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()

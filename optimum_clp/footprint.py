@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architecture.lookup import decoder_layers, text_config
-from .closed_form import MAX_FLOAT64_WIDTH
 from .configuration.clp_config import QuantizationConfig, TuningConfig
 from .forward.losses import CHUNK_TOKENS
 from .surgery.cut import count_bytes
+from .tuning.closed_form import MAX_FLOAT64_WIDTH
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
@@ -142,7 +142,7 @@ def tuning_memory(
     validation_rows: int,
     sequence_length: int,
 ) -> TuningMemory:
-    """What [`~optimum_clp.tuning.tune_layers`] will hold.
+    """What [`~optimum_clp.tuning.endpoints.tune_layers`] will hold.
 
     Args:
         dense (`PreTrainedModel`): The dense model; may be on the meta device.
@@ -189,7 +189,7 @@ def tuning_memory(
 
 
 def closed_form_bytes(layers: Sequence[nn.Module], width: int, config: TuningConfig) -> int:
-    """Estimate of the bytes that [`~optimum_clp.closed_form.solve_endpoints`] holds for its widest projection.
+    """Estimate of the bytes that [`~optimum_clp.tuning.closed_form.solve_endpoints`] holds for its widest projection.
 
     Four square matrices at once (the sums of both splits, one of them centred, and its factor) of the width of what the
     projection takes, or of what it gives for a fold. Layers that turn out to have no closed form take nothing.

@@ -52,7 +52,7 @@ from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery.cut import count_parameters, cut_model
 from .tasks import evaluate_tasks, load_task
-from .tuning import TuningResult, tune_layers
+from .tuning.endpoints import TuningResult, tune_layers
 
 
 class CLPPruner(OptimumQuantizer):

@@ -8,8 +8,8 @@ import torch
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
 
-from optimum_clp import endpoint_student
 from optimum_clp.commands.clp import main
+from optimum_clp.tuning import student as endpoint_student
 
 FAST = (
     "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "

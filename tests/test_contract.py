@@ -34,7 +34,7 @@ from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
 from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.surgery.guard import check_cut
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.endpoints import tune_layers
 
 LENGTH = 20  # longer than every sliding window of the zoo
 

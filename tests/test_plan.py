@@ -28,8 +28,8 @@ from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
 from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model
-from optimum_clp.training_loop import MasterAdamW, TrainingLoop
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.loop import MasterAdamW, TrainingLoop
 
 ROOT = Path(__file__).parents[1]
 GRAPH_BYTES_PER_LAYER = 16_000
@@ -286,8 +286,8 @@ def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, monkeypatch)
             super().step(*arguments)
             optimizers.append(self)
 
-    monkeypatch.setattr("optimum_clp.tuning.TrainingLoop", Loop)
-    monkeypatch.setattr("optimum_clp.training_loop.MasterAdamW", Optimizer)
+    monkeypatch.setattr("optimum_clp.tuning.endpoints.TrainingLoop", Loop)
+    monkeypatch.setattr("optimum_clp.tuning.loop.MasterAdamW", Optimizer)
     model = cut_model(dense, [LayerSegment(*segment)])
     layers = endpoint_layers([LayerSegment(*segment)], 6)
     kept = kept_layers([LayerSegment(*segment)], 6)

@@ -18,14 +18,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
-from optimum_clp.closed_form import solve_endpoints, target_state
 from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.closed_form import solve_endpoints, target_state
+from optimum_clp.tuning.endpoints import tune_layers
 
 TEXTS = ("stories", "wikipedia")
 ROWS, LENGTH = 24, 256

@@ -149,7 +149,7 @@ def peak_memory(cell: Cell) -> dict[str, int]:
 def step_memory(cell: Cell) -> int:
     """What one forward and backward pass from the first endpoint on holds beyond the weights and their gradients."""
     from optimum_clp.architecture.lookup import decoder_layers
-    from optimum_clp.endpoint_student import EndpointStudent
+    from optimum_clp.tuning.student import EndpointStudent
 
     model = cell.cut()
     layers = [decoder_layers(model)[i] for i in cell.endpoints]

@@ -16,7 +16,7 @@ from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.segments import LayerSegment, kept_layers
 from optimum_clp.surgery.cut import cut_model
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.endpoints import tune_layers
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEGMENT = LayerSegment(3, 6)

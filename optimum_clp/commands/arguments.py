@@ -1,6 +1,6 @@
 """Options that the commands share, as plain functions on an argparse parser.
 
-An option that sets a value of the configuration has that value's path as its `dest` (`tuning.learning_rate`) and
+An option that sets a value of the configuration has that value's path as its `dest` (`tuning.endpoints.learning_rate`) and
 defaults to `None`, which leaves the value as it is.
 """
 

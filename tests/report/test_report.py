@@ -10,7 +10,6 @@ import torch
 from report_example import example_report, older_report
 
 from optimum_clp.calibration.rows import CalibrationData
-from optimum_clp.closed_form import ClosedFormResult, ClosedFormStep
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation import Evaluation
 from optimum_clp.exporters import ExportedFile, ExportResult
@@ -18,8 +17,9 @@ from optimum_clp.quantization import QuantoResult
 from optimum_clp.report.report import SCHEMA_VERSION, CLPReport, environment_info
 from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
-from optimum_clp.training_loop import TuningStep
-from optimum_clp.tuning import TuningResult
+from optimum_clp.tuning.closed_form import ClosedFormResult, ClosedFormStep
+from optimum_clp.tuning.endpoints import TuningResult
+from optimum_clp.tuning.loop import TuningStep
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "clp_report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -24,11 +24,11 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 
-from .configuration.clp_config import TuningConfig
-from .endpoint_student import EndpointStudent, TuningRows
-from .errors import ConfigurationError, Problem
+from ..configuration.clp_config import TuningConfig
+from ..errors import ConfigurationError, Problem
+from ..progress import progress_bar
 from .master_adamw import MasterAdamW
-from .progress import progress_bar
+from .student import EndpointStudent, TuningRows
 
 _PROGRESS = "progress.json"
 

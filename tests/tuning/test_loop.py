@@ -17,8 +17,8 @@ from optimum_clp.errors import ConfigurationError
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
-from optimum_clp.training_loop import TrainingLoop
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.loop import TrainingLoop
 
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
 SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}

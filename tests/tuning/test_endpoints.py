@@ -5,17 +5,17 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 
-from optimum_clp import tuning
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.configuration.clp_config import TuningConfig
-from optimum_clp.endpoint_student import EndpointStudent
 from optimum_clp.errors import ConfigurationError, ModelError, TuningError
 from optimum_clp.evaluation import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
-from optimum_clp.tuning import default_learning_rate, tune_layers
+from optimum_clp.tuning import endpoints as tuning
+from optimum_clp.tuning.endpoints import default_learning_rate, tune_layers
+from optimum_clp.tuning.student import EndpointStudent
 
 SEGMENTS = [LayerSegment(2, 4)]
 
@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(dense, monkeypatc
         calls.append(1)
         return kl_divergence(teacher, student) * (math.nan if len(calls) == 8 else 1.0)
 
-    monkeypatch.setattr("optimum_clp.endpoint_student.kl_divergence", planted)
+    monkeypatch.setattr("optimum_clp.tuning.student.kl_divergence", planted)
     with pytest.raises(TuningError) as error:
         tuned(cut, settings(), dense=dense)
     text = str(error.value)

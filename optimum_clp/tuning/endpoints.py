@@ -21,15 +21,15 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture.lookup import decoder_layers, decoder_path, text_config
+from ..architecture.lookup import decoder_layers, decoder_path, text_config
+from ..configuration.clp_config import TuningConfig
+from ..errors import ConfigurationError, ModelError, Problem, TuningError
+from ..forward.dense_outputs import DenseOutputs, StateStore
+from ..forward.layer_stack import LayerStack, evaluation_mode
+from ..surgery.cut import own_storage
 from .closed_form import solve_endpoints, target_state
-from .configuration.clp_config import TuningConfig
-from .endpoint_student import EndpointStudent, TuningRows
-from .errors import ConfigurationError, ModelError, Problem, TuningError
-from .forward.dense_outputs import DenseOutputs, StateStore
-from .forward.layer_stack import LayerStack, evaluation_mode
-from .surgery.cut import own_storage
-from .training_loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
+from .loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
+from .student import EndpointStudent, TuningRows
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_clp.master_adamw import MasterAdamW
+from optimum_clp.tuning.master_adamw import MasterAdamW
 
 OPTIONS = {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 0.1}
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tiny_models import random_tokens, tiny_model
 
-from optimum_clp import training_loop
 from optimum_clp.configuration.clp_config import TuningConfig
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
-from optimum_clp.tuning import tune_layers
+from optimum_clp.tuning import loop as training_loop
+from optimum_clp.tuning.endpoints import tune_layers
 
 
 def main(output: str, folder: str, stop_at: str, config: str) -> None:

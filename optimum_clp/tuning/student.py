@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .forward.dense_outputs import DenseOutputs
-from .forward.layer_stack import LayerStack, layer_hidden, run_without_head, stopped_before
-from .forward.losses import kl_divergence, next_token_cross_entropy
+from ..forward.dense_outputs import DenseOutputs
+from ..forward.layer_stack import LayerStack, layer_hidden, run_without_head, stopped_before
+from ..forward.losses import kl_divergence, next_token_cross_entropy
 
 
 @dataclass(frozen=True)

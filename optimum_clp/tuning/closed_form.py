@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ConfigurationError, ModelError, Problem
-from .forward.dense_outputs import DenseOutputs, StateStore
-from .forward.layer_stack import (
+from ..errors import ConfigurationError, ModelError, Problem
+from ..forward.dense_outputs import DenseOutputs, StateStore
+from ..forward.layer_stack import (
     LayerStack,
     evaluation_mode,
     layer_hidden,
@@ -28,7 +28,7 @@ from .forward.layer_stack import (
     run_without_head,
     stopped_before,
 )
-from .progress import progress_bar
+from ..progress import progress_bar
 
 METHODS = ("fold", "least_squares")
 # penalties, in units of the mean eigenvalue of the Gram matrix

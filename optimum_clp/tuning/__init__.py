@@ -1,0 +1,1 @@
+"""Cutoff endpoint tuning: a closed-form start, then a training loop over the layers next to the cut."""
