@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.report.report import environment_info
 
 HERE = Path(__file__).parent

@@ -35,11 +35,12 @@ from .errors import (
     QuantizationError,
     TuningError,
 )
-from .evaluation import evaluate_tokens
+from .evaluation.outcome import measure_outcome
+from .evaluation.tasks import evaluate_tasks, load_task
+from .evaluation.tokens import evaluate_tokens
 from .exporters import export_onnx, onnx_obstacle, write_runtime_configs
 from .exporters.rounding_methods import needs_calibration
 from .forward.dense_outputs import DenseOutputs
-from .measurement import measure_outcome
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
 from .report.hub import upload, written_file
@@ -51,7 +52,6 @@ from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery.cut import count_parameters, cut_model
-from .tasks import evaluate_tasks, load_task
 from .tuning.endpoints import TuningResult, tune_layers
 
 

@@ -22,7 +22,7 @@ TUNING = "--epochs 1 --batch-size 4"
 def workplace(tmp_path, monkeypatch):
     """A current folder with a dense model in `dense`; nothing of the user's own is touched."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("optimum_clp.measurement.NEW_TOKENS", 3)
+    monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
     tiny_model(tie_word_embeddings=True).save_pretrained("dense")
     tiny_tokenizer().save_pretrained("dense")
     return tmp_path

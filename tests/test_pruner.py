@@ -39,7 +39,7 @@ def recipe(tmp_path, **overrides):
 @pytest.fixture(autouse=True)
 def _few_repeats(monkeypatch):
     # self-written text of a random model repeats nothing; the speed rounds only cost time here
-    monkeypatch.setattr("optimum_clp.measurement.NEW_TOKENS", 3)
+    monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
 
 
 @pytest.fixture

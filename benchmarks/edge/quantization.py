@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters import export_onnx
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 

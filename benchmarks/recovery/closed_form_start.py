@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers

@@ -108,7 +108,7 @@ def _checked_tasks(given: list[tuple[str, str]], limit: int | None) -> dict[str,
         shown = " ".join(name for name, _ in given)
         raise ConfigurationError(Problem("--tasks", shown, "a name is given twice", "Give each task its own name"))
     if tasks:
-        from ..tasks import load_task
+        from ..evaluation.tasks import load_task
 
         for name, file in tasks.items():
             load_task(name, file)

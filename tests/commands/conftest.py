@@ -8,9 +8,9 @@ import pytest
 from report_example import example_report
 
 from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.evaluation.tasks import TaskScore
 from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
-from optimum_clp.tasks import TaskScore
 
 
 class FakePruner:

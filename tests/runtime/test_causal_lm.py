@@ -12,7 +12,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_clp.errors import ConfigurationError, ModelError
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 

@@ -13,7 +13,7 @@ from zoo import ZOO, zoo_model
 from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.configuration.clp_config import SearchConfig
 from optimum_clp.errors import ModelError
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.search import importance
 from optimum_clp.search.importance import (
     angular,

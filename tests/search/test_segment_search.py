@@ -4,7 +4,7 @@ from searches import settings
 from tiny_models import MODEL_TYPES, make_identity, random_tokens, tiny_model
 
 from optimum_clp.errors import SearchError
-from optimum_clp.evaluation import evaluate_tokens
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.layer_stack import gated
 from optimum_clp.forward.losses import kl_divergence

@@ -12,8 +12,16 @@ from tiny_onnx import exported_llama
 
 from optimum_clp import CLPPruner, LayerSegment
 from optimum_clp.errors import CalibrationError, ConfigurationError, ModelError
+from optimum_clp.evaluation.tasks import (
+    Example,
+    Task,
+    TaskScore,
+    evaluate_task,
+    evaluate_tasks,
+    load_task,
+    task_retention,
+)
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
-from optimum_clp.tasks import Example, Task, TaskScore, evaluate_task, evaluate_tasks, load_task, task_retention
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\n.,:?!'é"
 

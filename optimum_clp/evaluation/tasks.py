@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .architecture.lookup import text_config
-from .errors import CalibrationError, ConfigurationError, ModelError, Problem
-from .progress import progress_bar
+from ..architecture.lookup import text_config
+from ..errors import CalibrationError, ConfigurationError, ModelError, Problem
+from ..progress import progress_bar
 
 # lm-eval's, for a model whose config and tokenizer name no length
 _DEFAULT_MAX_LENGTH = 2048

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .forward.decoding import takes_back_its_cache
-from .forward.dense_outputs import DenseOutputs
-from .forward.losses import kl_divergence, next_token_cross_entropy
-from .progress import progress_bar
+from ..forward.decoding import takes_back_its_cache
+from ..forward.dense_outputs import DenseOutputs
+from ..forward.losses import kl_divergence, next_token_cross_entropy
+from ..progress import progress_bar
 
 
 @dataclass(frozen=True)
