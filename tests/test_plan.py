@@ -21,7 +21,7 @@ from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
 from optimum_clp.checkpoint.loading import save_checkpoint
 from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
-from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.export import export_onnx
 from optimum_clp.footprint import layer_activations, onnx_weight_bytes
 from optimum_clp.plan import build_on_meta
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, TuningError
-from optimum_clp.exporters import ExportResult
+from optimum_clp.exporters.export import ExportResult
 from optimum_clp.report.report import CLPReport
 
 

@@ -10,9 +10,9 @@ import torch
 from tiny_models import tiny_model
 from zoo import NUM_LAYERS, zoo_model
 
-from optimum_clp.exporters import export_onnx
-from optimum_clp.exporters.onnx_float import export_float_graph
-from optimum_clp.exporters.onnx_twin import float32_twin
+from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.graph.float_graph import export_float_graph
 
 
 def onnx_test_model(model_type, tied, num_layers, **overrides):

@@ -17,9 +17,9 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_clp.configuration.clp_config import QuantizationConfig
-from optimum_clp.exporters import export_onnx
-from optimum_clp.exporters.onnx_check import reference_steps
-from optimum_clp.exporters.onnx_twin import float32_twin
+from optimum_clp.exporters.check import reference_steps
+from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.float32_copy import float32_twin
 from optimum_clp.runtime.comparison import write_steps
 
 # layers, hidden size, intermediate size, vocabulary; "narrow" is Qwen3-0.6B's shape

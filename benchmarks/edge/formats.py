@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
-from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.export import export_onnx
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent

@@ -15,7 +15,7 @@ from pathlib import Path
 from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.evaluation.tokens import evaluate_tokens
-from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.export import export_onnx
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.report import environment_info
 from optimum_clp.runtime.causal_lm import OnnxCausalLM

@@ -20,7 +20,7 @@ from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.configuration.clp_config import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
 from optimum_clp.evaluation.tokens import evaluate_tokens
-from optimum_clp.exporters import export_onnx
+from optimum_clp.exporters.export import export_onnx
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent

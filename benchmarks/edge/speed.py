@@ -29,7 +29,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
-from optimum_clp.exporters import QUANTIZED_FILES, export_onnx, write_runtime_configs
+from optimum_clp.exporters.export import QUANTIZED_FILES, export_onnx, write_runtime_configs
 from optimum_clp.report.report import environment_info
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model

@@ -1,0 +1,137 @@
+"""Quantized nodes in standard operators of opset 21 alone: `DequantizeLinear` with a scale for each block.
+
+A product is `MatMul(x, DequantizeLinear(integers, scales))` with integers `[columns, rows]` of 4 or 8 bits, the layout that
+ONNX Runtime turns into its `MatMulNBits` when it loads the file. A look-up dequantizes the rows that it has gathered. A
+table serves embedding and head: what the head does to it, up to its `DequantizeLinear`, is folded at load.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ...runtime.names import ACCURACY_LEVEL
+from ..rounding.matrices import RoundedMatrix
+from .count import QuantizedNodes
+from .node_form import Layout, Store, StoredMatrix, slice_columns
+
+
+class QdqNodes:
+    """The form of `export.format="qdq"`; a [`~exporters.graph.node_form.NodeForm`].
+
+    Args:
+        store (`Callable`): Stores a tensor in the graph.
+        accuracy_level (`int`): Of the products, written to the file's metadata: no standard operator has it.
+    """
+
+    def __init__(self, store: Store, accuracy_level: int):
+        self.store = store
+        self.accuracy_level = accuracy_level
+
+    def layout(self, matrix: RoundedMatrix, is_table: bool) -> Layout:
+        """Signed integers without a zero point, and no filling at the ends of rows.
+
+        Products take int4 or int8 `[columns, rows]` with scales `[blocks, rows]`. A table is `[rows, columns]`, its scales
+        `[rows, blocks]`; in 4 bits, which `Gather` of opset 21 does not take, uint8 `[rows, ceil(columns / 2)]` with the
+        row's first half in the lower halves of the bytes. In place of float zero points stands what they add to each block
+        of ones, `[blocks, rows]`.
+        """
+        half = 2 ** (matrix.bits - 1)
+        scales, zero_points = matrix.scales, matrix.zero_points
+        # two's complement has the highest bit the other way round
+        codes = matrix.codes() ^ np.uint8(half)
+        if is_table:
+            return Layout(_halves(codes) if matrix.bits == 4 else codes.view(np.int8), scales, None)
+        codes = np.ascontiguousarray(codes.T)
+        integers = _int4(codes) if matrix.bits == 4 else codes.view(np.int8)
+        shifts = None if zero_points is None else np.ascontiguousarray(((half - zero_points) * scales).T)
+        return Layout(integers, np.ascontiguousarray(scales.T), shifts)
+
+    def product(self, name: str, inputs: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:
+        integers, scales, nodes = matrix.integers, matrix.scales, []
+        if matrix.is_table:
+            if matrix.bits == 4:
+                nodes += self._unpack(name, integers, matrix.columns)
+                integers = nodes[-1].outputs[0]
+            nodes.append(ir.node("Transpose", [integers], {"perm": [1, 0]}))
+            integers = nodes[-1].outputs[0]
+            if matrix.bits == 4:
+                nodes.append(_to_int4(integers))
+                integers = nodes[-1].outputs[0]
+            nodes.append(ir.node("Transpose", [scales], {"perm": [1, 0]}))
+            scales = nodes[-1].outputs[0]
+        nodes.append(_dequantize([integers, scales], 0, matrix.block_size, f"{name}_dequantize"))
+        nodes.append(ir.node("MatMul", [inputs, nodes[-1].outputs[0]], name=name))
+        if matrix.zero_points is not None:
+            nodes += self._add_shifts(name, inputs, nodes[-1].outputs[0], matrix.zero_points, matrix)
+        return nodes
+
+    def look_up(self, name: str, ids: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:
+        nodes = [ir.node("Gather", [matrix.integers, ids], {"axis": 0}, name=name)]
+        if matrix.bits == 4:
+            nodes += self._unpack(name, nodes[0].outputs[0], matrix.columns)
+            nodes.append(_to_int4(nodes[-1].outputs[0]))
+        integers = nodes[-1].outputs[0]
+        nodes.append(ir.node("Gather", [matrix.scales, ids], {"axis": 0}, name=f"{name}_scales"))
+        gathered = [integers, nodes[-1].outputs[0]]
+        nodes.append(_dequantize(gathered, -1, matrix.block_size, f"{name}_dequantize"))
+        return nodes
+
+    def finish(self, graph: ir.Model) -> QuantizedNodes:
+        graph.metadata_props[ACCURACY_LEVEL] = str(self.accuracy_level)
+        dequantized = {node.outputs[0] for node in graph.graph if node.op_type == "DequantizeLinear"}
+        matmuls = sum(node.op_type == "MatMul" and node.inputs[1] in dequantized for node in graph.graph)
+        return QuantizedNodes(matmuls, len(dequantized) - matmuls)
+
+    def _unpack(self, name: str, packed: ir.Value, columns: int) -> list[ir.Node]:
+        """A table's bytes as one number for each weight, whose lower 4 bits are the integer."""
+        bits = self.store(f"{name}_bits", np.array(4, dtype=np.uint8))
+        upper = ir.node("BitShift", [packed, bits], {"direction": "RIGHT"})
+        both = ir.node("Concat", [packed, upper.outputs[0]], {"axis": -1})
+        filled = columns % 2 == 1
+        return [upper, both, *([slice_columns(self.store, name, both.outputs[0], columns)] if filled else ())]
+
+    def _add_shifts(
+        self, name: str, inputs: ir.Value, product: ir.Value, shifts: ir.Value, matrix: StoredMatrix
+    ) -> list[ir.Node]:
+        """Zero points that are no integers: what they add to a product depends on the sums of the inputs' blocks alone."""
+        nodes = []
+        filling = -matrix.columns % matrix.block_size
+        if filling:
+            pads, axes = self._sizes(f"{name}_pads", 0, filling), self._sizes(f"{name}_padded_axis", -1)
+            nodes.append(ir.node("Pad", [inputs, pads, None, axes]))
+            inputs = nodes[0].outputs[0]
+        shape = self._sizes(f"{name}_blocks", -1, matrix.blocks, matrix.block_size)
+        blocks = ir.node("Reshape", [inputs, shape])
+        sums = ir.node("ReduceSum", [blocks.outputs[0], self._sizes(f"{name}_summed_axis", 2)], {"keepdims": 0})
+        shift = ir.node("MatMul", [sums.outputs[0], shifts], name=f"{name}_shift")
+        size = ir.node("Shape", [product])
+        reshaped = ir.node("Reshape", [shift.outputs[0], size.outputs[0]])
+        return [*nodes, blocks, sums, shift, size, reshaped, ir.node("Add", [product, reshaped.outputs[0]])]
+
+    def _sizes(self, name: str, *sizes: int) -> ir.Value:
+        return self.store(name, np.array(sizes, dtype=np.int64))
+
+
+def _dequantize(inputs: list[ir.Value], axis: int, block_size: int, name: str) -> ir.Node:
+    return ir.node("DequantizeLinear", inputs, {"axis": axis, "block_size": block_size}, name=name)
+
+
+def _to_int4(codes: ir.Value) -> ir.Node:
+    """ONNX defines that a conversion to fewer bits keeps the lower ones."""
+    return ir.node("Cast", [codes], {"to": ir.DataType.INT4})
+
+
+def _halves(codes: np.ndarray) -> np.ndarray:
+    """Codes `[rows, columns]` as bytes with the first half of a row in their lower halves."""
+    rows, columns = codes.shape
+    middle = -(-columns // 2)
+    packed = codes[:, :middle].copy()
+    packed[:, : columns - middle] |= codes[:, middle:] << 4
+    return packed
+
+
+def _int4(codes: np.ndarray) -> ir.PackedTensor:
+    """Codes as ONNX stores int4: neighbours in a byte, the first in its lower half, whatever the rows."""
+    flat = codes.reshape(-1)
+    packed = flat[0::2].copy()
+    packed[: flat.size // 2] |= flat[1::2] << 4
+    return ir.PackedTensor(packed, ir.DataType.INT4, shape=codes.shape)

@@ -1,0 +1,1 @@
+"""How weights become integers: to nearest, with error feedback, with fitted zero points."""

@@ -1,0 +1,158 @@
+"""Which matrices of an int4 file get 8 bits: where a byte more lowers the divergence from the float model most."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...errors import Problem, QuantizationError
+from ...progress import progress_bar
+from ..experts import unrolled_experts
+from ..graph.quantize import GraphMatrix
+from .activation_moments import linear_matrix, weight_names
+from .matrices import RoundedMatrix, round_to_nearest
+
+# Tokens whose gradients are looked at; a cost is a mean over them, and only the order of the costs is used.
+_TOKENS = 4096
+
+
+def plan_bits(
+    matrices: Mapping[str, GraphMatrix], costs: Mapping[str, float], block_size: int, bits_per_weight: float
+) -> tuple[str, ...]:
+    """The matrices that get 8 bits, the most divergence for each byte first, as long as the budget lasts.
+
+    Args:
+        matrices (`Mapping[str, GraphMatrix]`): All that are stored in integers.
+        costs (`Mapping[str, float]`): From [`rounding_costs`]; a matrix without a cost keeps 4 bits.
+        block_size (`int`): Weights that share a scale.
+        bits_per_weight (`float`): Largest allowed mean over all these weights, scales included.
+
+    Returns:
+        `tuple[str, ...]`: Names, in the order in which they were chosen.
+
+    Raises:
+        QuantizationError: If the matrices take more in 4 bits already.
+    """
+    weights = sum(matrix.rows * matrix.columns for matrix in matrices.values())
+    left = bits_per_weight * weights / 8
+    extra: dict[str, int] = {}
+    for name, matrix in matrices.items():
+        least, most = (8 if matrix.is_router else 4, 8)
+        left -= matrix.stored_bytes(least, block_size)
+        extra[name] = matrix.stored_bytes(most, block_size) - matrix.stored_bytes(least, block_size)
+    if left < 0:
+        least_bits = bits_per_weight - 8 * left / weights
+        rule = f"in 4 bits with groups of {block_size} this model takes {least_bits:.3f}, scales included"
+        remedy = "Give at least that, or a larger quantization.group_size"
+        raise QuantizationError(Problem("quantization.bits_per_weight", bits_per_weight, rule, remedy))
+    chosen = []
+    for name in sorted(costs, key=lambda n: -costs[n] / extra[n] if extra.get(n) else 0.0):
+        if extra.get(name) and costs[name] > 0 and extra[name] <= left:
+            left -= extra[name]
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def rounding_costs(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    names: Collection[str],
+    block_size: int,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, float]:
+    """What rounding each matrix alone to 4 bits adds to `KL(float || rounded)`, estimated to second order.
+
+    For a change `e` of a module's output the divergence is half the expectation of `(g e)^2`, where `g` is the gradient
+    of the log-likelihood of tokens that the model itself draws (the Fisher information). So one backward pass for each
+    row serves all matrices. Errors of different tokens are taken as independent.
+
+    Args:
+        model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
+        tokens (`Tensor`): int64 `[rows, length]`, without padding; as many rows are used as 4096 tokens need.
+        names (`Collection[str]`): The weights' names in the graph.
+        block_size (`int`): Weights that share a scale.
+        seed (`int`): Of the tokens that are drawn.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        `dict[str, float]`: Nats per token, by name, for linear modules and the embedding; for a tied table the sum of its two uses.
+    """
+    rows = tokens[: max(1, _TOKENS // tokens.shape[1])]
+    generator = torch.Generator().manual_seed(seed)
+    with unrolled_experts(model), torch.enable_grad(), ExitStack() as stack:
+        watch = _OutputErrors(model, names, block_size)
+        for module, hook in watch.hooks().items():
+            stack.callback(module.register_forward_hook(hook).remove)
+        bar = stack.enter_context(progress_bar(len(rows), "Sensitivity of the weights", quiet))
+        for row in rows:
+            log_probabilities = model(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
+            drawn = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
+            log_probabilities.gather(1, drawn).sum().backward()
+            bar.update()
+    return {name: 0.5 * total / rows.numel() for name, total in watch.totals.items()}
+
+
+class _OutputErrors:
+    """Sums of `(g e)^2` over tokens; the rounded matrices are held in 4 bits, the errors are made one at a time."""
+
+    def __init__(self, model: PreTrainedModel, names: Collection[str], block_size: int):
+        self.block_size = block_size
+        embedding: Any = model.get_input_embeddings()
+        self.embedding: nn.Module = embedding
+        aliases = weight_names(model)
+        self.modules: dict[nn.Module, str] = {}
+        for module in model.modules():
+            if module is embedding or linear_matrix(module) is not None:
+                weight: Any = module.weight
+                name = next((name for name in aliases[id(weight)] if name in names), None)
+                if name is not None:
+                    self.modules[module] = name
+        self.rounded: dict[str, RoundedMatrix] = {}
+        self.totals = dict.fromkeys(self.modules.values(), 0.0)
+
+    def hooks(self) -> dict[nn.Module, Callable]:
+        return {m: self._embedding_hook if m is self.embedding else self._linear_hook for m in self.modules}
+
+    def _error(self, module: nn.Module) -> tuple[str, Tensor, Tensor]:
+        weight: Any = module.weight
+        matrix = weight.detach() if module is self.embedding else linear_matrix(module)
+        assert matrix is not None
+        name = self.modules[module]
+        if name not in self.rounded:
+            self.rounded[name] = round_to_nearest(matrix.numpy(), 4, self.block_size)
+        return name, matrix, torch.from_numpy(self.rounded[name].dequantize()) - matrix
+
+    def _linear_hook(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        inputs = args[0].detach()
+
+        def backward(gradient: Tensor) -> None:
+            name, _, error = self._error(module)
+            self.totals[name] += _squared((gradient @ error) * inputs)
+
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    def _embedding_hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        # no weight requires a gradient: from here on everything does
+        output = output.detach().requires_grad_().clone()
+
+        def backward(gradient: Tensor) -> None:
+            name, matrix, error = self._error(module)
+            rows = matrix[args[0]]
+            # Gemma's embedding multiplies what it has looked up
+            scale = (output.detach() * rows).sum() / rows.square().sum()
+            self.totals[name] += _squared(gradient * scale * error[args[0]])
+
+        output.register_hook(backward)
+        return output
+
+
+def _squared(products: Tensor) -> float:
+    """The sum over tokens of the square of the sum over features."""
+    return float(np.square(products.sum(-1).double().numpy()).sum())

@@ -1,0 +1,69 @@
+"""One product for queries, keys and values: where, and that no number changes."""
+
+import collections
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from tiny_models import tiny_model
+
+from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.graph import packing as onnx_packing
+from optimum_clp.runtime.names import cache_names
+
+TOKENS = np.array([[5, 9, 23, 4, 71]])
+
+
+def exported(model, folder, **quantization):
+    settings = QuantizationConfig(**{"weights": ["int4"], "method": "rtn", "group_size": 16, **quantization})
+    export_onnx(model, folder, ExportConfig(), settings, quiet=True)
+    return folder / "onnx/model_q4.onnx"
+
+
+def logits(file, optimized=True):
+    options = onnxruntime.SessionOptions()
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    past = cache_names("past_key_values", sum("past" in name for name in shapes) // 2)
+    feeds = {"input_ids": TOKENS, "attention_mask": np.ones_like(TOKENS)}
+    feeds["position_ids"] = np.arange(TOKENS.shape[1])[None]
+    feeds |= {name: np.zeros((1, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past}
+    return session.run(["logits"], feeds)[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_packed_products_are_the_single_ones(model_type, tmp_path, monkeypatch):
+    """With biases (Qwen2), and with norms between projection and attention (Qwen3)."""
+    model = tiny_model(model_type, num_layers=2)
+    packed = exported(model, tmp_path / "packed", accuracy_level=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_clp.exporters.export.pack_projections", lambda graph: None)
+        single = exported(model, tmp_path / "single", accuracy_level=1)
+    counts = [collections.Counter(node.op_type for node in onnx.load(file).graph.node) for file in (packed, single)]
+    assert counts[1]["MatMulNBits"] - counts[0]["MatMulNBits"] == 4 and counts[0]["Split"] == 2
+    stored = [sum(len(tensor.raw_data) for tensor in onnx.load(file).graph.initializer) for file in (packed, single)]
+    assert stored[0] - stored[1] <= 2 * 3 * 8  # the widths of the splits
+    for optimized in (True, False):
+        np.testing.assert_allclose(logits(packed, optimized), logits(single, optimized), rtol=0, atol=1e-5)
+
+
+def test_projections_of_different_kinds_stay_apart(tmp_path):
+    graph = []
+    model = tiny_model("llama", num_layers=2)
+    original = onnx_packing.pack_projections
+
+    def mixed(quantized):
+        products = [node for node in quantized.graph if node.op_type == "MatMulNBits"]
+        first = next(node for node in products if "k_proj" in str(node.inputs[1].name))
+        first.attributes["accuracy_level"] = onnx_packing.ir.AttrInt64("accuracy_level", 0)
+        original(quantized)
+        graph.append(collections.Counter(node.op_type for node in quantized.graph))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_clp.exporters.export.pack_projections", mixed)
+        exported(model, tmp_path)
+    assert graph[0]["Split"] == 1
