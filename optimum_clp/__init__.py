@@ -18,8 +18,8 @@ _HOMES = {
     "CLPPruner": "pruner",
     "LayerSegment": "segments",
     "OnnxCausalLM": "runtime.causal_lm",
-    "PruningPlan": "plan",
-    "plan_pruning": "plan",
+    "PruningPlan": "planning.plan",
+    "plan_pruning": "planning.plan",
     "CLPError": "errors",
 }
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .configuration.clp_config import SearchConfig as SearchConfig
     from .configuration.clp_config import TuningConfig as TuningConfig
     from .errors import CLPError as CLPError
-    from .plan import PruningPlan as PruningPlan
-    from .plan import plan_pruning as plan_pruning
+    from .planning.plan import PruningPlan as PruningPlan
+    from .planning.plan import plan_pruning as plan_pruning
     from .pruner import CLPPruner as CLPPruner
     from .runtime.causal_lm import OnnxCausalLM as OnnxCausalLM
     from .segments import LayerSegment as LayerSegment

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> Answer:
 def _dry_run(args: argparse.Namespace) -> Answer:
     output_folder(args)  # a folder that the real run would refuse
     config = read_config(args)
-    from ..plan import plan_pruning
+    from ..planning.plan import plan_pruning
 
     plan = plan_pruning(load_dense_config(args), config, dtype=args.dtype).to_dict()
     return plan, planned(plan)

@@ -13,11 +13,11 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .architecture.lookup import decoder_layers, text_config
-from .configuration.clp_config import QuantizationConfig, TuningConfig
-from .forward.losses import CHUNK_TOKENS
-from .surgery.cut import count_bytes
-from .tuning.closed_form import MAX_FLOAT64_WIDTH
+from ..architecture.lookup import decoder_layers, text_config
+from ..configuration.clp_config import QuantizationConfig, TuningConfig
+from ..forward.losses import CHUNK_TOKENS
+from ..surgery.cut import count_bytes
+from ..tuning.closed_form import MAX_FLOAT64_WIDTH
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64

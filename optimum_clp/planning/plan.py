@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from .architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
-from .configuration.clp_config import CLPConfig
-from .errors import ConfigurationError, ModelError, Problem
+from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
+from ..configuration.clp_config import CLPConfig
+from ..errors import ConfigurationError, ModelError, Problem
+from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
+from ..surgery.cut import count_bytes, count_parameters, cut_model, without_weights
+from ..surgery.guard import check_cut
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
-from .segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery.cut import count_bytes, count_parameters, cut_model, without_weights
-from .surgery.guard import check_cut
 
 
 @dataclass(frozen=True)

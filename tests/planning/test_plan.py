@@ -15,15 +15,15 @@ from tiny_onnx import exported_llama, onnx_test_model
 from transformers import LlamaConfig
 from zoo import ALL, zoo_config
 
-from optimum_clp import plan as plan_module
 from optimum_clp import plan_pruning
 from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
 from optimum_clp.checkpoint.loading import save_checkpoint
 from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.footprint import layer_activations, onnx_weight_bytes
-from optimum_clp.plan import build_on_meta
+from optimum_clp.planning import plan as plan_module
+from optimum_clp.planning.footprint import layer_activations, onnx_weight_bytes
+from optimum_clp.planning.plan import build_on_meta
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
@@ -31,7 +31,7 @@ from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import MasterAdamW, TrainingLoop
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GRAPH_BYTES_PER_LAYER = 16_000
 NO_ONNX = {"enabled": False}
 

@@ -1,0 +1,1 @@
+"""What pruning would do to a model, predicted from its config alone."""
