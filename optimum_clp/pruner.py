@@ -38,8 +38,8 @@ from .errors import (
 from .evaluation.outcome import measure_outcome
 from .evaluation.tasks import evaluate_tasks, load_task
 from .evaluation.tokens import evaluate_tokens
-from .exporters import obstacle as onnx_obstacle
 from .exporters.export import export_onnx, write_runtime_configs
+from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.methods import needs_calibration
 from .forward.dense_outputs import DenseOutputs
 from .processes import is_first, wait_for_all

@@ -5,9 +5,9 @@ import torch
 from tiny_models import random_tokens
 from zoo import ZOO, zoo_model
 
-from optimum_clp.exporters import obstacle as onnx_obstacle
 from optimum_clp.exporters.experts import experts_modules, unrolled_experts
 from optimum_clp.exporters.graph.trace import traceable
+from optimum_clp.exporters.obstacle import onnx_obstacle
 
 
 def logits(model, ids):

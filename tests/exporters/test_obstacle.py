@@ -12,8 +12,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from zoo import ZOO, zoo_model
 
 from optimum_clp.errors import ExportError
-from optimum_clp.exporters import obstacle as onnx_obstacle
 from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.obstacle import onnx_obstacle
 
 
 def member(name):

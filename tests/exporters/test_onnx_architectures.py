@@ -13,8 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from zoo import ZOO, zoo_model
 
 from optimum_clp.errors import ExportError
-from optimum_clp.exporters import obstacle as onnx_obstacle
 from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.runtime.names import LOGITS_TO_KEEP
 

@@ -16,7 +16,8 @@ def store_scales_in_16_bits(graph: ir.Model, float_graph: ir.Model) -> None:
         graph (`onnx_ir.Model`): With quantized weights.
         float_graph (`onnx_ir.Model`): What it was made from.
     """
-    for name in graph.graph.initializers.keys() - float_graph.graph.initializers.keys():
+    # in the graph's order, not a set's: the same model gives the same bytes
+    for name in [name for name in graph.graph.initializers if name not in float_graph.graph.initializers]:
         old = graph.graph.initializers[name]
         tensor = stored_tensor(old)
         if tensor.dtype != ir.DataType.FLOAT:

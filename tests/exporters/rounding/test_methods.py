@@ -15,10 +15,10 @@ from zoo import ZOO, zoo_model
 from optimum_clp.configuration.clp_config import CLPConfig, ExportConfig, QuantizationConfig
 from optimum_clp.errors import ConfigurationError, QuantizationError
 from optimum_clp.exporters import export as exporters
-from optimum_clp.exporters import obstacle as onnx_obstacle
 from optimum_clp.exporters.experts import unrolled_experts
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph.quantize import GraphMatrix, graph_matrices, quantize_graph
+from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.exporters.rounding.activation_moments import visit_layers, weight_names
 from optimum_clp.exporters.rounding.bit_plan import plan_bits, rounding_costs
 from optimum_clp.exporters.rounding.matrices import round_half_quadratic, round_to_nearest
