@@ -88,7 +88,7 @@ def summary(plan: dict) -> dict:
 
 
 def environment() -> dict:
-    from optimum_clp.report.report import environment_info
+    from optimum_clp.report.environment import environment_info
 
     return environment_info()
 

@@ -27,7 +27,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from optimum_clp.evaluation.tokens import evaluate_tokens
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 
 HERE = Path(__file__).parent
 CACHE = HERE / ".cache"

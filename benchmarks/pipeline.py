@@ -19,10 +19,10 @@ from pathlib import Path
 
 from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.clp_config import SearchConfig
+from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.search import search_segments
 from optimum_clp.segments import endpoint_layers

@@ -46,7 +46,7 @@ def main() -> None:
             flush=True,
         )
     if args.result:
-        from optimum_clp.report.report import environment_info
+        from optimum_clp.report.environment import environment_info
 
         result = {"command": "python benchmarks/tuning_memory.py", "environment": environment_info(), "rows": rows}
         Path(args.result).write_text(json.dumps(result, indent=1) + "\n")

@@ -10,11 +10,11 @@ from .version import __version__
 
 _HOMES = {
     "CLPConfig": "configuration.clp_config",
-    "CalibrationConfig": "configuration.clp_config",
-    "SearchConfig": "configuration.clp_config",
-    "TuningConfig": "configuration.clp_config",
-    "QuantizationConfig": "configuration.clp_config",
-    "ExportConfig": "configuration.clp_config",
+    "CalibrationConfig": "configuration.stages",
+    "SearchConfig": "configuration.stages",
+    "TuningConfig": "configuration.stages",
+    "QuantizationConfig": "configuration.stages",
+    "ExportConfig": "configuration.stages",
     "CLPPruner": "pruner",
     "LayerSegment": "segments",
     "OnnxCausalLM": "runtime.causal_lm",
@@ -26,12 +26,12 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from .configuration.clp_config import CalibrationConfig as CalibrationConfig
     from .configuration.clp_config import CLPConfig as CLPConfig
-    from .configuration.clp_config import ExportConfig as ExportConfig
-    from .configuration.clp_config import QuantizationConfig as QuantizationConfig
-    from .configuration.clp_config import SearchConfig as SearchConfig
-    from .configuration.clp_config import TuningConfig as TuningConfig
+    from .configuration.stages import CalibrationConfig as CalibrationConfig
+    from .configuration.stages import ExportConfig as ExportConfig
+    from .configuration.stages import QuantizationConfig as QuantizationConfig
+    from .configuration.stages import SearchConfig as SearchConfig
+    from .configuration.stages import TuningConfig as TuningConfig
     from .errors import CLPError as CLPError
     from .planning.plan import PruningPlan as PruningPlan
     from .planning.plan import plan_pruning as plan_pruning

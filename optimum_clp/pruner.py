@@ -16,15 +16,9 @@ from transformers import PreTrainedModel
 from .architecture.lookup import allowed_segments, find_architecture, num_layers, text_config
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from .calibration.sample_cache import tensors_fingerprint, weights_fingerprint
-from .checkpoint.loading import (
-    load_model,
-    load_tokenizer,
-    save_checkpoint,
-    save_configs,
-    save_tokenizer,
-    verify_checkpoint,
-)
+from .checkpoint.loading import load_model, load_tokenizer
 from .checkpoint.output import check_output, staged_folder
+from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .configuration.clp_config import CLPConfig
 from .errors import (
     CalibrationError,
@@ -44,16 +38,19 @@ from .exporters.rounding.methods import needs_calibration
 from .forward.dense_outputs import DenseOutputs
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized
+from .report.environment import environment_info
 from .report.hub import upload, written_file
 from .report.model_card import write_model_card
 from .report.plots import write_plots
-from .report.report import REPORT_NAME, CLPReport, environment_info
+from .report.report import REPORT_NAME, CLPReport
 from .runtime.causal_lm import OnnxCausalLM
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
-from .surgery.cut import count_parameters, cut_model
-from .tuning.endpoints import TuningResult, tune_layers
+from .surgery.cut import cut_model
+from .surgery.sizes import count_parameters
+from .tuning.endpoints import tune_layers
+from .tuning.result import TuningResult
 
 
 class CLPPruner(OptimumQuantizer):

@@ -33,8 +33,8 @@ from .checkpoint.files import (
     read_json_object,
     write_json,
 )
-from .checkpoint.loading import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .checkpoint.output import staged_folder
+from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
 from .progress import progress_bar
 

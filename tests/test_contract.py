@@ -24,10 +24,11 @@ from optimum_clp.architecture.lookup import (
     num_layers,
     text_config,
 )
-from optimum_clp.checkpoint.loading import save_checkpoint, verify_checkpoint
-from optimum_clp.configuration.clp_config import SearchConfig, TuningConfig
+from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
+from optimum_clp.configuration.stages import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
-from optimum_clp.forward.layer_stack import LayerStack, gated, recorded_inputs
+from optimum_clp.forward.hooks import gated, recorded_inputs
+from optimum_clp.forward.layer_stack import LayerStack
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from zoo import ZOO, zoo_model
 
-from optimum_clp.checkpoint.loading import load_model, save_checkpoint
+from optimum_clp.checkpoint.loading import load_model
+from optimum_clp.checkpoint.saving import save_checkpoint
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, QuantizationError
 from optimum_clp.quantization import load_quantized, quanto_obstacle, save_quantized, without_compiler
 from optimum_clp.segments import LayerSegment

@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optimum_clp.configuration.clp_config import QuantizationConfig
+from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_twin

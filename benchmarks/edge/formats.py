@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 

@@ -17,7 +17,7 @@ from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent

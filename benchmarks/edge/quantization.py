@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.clp_config import CalibrationConfig, QuantizationConfig
+from optimum_clp.configuration.stages import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.export import export_onnx

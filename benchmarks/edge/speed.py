@@ -28,9 +28,9 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import QUANTIZED_FILES, export_onnx, write_runtime_configs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 

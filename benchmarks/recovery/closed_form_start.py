@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
-from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
+from optimum_clp.configuration.stages import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.tuning.closed_form import solve_endpoints, target_state

@@ -32,11 +32,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.calibration.self_written import sample_text
-from optimum_clp.configuration.clp_config import CalibrationConfig, SearchConfig, TuningConfig
+from optimum_clp.configuration.stages import CalibrationConfig, SearchConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
 

@@ -21,9 +21,9 @@ import torch
 from methods import Cell, lora, tuned
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_clp.configuration.clp_config import TuningConfig
+from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.segments import LayerSegment
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "search"))

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.configuration.clp_config import TuningConfig
+from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.forward.layer_stack import layer_hidden
+from optimum_clp.forward.hooks import layer_hidden
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.tuning.closed_form import solve_endpoints, target_state

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from optimum_clp import CLPPruner
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.clp_config import CalibrationConfig, TuningConfig
+from optimum_clp.configuration.stages import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.segments import LayerSegment, kept_layers

@@ -16,8 +16,8 @@ from compare import HELD_OUT_ROWS, LENGTHS, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp.calibration.rows import tokenize_dataset
-from optimum_clp.configuration.clp_config import SearchConfig
-from optimum_clp.report.report import environment_info
+from optimum_clp.configuration.stages import SearchConfig
+from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
 from optimum_clp.segments import candidate_segments, number_of_layers_to_remove

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from compare import RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
 
-from optimum_clp.configuration.clp_config import SearchConfig
+from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.errors import SearchError
-from optimum_clp.report.report import environment_info
+from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments, search_within_budget
 from optimum_clp.search.enumeration import number_of_cuts
 from optimum_clp.search.objective import Objective

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
-from ..configuration.clp_config import CalibrationConfig
+from ..configuration.stages import CalibrationConfig
 from ..errors import CalibrationError, Problem
 from .sample_cache import Sample, weights_fingerprint
 from .self_written import embedding_weight, sample_text

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architecture.lookup import text_config
 from ..errors import CalibrationError, Problem
 from ..forward.decoding import takes_back_its_cache
-from ..forward.layer_stack import evaluation_mode
+from ..forward.hooks import evaluation_mode
 from ..progress import progress_bar
 from .sample_cache import Sample, load_sample, sample_file, save_sample, weights_fingerprint
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..report.report import format_bytes, format_count
+from ..report.tables import format_bytes, format_count
 from . import arguments
 from .session import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
 

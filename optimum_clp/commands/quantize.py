@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..report.report import format_bytes
+from ..report.tables import format_bytes
 from . import arguments
 from .session import Answer, load_cut_pruner, required_output
 

@@ -12,8 +12,10 @@ from ..architecture.lookup import num_layers
 from ..forward.dense_outputs import DenseOutputs
 from ..runtime.causal_lm import OnnxCausalLM
 from ..segments import LayerSegment
-from ..surgery.cut import count_bytes, count_parameters, cut_model
-from .tokens import evaluate_tokens, measure_speed
+from ..surgery.cut import cut_model
+from ..surgery.sizes import count_bytes, count_parameters
+from .speed import measure_speed
+from .tokens import evaluate_tokens
 
 ROW_NAMES = {"float32": "onnx", "int8": "onnx int8", "int4": "onnx int4"}
 PROMPT_TOKENS = 128

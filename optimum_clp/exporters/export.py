@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration.clp_config import ExportConfig, QuantizationConfig
+from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..errors import ExportError
 from ..progress import progress_bar
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION

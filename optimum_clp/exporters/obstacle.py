@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..architecture.lookup import text_config
 from ..errors import Problem
-from ..forward.layer_stack import evaluation_mode
+from ..forward.hooks import evaluation_mode
 from .experts import experts_modules
 
 # The rotary frequencies of these types depend on the length of the text, which a traced graph would freeze.

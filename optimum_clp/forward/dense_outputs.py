@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from ..errors import Problem, TuningError
 from ..progress import progress_bar
-from .layer_stack import LayerStack, recorded_inputs, run_without_head
+from .hooks import recorded_inputs, run_without_head
+from .layer_stack import LayerStack
 
 
 class StateStore:

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..architecture.lookup import decoder_layers, text_config
-from ..configuration.clp_config import QuantizationConfig, TuningConfig
+from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..forward.losses import CHUNK_TOKENS
-from ..surgery.cut import count_bytes
-from ..tuning.closed_form import MAX_FLOAT64_WIDTH
+from ..surgery.sizes import count_bytes
+from ..tuning.ridge import MAX_FLOAT64_WIDTH
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64

@@ -14,8 +14,9 @@ from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, 
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError, Problem
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from ..surgery.cut import count_bytes, count_parameters, cut_model, without_weights
+from ..surgery.cut import cut_model, without_weights
 from ..surgery.guard import check_cut
+from ..surgery.sizes import count_bytes, count_parameters
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
 
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
-from .report import CLPReport, describe_loss, format_bytes, format_count
+from .report import CLPReport
+from .tables import describe_loss, format_bytes, format_count
 
 if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, Problem
-from .report import CLPReport, describe_loss
+from .report import CLPReport
+from .tables import describe_loss
 
 SEARCH_PLOT = "plots/search.png"
 TUNING_PLOT = "plots/tuning.png"

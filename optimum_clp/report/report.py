@@ -11,14 +11,13 @@ import datetime
 import json
 import math
 import os
-import platform
 import re
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, Problem
 from ..version import __version__
+from .tables import cell, format_bytes, format_count, markdown_table, text_table
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
@@ -164,9 +163,9 @@ class CLPReport:
             return ""
         used = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
         cells = [["" if markdown else "model", *(title for title, _, _ in used)]]
-        cells += [[str(row.get("name")), *(_cell(row.get(key), show) for _, key, show in used)] for row in rows]
+        cells += [[str(row.get("name")), *(cell(row.get(key), show) for _, key, show in used)] for row in rows]
         caption = self.measured_on()
-        return _markdown_table(cells) + f"\n\n{caption}" if markdown else _text_table(cells) + f"\n{caption}"
+        return markdown_table(cells) + f"\n\n{caption}" if markdown else text_table(cells) + f"\n{caption}"
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""
@@ -177,46 +176,6 @@ class CLPReport:
         machine = f", on {environment['device']}" if environment.get("device") else ""
         machine += f" with {threads} thread{'s' if threads != 1 else ''}" if machine and threads else ""
         return f"Measured on {self.to_dict()['evaluation'].get('text') or 'unnamed text'}{tokens}{machine}."
-
-
-def environment_info(device: Any = "cpu") -> dict[str, Any]:
-    """Versions and machine, for the report.
-
-    Args:
-        device (`str` or `torch.device`): Where the model is.
-
-    Returns:
-        `dict`: `python`, `torch`, `transformers`, `optimum`, `onnxruntime` (versions, or `None` where not installed),
-        `platform`, `device` (name of the processor), `num_threads` (PyTorch's intra-op threads).
-    """
-    import torch
-
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: _version(package) for package in ("transformers", "optimum", "onnxruntime")},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": f"{device.type} ({name})" if name else device.type,
-        "num_threads": torch.get_num_threads(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor_name() -> str:
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        match = re.search(r"^model name\s*:\s*(.+)$", cpu_info.read_text(errors="replace"), re.MULTILINE)
-        if match:
-            return match.group(1).strip()
-    return platform.processor()
 
 
 def _malformed(name: str, value: Any, rule: str) -> ConfigurationError:
@@ -253,30 +212,6 @@ def _json_ready(value: Any) -> Any:
     return str(value)
 
 
-def format_bytes(count: float) -> str:
-    """`count` bytes with a decimal unit (1 MB is 1,000,000 bytes)."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def format_count(count: float) -> str:
-    """`count` with a decimal unit (1 M is 1,000,000)."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f}"
-
-
-def describe_loss(weights: dict[str, float]) -> str:
-    """The tuning loss as `"kd"` or `"0.9 kd + 0.1 ce"`."""
-    used = {name: weight for name, weight in weights.items() if weight > 0}
-    if len(used) == 1:
-        return next(iter(used))
-    return " + ".join(f"{weight:g} {name}" for name, weight in used.items())
-
-
 _COLUMNS = (
     ("layers", "num_layers", "{:d}".format),
     ("parameters", "num_parameters", format_count),
@@ -286,21 +221,3 @@ _COLUMNS = (
     ("prefill tok/s", "prefill_tokens_per_second", "{:,.0f}".format),
     ("decode tok/s", "decode_tokens_per_second", "{:,.0f}".format),
 )
-
-
-def _cell(value: Any, show) -> str:
-    usable = value is not None and (not isinstance(value, float) or math.isfinite(value))
-    return show(value) if usable else "-"
-
-
-def _text_table(cells: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
-
-
-def _markdown_table(cells: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    lines.insert(1, "|:--" + "|--:" * (len(cells[0]) - 1) + "|")
-    return "\n".join(lines)

@@ -1,7 +1,6 @@
 """Running an exported file: transformers' own `generate()` over ONNX Runtime."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ConfigurationError, ModelError, Problem
+from .cache import LAYER_TYPES, LEAST_ROOM, TOKEN_INPUTS, LayerWithRoom, cache_layer, past_shapes, shared_tensor
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .session import chooses_positions, open_session, quiet_options
-
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
-# models with ALiBi have no position_ids, and their files, like Optimum's, no such input
-_REQUIRED = ("input_ids", "attention_mask")
-_PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
 class OnnxCausalLM(GenerationMixin):
@@ -59,9 +54,9 @@ class OnnxCausalLM(GenerationMixin):
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         # (heads, head size) of keys and values, layer by layer
-        self._past_shapes = _past_shapes(session)
+        self._past_shapes = past_shapes(session)
         self._past_names = list(self._past_shapes)
-        self._token_inputs = {value.name for value in session.get_inputs()}.intersection(_INPUTS)
+        self._token_inputs = {value.name for value in session.get_inputs()}.intersection(TOKEN_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
         self._chooses_positions = chooses_positions(session)
@@ -203,7 +198,7 @@ class OnnxCausalLM(GenerationMixin):
             assert output.logits is not None
             output.logits = output.logits[:, -logits_to_keep:]
             return output
-        feeds = dict(zip(_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
+        feeds = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
         layers: Sequence[DynamicLayer]
         feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
         if self._chooses_positions:
@@ -218,7 +213,7 @@ class OnnxCausalLM(GenerationMixin):
         else:
             feeds |= self._past(cache, batch, past_length)
             logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
-            layers = [_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
+            layers = [cache_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
         if use_cache:
             cache = DynamicCache() if cache is None else cache
             cache.layers[:] = layers
@@ -240,7 +235,7 @@ class OnnxCausalLM(GenerationMixin):
         if cache is not None and not use_cache:
             # the caller's cache is not to be extended
             layers, cache = cache.layers, DynamicCache()
-            cache.layers[:] = [_layer(layer.keys, layer.values) for layer in layers]
+            cache.layers[:] = [cache_layer(layer.keys, layer.values) for layer in layers]
         for index in range(length):
             output = self.forward(
                 input_ids[:, index : index + 1],
@@ -270,7 +265,7 @@ class OnnxCausalLM(GenerationMixin):
         plain = cache is None or (
             isinstance(cache, DynamicCache)
             # a sliding layer is fine while it is empty: generate() makes such a cache from the configuration
-            and (cache.get_seq_length() == 0 or all(type(layer) in _LAYERS for layer in cache.layers))
+            and (cache.get_seq_length() == 0 or all(type(layer) in LAYER_TYPES for layer in cache.layers))
         )
         if not plain:
             raise ModelError(
@@ -294,16 +289,16 @@ class OnnxCausalLM(GenerationMixin):
 
     def _layers_with_room(
         self, cache: DynamicCache | None, batch: int, past_length: int, length: int
-    ) -> list["_LayerWithRoom"]:
+    ) -> list["LayerWithRoom"]:
         """The cache's layers, with memory behind the past that nothing else has written to; moved where there is none."""
         known: list[Any] = [None] * (len(self._past_names) // 2) if cache is None or past_length == 0 else cache.layers
         layers = []
         for index, old in enumerate(known):
-            if isinstance(old, _LayerWithRoom) and old.has_room(past_length, length):
+            if isinstance(old, LayerWithRoom) and old.has_room(past_length, length):
                 layers.append(old)
                 continue
             # some growth at each move: a token costs a constant number of copies, however long the text gets
-            room = past_length + length + max(_LEAST_ROOM, past_length // 4)
+            room = past_length + length + max(LEAST_ROOM, past_length // 4)
             memory = []
             for name, states in zip(
                 ("key", "value"), (None, None) if old is None else (old.keys, old.values), strict=True
@@ -312,7 +307,7 @@ class OnnxCausalLM(GenerationMixin):
                 memory.append(torch.empty(batch, heads, room, size))
                 if states is not None:
                     memory[-1][:, :, :past_length] = states
-            layers.append(_LayerWithRoom(*memory))
+            layers.append(LayerWithRoom(*memory))
         return layers
 
     def _run(
@@ -328,82 +323,7 @@ class OnnxCausalLM(GenerationMixin):
         for name in outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return [_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
-
-
-def _tensor(value: onnxruntime.OrtValue) -> Tensor:
-    # before ONNX Runtime 1.25 an output can only be copied
-    return torch.from_dlpack(value) if hasattr(value, "__dlpack__") else torch.from_numpy(value.numpy())
-
-
-class _LayerWithRoom(DynamicLayer):
-    """Keys and values that begin a larger piece of memory, which ONNX Runtime writes the next ones into.
-
-    Args:
-        key_memory, value_memory (`Tensor` of shape `[batch, heads, room, size]`, float32): `keys` and `values` are views of
-            them, as long as nobody replaces them.
-    """
-
-    def __init__(self, key_memory: Tensor, value_memory: Tensor):
-        super().__init__()
-        self.key_memory, self.value_memory = key_memory, value_memory
-        self.written = [0]
-        self.dtype, self.device = key_memory.dtype, key_memory.device
-        self.is_initialized = True
-
-    def show(self, length: int) -> None:
-        """Let `keys` and `values` be the first `length` tokens, which have been written."""
-        self.written[0] = length
-        self.keys, self.values = self.key_memory[:, :, :length], self.value_memory[:, :, :length]
-
-    def has_room(self, past_length: int, length: int) -> bool:
-        """Whether `length` tokens can be written behind the past without harm to anyone who looks at this memory."""
-        views = ((self.keys, self.key_memory), (self.values, self.value_memory))
-        return (
-            # a cache that was cut shorter, or a shallow copy whose other copy went on
-            self.written[0] == past_length
-            and past_length + length <= self.key_memory.shape[2]
-            # reordered by a beam search, or selected from
-            and all(a is not None and a.data_ptr() == b.data_ptr() and a.shape[0] == b.shape[0] for a, b in views)
-        )
-
-
-# a subclass of another kind, such as a sliding window, holds a part of the past
-_LAYERS = (DynamicLayer, _LayerWithRoom)
-# tokens that a cache gets room for besides those it holds
-_LEAST_ROOM = 256
-
-
-def _layer(keys: Tensor, values: Tensor) -> DynamicLayer:
-    # update() would copy both tensors
-    layer = DynamicLayer()
-    layer.keys, layer.values = keys, values
-    layer.dtype, layer.device = keys.dtype, keys.device
-    layer.is_initialized = True
-    return layer
-
-
-def _past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, int]]:
-    """Heads and head size of each cache input, in the order of the layers, keys before values."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    matches = [match for name in inputs if (match := _PAST.fullmatch(name))]
-    past = [match[0] for match in sorted(matches, key=lambda match: (int(match[1]), match[2]))]
-    missing = sorted({*_REQUIRED, "past_key_values.0.key"} - set(inputs))
-    unknown = sorted(set(inputs) - {*_INPUTS, *past})
-    wanted = {"logits", *(name.replace("past_key_values", "present") for name in past)}
-    missing += sorted(wanted - {value.name for value in session.get_outputs()})
-    if missing or unknown or any(inputs[name].type != "tensor(float)" for name in past):
-        raise ModelError(
-            Problem(
-                "inputs",
-                sorted(inputs),
-                "the file is not a causal LM with a float32 cache as this package exports it"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
-                "Give a file that CLPPruner.export wrote",
-            )
-        )
-    return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
+        return [shared_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
 
 
 def _check_files(folder: Path, file: Path) -> None:

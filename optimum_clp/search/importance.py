@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments
 from ..errors import ModelError, Problem
-from ..forward.layer_stack import layer_hidden, layer_input, run_without_head
+from ..forward.hooks import layer_hidden, layer_input, run_without_head
 from ..forward.losses import next_token_cross_entropy
 from ..segments import LayerSegment
 from .objective import Objective

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
-from ..forward.layer_stack import LayerStack, recorded_inputs, run_without_head
+from ..forward.hooks import recorded_inputs, run_without_head
+from ..forward.layer_stack import LayerStack
 from ..progress import progress_bar
 from ..segments import LayerSegment
-from ..surgery.cut import count_bytes
+from ..surgery.sizes import count_bytes
 from .gate import hard_gate
 from .journal import Journal
 from .work import ForwardWork, measure_work

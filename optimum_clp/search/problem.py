@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ..architecture.lookup import cut_obstacle
-from ..configuration.clp_config import SearchConfig
+from ..configuration.stages import SearchConfig
 from ..errors import ModelError, Problem
 from ..segments import LayerSegment, check_segments, kept_layers
 from .objective import Objective

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, num_layers
-from ..configuration.clp_config import SearchConfig
+from ..configuration.stages import SearchConfig
 from ..errors import ModelError, Problem, SearchError
-from ..forward.layer_stack import evaluation_mode
+from ..forward.hooks import evaluation_mode
 from ..segments import LayerSegment
 from .enumeration import exhaustive_search, halving_search
 from .gate_descent import gate_search

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..forward.layer_stack import LayerStack, recorded_inputs, run_without_head
+from ..forward.hooks import recorded_inputs, run_without_head
+from ..forward.layer_stack import LayerStack
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

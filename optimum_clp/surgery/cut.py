@@ -64,16 +64,6 @@ def own_storage(module: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of distinct parameters; tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_bytes(model: nn.Module) -> int:
-    """Bytes of the distinct parameters."""
-    return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
 def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """A model whose constructor has run, without memory for its parameters; small buffers may have some.
 

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, decoder_path, describe_layers, num_layers, text_config
 from ..errors import CutError, Problem
-from ..forward.layer_stack import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
+from ..forward.hooks import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""

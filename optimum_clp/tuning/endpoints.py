@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,63 +21,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, decoder_path, text_config
-from ..configuration.clp_config import TuningConfig
+from ..configuration.stages import TuningConfig
 from ..errors import ConfigurationError, ModelError, Problem, TuningError
 from ..forward.dense_outputs import DenseOutputs, StateStore
-from ..forward.layer_stack import LayerStack, evaluation_mode
+from ..forward.hooks import evaluation_mode
+from ..forward.layer_stack import LayerStack
 from ..surgery.cut import own_storage
 from .closed_form import solve_endpoints, target_state
-from .loop import TrainingLoop, TrainingState, TuningStep, improves, tuning_accelerator
+from .loop import TrainingLoop, TrainingState, tuning_accelerator
+from .result import TuningResult, TuningStep, improves
 from .student import EndpointStudent, TuningRows
-
-
-@dataclass(frozen=True)
-class TuningResult:
-    """What tuning did.
-
-    Args:
-        layers (`tuple[int, ...]`): Trained layers, in the cut model's numbering.
-        modules (`tuple[str, ...]`): What else was trained: names of the final norm and the head.
-        loss (`dict[str, float]`): Weights of the losses.
-        init (`dict` or `None`): The closed-form start: what [`ClosedFormResult`] says, whether it was `kept`, and the
-            validation loss `loss_before` and `loss_after` it.
-        num_trainable (`int`): Trained parameters.
-        learning_rate (`float`): Peak rate.
-        steps (`int`): Optimizer steps that were taken.
-        best_step (`int`): Step of the weights that were kept; 0 for those before the first step.
-        initial_validation_loss (`float`): Of the untuned cut.
-        best_validation_loss (`float`): Of the weights that were kept.
-        improved (`bool`): Whether other weights than the untuned ones were kept.
-        history (`tuple[TuningStep, ...]`): All evaluations; the first is before the first step.
-        stopped (`str`): `"finished"`, `"patience"` or `"nan"`.
-        num_tokens (`int`): Tokens that were trained on, repeats counted.
-        num_processes (`int`): Processes that shared the work.
-        seconds (`float`): Wall-clock time, the dense model's pass included.
-        cache_seconds (`float`): The dense model's pass alone.
-    """
-
-    layers: tuple[int, ...]
-    modules: tuple[str, ...]
-    loss: dict[str, float]
-    init: dict[str, Any] | None = field(compare=False)
-    num_trainable: int
-    learning_rate: float
-    steps: int
-    best_step: int
-    initial_validation_loss: float
-    best_validation_loss: float
-    improved: bool
-    history: tuple[TuningStep, ...]
-    stopped: str
-    num_tokens: int
-    num_processes: int
-    seconds: float = field(compare=False)
-    cache_seconds: float = field(compare=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `tuning` section of the report."""
-        lists = {"layers": list(self.layers), "modules": list(self.modules)}
-        return {**asdict(self), **lists, "history": [asdict(h) for h in self.history]}
 
 
 def default_learning_rate(hidden_size: int) -> float:

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,37 +24,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from torch import Tensor, nn
 
-from ..configuration.clp_config import TuningConfig
+from ..configuration.stages import TuningConfig
 from ..errors import ConfigurationError, Problem
 from ..progress import progress_bar
 from .master_adamw import MasterAdamW
+from .result import TuningStep, improves
 from .student import EndpointStudent, TuningRows
 
 _PROGRESS = "progress.json"
-
-
-@dataclass(frozen=True)
-class TuningStep:
-    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate.
-
-    `by_kind` is the validation loss of each kind of text, where there are several.
-    """
-
-    step: int
-    train_loss: float | None
-    validation_loss: float
-    learning_rate: float
-    by_kind: dict[str, float] | None = None
-
-    @classmethod
-    def of_rows(
-        cls, losses: Tensor, kinds: Sequence[str], step: int = 0, train_loss: float | None = None, rate: float = 0.0
-    ) -> "TuningStep":
-        """From the loss of every validation row, float64 `[rows]`, and the kind of text that each one is."""
-        names = sorted(set(kinds))
-        rows = {name: torch.tensor([kind == name for kind in kinds]) for name in names}
-        by_kind = {name: losses[mask].mean().item() for name, mask in rows.items()} if len(names) > 1 else None
-        return cls(step, train_loss, losses.mean().item(), rate, by_kind)
 
 
 @dataclass
@@ -348,20 +325,6 @@ class TrainingLoop:
         if self.config.report_to:
             values = {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("optimum_clp", config=values)
-
-
-def improves(found: TuningStep, before: Sequence[TuningStep], start: Mapping[str, float] | None) -> bool:
-    """Whether an evaluation is the best so far, and no kind of text is worse off than it was at the start.
-
-    Args:
-        found ([`TuningStep`]): The evaluation.
-        before (`Sequence[TuningStep]`): The ones before it.
-        start (`Mapping[str, float]` or `None`): The untuned cut's loss on each kind; that of the first evaluation if not
-            given.
-    """
-    start = start or before[0].by_kind or {}
-    harmed = any(loss > start.get(kind, math.inf) for kind, loss in (found.by_kind or {}).items())
-    return not harmed and found.validation_loss < min(step.validation_loss for step in before)
 
 
 def _micro_batch(batch_size: int, accumulation: int, processes: int) -> int:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..forward.dense_outputs import DenseOutputs
-from ..forward.layer_stack import LayerStack, layer_hidden, run_without_head, stopped_before
+from ..forward.hooks import layer_hidden, run_without_head, stopped_before
+from ..forward.layer_stack import LayerStack
 from ..forward.losses import kl_divergence, next_token_cross_entropy
 
 

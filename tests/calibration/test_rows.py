@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_clp.calibration import sample_cache
 from optimum_clp.calibration.rows import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
-from optimum_clp.configuration.clp_config import CalibrationConfig
+from optimum_clp.configuration.stages import CalibrationConfig
 from optimum_clp.errors import CalibrationError
 
 BOS, EOS, FIRST = 1, 2, 3

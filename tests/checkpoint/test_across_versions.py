@@ -13,7 +13,7 @@ from test_contract import dense_model, logits, random_tokens, segments_of
 from transformers import __version__ as transformers_version
 from zoo import ZOO
 
-from optimum_clp.checkpoint.loading import save_checkpoint
+from optimum_clp.checkpoint.saving import save_checkpoint
 from optimum_clp.surgery.cut import cut_model
 
 TOLERANCE = 1e-5

@@ -25,14 +25,9 @@ from transformers import (
 )
 
 from optimum_clp.checkpoint.files import QUANTO_MODEL_TYPE, legacy_rope
-from optimum_clp.checkpoint.loading import (
-    check_finite,
-    load_model,
-    load_tokenizer,
-    save_checkpoint,
-    verify_checkpoint,
-)
+from optimum_clp.checkpoint.loading import check_finite, load_model, load_tokenizer
 from optimum_clp.checkpoint.output import staged_folder
+from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
 from optimum_clp.errors import CutError, ModelError
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model

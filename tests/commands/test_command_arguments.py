@@ -5,7 +5,7 @@ import pytest
 
 from optimum_clp.commands import arguments
 from optimum_clp.commands.clp import COMMANDS, build_parser
-from optimum_clp.configuration import clp_config as configuration
+from optimum_clp.configuration import stages
 from optimum_clp.configuration.clp_config import CLPConfig
 
 
@@ -80,7 +80,7 @@ def test_every_option_reaches_the_configuration():
     assert (config.pruning_ratio, config.seed) == (0.3, 7)
     unchanged = {
         f"{stage}.{key}"
-        for stage in configuration.STAGES
+        for stage in stages.STAGES
         for key, value in vars(getattr(config, stage)).items()
         if value == getattr(getattr(default, stage), key)
     }
@@ -149,7 +149,7 @@ def test_defaults_in_the_help_are_those_of_the_configuration():
             assert type(default)(shown.group(1)) == default, action.option_strings
             checked += 1
     assert checked > 20
-    assert config.quantization.weights == list(arguments.WEIGHTS) == list(configuration.WEIGHTS)
+    assert config.quantization.weights == list(arguments.WEIGHTS) == list(stages.WEIGHTS)
     help_text = next(
         a.help
         for a in build_parser()._subparsers._group_actions[0].choices["prune"]._actions

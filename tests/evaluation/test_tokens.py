@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny_models import VOCABULARY, random_tokens, tiny_model
 
-from optimum_clp.evaluation.tokens import evaluate_tokens, measure_speed
+from optimum_clp.evaluation.speed import measure_speed
+from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model

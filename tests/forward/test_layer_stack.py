@@ -3,14 +3,8 @@ import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.forward.layer_stack import (
-    LayerStack,
-    gated,
-    recorded_inputs,
-    replaced_forward,
-    replaced_input,
-    stopped_before,
-)
+from optimum_clp.forward.hooks import gated, recorded_inputs, replaced_forward, replaced_input, stopped_before
+from optimum_clp.forward.layer_stack import LayerStack
 from optimum_clp.search.gate import concave_gate, hard_gate
 
 

@@ -17,8 +17,9 @@ from zoo import ALL, zoo_config
 
 from optimum_clp import plan_pruning
 from optimum_clp.architecture.lookup import allowed_segments, decoder_layers
-from optimum_clp.checkpoint.loading import save_checkpoint
-from optimum_clp.configuration.clp_config import CLPConfig, QuantizationConfig, TuningConfig
+from optimum_clp.checkpoint.saving import save_checkpoint
+from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.configuration.stages import QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.planning import plan as plan_module
@@ -27,7 +28,8 @@ from optimum_clp.planning.plan import build_on_meta
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
-from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.sizes import count_bytes, count_parameters
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import MasterAdamW, TrainingLoop
 

@@ -14,12 +14,12 @@ from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation.tokens import Evaluation
 from optimum_clp.exporters.export import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
-from optimum_clp.report.report import SCHEMA_VERSION, CLPReport, environment_info
+from optimum_clp.report.environment import environment_info
+from optimum_clp.report.report import SCHEMA_VERSION, CLPReport
 from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
 from optimum_clp.tuning.closed_form import ClosedFormResult, ClosedFormStep
-from optimum_clp.tuning.endpoints import TuningResult
-from optimum_clp.tuning.loop import TuningStep
+from optimum_clp.tuning.result import TuningResult, TuningStep
 
 SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "clp_report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)

@@ -1,7 +1,7 @@
 """What the tests of the search share: settings, and one problem for a strategy."""
 
 from optimum_clp.architecture.lookup import allowed_segments
-from optimum_clp.configuration.clp_config import SearchConfig
+from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.search.objective import Objective
 from optimum_clp.search.problem import Rows, SearchProblem
 from optimum_clp.search.scoreboard import Scoreboard

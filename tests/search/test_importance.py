@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo import ZOO, zoo_model
 
 from optimum_clp.architecture.lookup import allowed_segments
-from optimum_clp.configuration.clp_config import SearchConfig
+from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.errors import ModelError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.search import importance

@@ -7,10 +7,11 @@ from transformers import AutoModelForCausalLM
 
 from optimum_clp.architecture.lookup import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
-from optimum_clp.forward.layer_stack import gated
+from optimum_clp.forward.hooks import gated
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery.cut import count_bytes, count_parameters, cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.surgery.guard import check_cut
+from optimum_clp.surgery.sizes import count_bytes, count_parameters
 
 CUTS = [[(0, 2)], [(2, 4)], [(4, 6)], [(1, 2), (3, 5)]]
 

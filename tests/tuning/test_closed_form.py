@@ -11,11 +11,11 @@ from zoo import ZOO, zoo_model
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
-from optimum_clp.forward.layer_stack import layer_hidden, layer_input
+from optimum_clp.forward.hooks import layer_hidden, layer_input
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
-from optimum_clp.tuning import closed_form
 from optimum_clp.tuning.closed_form import solve_endpoints, target_state
+from optimum_clp.tuning.ridge import RIDGES
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]
@@ -323,7 +323,7 @@ def test_bfloat16():
 def test_wide_projections_are_solved_in_float32_under_a_condition_bound(dense, monkeypatch):
     exact, cut = cut_model(dense, SEGMENTS), cut_model(dense, SEGMENTS)
     expected = solve(dense, exact, [1], attention=False).steps[0]
-    monkeypatch.setattr("optimum_clp.tuning.closed_form.MAX_FLOAT64_WIDTH", 8)
+    monkeypatch.setattr("optimum_clp.tuning.ridge.MAX_FLOAT64_WIDTH", 8)
     step = solve(dense, cut, [1], attention=False).steps[0]
     assert step.dtype == "float32" and step.error_after == pytest.approx(expected.error_after, rel=1e-3)
     step = solve(dense, cut_model(dense, SEGMENTS), [1], attention=False, ridges=[1e-9]).steps[0]
@@ -380,12 +380,12 @@ def test_hidden_states_that_are_not_finite_are_refused(dense):
 @pytest.mark.parametrize("rows", [2, 24])
 def test_the_penalty_is_the_one_that_does_best_alone(dense, rows):
     alone = {}
-    for ridge in closed_form.RIDGES:
+    for ridge in RIDGES:
         cut = cut_model(dense, SEGMENTS)
         (step,) = solve(dense, cut, [1], train=TRAIN[:rows], ridges=[ridge], attention=False).steps
         alone[step.error_after] = step.ridge
     (step,) = solve(dense, cut_model(dense, SEGMENTS), [1], train=TRAIN[:rows], attention=False).steps
-    assert len(alone) == len(closed_form.RIDGES)
+    assert len(alone) == len(RIDGES)
     assert step.ridge == alone[min(alone)] and step.error_after == min(alone)
 
 

@@ -6,7 +6,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.configuration.clp_config import TuningConfig
+from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.errors import ConfigurationError, ModelError, TuningError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 
-from optimum_clp.configuration.clp_config import TuningConfig
+from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment

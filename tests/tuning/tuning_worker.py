@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tiny_models import random_tokens, tiny_model
 
-from optimum_clp.configuration.clp_config import TuningConfig
+from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning import loop as training_loop

@@ -12,14 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import Problem, QuantizationError
-from ...forward.layer_stack import (
-    LayerStack,
-    layer_hidden,
-    recorded_inputs,
-    replaced_input,
-    run_without_head,
-    stopped_before,
-)
+from ...forward.hooks import layer_hidden, recorded_inputs, replaced_input, run_without_head, stopped_before
+from ...forward.layer_stack import LayerStack
 from ...progress import progress_bar
 from ..experts import unrolled_experts
 from ..freed_memory import return_freed_memory

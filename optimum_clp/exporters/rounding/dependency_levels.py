@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...forward.layer_stack import layer_input
+from ...forward.hooks import layer_input
 
 
 def dependency_levels(

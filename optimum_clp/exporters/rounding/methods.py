@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...configuration.clp_config import QuantizationConfig
+from ...configuration.stages import QuantizationConfig
 from ...errors import ConfigurationError, Problem
 from ...quantization import quanto_integers
 from ..graph.quantize import GraphMatrix

@@ -9,7 +9,7 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoXConfig
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_twin

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from tiny_models import tiny_model
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph import packing as onnx_packing
 from optimum_clp.runtime.names import cache_names

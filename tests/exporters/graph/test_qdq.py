@@ -14,7 +14,7 @@ from tiny_models import random_tokens
 from tiny_onnx import onnx_test_model, small_zoo_model, traced_qwen3
 from zoo import ZOO
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_twin
 from optimum_clp.exporters.graph.count import QuantizedNodes, bits_per_weight, expected_nodes

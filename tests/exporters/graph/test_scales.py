@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph.scales import store_scales_in_16_bits
 from optimum_clp.exporters.rounding.matrices import FeedbackRounding, round_to_nearest

@@ -12,7 +12,8 @@ from tiny_models import random_tokens, tiny_model
 from tiny_onnx import exported_llama, onnx_test_model, small_zoo_model, state_of, traced_qwen3
 from zoo import ZOO, zoo_model
 
-from optimum_clp.configuration.clp_config import CLPConfig, ExportConfig, QuantizationConfig
+from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.errors import ConfigurationError, QuantizationError
 from optimum_clp.exporters import export as exporters
 from optimum_clp.exporters.experts import unrolled_experts

@@ -22,8 +22,9 @@ from tiny_onnx import onnx_test_model, small_zoo_model
 from zoo import ZOO
 
 from optimum_clp import OnnxCausalLM
-from optimum_clp.checkpoint.loading import load_model, load_tokenizer, save_configs, save_tokenizer
-from optimum_clp.configuration.clp_config import ExportConfig, QuantizationConfig
+from optimum_clp.checkpoint.loading import load_model, load_tokenizer
+from optimum_clp.checkpoint.saving import save_configs, save_tokenizer
+from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx, write_runtime_configs
 
 DENSE = Path(__file__).parents[3] / "benchmarks" / "models" / "stories-llama-16l"

@@ -1,0 +1,194 @@
+"""Writing checkpoints that both versions of transformers read alike, and checking what was written."""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from ..architecture.lookup import text_config
+from ..errors import CutError, Problem
+from ..forward.hooks import evaluation_mode
+from .files import (
+    make_config_portable,
+    make_tokenizer_portable,
+)
+from .loading import transformers_quiet
+
+PROBE_LENGTH = 64
+
+
+PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
+
+
+@contextlib.contextmanager
+def _config_copies(model: PreTrainedModel) -> Iterator[None]:
+    """Let `save_pretrained` write its changes into copies of the model's configurations."""
+    config, generation_config = model.config, model.generation_config
+    model.config, model.generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    try:
+        yield
+    finally:
+        model.config, model.generation_config = config, generation_config
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is the embedding's, in memory; `config.tie_word_embeddings` only asks for it."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    if head is None or head.weight.is_meta:
+        return False
+    return head.weight is embedding.weight or head.weight.data_ptr() == embedding.weight.data_ptr()
+
+
+def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike) -> None:
+    """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings.
+
+    transformers 4.57 and 5 read the same model and the same token ids from it. No path of this machine is in it. The
+    model is not changed, and may share its tensors with others.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
+        folder (`str` or `os.PathLike`): An existing folder, or a new one; see [`~optimum_clp.checkpoint.output.staged_folder`].
+    """
+    folder = Path(folder)
+    with transformers_quiet(bars=True), _config_copies(model):
+        settings = _unsavable_generation_config(model)
+        model.save_pretrained(folder)
+        if settings is not None:
+            settings.to_json_file(folder / "generation_config.json")
+    make_config_portable(folder, has_tied_head(model))
+    save_tokenizer(tokenizer, folder)
+
+
+def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+    """Write `config.json` and `generation_config.json` as [`save_checkpoint`] does, without weights.
+
+    Returns:
+        `dict`: The content of `config.json`.
+    """
+    with transformers_quiet(bars=True), _config_copies(model):
+        settings = _unsavable_generation_config(model) or model.generation_config
+        model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+        model.config.save_pretrained(folder)
+        if settings is not None:
+            settings.to_json_file(folder / "generation_config.json")
+    return make_config_portable(folder, has_tied_head(model))
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a tokenizer that transformers 4.57 and 5 read alike, beside a `config.json`; nothing for `None`.
+
+    Warns if `AutoTokenizer` reads back another one: transformers 5 insists on Qwen2's own class for a `qwen2` model.
+    """
+    if tokenizer is None:
+        return
+    tokenizer.save_pretrained(folder)
+    make_tokenizer_portable(folder)
+    if getattr(tokenizer, "_auto_class", None) is not None:
+        return
+    probe = PROBE_TEXT + " ".join(tokenizer.all_special_tokens)
+    with transformers_quiet(bars=False):
+        reloaded = AutoTokenizer.from_pretrained(folder)
+    if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        warnings.warn(
+            f"AutoTokenizer makes a {type(reloaded).__name__} of the saved {type(tokenizer).__name__}, with other token "
+            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained",
+            stacklevel=3,
+        )
+
+
+def _unsavable_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
+    """Take away generation settings that transformers reads but refuses to write (a temperature without sampling)."""
+    settings = model.generation_config
+    if settings is None:
+        return None
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        return settings
+    return None
+
+
+def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None:
+    """Read a checkpoint back with transformers' own classes, and check that it is the model in memory.
+
+    Every tensor must be equal, and, for a model on the CPU, so must the logits of a fixed random input of
+    `PROBE_LENGTH` tokens, which depend on the configuration too (rotary base, layer types).
+
+    Args:
+        folder (`str` or `os.PathLike`): What [`save_checkpoint`] wrote.
+        model (`PreTrainedModel`): The model that it should hold; not changed.
+
+    Raises:
+        CutError: Names the first thing that differs.
+    """
+    path = str(folder)
+    with transformers_quiet(bars=True):
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype="auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                attn_implementation=model.config._attn_implementation,
+            )
+        except Exception as error:
+            raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
+    reloaded, info = loaded
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[key]:
+            first = sorted(map(str, info[key]))[0]
+            raise _differs(path, f"read back, it has {len(info[key])} {key.replace('_', ' ')}, the first is {first}")
+    expected, actual = model.state_dict(), reloaded.state_dict()
+    if expected.keys() != actual.keys():
+        raise _differs(path, f"read back, it lacks or adds the tensor {sorted(expected.keys() ^ actual.keys())[0]}")
+    for key, tensor in expected.items():
+        if tensor.dtype != actual[key].dtype or not torch.equal(tensor.detach().cpu(), actual[key]):
+            raise _differs(path, f"read back, its tensor {key} differs from the one in memory")
+    if all(tensor.device.type == "cpu" for tensor in expected.values()):
+        _check_logits(path, model, reloaded.eval())
+
+
+def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    key = different_buffer(model, reloaded)
+    if key:
+        raise _differs(path, f"its tensors are equal, but read back its buffer {key} is another: config.json differs")
+    # equal tensors, but from other addresses: kernels may round differently by alignment, so compare on the same ones
+    reloaded.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        setattr(reloaded.get_submodule(owner), attribute, buffer)
+    generator = torch.Generator().manual_seed(0)
+    config = text_config(model.config)
+    length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
+    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    with torch.no_grad(), evaluation_mode(model):
+        equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
+    if not equal:
+        raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
+
+
+def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str | None:
+    """The first buffer (rotary frequencies) that a model read back computes differently, or `None`.
+
+    A buffer of `model` may have a lower precision, as after `model.to(torch.bfloat16)`: files do not hold buffers, and
+    what is read back has them in float32.
+    """
+    others = dict(reloaded.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in others or not torch.equal(others[name].to(buffer.dtype), buffer.detach().cpu()):
+            return name
+    return None
+
+
+def _differs(path: str, rule: str) -> CutError:
+    remedy = "This is a fault of optimum-clp or transformers: please report it with the model's name"
+    return CutError(Problem("checkpoint", path, rule, remedy))

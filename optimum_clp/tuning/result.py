@@ -1,0 +1,96 @@
+"""What tuning did, evaluation by evaluation."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TuningStep:
+    """One evaluation: mean training loss since the one before, validation loss (both in nats) and learning rate.
+
+    `by_kind` is the validation loss of each kind of text, where there are several.
+    """
+
+    step: int
+    train_loss: float | None
+    validation_loss: float
+    learning_rate: float
+    by_kind: dict[str, float] | None = None
+
+    @classmethod
+    def of_rows(
+        cls, losses: Tensor, kinds: Sequence[str], step: int = 0, train_loss: float | None = None, rate: float = 0.0
+    ) -> "TuningStep":
+        """From the loss of every validation row, float64 `[rows]`, and the kind of text that each one is."""
+        names = sorted(set(kinds))
+        rows = {name: torch.tensor([kind == name for kind in kinds]) for name in names}
+        by_kind = {name: losses[mask].mean().item() for name, mask in rows.items()} if len(names) > 1 else None
+        return cls(step, train_loss, losses.mean().item(), rate, by_kind)
+
+
+@dataclass(frozen=True)
+class TuningResult:
+    """What tuning did.
+
+    Args:
+        layers (`tuple[int, ...]`): Trained layers, in the cut model's numbering.
+        modules (`tuple[str, ...]`): What else was trained: names of the final norm and the head.
+        loss (`dict[str, float]`): Weights of the losses.
+        init (`dict` or `None`): The closed-form start: what [`ClosedFormResult`] says, whether it was `kept`, and the
+            validation loss `loss_before` and `loss_after` it.
+        num_trainable (`int`): Trained parameters.
+        learning_rate (`float`): Peak rate.
+        steps (`int`): Optimizer steps that were taken.
+        best_step (`int`): Step of the weights that were kept; 0 for those before the first step.
+        initial_validation_loss (`float`): Of the untuned cut.
+        best_validation_loss (`float`): Of the weights that were kept.
+        improved (`bool`): Whether other weights than the untuned ones were kept.
+        history (`tuple[TuningStep, ...]`): All evaluations; the first is before the first step.
+        stopped (`str`): `"finished"`, `"patience"` or `"nan"`.
+        num_tokens (`int`): Tokens that were trained on, repeats counted.
+        num_processes (`int`): Processes that shared the work.
+        seconds (`float`): Wall-clock time, the dense model's pass included.
+        cache_seconds (`float`): The dense model's pass alone.
+    """
+
+    layers: tuple[int, ...]
+    modules: tuple[str, ...]
+    loss: dict[str, float]
+    init: dict[str, Any] | None = field(compare=False)
+    num_trainable: int
+    learning_rate: float
+    steps: int
+    best_step: int
+    initial_validation_loss: float
+    best_validation_loss: float
+    improved: bool
+    history: tuple[TuningStep, ...]
+    stopped: str
+    num_tokens: int
+    num_processes: int
+    seconds: float = field(compare=False)
+    cache_seconds: float = field(compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `tuning` section of the report."""
+        lists = {"layers": list(self.layers), "modules": list(self.modules)}
+        return {**asdict(self), **lists, "history": [asdict(h) for h in self.history]}
+
+
+def improves(found: TuningStep, before: Sequence[TuningStep], start: Mapping[str, float] | None) -> bool:
+    """Whether an evaluation is the best so far, and no kind of text is worse off than it was at the start.
+
+    Args:
+        found ([`TuningStep`]): The evaluation.
+        before (`Sequence[TuningStep]`): The ones before it.
+        start (`Mapping[str, float]` or `None`): The untuned cut's loss on each kind; that of the first evaluation if not
+            given.
+    """
+    start = start or before[0].by_kind or {}
+    harmed = any(loss > start.get(kind, math.inf) for kind, loss in (found.by_kind or {}).items())
+    return not harmed and found.validation_loss < min(step.validation_loss for step in before)
