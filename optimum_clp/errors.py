@@ -4,7 +4,7 @@ Every message has the same four parts: the name of the thing, its value, the rul
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class CLPError(Exception):
         else:
             message = f"{len(problems)} problems:" + "".join(f"\n  {i}. {p}" for i, p in enumerate(problems, 1))
         super().__init__(message)
+
+    @classmethod
+    def of(cls, name: str, value: Any, rule: str, remedy: str, **details: Any) -> Self:
+        """The error for one mistake; what it takes is a [`Problem`]'s, and what the class's constructor takes by name."""
+        return cls(Problem(name, value, rule, remedy), **details)
 
 
 class ConfigurationError(CLPError, ValueError):

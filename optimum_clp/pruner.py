@@ -25,7 +25,6 @@ from .errors import (
     ConfigurationError,
     ExportError,
     ModelError,
-    Problem,
     QuantizationError,
     TuningError,
 )
@@ -142,7 +141,7 @@ class CLPPruner(OptimumQuantizer):
         if file_name is not None:
             if path is None:
                 rule = "it names a file of a folder, and a model in memory has none"
-                raise ConfigurationError(Problem("file_name", file_name, rule, "Give the folder instead of the model"))
+                raise ConfigurationError.of("file_name", file_name, rule, "Give the folder instead of the model")
             pruner = cls(None, config=config, report=report, quiet=quiet)
             pruner._file = OnnxCausalLM.from_pretrained(path, file_name)
         else:
@@ -222,8 +221,8 @@ class CLPPruner(OptimumQuantizer):
         """
         dense = self._dense()
         if segments is None and self.segments is None:
-            raise ConfigurationError(
-                Problem("segments", None, "there is nothing to cut yet", "Call search() first, or give segments")
+            raise ConfigurationError.of(
+                "segments", None, "there is nothing to cut yet", "Call search() first, or give segments"
             )
         total = num_layers(dense.config)
         chosen = check_segments(self.segments or () if segments is None else segments, total)
@@ -307,8 +306,8 @@ class CLPPruner(OptimumQuantizer):
             `Path`: The folder.
         """
         if file_prefix is not None:
-            raise ConfigurationError(
-                Problem("file_prefix", file_prefix, "quanto checkpoints have fixed file names", "Leave it out")
+            raise ConfigurationError.of(
+                "file_prefix", file_prefix, "quanto checkpoints have fixed file names", "Leave it out"
             )
         target = check_output(save_directory, overwrite)
         result = save_quantized(
@@ -376,8 +375,8 @@ class CLPPruner(OptimumQuantizer):
         model: Any = self._file or self.pruned_model or self.model
         if file_name is not None:
             if self._folder is None:
-                raise ConfigurationError(
-                    Problem("file_name", file_name, "no folder was opened or saved yet", "Save the model first")
+                raise ConfigurationError.of(
+                    "file_name", file_name, "no folder was opened or saved yet", "Save the model first"
                 )
             model = OnnxCausalLM.from_pretrained(self._folder, file_name)
         dense = self.model
@@ -530,8 +529,8 @@ class CLPPruner(OptimumQuantizer):
 
     def _cut_model(self) -> PreTrainedModel:
         if self.pruned_model is None:
-            raise ConfigurationError(
-                Problem("pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first")
+            raise ConfigurationError.of(
+                "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
             )
         return self.pruned_model
 
@@ -542,7 +541,7 @@ class CLPPruner(OptimumQuantizer):
             name = base.get("name_or_path")
             try:
                 if not name:
-                    raise ModelError(Problem("base_model", name, "the report does not name it", "Name it"))
+                    raise ModelError.of("base_model", name, "the report does not name it", "Name it")
                 like = self.pruned_model
                 self.model = load_model(
                     name,
@@ -552,13 +551,11 @@ class CLPPruner(OptimumQuantizer):
                     quiet=self.quiet,
                 )
             except ModelError as error:
-                raise ModelError(
-                    Problem(
-                        "base_model",
-                        name,
-                        f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
-                        "Start from the dense model, or set the pruner's `model` to it",
-                    )
+                raise ModelError.of(
+                    "base_model",
+                    name,
+                    f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
+                    "Start from the dense model, or set the pruner's `model` to it",
                 ) from error
         return self.model
 
@@ -567,8 +564,8 @@ class CLPPruner(OptimumQuantizer):
         source = {"seed": self.config.seed, **vars(self.config.calibration)}
         if self._data is None or self._data[0] != source:
             if self._file is not None:
-                raise CalibrationError(
-                    Problem("text", None, "an ONNX file alone has no test rows", "Name the text to measure on")
+                raise CalibrationError.of(
+                    "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
                 )
             model = self._dense() if self.config.calibration.dataset is None else self.model or self.pruned_model
             assert model is not None

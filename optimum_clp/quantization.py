@@ -133,7 +133,7 @@ def save_quantized(
     """
     if weights not in _QTYPES:
         rule = "it must be one of 'int8', 'int4'"
-        raise ConfigurationError(Problem("weights", weights, rule, "Choose 'int8' or 'int4'"))
+        raise ConfigurationError.of("weights", weights, rule, "Choose 'int8' or 'int4'")
     kind = qtypes[_QTYPES[weights]]
     obstacle = quanto_obstacle(model)
     if obstacle is not None:
@@ -295,7 +295,7 @@ def _quantized_weight(name: str, layer: nn.Linear, kind: qtype) -> Any:
         return quantize_weight(weight, kind, 0, scale, shift, shell.weight_group_size, optimized=False)
     except (ValueError, RuntimeError) as error:
         rule = f"quanto cannot quantize it ({error})"
-        raise QuantizationError(Problem("layer", name, rule, "Use the ONNX files instead")) from error
+        raise QuantizationError.of("layer", name, rule, "Use the ONNX files instead") from error
 
 
 def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
@@ -426,4 +426,4 @@ def _close(weight: torch.Tensor, rounded: torch.Tensor, kind: qtype) -> bool:
 
 
 def _error(model: PreTrainedModel, rule: str, remedy: str) -> QuantizationError:
-    return QuantizationError(Problem("model", type(model).__name__, rule, remedy))
+    return QuantizationError.of("model", type(model).__name__, rule, remedy)

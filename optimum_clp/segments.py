@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .errors import ConfigurationError, Problem
+from .errors import ConfigurationError
 
 
 @dataclass(frozen=True, order=True)
@@ -24,13 +24,11 @@ class LayerSegment:
 
     def __post_init__(self):
         if not (isinstance(self.start, int) and isinstance(self.stop, int) and 0 <= self.start < self.stop):
-            raise ConfigurationError(
-                Problem(
-                    "segment",
-                    (self.start, self.stop),
-                    "a segment is a half-open range of layers, 0 <= start < stop",
-                    "Give integers such as LayerSegment(4, 8), which removes layers 4, 5, 6 and 7",
-                )
+            raise ConfigurationError.of(
+                "segment",
+                (self.start, self.stop),
+                "a segment is a half-open range of layers, 0 <= start < stop",
+                "Give integers such as LayerSegment(4, 8), which removes layers 4, 5, 6 and 7",
             )
 
     def __len__(self) -> int:
@@ -65,11 +63,11 @@ def number_of_layers_to_remove(pruning_ratio: float, num_layers: int) -> int:
     else:
         return count
     if num_layers < 2:
-        raise ConfigurationError(
-            Problem("model", num_layers, "a model of one layer has no layer to spare", "Use a deeper model")
+        raise ConfigurationError.of(
+            "model", num_layers, "a model of one layer has no layer to spare", "Use a deeper model"
         )
-    raise ConfigurationError(
-        Problem("pruning_ratio", pruning_ratio, rule, f"The nearest valid ratio is {nearest / num_layers:.4g}")
+    raise ConfigurationError.of(
+        "pruning_ratio", pruning_ratio, rule, f"The nearest valid ratio is {nearest / num_layers:.4g}"
     )
 
 
@@ -103,7 +101,7 @@ def check_segments(segments: Iterable[LayerSegment], num_layers: int) -> tuple[L
     elif sum(map(len, ordered)) >= num_layers:
         problem = (f"no layer of {num_layers} would be left", "Remove fewer layers")
     if problem:
-        raise ConfigurationError(Problem("segments", shown, *problem))
+        raise ConfigurationError.of("segments", shown, *problem)
     merged = [ordered[0]]
     for segment in ordered[1:]:
         if segment.start == merged[-1].stop:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import CutError, ModelError, Problem
+from ..errors import CutError, ModelError
 from ..segments import LayerSegment, candidate_segments, kept_layers
 from .fields import DepthField, NotRepresentable
 from .table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
@@ -30,22 +30,20 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     """
     model_type = str(getattr(config, "model_type", None))
     if model_type in REFUSED:
-        raise ModelError(Problem("model_type", model_type, *REFUSED[model_type]))
+        raise ModelError.of("model_type", model_type, *REFUSED[model_type])
     if model_type not in ARCHITECTURES:
-        raise ModelError(
-            Problem(
-                "model_type",
-                model_type,
-                "it is not one of the architectures whose cuts are tested; cutting it could corrupt it silently",
-                f"Use one of: {', '.join(sorted(ARCHITECTURES))}; or add it, see docs/architectures.md",
-            )
+        raise ModelError.of(
+            "model_type",
+            model_type,
+            "it is not one of the architectures whose cuts are tested; cutting it could corrupt it silently",
+            f"Use one of: {', '.join(sorted(ARCHITECTURES))}; or add it, see docs/architectures.md",
         )
     architecture = ARCHITECTURES[model_type]
     inner = text_config(config)
     for condition in architecture.conditions:
         reason = condition.refusal(inner)
         if reason is not None:
-            raise ModelError(Problem("model_type", model_type, *reason))
+            raise ModelError.of("model_type", model_type, *reason)
     return architecture
 
 
@@ -80,13 +78,11 @@ def decoder_path(model: PreTrainedModel) -> str:
         owners = {n: getattr(model.get_submodule(n.rpartition(".")[0]), "config", None) for n in found}
         found = [n for n, owner in owners.items() if isinstance(owner, type(inner))]
     if len(found) != 1:
-        raise ModelError(
-            Problem(
-                "model",
-                type(model).__name__,
-                f"its decoder layers were not found: lists of {count} modules are {found or 'nowhere'}",
-                "Use a model whose config.json and layers belong together",
-            )
+        raise ModelError.of(
+            "model",
+            type(model).__name__,
+            f"its decoder layers were not found: lists of {count} modules are {found or 'nowhere'}",
+            "Use a model whose config.json and layers belong together",
         )
     return found[0]
 
@@ -137,13 +133,11 @@ def allowed_segments(config: PretrainedConfig, length: int) -> list[LayerSegment
     allowed = [segment for segment, reason in reasons.items() if reason is None]
     if allowed:
         return allowed
-    raise ModelError(
-        Problem(
-            "num_removed",
-            length,
-            f"no run of {length} of the model's {count} layers can be removed exactly ({next(iter(reasons.values()))})",
-            f"Remove another number of layers: {_lengths_that_work(config, length) or 'none works'}",
-        )
+    raise ModelError.of(
+        "num_removed",
+        length,
+        f"no run of {length} of the model's {count} layers can be removed exactly ({next(iter(reasons.values()))})",
+        f"Remove another number of layers: {_lengths_that_work(config, length) or 'none works'}",
     )
 
 
@@ -178,14 +172,12 @@ def cut_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
         return _reread(_rewritten(config, kept))
     except NotRepresentable as reason:
         removed = sorted(set(range(num_layers(config))) - set(kept))
-        raise CutError(
-            Problem(
-                "removed layers",
-                removed,
-                f"{reason}; no config describes what would be left",
-                "Choose other layers: search() looks only at those that can go, optimum_clp.architecture.lookup."
-                "allowed_segments lists them",
-            )
+        raise CutError.of(
+            "removed layers",
+            removed,
+            f"{reason}; no config describes what would be left",
+            "Choose other layers: search() looks only at those that can go, optimum_clp.architecture.lookup."
+            "allowed_segments lists them",
         ) from None
 
 

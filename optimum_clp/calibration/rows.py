@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
 from ..configuration.stages import CalibrationConfig
-from ..errors import CalibrationError, Problem
+from ..errors import CalibrationError
 from .sample_cache import Sample, weights_fingerprint
 from .self_written import embedding_weight, sample_text
 from .sources import Passage, describe, read_passages
@@ -328,7 +328,7 @@ def _require_tokenizer(
     if tokenizer is None:
         rule = "text needs a tokenizer, and the model has none"
         remedy = "Give tokenizer=, or leave the text out: then the model writes its own"
-        raise CalibrationError(Problem(name, dataset, rule, remedy))
+        raise CalibrationError.of(name, dataset, rule, remedy)
     return tokenizer
 
 
@@ -336,10 +336,10 @@ def _require_tokens(
     tokens: torch.Tensor, rows: int, length: int, dataset: str | list[str], name: str, alternative: str
 ) -> None:
     if len(tokens) == 0:
-        raise CalibrationError(Problem(name, dataset, "it is empty: there is no text in it", "Give a text"))
+        raise CalibrationError.of(name, dataset, "it is empty: there is no text in it", "Give a text")
     if len(tokens) < rows * length:
         rule = f"{rows} rows of {length} tokens need {rows * length} tokens, and it has {len(tokens)}"
-        raise CalibrationError(Problem(name, dataset, rule, f"Give more text, or {alternative}"))
+        raise CalibrationError.of(name, dataset, rule, f"Give more text, or {alternative}")
 
 
 def _check_vocabulary(rows: torch.Tensor, model: PreTrainedModel) -> None:
@@ -347,4 +347,4 @@ def _check_vocabulary(rows: torch.Tensor, model: PreTrainedModel) -> None:
     largest = int(rows.max())
     if largest >= size:
         rule = f"the text has this token, and the model's vocabulary ends at {size - 1}"
-        raise CalibrationError(Problem("token", largest, rule, "Give the tokenizer that belongs to the model"))
+        raise CalibrationError.of("token", largest, rule, "Give the tokenizer that belongs to the model")

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
-from ..errors import CalibrationError, Problem
+from ..errors import CalibrationError
 from ..forward.decoding import takes_back_its_cache
 from ..forward.hooks import evaluation_mode
 from ..progress import progress_bar
@@ -180,7 +180,7 @@ def _draw(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     total = cumulative[:, -1:].contiguous()
     if not torch.isfinite(total).all():
         remedy = "Load it in bfloat16 or float32, and check its weights for NaN"
-        raise CalibrationError(Problem("model", "NaN", "its logits must be finite to write text", remedy))
+        raise CalibrationError.of("model", "NaN", "its logits must be finite to write text", remedy)
     # right=True skips tokens of probability 0; the clamp is for a product that rounds up to the total
     index = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)

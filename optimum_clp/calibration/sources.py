@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CalibrationError, Problem
+from ..errors import CalibrationError
 
 FILE_TYPES = (".txt", ".json", ".jsonl", ".parquet")
 
@@ -265,7 +265,7 @@ def _is_connection_error(error: BaseException | None) -> bool:
 
 
 def _error(name: str, value: Any, rule: str, remedy: str) -> CalibrationError:
-    return CalibrationError(Problem(name, value, rule, remedy))
+    return CalibrationError.of(name, value, rule, remedy)
 
 
 def _malformed(name: str, shown: str, line: int, message: str) -> CalibrationError:

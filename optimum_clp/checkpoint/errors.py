@@ -4,12 +4,12 @@ from typing import Any
 
 from huggingface_hub import errors as hub_errors
 
-from ..errors import ModelError, Problem
+from ..errors import ModelError
 
 
 def model_error(name: Any, rule: str, remedy: str) -> ModelError:
     """A [`ModelError`] about the model called `name`."""
-    return ModelError(Problem("model", str(name), rule, remedy))
+    return ModelError.of("model", str(name), rule, remedy)
 
 
 def quanto_error(name: Any) -> ModelError:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import OutputError, Problem
+from ..errors import OutputError
 
 
 def check_output(target: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -34,7 +34,7 @@ def check_output(target: str | os.PathLike, overwrite: bool = False) -> Path:
     path = Path(target).resolve()
     problem = _protected(path) or _unusable(path) or _content_at_risk(path, overwrite)
     if problem:
-        raise OutputError(Problem("output folder", str(target), *problem))
+        raise OutputError.of("output folder", str(target), *problem)
     return path
 
 
@@ -100,7 +100,7 @@ def staged_folder(target: str | os.PathLike, overwrite: bool = False) -> Iterato
         staged.mkdir()
     except OSError as error:
         rule = f"it cannot be made ({error.strerror})"
-        raise OutputError(Problem("output folder", str(target), rule, "Choose another folder")) from error
+        raise OutputError.of("output folder", str(target), rule, "Choose another folder") from error
     try:
         yield staged
         _honour_umask(staged)
@@ -138,9 +138,7 @@ def _swap(staged: Path, path: Path, overwrite: bool) -> None:
             raise
         reason = error.problems[0].rule if isinstance(error, OutputError) else (error.strerror or str(error))
         remedy = f"Nothing is lost: the finished folder is {staged}. Move it to where you want it"
-        raise OutputError(
-            Problem("output folder", str(path), f"it could not be replaced ({reason})", remedy)
-        ) from error
+        raise OutputError.of("output folder", str(path), f"it could not be replaced ({reason})", remedy) from error
     if old.exists():
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..architecture.lookup import text_config
-from ..errors import CutError, Problem
+from ..errors import CutError
 from ..forward.hooks import evaluation_mode
 from .files import (
     make_config_portable,
@@ -191,4 +191,4 @@ def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str |
 
 def _differs(path: str, rule: str) -> CutError:
     remedy = "This is a fault of optimum-clp or transformers: please report it with the model's name"
-    return CutError(Problem("checkpoint", path, rule, remedy))
+    return CutError.of("checkpoint", path, rule, remedy)

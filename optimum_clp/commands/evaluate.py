@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..errors import ConfigurationError, Problem
+from ..errors import ConfigurationError
 from ..report.report import REPORT_NAME
 from . import arguments
 from .session import Answer, load_pruner, read_config
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> Answer:
         text = pruner.config.calibration.dataset
     if text is None and not tasks and not pruner.report.calibration:
         rule = f"{args.model} has no {REPORT_NAME} that says which text it was measured on"
-        raise ConfigurationError(Problem("--dataset", text, rule, "Name the text to measure on, or give --tasks"))
+        raise ConfigurationError.of("--dataset", text, rule, "Name the text to measure on, or give --tasks")
     result = pruner.evaluate(text, reference=args.reference, tasks=tasks or None, task_limit=args.task_limit)
     result = {key: value for key, value in result.items() if value is not None}
     figures = {key: value for key, value in result.items() if key != "tasks"}
@@ -99,14 +99,12 @@ def _checked_tasks(given: list[tuple[str, str]], limit: int | None) -> dict[str,
     """Each task's file; all of them are read once, so that a bad one is reported before the model is loaded."""
     tasks = dict(given)
     if limit is not None and limit < 1:
-        raise ConfigurationError(
-            Problem("--task-limit", limit, "it must be at least 1", "Leave it out to measure all")
-        )
+        raise ConfigurationError.of("--task-limit", limit, "it must be at least 1", "Leave it out to measure all")
     if limit is not None and not tasks:
-        raise ConfigurationError(Problem("--task-limit", limit, "there is no task to limit", "Give --tasks"))
+        raise ConfigurationError.of("--task-limit", limit, "there is no task to limit", "Give --tasks")
     if len(tasks) < len(given):
         shown = " ".join(name for name, _ in given)
-        raise ConfigurationError(Problem("--tasks", shown, "a name is given twice", "Give each task its own name"))
+        raise ConfigurationError.of("--tasks", shown, "a name is given twice", "Give each task its own name")
     if tasks:
         from ..evaluation.tasks import load_task
 

@@ -97,7 +97,7 @@ def output_folder(args: argparse.Namespace) -> Path | None:
         source = getattr(args, option, None)
         if source and Path(source).exists() and Path(source).resolve().is_relative_to(target):
             rule = f"--{option} is read from there, and the output folder is replaced as a whole"
-            raise OutputError(Problem("output folder", output, rule, "Choose a new folder"))
+            raise OutputError.of("output folder", output, rule, "Choose a new folder")
     return target
 
 
@@ -129,11 +129,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         rule = f"it cannot be read ({error.strerror})"
-        raise ConfigurationError(Problem("--config", str(path), rule, remedy)) from error
+        raise ConfigurationError.of("--config", str(path), rule, remedy) from error
     except ValueError as error:
-        raise ConfigurationError(Problem("--config", str(path), f"it is not valid JSON ({error})", remedy)) from error
+        raise ConfigurationError.of("--config", str(path), f"it is not valid JSON ({error})", remedy) from error
     if not isinstance(values, dict):
-        raise ConfigurationError(Problem("--config", str(path), "it does not hold a JSON object", remedy))
+        raise ConfigurationError.of("--config", str(path), "it does not hold a JSON object", remedy)
     return values
 
 

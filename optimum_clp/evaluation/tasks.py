@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
-from ..errors import CalibrationError, ConfigurationError, ModelError, Problem
+from ..errors import CalibrationError, ConfigurationError, ModelError
 from ..progress import progress_bar
 
 # lm-eval's, for a model whose config and tokenizer name no length
@@ -148,7 +148,7 @@ def evaluate_task(
         ModelError: If the model gives NaN.
     """
     if limit is not None and limit < 1:
-        raise ConfigurationError(Problem("task_limit", limit, "it must be at least 1", "Leave it out to measure all"))
+        raise ConfigurationError.of("task_limit", limit, "it must be at least 1", "Leave it out to measure all")
     if tokenizer is None:
         raise _error(task.name, None, "it needs a tokenizer, and the model has none", "Give tokenizer=")
     examples = task.examples[:limit]
@@ -340,7 +340,7 @@ def _check_vocabulary(requests: list[_Request], model: Any) -> None:
     largest = max(max(request.ids) for request in requests)
     if size is not None and largest >= size:
         rule = f"a task has this token, and the model's vocabulary ends at {size - 1}"
-        raise CalibrationError(Problem("token", largest, rule, "Give the tokenizer that belongs to the model"))
+        raise CalibrationError.of("token", largest, rule, "Give the tokenizer that belongs to the model")
 
 
 def _log_likelihoods(
@@ -369,11 +369,11 @@ def _log_likelihoods(
                 if math.isnan(log_likelihood):
                     rule = f"it gives NaN for an example of the task {name}"
                     remedy = "Load it in another dtype, such as float32"
-                    raise ModelError(Problem("model", type(model).__name__, rule, remedy))
+                    raise ModelError.of("model", type(model).__name__, rule, remedy)
                 found[index] = (log_likelihood, bool((predicted.argmax(-1) == target).all()))
             bar.update(len(batch))
     return found
 
 
 def _error(name: str, value: Any, rule: str, remedy: str) -> CalibrationError:
-    return CalibrationError(Problem(f"task {name}", value, rule, remedy))
+    return CalibrationError.of(f"task {name}", value, rule, remedy)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..architecture.lookup import declared_context_length, text_config
-from ..errors import ExportError, Problem
+from ..errors import ExportError
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .graph.float_graph import input_names
@@ -139,13 +139,11 @@ def relative_error_apart(file: Path, reference: Path) -> float:
     if process.returncode == 0:
         return read_result(result)
     last = (process.stderr.strip().splitlines() or ["no message"])[-1]
-    raise ExportError(
-        Problem(
-            file.name,
-            f"exit status {process.returncode}",
-            f"the process that runs it in ONNX Runtime ended without a result ({last[:300]})",
-            "Free memory for it, up to three times the file's size; or set export.enabled to False",
-        )
+    raise ExportError.of(
+        file.name,
+        f"exit status {process.returncode}",
+        f"the process that runs it in ONNX Runtime ended without a result ({last[:300]})",
+        "Free memory for it, up to three times the file's size; or set export.enabled to False",
     )
 
 
@@ -156,15 +154,13 @@ def check_tolerance(file: Path, error: float, tolerance: float) -> None:
         ExportError: If `error` is above `tolerance`, or not finite.
     """
     if not error <= tolerance:
-        raise ExportError(
-            Problem(
-                file.name,
-                error,
-                f"its logits differ from PyTorch's by more than the tolerance, max|difference| / max|logit| <= {tolerance:g}"
-                if np.isfinite(error)
-                else "its logits are not all finite",
-                "Keep the PyTorch checkpoint and report the model; a larger export.tolerance only hides the difference",
-            )
+        raise ExportError.of(
+            file.name,
+            error,
+            f"its logits differ from PyTorch's by more than the tolerance, max|difference| / max|logit| <= {tolerance:g}"
+            if np.isfinite(error)
+            else "its logits are not all finite",
+            "Keep the PyTorch checkpoint and report the model; a larger export.tolerance only hides the difference",
         )
 
 

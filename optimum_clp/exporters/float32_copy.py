@@ -7,7 +7,7 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
-from ..errors import ExportError, Problem
+from ..errors import ExportError
 
 # Settings that transformers' eager attention honours and its SDPA does not, in one version or another.
 _EAGER_SETTINGS = ("attn_logit_softcapping", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
@@ -30,13 +30,11 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     """
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
-        raise ExportError(
-            Problem(
-                "model",
-                offloaded[0],
-                f"{len(offloaded)} of its weights are offloaded and cannot be read",
-                "Load the model without device_map",
-            )
+        raise ExportError.of(
+            "model",
+            offloaded[0],
+            f"{len(offloaded)} of its weights are offloaded and cannot be read",
+            "Load the model without device_map",
         )
     config = copy.deepcopy(model.config)
     config._attn_implementation = attention_of(model)
@@ -56,13 +54,11 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
         twin.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise ExportError(
-            Problem(
-                "model",
-                type(model).__name__,
-                f"its weights are not those that its configuration describes ({reason})",
-                "Save it, load it with AutoModelForCausalLM and export that",
-            )
+        raise ExportError.of(
+            "model",
+            type(model).__name__,
+            f"its weights are not those that its configuration describes ({reason})",
+            "Save it, load it with AutoModelForCausalLM and export that",
         ) from error
     twin.tie_weights()
     return twin.requires_grad_(False).eval()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import Problem, TuningError
+from ..errors import TuningError
 from ..progress import progress_bar
 from .hooks import recorded_inputs, run_without_head
 from .layer_stack import LayerStack
@@ -49,7 +49,7 @@ class StateStore:
             remedy = (
                 "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
             )
-            raise TuningError(Problem("calibration.cache_dir", str(self.folder), rule, remedy))
+            raise TuningError.of("calibration.cache_dir", str(self.folder), rule, remedy)
         self._files += 1
         file = self.folder / f"states-{os.getpid()}-{self._files}.bin"
         stored = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)

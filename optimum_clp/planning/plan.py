@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
 from ..configuration.clp_config import CLPConfig
-from ..errors import ConfigurationError, ModelError, Problem
+from ..errors import ConfigurationError, ModelError
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
 from ..surgery.cut import cut_model, without_weights
 from ..surgery.guard import check_cut
@@ -132,7 +132,7 @@ def plan_pruning(
     if recipe.perplexity_bound() is not None:
         rule = "how many layers a quality budget lets go is not known before the search has run"
         remedy = "Give a number, such as 0.2, to see what it would leave"
-        raise ConfigurationError(Problem("pruning_ratio", recipe.pruning_ratio, rule, remedy))
+        raise ConfigurationError.of("pruning_ratio", recipe.pruning_ratio, rule, remedy)
     depth = num_layers(config)
     removed = number_of_layers_to_remove(float(recipe.pruning_ratio), depth)
     segments = allowed_segments(config, removed)
@@ -168,13 +168,11 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
     # whatever a model's class makes of a malformed config, the user gets one message
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(
-            Problem(
-                "model",
-                getattr(config, "name_or_path", None) or config.model_type,
-                f"transformers cannot build it from its config without weights ({said})",
-                "Check its config.json; a model whose constructor reads values cannot be planned",
-            )
+        raise ModelError.of(
+            "model",
+            getattr(config, "name_or_path", None) or config.model_type,
+            f"transformers cannot build it from its config without weights ({said})",
+            "Check its config.json; a model whose constructor reads values cannot be planned",
         ) from error
     # what a constructor has made in spite of it
     nn.Module.to(model, "meta")
@@ -239,12 +237,10 @@ def _weight_dtype(config: PretrainedConfig, dtype: torch.dtype | str | None) -> 
         chosen = chosen or getattr(source, "dtype", None)
     named = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen or torch.float32
     if not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ConfigurationError(
-            Problem(
-                "dtype",
-                chosen,
-                "it must be a floating-point type of torch, or auto",
-                "Choose float32, bfloat16 or float16",
-            )
+        raise ConfigurationError.of(
+            "dtype",
+            chosen,
+            "it must be a floating-point type of torch, or auto",
+            "Choose float32, bfloat16 or float16",
         )
     return named

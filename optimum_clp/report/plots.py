@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, Problem
+from ..errors import ConfigurationError
 from .report import CLPReport
 from .tables import describe_loss
 
@@ -275,12 +275,12 @@ def _scale(axes, values: Sequence[float]) -> None:
 
 def _section(section: dict[str, Any] | None, name: str, key: str) -> dict[str, Any]:
     if not plots_available():
-        raise ConfigurationError(
-            Problem("matplotlib", None, "plots need it, and it is not installed", "pip install 'optimum-clp[plots]'")
+        raise ConfigurationError.of(
+            "matplotlib", None, "plots need it, and it is not installed", "pip install 'optimum-clp[plots]'"
         )
     if not section or not section.get(key):
         remedy = f"Plot a report whose {name} stage has run"
-        raise ConfigurationError(Problem(f"report.{name}", section, f"there is no {key} to draw", remedy))
+        raise ConfigurationError.of(f"report.{name}", section, f"there is no {key} to draw", remedy)
     return section
 
 

@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigurationError, Problem
+from ..errors import ConfigurationError
 from ..version import __version__
 from .tables import cell, format_bytes, format_count, markdown_table, text_table
 
@@ -101,13 +101,11 @@ class CLPReport:
         if not isinstance(version, int) or isinstance(version, bool) or version < 1:
             raise _malformed("schema_version", version, "a report has a whole number here")
         if version > SCHEMA_VERSION:
-            raise ConfigurationError(
-                Problem(
-                    "schema_version",
-                    version,
-                    f"this is optimum-clp {__version__}, which reads reports up to version {SCHEMA_VERSION}",
-                    f"The report was written by optimum-clp {values.get('clp_version', '(unknown)')}: upgrade optimum-clp",
-                )
+            raise ConfigurationError.of(
+                "schema_version",
+                version,
+                f"this is optimum-clp {__version__}, which reads reports up to version {SCHEMA_VERSION}",
+                f"The report was written by optimum-clp {values.get('clp_version', '(unknown)')}: upgrade optimum-clp",
             )
         for name, value in values.items():
             if name not in _HEADER and name not in _SECTIONS:
@@ -142,7 +140,7 @@ class CLPReport:
         path = path / REPORT_NAME if path.is_dir() or path.suffix != ".json" else path
         if not path.is_file():
             remedy = "Give a folder that optimum-clp wrote"
-            raise ConfigurationError(Problem(REPORT_NAME, str(path), "there is no such file", remedy))
+            raise ConfigurationError.of(REPORT_NAME, str(path), "there is no such file", remedy)
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:  # not UTF-8, or not JSON
@@ -180,7 +178,7 @@ class CLPReport:
 
 def _malformed(name: str, value: Any, rule: str) -> ConfigurationError:
     remedy = f"Make {REPORT_NAME} again with optimum-clp; docs/clp_report.schema.json describes it"
-    return ConfigurationError(Problem(name, value, rule, remedy))
+    return ConfigurationError.of(name, value, rule, remedy)
 
 
 def _check_segments(cut: dict[str, Any] | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import ModelError, Problem
+from ..errors import ModelError
 
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -76,15 +76,13 @@ def past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, i
     wanted = {"logits", *(name.replace("past_key_values", "present") for name in past)}
     missing += sorted(wanted - {value.name for value in session.get_outputs()})
     if missing or unknown or any(inputs[name].type != "tensor(float)" for name in past):
-        raise ModelError(
-            Problem(
-                "inputs",
-                sorted(inputs),
-                "the file is not a causal LM with a float32 cache as this package exports it"
-                + (f"; missing: {', '.join(missing)}" if missing else "")
-                + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
-                "Give a file that CLPPruner.export wrote",
-            )
+        raise ModelError.of(
+            "inputs",
+            sorted(inputs),
+            "the file is not a causal LM with a float32 cache as this package exports it"
+            + (f"; missing: {', '.join(missing)}" if missing else "")
+            + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
+            "Give a file that CLPPruner.export wrote",
         )
     return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, Pretrain
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..errors import ConfigurationError, ModelError, Problem
+from ..errors import ConfigurationError, ModelError
 from .cache import LAYER_TYPES, LEAST_ROOM, TOKEN_INPUTS, LayerWithRoom, cache_layer, past_shapes, shared_tensor
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .session import chooses_positions, open_session, quiet_options
@@ -100,19 +100,17 @@ class OnnxCausalLM(GenerationMixin):
                 file, options, providers or ["CPUExecutionProvider"], as_exported=session_options is None
             )
         except Exception as error:  # ONNX Runtime's exceptions have no common base
-            raise ModelError(
-                Problem(
-                    "file_name",
-                    str(file),
-                    f"ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)})",
-                    "Export it again, or update onnxruntime",
-                )
+            raise ModelError.of(
+                "file_name",
+                str(file),
+                f"ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)})",
+                "Export it again, or update onnxruntime",
             ) from error
         try:
             config = AutoConfig.from_pretrained(folder)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                Problem("config.json", str(folder), _first_line(error), "Restore the model's config.json")
+            raise ModelError.of(
+                "config.json", str(folder), _first_line(error), "Restore the model's config.json"
             ) from error
         generation_config = None
         if (folder / "generation_config.json").is_file():
@@ -166,13 +164,11 @@ class OnnxCausalLM(GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ModelError(
-                Problem(
-                    "logits_to_keep",
-                    logits_to_keep,
-                    "it must be a number of positions, the last ones, at least 0",
-                    "Give 0 for the logits of all positions, and choose among them",
-                )
+            raise ModelError.of(
+                "logits_to_keep",
+                logits_to_keep,
+                "it must be a number of positions, the last ones, at least 0",
+                "Give 0 for the logits of all positions, and choose among them",
             )
         cache = self._cache(past_key_values)
         past_length = 0 if cache is None else cache.get_seq_length()
@@ -180,13 +176,11 @@ class OnnxCausalLM(GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
         if attention_mask.shape != (batch, past_length + length):
-            raise ModelError(
-                Problem(
-                    "attention_mask",
-                    tuple(attention_mask.shape),
-                    f"its shape must be {(batch, past_length + length)}: rows, cached tokens + new tokens",
-                    "Extend the mask by one column for each new token",
-                )
+            raise ModelError.of(
+                "attention_mask",
+                tuple(attention_mask.shape),
+                f"its shape must be {(batch, past_length + length)}: rows, cached tokens + new tokens",
+                "Extend the mask by one column for each new token",
             )
         if position_ids is None:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
@@ -268,13 +262,11 @@ class OnnxCausalLM(GenerationMixin):
             and (cache.get_seq_length() == 0 or all(type(layer) in LAYER_TYPES for layer in cache.layers))
         )
         if not plain:
-            raise ModelError(
-                Problem(
-                    "past_key_values",
-                    type(cache).__name__,
-                    "ONNX Runtime takes the whole past of each layer, as a plain DynamicCache() holds it",
-                    "Pass the past_key_values of an earlier output, or none, and no cache_implementation",
-                )
+            raise ModelError.of(
+                "past_key_values",
+                type(cache).__name__,
+                "ONNX Runtime takes the whole past of each layer, as a plain DynamicCache() holds it",
+                "Pass the past_key_values of an earlier output, or none, and no cache_implementation",
             )
         return cache
 
@@ -331,15 +323,13 @@ def _check_files(folder: Path, file: Path) -> None:
         found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
         rule = "there is no such file" if folder.is_dir() else f"there is no folder {str(folder)!r}"
         remedy = f"Files in the folder: {', '.join(found)}" if found else "Export the model first"
-        raise ModelError(Problem("file_name", str(file), rule, remedy))
+        raise ModelError.of("file_name", str(file), rule, remedy)
     if not (folder / "config.json").is_file():
-        raise ModelError(
-            Problem(
-                "folder",
-                str(folder),
-                "it has no config.json, which generate() needs",
-                "Give the folder that holds config.json, and the ONNX file in it as file_name",
-            )
+        raise ModelError.of(
+            "folder",
+            str(folder),
+            "it has no config.json, which generate() needs",
+            "Give the folder that holds config.json, and the ONNX file in it as file_name",
         )
 
 
@@ -347,13 +337,11 @@ def _session_options(
     num_threads: int | None, session_options: onnxruntime.SessionOptions | None
 ) -> onnxruntime.SessionOptions:
     if num_threads is not None and (session_options is not None or num_threads < 1):
-        raise ConfigurationError(
-            Problem(
-                "num_threads",
-                num_threads,
-                "it must be at least 1, and cannot be given beside session_options",
-                "Give one of them; session_options.intra_op_num_threads is the same setting",
-            )
+        raise ConfigurationError.of(
+            "num_threads",
+            num_threads,
+            "it must be at least 1, and cannot be given beside session_options",
+            "Give one of them; session_options.intra_op_num_threads is the same setting",
         )
     if session_options is not None:
         return session_options
@@ -365,7 +353,7 @@ def _refuse(**asked: Any) -> None:
         if value is not None and value is not False:
             rule = "the ONNX file takes token ids, and gives logits and the cache only"
             shown = value if isinstance(value, bool) else type(value).__name__
-            raise ModelError(Problem(name, shown, rule, "Use the PyTorch model for this"))
+            raise ModelError.of(name, shown, rule, "Use the PyTorch model for this")
 
 
 def _first_line(error: Exception) -> str:

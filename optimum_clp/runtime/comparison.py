@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from ..errors import ExportError, Problem
+from ..errors import ExportError
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
 from .session import chooses_positions, open_session
 
@@ -65,13 +65,11 @@ def relative_error(file: Path, steps: Iterable[ReferenceStep]) -> float:
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ExportError(
-            Problem(
-                file.name,
-                str(error).strip().splitlines()[0][:300],
-                f"ONNX Runtime {onnxruntime.__version__} cannot run it",
-                "Update onnxruntime, or leave this file out of quantization.weights",
-            )
+        raise ExportError.of(
+            file.name,
+            str(error).strip().splitlines()[0][:300],
+            f"ONNX Runtime {onnxruntime.__version__} cannot run it",
+            "Update onnxruntime, or leave this file out of quantization.weights",
         ) from error
 
 
@@ -125,7 +123,7 @@ def read_result(result: Path) -> float:
     """
     found = json.loads(result.read_text(encoding="utf-8"))
     if "problem" in found:
-        raise ExportError(Problem(**found["problem"]))
+        raise ExportError.of(**found["problem"])
     return found["error"]
 
 
@@ -156,13 +154,11 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
             (answers[1],) = session.run(["logits"], feeds | {LOGITS_TO_KEEP: np.array(1)})
         for count, answer in answers.items():
             if answer.shape[1] != count:
-                raise ExportError(
-                    Problem(
-                        "logits",
-                        answer.shape,
-                        f"the file was asked for the last {count} of {length} positions",
-                        "Keep the PyTorch checkpoint and report the model",
-                    )
+                raise ExportError.of(
+                    "logits",
+                    answer.shape,
+                    f"the file was asked for the last {count} of {length} positions",
+                    "Keep the PyTorch checkpoint and report the model",
                 )
             if not np.isfinite(answer).all():
                 return float("inf")

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from ..errors import Problem, SearchError
+from ..errors import SearchError
 from ..segments import LayerSegment
 from .problem import SearchOutcome, SearchProblem
 from .races import exhaustive, successive_halving
@@ -33,14 +33,12 @@ def every_cut(problem: SearchProblem) -> list[Cut]:
     if problem.num_segments > 1:
         count = number_of_cuts(problem.num_layers, problem.num_removed, problem.num_segments)
         if count > MOST_CUTS:
-            raise SearchError(
-                Problem(
-                    "num_segments",
-                    problem.num_segments,
-                    f"there are {count:,} ways to remove {problem.num_removed} of {problem.num_layers} layers in so many "
-                    f"segments, and strategy {problem.config.strategy!r} looks at each of at most {MOST_CUTS:,}",
-                    "Use search.strategy='gate', or fewer segments",
-                )
+            raise SearchError.of(
+                "num_segments",
+                problem.num_segments,
+                f"there are {count:,} ways to remove {problem.num_removed} of {problem.num_layers} layers in so many "
+                f"segments, and strategy {problem.config.strategy!r} looks at each of at most {MOST_CUTS:,}",
+                "Use search.strategy='gate', or fewer segments",
             )
         for several in range(2, problem.num_segments + 1):
             cuts += filter(problem.is_allowed, _cuts(0, problem.num_layers, problem.num_removed, several))

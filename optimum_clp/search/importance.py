@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments
-from ..errors import ModelError, Problem
+from ..errors import ModelError
 from ..forward.hooks import layer_hidden, layer_input, run_without_head
 from ..forward.losses import next_token_cross_entropy
 from ..segments import LayerSegment
@@ -270,7 +270,7 @@ def _check_gradients(model: PreTrainedModel, parameters: Sequence[Tensor]) -> No
     else:
         return
     remedy = "Give the dense model, loaded whole, or use a strategy without gradients, such as block_influence"
-    raise ModelError(Problem("model", type(model).__name__, rule, remedy))
+    raise ModelError.of("model", type(model).__name__, rule, remedy)
 
 
 def _loss_of(objective: Objective, batch: list[int]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from ..architecture.lookup import cut_obstacle
 from ..configuration.stages import SearchConfig
-from ..errors import ModelError, Problem
+from ..errors import ModelError
 from ..segments import LayerSegment, check_segments, kept_layers
 from .objective import Objective
 from .result import GateStep
@@ -71,14 +71,12 @@ class SearchProblem:
 
     def no_cut(self) -> ModelError:
         """The error for a model of which no such cut is exact."""
-        return ModelError(
-            Problem(
-                "num_removed",
-                self.num_removed,
-                f"no {self.num_removed} of the model's {self.num_layers} layers can be removed exactly in at most "
-                f"{self.num_segments} segments",
-                "Remove another number of layers, or allow more segments",
-            )
+        return ModelError.of(
+            "num_removed",
+            self.num_removed,
+            f"no {self.num_removed} of the model's {self.num_layers} layers can be removed exactly in at most "
+            f"{self.num_segments} segments",
+            "Remove another number of layers, or allow more segments",
         )
 
     def can_go(self, layers: Sequence[int]) -> bool:

@@ -14,58 +14,15 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, num_layers
 from ..configuration.stages import SearchConfig
-from ..errors import ModelError, Problem, SearchError
+from ..doors import STRATEGIES
+from ..errors import ModelError, SearchError
 from ..forward.hooks import evaluation_mode
 from ..segments import LayerSegment
-from .enumeration import exhaustive_search, halving_search
-from .gate_descent import gate_search
-from .importance import (
-    angular,
-    block_influence,
-    cosine_block,
-    perplexity_greedy,
-    random,
-    tail,
-    taylor,
-)
 from .journal import Journal
 from .objective import Objective
-from .problem import Rows, SearchOutcome, SearchProblem, Strategy
+from .problem import Rows, SearchOutcome, SearchProblem
 from .result import SearchResult, TriedLength
 from .scoreboard import Scoreboard
-from .several import several_gates_search
-
-
-def auto_search(problem: SearchProblem) -> SearchOutcome:
-    """The strategy that was best in our measurements (`docs/search.md`).
-
-    One segment: every candidate on every row where the budget pays for that, else a race of all candidates. Several
-    segments: their gates, since there are too many cuts to race.
-    """
-    objective = problem.objective
-    if problem.num_segments > 1:
-        name = "gate"
-    elif 1 + sum(objective.price_of([segment]) for segment in problem.allowed) <= problem.budget:
-        name = "exhaustive"
-    else:
-        name = "halving"
-    outcome = STRATEGY_FUNCTIONS[name](problem)
-    return SearchOutcome(outcome.cut, outcome.trajectory, outcome.layer_scores, name)
-
-
-STRATEGY_FUNCTIONS: dict[str, Strategy] = {
-    "auto": auto_search,
-    "gate": lambda problem: (gate_search if problem.num_segments == 1 else several_gates_search)(problem),
-    "exhaustive": exhaustive_search,
-    "halving": halving_search,
-    "block_influence": block_influence,
-    "angular": angular,
-    "cosine_block": cosine_block,
-    "taylor": taylor,
-    "perplexity_greedy": perplexity_greedy,
-    "tail": tail,
-    "random": random,
-}
 
 
 def search_segments(
@@ -168,8 +125,8 @@ def search_within_budget(
     lengths = tuple(tried[index][2] for index in sorted(tried))
     if low < 0:
         rule = f"removing {counts[0]} layer{'s' if counts[0] > 1 else ''} already costs {lengths[0].perplexity_increase:.3g}"
-        raise SearchError(
-            Problem("max_perplexity_increase", max_perplexity_increase, rule, "Allow more, or give a pruning_ratio")
+        raise SearchError.of(
+            "max_perplexity_increase", max_perplexity_increase, rule, "Allow more, or give a pruning_ratio"
         )
     objective.spend(len(check.tokens) / len(objective.tokens), check.spent, check.layer_passes)
     kept.close()
@@ -190,17 +147,15 @@ def _search(
     board, rows = Scoreboard(objective), Rows(len(objective.tokens), seed)
     allowed = tuple(_allowed(objective.model, num_removed, num_segments))
     problem = SearchProblem(objective, board, config, num_removed, num_segments, allowed, rows, seed)
-    outcome = STRATEGY_FUNCTIONS[config.strategy](problem)
+    outcome = STRATEGIES.get(config.strategy)(problem)
     if outcome.cut not in board.kl:  # a strategy that goes by something else
         board.measure([outcome.cut], range(len(objective.tokens)), "Scoring the choice")
     if not math.isfinite(board.mean(outcome.cut)):
-        raise SearchError(
-            Problem(
-                "search score",
-                board.mean(outcome.cut),
-                "the divergence from the dense model is not finite for any segment",
-                "Check the model's weights, or load it with dtype='float32'",
-            )
+        raise SearchError.of(
+            "search score",
+            board.mean(outcome.cut),
+            "the divergence from the dense model is not finite for any segment",
+            "Check the model's weights, or load it with dtype='float32'",
         )
     return board, outcome
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import cut_config, decoder_layers, decoder_path, num_layers
-from ..errors import CutError, ModelError, Problem
+from ..errors import CutError, ModelError
 from ..segments import LayerSegment, check_segments, kept_layers
 from .guard import check_cut, old_name
 
@@ -83,13 +83,11 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 def _refuse_offloaded(dense: PreTrainedModel) -> None:
     offloaded = [name for name, parameter in dense.named_parameters() if parameter.is_meta]
     if offloaded and len(offloaded) < len(list(dense.parameters())):
-        raise ModelError(
-            Problem(
-                offloaded[0],
-                "a tensor on the meta device",
-                "a cut needs every weight in memory, and this one is offloaded",
-                "Load the model without offloading (a smaller dtype, or a device_map without 'disk')",
-            )
+        raise ModelError.of(
+            offloaded[0],
+            "a tensor on the meta device",
+            "a cut needs every weight in memory, and this one is offloaded",
+            "Load the model without offloading (a smaller dtype, or a device_map without 'disk')",
         )
 
 
@@ -125,13 +123,11 @@ def _counterpart(source: nn.Module, name: str, source_name: str) -> Any:
 
 
 def _no_counterpart(name: str, kind: str) -> CutError:
-    return CutError(
-        Problem(
-            "cut model",
-            name,
-            f"the dense model has no such {kind}",
-            "The config cannot express this cut; nothing was written and the dense model is unchanged",
-        )
+    return CutError.of(
+        "cut model",
+        name,
+        f"the dense model has no such {kind}",
+        "The config cannot express this cut; nothing was written and the dense model is unchanged",
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, decoder_path, describe_layers, num_layers, text_config
-from ..errors import CutError, Problem
+from ..errors import CutError
 from ..forward.hooks import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
 
 Difference = tuple[str, Any, Any]
@@ -50,13 +50,11 @@ def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> 
         differences = list(_argument_differences(cut, dense, kept))
     if differences:
         what, is_, should = differences[0]
-        raise CutError(
-            Problem(
-                f"cut model, {what}",
-                is_,
-                f"the dense model has {should!r} there ({len(differences)} differences in all)",
-                "The config cannot express this cut; nothing was written and the dense model is unchanged",
-            )
+        raise CutError.of(
+            f"cut model, {what}",
+            is_,
+            f"the dense model has {should!r} there ({len(differences)} differences in all)",
+            "The config cannot express this cut; nothing was written and the dense model is unchanged",
         )
 
 

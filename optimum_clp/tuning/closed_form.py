@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigurationError, ModelError, Problem
+from ..errors import ConfigurationError, ModelError
 from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import (
     evaluation_mode,
@@ -166,16 +166,16 @@ def _check(
 ) -> None:
     if method not in METHODS:
         rule = f"a closed-form start is one of {', '.join(METHODS)}"
-        raise ConfigurationError(Problem("method", method, rule, "Choose one of these"))
+        raise ConfigurationError.of("method", method, rule, "Choose one of these")
     if not layers or not all(0 <= i < len(kept) for i in layers):
         rule = f"the model has layers 0 to {len(kept) - 1}"
-        raise ModelError(Problem("layers", list(layers), rule, "Choose at least one of these"))
+        raise ModelError.of("layers", list(layers), rule, "Choose at least one of these")
     for name, outputs in (("train", train), ("validation", validation)):
         wanted = sorted({target_state(kept, i, len(outputs.stack)) for i in layers})
         if not set(wanted) <= set(outputs.hidden):
             rule = f"the states that the layers should put out are {wanted}"
             remedy = f"Give DenseOutputs(..., inputs_of={wanted})"
-            raise ModelError(Problem(f"{name}.hidden", sorted(outputs.hidden), rule, remedy))
+            raise ModelError.of(f"{name}.hidden", sorted(outputs.hidden), rule, remedy)
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ class _Solver:
                 moments.add(seen[0], (target, left), entered, projection.scale)
         if not math.isfinite(moments.error + moments.span):
             rule = f"what enters and leaves layer {index} must be finite on the calibration text"
-            raise ModelError(Problem("hidden states", moments.error, rule, "Check the weights, or load in bfloat16"))
+            raise ModelError.of("hidden states", moments.error, rule, "Check the weights, or load in bfloat16")
         return moments
 
     def _error(self, index: int) -> float:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, decoder_path, text_config
 from ..configuration.stages import TuningConfig
-from ..errors import ConfigurationError, ModelError, Problem, TuningError
+from ..errors import ConfigurationError, ModelError, TuningError
 from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode
 from ..forward.layer_stack import LayerStack
@@ -96,14 +96,12 @@ def tune_layers(
             train, validation, validation_kinds, begin
         )
     if result.stopped == "nan":
-        raise TuningError(
-            Problem(
-                "tuning loss",
-                float("nan"),
-                f"it must stay finite, and at step {result.steps} it did not; the weights of step {result.best_step} "
-                f"(validation loss {result.best_validation_loss:.4f}) were kept",
-                f"Lower tuning.learning_rate (now {result.learning_rate:.3g}), or check the text and the weights",
-            ),
+        raise TuningError.of(
+            "tuning loss",
+            float("nan"),
+            f"it must stay finite, and at step {result.steps} it did not; the weights of step {result.best_step} "
+            f"(validation loss {result.best_validation_loss:.4f}) were kept",
+            f"Lower tuning.learning_rate (now {result.learning_rate:.3g}), or check the text and the weights",
             result=result,
         )
     return result
@@ -302,8 +300,8 @@ def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:
     count = len(decoder_layers(model))
     outside = [i for i in layers if not 0 <= i < count]
     if outside or not layers:
-        raise ModelError(
-            Problem("layers", list(layers), f"the model has layers 0 to {count - 1}", "Choose at least one of these")
+        raise ModelError.of(
+            "layers", list(layers), f"the model has layers 0 to {count - 1}", "Choose at least one of these"
         )
 
 
@@ -314,7 +312,7 @@ def _extra_modules(model: PreTrainedModel, config: TuningConfig) -> list[str]:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         if head is None or head.weight is embedding.weight:
             rule = "the head is tied to the embedding, which is below the layers that are trained"
-            raise ConfigurationError(Problem("tuning.train_head", True, rule, "Leave it out, or untie the model"))
+            raise ConfigurationError.of("tuning.train_head", True, rule, "Leave it out, or untie the model")
         names.append(next(name for name, module in model.named_modules() if module is head))
     return names
 
@@ -330,9 +328,7 @@ def _targets(layers: list[int], kept: Sequence[int] | None, depth: int, config: 
         return {}
     if kept is None:
         rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
-        raise ConfigurationError(
-            Problem("kept", None, rule, "Give the dense model's index of each layer of the model")
-        )
+        raise ConfigurationError.of("kept", None, rule, "Give the dense model's index of each layer of the model")
     return {i: target_state(kept, i, depth) for i in layers}
 
 

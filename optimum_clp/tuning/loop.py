@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Pro
 from torch import Tensor, nn
 
 from ..configuration.stages import TuningConfig
-from ..errors import ConfigurationError, Problem
+from ..errors import ConfigurationError
 from ..progress import progress_bar
 from .master_adamw import MasterAdamW
 from .result import TuningStep, improves
@@ -339,7 +339,7 @@ def _micro_batch(batch_size: int, accumulation: int, processes: int) -> int:
             "accumulation steps"
         )
         remedy = f"Choose a multiple of {accumulation * processes}, or fewer accumulation steps or processes"
-        raise ConfigurationError(Problem("tuning.batch_size", batch_size, rule, remedy))
+        raise ConfigurationError.of("tuning.batch_size", batch_size, rule, remedy)
     return batch_size // (accumulation * processes)
 
 

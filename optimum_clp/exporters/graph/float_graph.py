@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ...errors import ExportError, Problem
+from ...errors import ExportError
 from ...runtime.names import FUSED_ATTENTION, cache_names
 from ..experts import unrolled_experts
 from ..obstacle import key_value_layers, takes_position_ids
@@ -97,13 +97,11 @@ def export_float_graph(twin: PreTrainedModel, opset: int, *, fuse: bool = False)
             )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
-            Problem(
-                "model",
-                type(twin).__name__,
-                f"torch.onnx.export cannot trace it ({reason[:300]})",
-                "Set export.enabled to False to do without the ONNX files",
-            )
+        raise ExportError.of(
+            "model",
+            type(twin).__name__,
+            f"torch.onnx.export cannot trace it ({reason[:300]})",
+            "Set export.enabled to False to do without the ONNX files",
         ) from error
     assert program is not None
     graph = program.model

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ...errors import Problem, QuantizationError
+from ...errors import QuantizationError
 from ..rounding.matrices import RoundedMatrix, round_to_nearest
 from .contrib import ContribNodes
 from .count import QuantizedNodes
@@ -136,14 +136,12 @@ def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: Quan
     if found == expected:
         return
     left = [f"{node.op_type} {node.name} ({weight})" for node, weight in _float_nodes(graph.graph)]
-    raise QuantizationError(
-        Problem(
-            "quantized graph",
-            ", ".join(left) or "no weight in float32",
-            f"{found.matmuls} linear layers and {found.embeddings} embeddings are quantized, "
-            f"the model has {expected.matmuls} and {expected.embeddings}; the value lists what is still in float32",
-            "Set quantization.weights to [] to export the float32 file alone",
-        )
+    raise QuantizationError.of(
+        "quantized graph",
+        ", ".join(left) or "no weight in float32",
+        f"{found.matmuls} linear layers and {found.embeddings} embeddings are quantized, "
+        f"the model has {expected.matmuls} and {expected.embeddings}; the value lists what is still in float32",
+        "Set quantization.weights to [] to export the float32 file alone",
     )
 
 
@@ -254,7 +252,7 @@ class _GraphQuantizer:
         if lost:
             rule = f"{len(lost)} weights that were rounded for it are not in the exported graph under their names"
             remedy = 'Use the method "rtn", and report this with the model\'s name'
-            raise QuantizationError(Problem("quantized graph", ", ".join(lost), rule, remedy))
+            raise QuantizationError.of("quantized graph", ", ".join(lost), rule, remedy)
 
     def _quantize(self, weight: ir.Value, transposed: bool, is_router: bool) -> StoredMatrix:
         name = _name(weight)

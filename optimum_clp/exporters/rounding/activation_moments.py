@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import Problem, QuantizationError
+from ...errors import QuantizationError
 from ...forward.hooks import layer_hidden, recorded_inputs, replaced_input, run_without_head, stopped_before
 from ...forward.layer_stack import LayerStack
 from ...progress import progress_bar
@@ -279,7 +279,7 @@ def _check_finite(names: list[str], moments: InputMoments | None) -> None:
     # no other number is larger than the diagonal's, and a look at all of them would take the matrix once more
     if moments is not None and not all(gram.diagonal().isfinite().all() for gram in moments.grams):
         rule = "what enters it on the calibration text is not finite"
-        raise QuantizationError(Problem("weight", names[0], rule, 'Check the weights, or use the method "rtn"'))
+        raise QuantizationError.of("weight", names[0], rule, 'Check the weights, or use the method "rtn"')
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...errors import Problem, QuantizationError
+from ...errors import QuantizationError
 from ...progress import progress_bar
 from ..experts import unrolled_experts
 from ..graph.quantize import GraphMatrix
@@ -48,7 +48,7 @@ def plan_bits(
         least_bits = bits_per_weight - 8 * left / weights
         rule = f"in 4 bits with groups of {block_size} this model takes {least_bits:.3f}, scales included"
         remedy = "Give at least that, or a larger quantization.group_size"
-        raise QuantizationError(Problem("quantization.bits_per_weight", bits_per_weight, rule, remedy))
+        raise QuantizationError.of("quantization.bits_per_weight", bits_per_weight, rule, remedy)
     chosen = []
     for name in sorted(costs, key=lambda n: -costs[n] / extra[n] if extra.get(n) else 0.0):
         if extra.get(name) and costs[name] > 0 and extra[name] <= left:

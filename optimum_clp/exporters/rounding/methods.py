@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...configuration.stages import QuantizationConfig
-from ...errors import ConfigurationError, Problem
+from ...errors import ConfigurationError
 from ...quantization import quanto_integers
 from ..graph.quantize import GraphMatrix
 from .activation_moments import Dequantize, NamedWeight, visit_layers
@@ -65,7 +65,7 @@ def check_calibration(quantization: QuantizationConfig, calibration: Tensor | No
         name = "method" if quantization.method == "gptq" else "bits_per_weight"
         rule = "it looks at what the model computes on calibration text, and none was given"
         remedy = 'Give calibration, int64 rows of tokens; or use the method "rtn" without bits_per_weight'
-        raise ConfigurationError(Problem(f"quantization.{name}", getattr(quantization, name), rule, remedy))
+        raise ConfigurationError.of(f"quantization.{name}", getattr(quantization, name), rule, remedy)
 
 
 def round_weights(
