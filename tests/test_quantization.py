@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from byte_tokenizer import TEXT, tiny_tokenizer
 from optimum.quanto import QLinear, freeze, quantize
 from optimum.quanto.library.extensions import get_extension
 from safetensors.torch import load_file, save_file
@@ -140,8 +141,6 @@ def test_stock_transformers_refuses_it_in_a_process_without_this_package(tmp_pat
 
 
 def test_tokenizer_is_saved_beside(tmp_path):
-    from test_checkpoint import TEXT, tiny_tokenizer
-
     save_quantized(tiny_model(), tiny_tokenizer(), tmp_path / "q", quiet=True)
     assert AutoTokenizer.from_pretrained(tmp_path / "q")(TEXT).input_ids == tiny_tokenizer()(TEXT).input_ids
     for file in (tmp_path / "q").iterdir():

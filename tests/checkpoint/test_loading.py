@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import TEXT, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL_TYPES, random_tokens, tiny_config, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,7 +19,6 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     GenerationConfig,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -39,26 +38,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-TEXT = "Once upon a time, <|im_start|> Tom ran  home.<s> é\n\nThe end"
-
-
-def tiny_tokenizer(prefix_space=False):
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    backend.train_from_iterator(["Once upon a time there was a home.", "The end of the time"] * 9, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    return tokenizer
 
 
 @pytest.fixture
