@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem
 from .arguments import configuration_values
 
@@ -114,12 +115,14 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     Raises:
         ConfigurationError: Lists every value that is out of range; or the file of `--config` cannot be read.
     """
-    from ..configuration.clp_config import CLPConfig
-
     values = base.to_dict() if base is not None else {}
     if args.config is not None:
         values = _read_json(Path(args.config))
-    return CLPConfig.from_dict(configuration_values(args, values))
+    values = configuration_values(args, values)
+    checked_values(values)  # a mistake is told before `CLPConfig` loads torch and transformers
+    from ..configuration.clp_config import CLPConfig
+
+    return CLPConfig.from_dict(values)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

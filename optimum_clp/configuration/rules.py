@@ -1,66 +1,203 @@
-"""Rules for single values: whether one holds, what it says, and what to do."""
+"""What the value of a setting may be: whether a rule holds, what it says, what to do, and how it is written as a word."""
 
+import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Problem
+from ..registry import Registry
 
-Rule = tuple[Callable[[Any], bool], str, str]
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule for one value.
+
+    Args:
+        holds (`Callable[[Any], bool]`): Whether a value, of any type, keeps the rule.
+        text (`str`): The rule, a clause without final stop; `{names}` stands for the names of `choices`.
+        remedy (`str`): What to do, a sentence without final stop; `{names}` as in `text`.
+        parse (`Callable[[str], Any]`): A word of the command line as a value, which may break the rule. `bool` stands
+            for a switch, which takes no word.
+        choices (`Registry` or `Mapping[Any, str]`): What there is to choose from, and what each says; empty for a rule
+            that lists nothing. A registry's names are read when they are needed: other packages add some.
+        several (`bool`): Any number of the choices makes a value.
+    """
+
+    holds: Callable[[Any], bool]
+    text: str
+    remedy: str
+    parse: Callable[[str], Any] = str
+    choices: Registry | Mapping[Any, str] = field(default_factory=dict)
+    several: bool = False
+
+    def with_choices(self, help: str) -> str:
+        """A setting's help, and what there is to choose from: `"...: 16, 32 or 64"`, `"... 0: all; 1: the last"`."""
+        said = {str(choice): self._says(choice) for choice in self.choices}
+        if not said:
+            return help
+        if any(said.values()):
+            return f"{help}. {'; '.join(f'{name}: {says}' if says else name for name, says in said.items())}"
+        *others, last = said
+        return f"{help}: {', '.join(others)} or {last}" if others else f"{help}: {last}"
+
+    def problems(self, name: str, value: Any) -> list[Problem]:
+        """What is wrong with `value`, the setting called `name`: one problem, or none."""
+        if self.holds(value):
+            return []
+        shown = ", ".join(map(repr, self.choices))
+        return [Problem(name, value, self.text.replace("{names}", shown), self.remedy.replace("{names}", shown))]
+
+    def _says(self, choice: Any) -> str:
+        return self.choices.says(choice) if isinstance(self.choices, Registry) else self.choices[choice]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite `int` or `float`; `True` and `False` are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _between(low: float, high: float, open_ends: bool = False) -> Rule:
-    def holds(value: Any) -> bool:
-        return _is_number(value) and (low < value < high if open_ends else low <= value <= high)
-
-    shown = f"between {low} and {high}" + (", both excluded" if open_ends else "")
-    return holds, f"it must be a number {shown}", f"Choose a number {shown}"
-
-
-def _positive() -> Rule:
-    return lambda v: _is_number(v) and v > 0, "it must be a number above 0", "Choose a number above 0"
-
-
-def _not_negative() -> Rule:
-    return lambda v: _is_number(v) and v >= 0, "it must be a number of at least 0", "Choose 0 or more"
-
-
-def _integer(low: int, high: int | None = None) -> Rule:
-    shown = f"at least {low}" if high is None else f"from {low} to {high}"
+def between(low: float, high: float, open_ends: bool = False) -> Rule:
+    """A number from `low` to `high`; with `open_ends` neither of the two."""
+    shown = f"a number between {low} and {high}" + (", both excluded" if open_ends else "")
 
     def holds(value: Any) -> bool:
-        return (
-            isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-        )
+        return is_number(value) and (low < value < high if open_ends else low <= value <= high)
 
-    return holds, f"it must be a whole number {shown}", f"Choose a whole number {shown}"
+    return Rule(holds, f"it must be {shown}", f"Choose {shown}", float)
 
 
-def _one_of(*values: Any) -> Rule:
-    shown = ", ".join(repr(v) for v in values)
-    return (
-        lambda v: any(type(v) is type(x) and v == x for x in values),
-        f"it must be one of {shown}",
-        f"Choose one of {shown}",
+def positive() -> Rule:
+    """A number above 0."""
+    return Rule(lambda v: is_number(v) and v > 0, "it must be a number above 0", "Choose a number above 0", float)
+
+
+def not_negative() -> Rule:
+    """A number of at least 0."""
+    return Rule(lambda v: is_number(v) and v >= 0, "it must be a number of at least 0", "Choose 0 or more", float)
+
+
+def integer(low: int, high: int | None = None) -> Rule:
+    """A whole number of at least `low`, and at most `high`."""
+    shown = f"a whole number at least {low}" if high is None else f"a whole number from {low} to {high}"
+
+    def holds(value: Any) -> bool:
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and value >= low and (high is None or value <= high)
+
+    return Rule(holds, f"it must be {shown}", f"Choose {shown}", int)
+
+
+def boolean() -> Rule:
+    """`True` or `False`."""
+    return Rule(lambda v: isinstance(v, bool), "it must be True or False", "Choose True or False", bool)
+
+
+def text() -> Rule:
+    """A string that is not empty."""
+    return Rule(
+        lambda v: isinstance(v, str) and v != "", "it must be a string that is not empty", "Give a string", str
     )
 
 
-def _boolean() -> Rule:
-    return lambda v: isinstance(v, bool), "it must be True or False", "Choose True or False"
+def one_of(choices: Registry | Mapping[Any, str] | Iterable[Any]) -> Rule:
+    """One of the values, of the same type; what each stands for is said where a registry or a mapping says it."""
+    listed = _listed(choices)
+    # a registry's names are strings; its first one is not asked for, which would read the other packages' names
+    parse = str if isinstance(listed, Registry) else type(next(iter(listed)))
+    return Rule(
+        lambda v: any(type(v) is type(x) and v == x for x in listed),
+        "it must be one of {names}",
+        "Choose one of {names}",
+        parse,
+        listed,
+    )
 
 
-def _text() -> Rule:
-    return lambda v: isinstance(v, str) and v != "", "it must be a string that is not empty", "Give a string"
+def several_of(*choices: str) -> Rule:
+    """A list of any of the strings, each at most once."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(v in choices for v in value) and len(set(value)) == len(value)
+
+    rule = "it must be a list of {names}, each at most once"
+    return Rule(holds, rule, f"Choose for example {[choices[-1]]}", str, _listed(choices), several=True)
 
 
-def _or_none(rule: Rule) -> Rule:
-    return lambda v: v is None or rule[0](v), f"{rule[1]}, or None", f"{rule[2]}, or None"
+def some_names(kind: str, example: str) -> Rule:
+    """A list of strings that are not empty: names of a `kind`, such as `example`."""
+
+    def holds(value: Any) -> bool:
+        return isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+
+    return Rule(holds, f"it must be a list of {kind}", f"Give for example {[example]}", lambda word: word.split(","))
 
 
-def _check(name: str, value: Any, rule: Rule) -> list[Problem]:
-    holds, text, remedy = rule
-    return [] if holds(value) else [Problem(name, value, text, remedy)]
+def source_of_text() -> Rule:
+    """A file, the name of a dataset, or a list of strings."""
+
+    def holds(value: Any) -> bool:
+        return (isinstance(value, str) and value != "") or (
+            isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
+        )
+
+    return Rule(holds, "it must be a file, a dataset name or a list of strings", "Give one of them")
+
+
+def name_or_weights(choices: Registry, example: str) -> Rule:
+    """A name of `choices`, or several names with weights, as on the command line in `example` (`"kd=0.9,ce=0.1"`)."""
+
+    def holds(value: Any) -> bool:
+        if isinstance(value, dict):
+            weights = list(value.values())
+            return set(value) <= set(choices) and all(is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+        return isinstance(value, str) and value in choices
+
+    def parse(word: str) -> str | dict[str, float]:
+        if "=" not in word:
+            return word
+        try:
+            return {name: float(weight) for name, weight in (part.split("=") for part in word.split(","))}
+        except ValueError:
+            rule = f"{word!r} is neither a {choices.kind} nor weights such as {example}"
+            raise argparse.ArgumentTypeError(rule) from None
+
+    weighted = parse(example)
+    return Rule(
+        holds,
+        "it must be {names}, or weights of at least 0 for these, not all 0",
+        f"Choose for example {next(iter(weighted))!r} or {weighted}",
+        parse,
+        choices,
+    )
+
+
+def or_none(rule: Rule) -> Rule:
+    """What `rule` allows, or `None`."""
+    return _or(rule, None, "None")
+
+
+def or_auto(rule: Rule) -> Rule:
+    """What `rule`, one for numbers, allows, or `"auto"`."""
+
+    def parse(word: str) -> Any:
+        try:
+            return word if word == "auto" else rule.parse(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{word!r} is neither a number nor auto") from None
+
+    return replace(_or(rule, "auto", '"auto"'), parse=parse)
+
+
+def _or(rule: Rule, value: Any, shown: str) -> Rule:
+    return replace(
+        rule,
+        holds=lambda v: (isinstance(v, type(value)) and v == value) or rule.holds(v),
+        text=f"{rule.text}, or {shown}",
+        remedy=f"{rule.remedy}, or {shown}",
+    )
+
+
+def _listed(choices: Registry | Mapping[Any, str] | Iterable[Any]) -> Registry | Mapping[Any, str]:
+    return choices if isinstance(choices, (Registry, Mapping)) else dict.fromkeys(choices, "")

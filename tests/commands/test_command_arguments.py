@@ -5,8 +5,12 @@ import pytest
 
 from optimum_clp.commands import arguments
 from optimum_clp.commands.clp import COMMANDS, build_parser
-from optimum_clp.configuration import stages
 from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.configuration.rules import integer
+from optimum_clp.configuration.settings import Setting
+from optimum_clp.configuration.stages import STAGES, WEIGHTS, all_settings
+from optimum_clp.doors import STRATEGIES
+from optimum_clp.registry import Row
 
 
 def parse(line):
@@ -72,6 +76,7 @@ def test_every_option_reaches_the_configuration():
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
         "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
+        "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
         "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 out"
     )
@@ -80,18 +85,11 @@ def test_every_option_reaches_the_configuration():
     assert (config.pruning_ratio, config.seed) == (0.3, 7)
     unchanged = {
         f"{stage}.{key}"
-        for stage in stages.STAGES
+        for stage in STAGES
         for key, value in vars(getattr(config, stage)).items()
         if value == getattr(getattr(default, stage), key)
     }
-    # the recipe's finer points are set in a file, with --config
-    assert unchanged == {
-        "search.initial_steepness",
-        "tuning.warmup_ratio",
-        "tuning.weight_decay",
-        "tuning.max_grad_norm",
-        "tuning.evaluations_per_epoch",
-    }
+    assert unchanged == set()
 
 
 def test_how_many_layers_go_can_be_left_to_a_quality_budget():
@@ -120,39 +118,101 @@ def test_options_override_a_base_and_leave_it_as_it_is():
 
 
 def _configuration_actions():
+    recipe = CLPConfig().to_dict()
     for name, command in COMMANDS.items():
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
         for action in parser._actions:
-            if "." in action.dest:
+            if "." in action.dest or action.dest in recipe:
                 yield name, action
+
+
+def _value(config, name):
+    stage, dot, key = name.partition(".")
+    return getattr(getattr(config, stage), key) if dot else getattr(config, name)
 
 
 def test_every_option_names_a_key_of_the_configuration():
     config = CLPConfig()
     seen = 0
     for _, action in _configuration_actions():
-        stage, key = action.dest.split(".")
-        assert hasattr(getattr(config, stage), key), action.dest
+        _value(config, action.dest)
         assert action.default is None, action.option_strings
         seen += 1
-    assert seen > 30
+    assert seen > 100
+
+
+def test_every_key_of_the_configuration_has_a_flag():
+    recipe = CLPConfig().to_dict()
+    keys = {f"{stage}.{key}" for stage in STAGES for key in recipe[stage]}
+    keys |= {"pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "seed"}
+    flags = {action.dest: tuple(action.option_strings) for name, action in _configuration_actions() if name == "prune"}
+    assert set(flags) == keys == set(all_settings())
+    assert flags == {name: setting.flags for name, setting in all_settings().items()}
+
+
+def test_flags_that_are_not_made_from_the_name_keep_their_spelling():
+    others = {
+        name: setting.flag
+        for name, setting in all_settings().items()
+        if setting.flag != f"--{name.rpartition('.')[2].replace('_', '-')}"
+    }
+    assert others == {
+        "search.num_sequences": "--search-sequences",
+        "search.batch_size": "--search-batch-size",
+        "search.budget": "--search-budget",
+        "tuning.enabled": "--tune",
+        "export.enabled": "--export",
+    }
+
+
+def test_a_switch_overrides_the_recipe_both_ways():
+    base = {"tuning": {"enabled": False}, "quantization": {"quanto": True, "quantize_embeddings": False}}
+    line = "prune --model m --tune --no-quanto --quantize-embeddings out"
+    assert arguments.configuration_values(parse(line), base) == {
+        "tuning": {"enabled": True},
+        "quantization": {"quanto": False, "quantize_embeddings": True},
+    }
 
 
 def test_defaults_in_the_help_are_those_of_the_configuration():
     config = CLPConfig()
-    checked = 0
+    without = set()
     for _, action in _configuration_actions():
-        default = getattr(getattr(config, action.dest.split(".")[0]), action.dest.split(".")[1])
-        shown = re.search(r"\(default: ([^ )]+)\)", action.help)
-        if shown and shown.group(1) != "both":
+        default = _value(config, action.dest)
+        shown = re.search(r"\(default: ([^)]+)\)$", action.help)
+        if shown is None:
+            without.add(action.dest)
+        elif isinstance(default, bool):
+            assert shown.group(1) == ("yes" if default else "no"), action.option_strings
+        elif isinstance(default, list):
+            assert shown.group(1) == (", ".join(default) or "none"), action.option_strings
+        elif default is not None:
             assert type(default)(shown.group(1)) == default, action.option_strings
-            checked += 1
-    assert checked > 20
-    assert config.quantization.weights == list(arguments.WEIGHTS) == list(stages.WEIGHTS)
+    assert without == {"max_perplexity_increase", "min_retention"}
+    assert config.quantization.weights == list(WEIGHTS)
     help_text = next(
         a.help
         for a in build_parser()._subparsers._group_actions[0].choices["prune"]._actions
         if a.dest == "pruning_ratio"
     )
     assert f"(default: {config.pruning_ratio})" in help_text
+
+
+def test_help_lists_names_with_what_they_say_also_those_of_other_packages(monkeypatch, capsys):
+    monkeypatch.setattr(STRATEGIES, "_added", {"mine": Row("their_package:mine", package="their-package")})
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        parse("search --help")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--strategy STRATEGY" in line]
+    assert "; exhaustive: every cut on every row; " in line
+    assert "; mine: of the package their-package (default: auto)" in line
+    assert values("search --model m --strategy mine")["search"] == {"strategy": "mine"}
+
+
+def test_a_percent_sign_in_a_help_is_no_placeholder(monkeypatch):
+    seed = Setting("seed", "`int`", 5, integer(0), "half, that is 50 % of it", "", "--seed", "N", "")
+    monkeypatch.setattr(arguments, "all_settings", lambda: {"seed": seed})
+    parser = argparse.ArgumentParser()
+    arguments.add_recipe(parser)
+    assert "50 % of it (default: 5)" in parser.format_help()

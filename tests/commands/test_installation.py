@@ -30,6 +30,8 @@ def run_python(code, **options):
         "from optimum_clp.commands.clp import main\nmain(['--help'])",
         "from optimum_clp.commands.clp import main\nmain(['prune', '--help'])",
         "from optimum_clp.commands.clp import main\nmain(['prune', '--epochs', 'x'])",
+        "from optimum_clp.commands.clp import main\nassert main(['prune', '--model', 'm', '--epochs', '0', 'out']) == 1",
+        "from optimum_clp.commands.clp import main\nassert main(['tune', '--model', 'm', '--loss', 'mse', 'out']) == 1",
     ],
 )
 def test_help_and_import_are_light(code):

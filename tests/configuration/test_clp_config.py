@@ -15,6 +15,88 @@ def test_one_dial_is_enough():
     assert config.calibration.dataset is None
 
 
+def test_the_recipe_has_these_keys_and_defaults():
+    recipe = CLPConfig().to_dict()
+    versions = ("clp_version", "transformers_version", "optimum_version")
+    assert tuple(recipe)[-3:] == versions
+    assert list({k: v for k, v in recipe.items() if k not in versions}.items()) == [
+        ("model_type", "clp"),
+        ("pruning_ratio", 0.2),
+        ("num_segments", 1),
+        ("max_perplexity_increase", None),
+        ("min_retention", None),
+        ("seed", 0),
+        (
+            "calibration",
+            {
+                "dataset": None,
+                "self_written_share": 0.5,
+                "text_column": "text",
+                "sequence_length": 256,
+                "train_sequences": 192,
+                "validation_sequences": 24,
+                "test_sequences": 24,
+                "temperature": 1.0,
+                "generation_batch_size": 32,
+                "cache_dir": None,
+            },
+        ),
+        (
+            "search",
+            {
+                "strategy": "auto",
+                "num_sequences": 32,
+                "batch_size": 8,
+                "initial_steepness": 16.0,
+                "num_rescored": 5,
+                "budget": 4.0,
+            },
+        ),
+        (
+            "tuning",
+            {
+                "enabled": True,
+                "init": "least_squares",
+                "loss": "kd",
+                "endpoint_width": 1,
+                "train_final_norm": False,
+                "train_head": False,
+                "learning_rate": None,
+                "epochs": 4,
+                "batch_size": 8,
+                "gradient_accumulation_steps": 1,
+                "mixed_precision": None,
+                "warmup_ratio": 0.05,
+                "weight_decay": 0.0,
+                "max_grad_norm": 1.0,
+                "evaluations_per_epoch": 2,
+                "patience": 4,
+                "checkpoint_seconds": 60.0,
+                "cache_memory_gib": 4.0,
+                "report_to": [],
+                "logging_dir": None,
+            },
+        ),
+        (
+            "quantization",
+            {
+                "weights": ["int8", "int4"],
+                "method": "auto",
+                "bits_per_weight": None,
+                "calibration_sequences": 128,
+                "group_size": 32,
+                "accuracy_level": 4,
+                "quantize_embeddings": True,
+                "quanto": False,
+            },
+        ),
+        (
+            "export",
+            {"enabled": True, "format": "contrib", "opset": 21, "tolerance": 1e-4, "logits_to_keep": 0},
+        ),
+    ]
+
+
 def test_json_round_trip(tmp_path):
     config = CLPConfig(
         0.3,

@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 from report_example import example_report, older_report
 
 from optimum_clp.configuration.clp_config import CLPConfig
-from optimum_clp.configuration.stages import STRATEGIES
+from optimum_clp.doors import STRATEGIES
 from optimum_clp.report import model_card
 from optimum_clp.report.model_card import hub_id, write_model_card
 from optimum_clp.report.plots import write_plots

@@ -1,0 +1,128 @@
+"""From the values that were given to those that hold, and all that is wrong with them; without torch and transformers.
+
+[`CLPConfig`] is made by it. The command line calls it first, so that a mistake is told at once.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from packaging import version as package_version
+
+from ..errors import ConfigurationError, Problem
+from ..version import __version__
+from .settings import settings_of
+from .stages import STAGES, PlainSettings, all_settings
+
+PLAIN_KEYS = tuple(setting.name for setting in settings_of(PlainSettings))
+_HOUSEKEEPING = {"model_type", "clp_version", "transformers_version", "optimum_version"}
+
+
+def checked_values(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every key of a [`CLPConfig`], in order: as given, or its default.
+
+    Args:
+        given (`Mapping[str, Any]`): Arguments of [`CLPConfig`]. Stages may be dictionaries; they are copied.
+
+    Returns:
+        `dict[str, Any]`: The plain settings, and the stages as dataclasses.
+
+    Raises:
+        ConfigurationError: Lists every value that is out of range and every key that is unknown.
+    """
+    newer = _newer_version(given)
+    problems = _unknown_keys(given, newer)
+    values = {field.name: given.get(field.name, field.default) for field in dataclasses.fields(PlainSettings)}
+    for name in STAGES:
+        values[name] = _stage(name, given.get(name), problems, newer)
+    if given.get("calibration_dataset") is not None:
+        values["calibration"].dataset = given["calibration_dataset"]
+    problems += value_problems(values)
+    if problems:
+        raise ConfigurationError(*problems)
+    return values
+
+
+def value_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """All that is wrong with the values of a configuration.
+
+    Args:
+        values (`Mapping[str, Any]`): As [`checked_values`] returns them.
+    """
+    plain, staged = [], []
+    for name, setting in all_settings().items():
+        stage, dot, key = name.partition(".")
+        if dot:
+            staged += setting.rule.problems(name, getattr(values[stage], key))
+        else:
+            plain += setting.rule.problems(name, values[name])
+    return [*plain, *_quality_problems(values), *_size_problems(values), *staged]
+
+
+def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """A quality budget belongs to `pruning_ratio="auto"`, and there is one of it."""
+    given = [name for name in ("max_perplexity_increase", "min_retention") if values[name] is not None]
+    ratio = values["pruning_ratio"]
+    if ratio == "auto" and len(given) != 1:
+        rule = f"it needs one quality budget, and {' and '.join(given) + ' are' if given else 'none is'} given"
+        remedy = "Give max_perplexity_increase (such as 0.1) or min_retention (such as 0.9)"
+        return [Problem("pruning_ratio", "auto", rule, remedy)]
+    if ratio != "auto" and given:
+        rule = f"the ratio is fixed to {ratio}, so there is nothing to bound"
+        return [Problem(name, values[name], rule, 'Leave it out, or set pruning_ratio="auto"') for name in given]
+    return []
+
+
+def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """A size budget needs a rounding method whose precisions can be planned."""
+    unplanned = {
+        "quanto": "quanto's integers are taken as they are, so there is nothing to choose",
+        "hqq": "sizes and errors are planned for groups without zero points, which HQQ has",
+    }
+    method, bits = values["quantization"].method, values["quantization"].bits_per_weight
+    if method not in unplanned or bits is None:
+        return []
+    remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
+    return [Problem("quantization.bits_per_weight", bits, unplanned[method], remedy)]
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"Did you mean {close[0]!r}?" if close else f"Valid keys are {', '.join(valid)}."
+
+
+def _newer_version(given: Mapping[str, Any]) -> str:
+    """Advice to upgrade, if a newer version of this package wrote the configuration; else empty."""
+    written_by = str(given.get("clp_version") or __version__)
+    if package_version.parse(written_by) > package_version.parse(__version__):
+        return f" The file was written by optimum-clp {written_by}, this is {__version__}: upgrade optimum-clp"
+    return ""
+
+
+def _unknown_keys(given: Mapping[str, Any], newer: str) -> list[Problem]:
+    """Problems for the keys that a configuration does not have; the version keys of a saved file are not extra."""
+    valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset"]
+    return [
+        Problem(key, value, "this version of CLPConfig has no such key", _nearest(key, valid) + newer)
+        for key, value in given.items()
+        if key not in valid and key not in _HOUSEKEEPING
+    ]
+
+
+def _stage(name: str, value: Any, problems: list[Problem], newer: str) -> Any:
+    """`value` as the stage's dataclass; what is wrong with it is added to `problems`."""
+    cls: Any = STAGES[name]
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return dataclasses.replace(value)
+    if not isinstance(value, dict):
+        problems.append(Problem(name, value, f"it must be a {cls.__name__} or a dict", f"Give {cls.__name__}(...)"))
+        return cls()
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in value:
+        if key not in valid:
+            rule = f"{cls.__name__} has no such key"
+            problems.append(Problem(f"{name}.{key}", value[key], rule, _nearest(key, valid) + newer))
+    return cls(**{k: v for k, v in value.items() if k in valid})

@@ -1,0 +1,74 @@
+import pytest
+
+from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.configuration.stages import STAGES, CalibrationConfig, TuningConfig
+from optimum_clp.configuration.validation import PLAIN_KEYS, checked_values, value_problems
+from optimum_clp.errors import ConfigurationError
+
+
+def test_values_that_are_not_given_are_the_defaults():
+    values = checked_values({"seed": 3, "tuning": {"epochs": 2}})
+    assert list(values) == [*PLAIN_KEYS, *STAGES]
+    assert values["seed"] == 3 and values["pruning_ratio"] == 0.2
+    assert values["tuning"] == TuningConfig(epochs=2) and values["calibration"] == CalibrationConfig()
+
+
+def test_a_stage_is_copied():
+    tuning = TuningConfig()
+    assert checked_values({"tuning": tuning})["tuning"] is not tuning
+
+
+def test_what_a_file_says_of_itself_is_no_setting():
+    assert "clp_version" not in checked_values(CLPConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"serch": 1, "pruning_ratio": 2},
+        {"pruning_ratio": "auto", "tuning": {"epoch": 1, "epochs": 0}},
+        {"quantization": {"method": "hqq", "bits_per_weight": 5.0}, "min_retention": 0.5},
+        {"export": "onnx", "calibration_dataset": [], "clp_version": "99.0"},
+    ],
+)
+def test_the_configuration_says_the_same(given):
+    with pytest.raises(ConfigurationError) as light:
+        checked_values(given)
+    with pytest.raises(ConfigurationError) as full:
+        CLPConfig(**given)
+    assert str(light.value) == str(full.value)
+
+
+def test_problems_come_in_the_order_of_the_settings():
+    """Keys first, then plain settings, then what belongs together, then the stages."""
+    with pytest.raises(ConfigurationError) as error:
+        checked_values(
+            {
+                "export": {"opset": 1, "opsets": 2},
+                "calibration": {"sequence_length": 1},
+                "quantization": {"method": "quanto", "bits_per_weight": 4.5, "group_size": 1},
+                "min_retention": 0.5,
+                "seed": -1,
+                "what": 0,
+            }
+        )
+    assert [problem.name for problem in error.value.problems] == [
+        "what",
+        "export.opsets",
+        "seed",
+        "min_retention",
+        "quantization.bits_per_weight",
+        "calibration.sequence_length",
+        "quantization.group_size",
+        "export.opset",
+    ]
+
+
+def test_a_size_budget_needs_precisions_that_can_be_planned():
+    for method, rule in (("quanto", "quanto's integers are taken as they are"), ("hqq", "which HQQ has")):
+        with pytest.raises(ConfigurationError) as error:
+            checked_values({"quantization": {"method": method, "bits_per_weight": 5.0}})
+        (problem,) = error.value.problems
+        assert problem.name == "quantization.bits_per_weight" and rule in problem.rule
+        assert problem.remedy == 'Leave it out, or choose the method "rtn" or "gptq"'
+    assert value_problems(checked_values({"quantization": {"method": "gptq", "bits_per_weight": 5.0}})) == []
