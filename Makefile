@@ -19,7 +19,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) benchmarks/demo.py
+	$(PY) -m benchmarks.demo
 
 # two processes of one thread each: small models gain nothing from more threads
 PYTEST := -m pytest -n 2 --dist loadgroup
