@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-transformers4 test-across architectures lint types install clean
+.PHONY: demo test test-slow test-transformers4 test-across architectures lint format types install clean
 
 install: $(STAMP)
 
@@ -57,6 +57,10 @@ architectures: $(STAMP) $(VENV4)/.installed
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 types: $(STAMP)
 	$(VENV)/bin/mypy
