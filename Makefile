@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-transformers4 test-across architectures lint types install clean
+.PHONY: demo test test-slow test-transformers4 test-across architectures lint format types install clean
 
 install: $(STAMP)
 
@@ -19,7 +19,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(PY) benchmarks/demo.py
+	$(PY) -m benchmarks.demo
 
 # two processes of one thread each: small models gain nothing from more threads
 PYTEST := -m pytest -n 2 --dist loadgroup
@@ -57,6 +57,10 @@ architectures: $(STAMP) $(VENV4)/.installed
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 types: $(STAMP)
 	$(VENV)/bin/mypy

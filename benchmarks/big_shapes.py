@@ -1,9 +1,9 @@
 """Plans for the large published shapes, each in a process of its own: seconds and peak memory of `prune --dry-run`.
 
-    python benchmarks/big_shapes.py [RESULT.json]
+    python -m benchmarks.big_shapes [RESULT.json]
 
-Only configs are needed, and they are made here: no download, no weights, a few minutes on one core. The figures are
-those of the whole command, imports included.
+Only configs are needed, and they are made from `docs/published_shapes.json`: no download, no weights, a few minutes on one
+core. The figures are those of the whole command, imports included.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from benchmarks.folders import ROOT
+
+SHAPES = ROOT / "docs" / "published_shapes.json"
 COMMAND = """
 import resource, sys
 from optimum_clp.commands.clp import main
@@ -30,13 +31,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", nargs="?", help="JSON file to write")
     args = parser.parse_args()
-    from big_shapes import BIG_SHAPES, PUBLISHED
-
     rows = []
     print(f"{'shape':<12} {'parameters':>15} {'cut':>15} {'segments':>8} {'seconds':>8} {'peak MiB':>9}")
-    for name, shape in BIG_SHAPES.items():
-        plan, seconds, peak = measure(shape)
-        assert plan["base_model"]["num_parameters"] == PUBLISHED[name]
+    for name, shape in json.loads(SHAPES.read_text(encoding="utf-8")).items():
+        plan, seconds, peak = measure(shape["config"])
+        assert plan["base_model"]["num_parameters"] == shape["num_parameters"]
         rows.append({"shape": name, "seconds": round(seconds, 2), "peak_rss_bytes": peak, **summary(plan)})
         print(
             f"{name:<12} {plan['base_model']['num_parameters']:>15,} {plan['cuts'][0]['num_parameters']:>15,} "
@@ -44,14 +43,17 @@ def main() -> None:
             flush=True,
         )
     if args.result:
-        result = {"command": "python benchmarks/big_shapes.py", "environment": environment(), "rows": rows}
+        # not before: a child's peak is at least what this process has in memory when it starts it
+        from optimum_clp.report.environment import environment_info
+
+        result = {"command": "python -m benchmarks.big_shapes", "environment": environment_info(), "rows": rows}
         Path(args.result).write_text(json.dumps(result, indent=1) + "\n")
 
 
-def measure(shape) -> tuple[dict, float, int]:
+def measure(shape: dict) -> tuple[dict, float, int]:
     """The plan of a shape, the command's wall-clock seconds and its peak resident bytes."""
     with tempfile.TemporaryDirectory() as folder:
-        shape.config().save_pretrained(folder)
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
         begin = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", COMMAND, folder],
@@ -85,12 +87,6 @@ def summary(plan: dict) -> dict:
         "tuning_of_first_segment": cuts[0]["tuning"],
         "tuning_of_last_segment": cuts[-1]["tuning"],
     }
-
-
-def environment() -> dict:
-    from optimum_clp.report.environment import environment_info
-
-    return environment_info()
 
 
 if __name__ == "__main__":

@@ -1,32 +1,43 @@
 """`make demo`: the whole pipeline on the small model that comes with the project, without network.
 
+    python -m benchmarks.demo [--model MODEL] [--output FOLDER]
+
 The model writes its own calibration text (seed 0), is searched, cut, tuned, exported and quantized; everything is
 measured on a second sample of its own text (seed 1); at the end the int4 ONNX file writes a few sentences.
 """
 
 import argparse
 import time
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.folders import MODELS, ROOT
 from optimum_clp import CLPConfig, CLPPruner, OnnxCausalLM
 
-HERE = Path(__file__).parent
 PROMPTS = ("one day, a little girl named", "the dog was happy because", "apollo was the")
+RATIO = 0.2
+
+
+def configurations() -> list[CLPConfig]:
+    return [recipe(RATIO)]
+
+
+def recipe(ratio: float) -> CLPConfig:
+    """The defaults."""
+    return CLPConfig(ratio)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(HERE / "models" / "stories-llama-16l"))
-    parser.add_argument("--output", default=str(HERE.parent / "demo-output"))
-    parser.add_argument("--pruning-ratio", type=float, default=0.2)
+    parser.add_argument("--model", default=str(MODELS / "stories-llama-16l"))
+    parser.add_argument("--output", default=str(ROOT / "demo-output"))
+    parser.add_argument("--pruning-ratio", type=float, default=RATIO)
     args = parser.parse_args()
 
     begin = time.perf_counter()
     pruner = CLPPruner.from_pretrained(args.model)
-    pruner.prune(CLPConfig(args.pruning_ratio), save_directory=args.output, overwrite=True)
+    pruner.prune(recipe(args.pruning_ratio), save_directory=args.output, overwrite=True)
     search, tuning = pruner.report.search, pruner.report.tuning
     print(
         f"\nThe search (strategy {search['used_strategy']}) chose layers {', '.join(map(str, pruner.segments))} of {search['num_layers']}; "

@@ -1,6 +1,6 @@
 """The whole pipeline on a random model in the shape of Qwen3-0.6B, in bfloat16: seconds and peak memory of each step.
 
-    python benchmarks/large_shape.py OUTPUT
+    python -m benchmarks.large_shape OUTPUT
 
 Little text is used: this measures what a model of that size takes, not what it says.
 """
@@ -15,6 +15,26 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from optimum_clp import CLPConfig, CLPPruner
+
+
+def configurations() -> list[CLPConfig]:
+    return [recipe("cache")]
+
+
+def recipe(cache: str) -> CLPConfig:
+    """As little text as every step can do with."""
+    return CLPConfig(
+        0.2,
+        calibration={
+            "sequence_length": 64,
+            "train_sequences": 8,
+            "validation_sequences": 2,
+            "test_sequences": 2,
+            "cache_dir": cache,
+        },
+        search={"num_sequences": 4, "batch_size": 2},
+        tuning={"epochs": 1, "batch_size": 2},
+    )
 
 
 def main() -> None:
@@ -39,18 +59,7 @@ def main() -> None:
     pruner = CLPPruner.from_pretrained(model, quiet=True)
     show("model", time.perf_counter())
     with tempfile.TemporaryDirectory() as cache:
-        config = CLPConfig(
-            0.2,
-            calibration={
-                "sequence_length": 64,
-                "train_sequences": 8,
-                "validation_sequences": 2,
-                "test_sequences": 2,
-                "cache_dir": cache,
-            },
-            search={"num_sequences": 4, "steps": 2, "batch_size": 2},
-            tuning={"epochs": 1, "batch_size": 2},
-        )
+        config = recipe(cache)
         steps = {
             "search": lambda: pruner.search(config),
             "cut": pruner.cut,

@@ -1,13 +1,13 @@
 """Deep, narrow models for the benchmarks, trained from a seed on given text.
 
-    python benchmarks/models.py deep32 --data DATA
+    python -m benchmarks.models deep32 --data DATA
 
 DATA holds folders `stories` and `wikipedia`, each with `train.txt` (trained on) and `test.txt` (measured on only). The
 tokenizer is that of `benchmarks/models/stories-llama-16l`. The model goes to `benchmarks/.cache/NAME`, which git
 ignores; what it is and how well it knows the text goes to `benchmarks/results/models/NAME.json`. An interrupted run is
 continued by the same command.
 
-    python benchmarks/models.py speed100m
+    python -m benchmarks.models speed100m
 
 makes the model of the speed benchmark: 119 million random weights, no data.
 
@@ -26,12 +26,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from benchmarks.folders import CACHE, HERE, MODELS
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.report.environment import environment_info
 
-HERE = Path(__file__).parent
-CACHE = HERE / ".cache"
-TOKENIZER = HERE / "models" / "stories-llama-16l"
+TOKENIZER = MODELS / "stories-llama-16l"
 TEXTS = ("stories", "wikipedia")
 LENGTH = 128
 SAVE_EVERY_SECONDS = 120

@@ -4,7 +4,7 @@ For each ratio and each source of tuning text: the segment by gate and by exhaus
 to the dense model of the cut, the tuned, the int8 and the int4 model; the same on text of another kind; and the dense
 model given the same steps on the same layers (what exceeds that is adaptation to the text, not recovery).
 
-    python benchmarks/pipeline.py --model MODEL --data FOLDER --other TEST.txt --output results.json
+    python -m benchmarks.pipeline --model MODEL --data FOLDER --other TEST.txt --output results.json
 
 FOLDER holds `train.txt` (calibration and tuning) and `test.txt` (measured on, never tuned on).
 """
@@ -17,16 +17,33 @@ import tempfile
 import time
 from pathlib import Path
 
-from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp import CLPConfig, CLPPruner, OnnxCausalLM, SearchConfig, TuningConfig
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.search import search_segments
 from optimum_clp.segments import endpoint_layers
 from optimum_clp.tuning.endpoints import tune_layers
+
+RATIOS = (0.1, 0.2, 0.3)
+SOURCES = ("given", "self-written")
+LOSSES = ("kd", "ce")
+ORACLE = SearchConfig(strategy="exhaustive")
+
+
+def configurations() -> list:
+    recipes = [recipe(ratio, 0, text, loss) for ratio in RATIOS for text in ("train.txt", None) for loss in LOSSES]
+    return [*recipes, *(without_start(config.tuning) for config in recipes), ORACLE]
+
+
+def recipe(ratio: float, seed: int, dataset: str | None, loss: str) -> CLPConfig:
+    return CLPConfig(ratio, seed=seed, calibration_dataset=dataset, search={"strategy": "gate"}, tuning={"loss": loss})
+
+
+def without_start(tuning: TuningConfig) -> TuningConfig:
+    """What the dense model, which has nothing to refit, is tuned with."""
+    return dataclasses.replace(tuning, init="none")
 
 
 def main() -> None:
@@ -34,9 +51,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--other", type=Path, required=True, help="test text of another kind")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--sources", nargs="+", default=["given", "self-written"], choices=["given", "self-written"])
-    parser.add_argument("--loss", default="kd", choices=["kd", "ce"])
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--sources", nargs="+", default=SOURCES, choices=SOURCES)
+    parser.add_argument("--loss", default="kd", choices=LOSSES)
     parser.add_argument("--no-onnx", action="store_true", help="leave out the export")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, required=True)
@@ -75,13 +92,10 @@ def main() -> None:
 def one_run(pruner: CLPPruner, source: str, ratio: float, args: argparse.Namespace, measure) -> dict:
     """All figures of one ratio and one source of tuning text."""
     dataset = str(args.data / "train.txt") if source == "given" else None
-    search = {"strategy": "gate"}
-    config = CLPConfig(ratio, seed=args.seed, calibration_dataset=dataset, search=search, tuning={"loss": args.loss})
+    config = recipe(ratio, args.seed, dataset, args.loss)
     gate = pruner.search(config)
     data = load_calibration(config.calibration, pruner.tokenizer, pruner.model, config.seed, quiet=True)
-    oracle = search_segments(
-        pruner.model, data.train, gate.num_removed, SearchConfig(strategy="exhaustive"), seed=args.seed, quiet=True
-    )
+    oracle = search_segments(pruner.model, data.train, gate.num_removed, ORACLE, seed=args.seed, quiet=True)
     run = {
         "source": source,
         "ratio": ratio,
@@ -119,7 +133,7 @@ def dense_control(pruner: CLPPruner, data, config: CLPConfig, measure) -> dict:
         [kept[j] for j in layers],
         data.train,
         data.validation,
-        dataclasses.replace(config.tuning, init="none"),
+        without_start(config.tuning),
         seed=config.seed,
         quiet=True,
     )

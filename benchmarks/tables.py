@@ -1,11 +1,13 @@
 """Markdown tables from the files that `pipeline.py` wrote.
 
-python benchmarks/tables.py benchmarks/results/pipeline-*.json
+python -m benchmarks.tables benchmarks/results/pipeline-*.json
 """
 
 import json
 import sys
 from pathlib import Path
+
+from benchmarks import markdown
 
 COLUMNS = {
     "cut": "cut",
@@ -35,7 +37,7 @@ def table(runs: list[dict], text: str) -> str:
     for run in runs:
         cells = [f"{run[k][text]['perplexity']:.3f} ({run[k][text]['kl']:.3f})" if k in run else "" for k in used]
         rows.append([run["source"], str(run["ratio"]), *cells])
-    return markdown(rows)
+    return markdown.table(rows)
 
 
 def search_table(runs: list[dict]) -> str:
@@ -56,13 +58,7 @@ def search_table(runs: list[dict]) -> str:
                 error,
             ]
         )
-    return markdown(rows)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines) + "\n"
+    return markdown.table(rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The predicted memory of endpoint tuning, part of `prune --dry-run`, against the memory that the process really takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/tuning_memory.py [RESULT.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.tuning_memory [RESULT.json]
 
 A random model of 219 M parameters is cut at the bottom, in the middle and at the top of its stack and tuned for two
 steps, in bfloat16 and float32; each run is a process of its own, whose resident set is read every 2 ms. Linux, 4 GB and
@@ -20,9 +20,27 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+from benchmarks.folders import ROOT
+from optimum_clp import CLPConfig, LayerSegment, plan_pruning
+from optimum_clp.report.environment import environment_info
+from optimum_clp.segments import endpoint_layers, kept_layers
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.tuning.endpoints import tune_layers
+
 RUNS = [(dtype, start) for dtype in ("bfloat16", "float32") for start in (0, 5, 10)]
+
+
+def configurations() -> list[CLPConfig]:
+    return [recipe()]
+
+
+def recipe() -> CLPConfig:
+    """Two steps of 8 rows."""
+    return CLPConfig(
+        0.17,
+        calibration={"train_sequences": 16, "validation_sequences": 2, "sequence_length": 256},
+        tuning={"epochs": 1, "batch_size": 8},
+    )
 
 
 def main() -> None:
@@ -37,31 +55,24 @@ def main() -> None:
     for dtype, start in RUNS:
         # large blocks go back to the system when they are freed, so that the resident set is what is in use
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-        command = [sys.executable, __file__, "--run", dtype, str(start)]
-        rows.append(json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout))
-        row = rows[-1]
+        command = [sys.executable, "-m", "benchmarks.tuning_memory", "--run", dtype, str(start)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE)
+        row = json.loads(done.stdout)
+        rows.append(row)
         print(
             f"{dtype:<9} {row['segment']}  predicted {row['predicted']['total'] / 1e9:.3f} GB  measured "
             f"{row['measured'] / 1e9:.3f} GB  ratio {row['predicted']['total'] / row['measured']:.3f}",
             flush=True,
         )
     if args.result:
-        from optimum_clp.report.environment import environment_info
-
-        result = {"command": "python benchmarks/tuning_memory.py", "environment": environment_info(), "rows": rows}
+        result = {"command": "python -m benchmarks.tuning_memory", "environment": environment_info(), "rows": rows}
         Path(args.result).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def measure(dtype_name: str, start: int) -> dict:
     """Predicted parts and measured peak, in bytes, of one tuning."""
-    from optimum_clp import CLPConfig, plan_pruning
-
     dtype = getattr(torch, dtype_name)
-    recipe = CLPConfig(
-        0.17,
-        calibration={"train_sequences": 16, "validation_sequences": 2, "sequence_length": 256},
-        tuning={"epochs": 1, "batch_size": 8},
-    )
+    config = recipe()
     shape = LlamaConfig(
         vocab_size=32000,
         hidden_size=1024,
@@ -71,15 +82,15 @@ def measure(dtype_name: str, start: int) -> dict:
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
-    planned = plan_pruning(shape, recipe, dtype=dtype).cuts[start]
+    planned = plan_pruning(shape, config, dtype=dtype).cuts[start]
     small = LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=12, num_attention_heads=4
     )
-    tune(small, dtype, planned.segment, recipe)  # what the libraries allocate once is not the model's
+    tune(small, dtype, planned.segment, config)  # what the libraries allocate once is not the model's
     gc.collect()
     before = resident()
     with Watch() as watch:
-        tune(shape, dtype, planned.segment, recipe)
+        tune(shape, dtype, planned.segment, config)
     return {
         "dtype": dtype_name,
         "segment": planned.segment.to_list(),
@@ -88,22 +99,18 @@ def measure(dtype_name: str, start: int) -> dict:
     }
 
 
-def tune(shape: LlamaConfig, dtype: torch.dtype, segment, recipe) -> None:
+def tune(shape: LlamaConfig, dtype: torch.dtype, segment: LayerSegment, config: CLPConfig) -> None:
     """Build a random model, cut it, and tune it on random tokens."""
-    from optimum_clp.segments import endpoint_layers, kept_layers
-    from optimum_clp.surgery.cut import cut_model
-    from optimum_clp.tuning.endpoints import tune_layers
-
     torch.manual_seed(0)
     dense = AutoModelForCausalLM.from_config(shape, dtype=dtype).eval()
-    text = recipe.calibration
+    text = config.calibration
     train, validation = (
         torch.randint(3, shape.vocab_size, (rows, text.sequence_length))
         for rows in (text.train_sequences, text.validation_sequences)
     )
     layers = endpoint_layers([segment], shape.num_hidden_layers)
     kept = kept_layers([segment], shape.num_hidden_layers)
-    tune_layers(cut_model(dense, [segment]), dense, layers, train, validation, recipe.tuning, kept=kept, quiet=True)
+    tune_layers(cut_model(dense, [segment]), dense, layers, train, validation, config.tuning, kept=kept, quiet=True)
 
 
 def resident() -> int:

@@ -1,14 +1,10 @@
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 # no test may reach the network; set before huggingface_hub is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_addoption(parser):
@@ -28,16 +24,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
-@pytest.fixture
-def live_tensor_bytes():
-    """The benchmarks' counter of live tensor bytes, `LiveTensorBytes(model)`."""
-    path = Path(__file__).parents[1] / "benchmarks" / "search" / "live_memory.py"
-    spec = importlib.util.spec_from_file_location("live_memory", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LiveTensorBytes
 
 
 class _Recorder:

@@ -1,6 +1,6 @@
 """Peak resident memory of an export to ONNX, as a multiple of the model's size in float32, the model itself included.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge/export_memory.py FOLDER --heads untied --dtype float32 --weights int8 int4
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.export_memory FOLDER --heads untied --dtype float32 --weights int8 int4
 
 The model is a LLaMA of about 620 million random weights (2.5 GB in float32), made in code, of few and wide layers or
 ("narrow") of many narrow ones. Prints one line of JSON; the files and `reference.npz`, logits of the model on tokens of
@@ -16,7 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from optimum_clp.configuration.stages import QuantizationConfig
+from optimum_clp import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_twin
@@ -28,6 +28,7 @@ SHAPES = {
     "tied": (3, 4096, 8192, 32000),
     "narrow": (28, 1024, 3072, 151936),
 }
+METHODS = ("rtn", "gptq", "quanto")
 
 
 def build(heads: str, dtype: torch.dtype):
@@ -55,18 +56,26 @@ def build(heads: str, dtype: torch.dtype):
     return model.eval()
 
 
+def configurations() -> list[QuantizationConfig]:
+    return [rounding(["int8", "int4"], method) for method in METHODS]
+
+
+def rounding(weights: list[str], method: str) -> QuantizationConfig:
+    return QuantizationConfig(weights=weights, method=method)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--heads", choices=SHAPES, default="untied")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--weights", nargs="*", default=["int8", "int4"])
-    parser.add_argument("--method", default="rtn", choices=["rtn", "gptq", "quanto"])
+    parser.add_argument("--method", default="rtn", choices=METHODS)
     args = parser.parse_args()
     model = build(args.heads, getattr(torch, args.dtype))
     float_bytes = 4 * sum(parameter.numel() for parameter in model.parameters())
     started = time.perf_counter()
-    quantization = QuantizationConfig(weights=args.weights, method=args.method)
+    quantization = rounding(args.weights, args.method)
     # the memory does not depend on how many batches of 8 rows there are
     calibration = torch.randint(32000, (16, 128), generator=torch.Generator().manual_seed(0))
     result = export_onnx(model, args.folder, quantization=quantization, calibration=calibration, quiet=True)

@@ -1,6 +1,6 @@
 """The two formats of ONNX files, `contrib` and `qdq`: bytes, seconds to load, and tokens for each second of decoding.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge/formats.py
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.formats
 
 Of `stories-llama-16l`, and of four random layers in the shape of Qwen3-0.6B's with 32000 tokens and a tied head. One row,
 32 tokens one at a time after 32 others, one thread; rounds take turns, and medians are shown. "not optimized" is a session
@@ -18,16 +18,23 @@ import onnxruntime
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
-from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
+from benchmarks import markdown
+from benchmarks.folders import MODELS as CHECKPOINTS
+from optimum_clp import ExportConfig, OnnxCausalLM, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent
 PAST = 32
+FORMATS = {form: ExportConfig(format=form) for form in ("contrib", "qdq")}
+ROUNDING = QuantizationConfig(method="rtn")
+
+
+def configurations() -> list:
+    return [*FORMATS.values(), ROUNDING]
 
 
 def stories() -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(HERE.parent / "models" / "stories-llama-16l")
+    return AutoModelForCausalLM.from_pretrained(CHECKPOINTS / "stories-llama-16l")
 
 
 def qwen3_layers() -> PreTrainedModel:
@@ -56,10 +63,9 @@ def main() -> None:
 def measure(model: PreTrainedModel, rounds: int) -> list[dict]:
     rows, sessions = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for form in ("contrib", "qdq"):
+        for form, export in FORMATS.items():
             target = Path(folder) / form
-            quantization = QuantizationConfig(method="rtn")
-            files = export_onnx(model, target, ExportConfig(format=form), quantization, quiet=True).files
+            files = export_onnx(model, target, export, ROUNDING, quiet=True).files
             model.config.save_pretrained(target)
             for optimized in (True, False) if form == "qdq" else (True,):
                 for file in files:
@@ -100,16 +106,15 @@ def tokens_per_second(model: OnnxCausalLM, seconds: float = 0.5) -> float:
 
 def table(results: dict) -> str:
     kinds = ("float32", "int8", "int4")
-    lines = [f"| model | format | {' | '.join(f'{k} MB | load s | tokens/s' for k in kinds)} |", "|---" * 11 + "|"]
+    lines = [["model", "format", *(title for k in kinds for title in (f"{k} MB", "load s", "tokens/s"))]]
     for name, rows in results.items():
         for form, optimized in (("contrib", True), ("qdq", True), ("qdq", False)):
             found = {r["weights"]: r for r in rows if (r["format"], r["optimized"]) == (form, optimized)}
-            cells = [
-                f"{found[k]['bytes'] / 1e6:.2f} | {found[k]['load_seconds']:.2f} | {found[k]['tokens_per_second']:.0f}"
-                for k in kinds
-            ]
-            lines.append(f"| {name} | {form}{'' if optimized else ', not optimized'} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            line = [name, f"{form}{'' if optimized else ', not optimized'}"]
+            for row in (found[k] for k in kinds):
+                line += [f"{row['bytes'] / 1e6:.2f}", f"{row['load_seconds']:.2f}", f"{row['tokens_per_second']:.0f}"]
+            lines.append(line)
+    return markdown.table(lines)
 
 
 if __name__ == "__main__":

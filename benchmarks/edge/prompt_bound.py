@@ -1,6 +1,6 @@
 """How much of a prompt is matrix products, and so how much faster than PyTorch eager a file can be at most.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge/prompt_bound.py [--rounds 7]
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.prompt_bound [--rounds 7]
 
 Times, in turns: PyTorch's forward pass over a prompt of 256 tokens of `speed100m`; its linear layers alone, each called
 once on its input; our files' whole graph; and the products of the same file alone, in one session, with nothing between
@@ -20,9 +20,10 @@ import torch
 from onnx import TensorProto, helper
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.runtime.causal_lm import OnnxCausalLM
+from benchmarks import markdown
+from benchmarks.folders import CACHE
+from optimum_clp import OnnxCausalLM
 
-CACHE = Path(__file__).parents[1] / ".cache"
 FOLDER = CACHE / "edge" / "dense-ours"
 FILES = {"float32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
 PROMPT = 256
@@ -112,11 +113,12 @@ def main() -> None:
             if round_:
                 seconds[name].append(time.perf_counter() - started)
     eager = seconds["PyTorch, whole"]
-    print("| | ms | PyTorch eager / it |\n|---|---|---|")
+    rows = [["", "ms", "PyTorch eager / it"]]
     for name, found in seconds.items():
         ratios = [whole / own for whole, own in zip(eager, found, strict=True)]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {1000 * statistics.median(found):.0f} | {spread} |")
+        rows.append([name, f"{1000 * statistics.median(found):.0f}", spread])
+    print(markdown.table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the files say, dense and cut: perplexity, and KL to the dense model, in float32, int8 and int4.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge/quality.py --data DATA --models-dir MODELS
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.quality --data DATA --models-dir MODELS
 
 `stories-llama-16l` on `stories`, `stories260K` on `stories-cased`: 64 rows of 256 tokens of `test.txt`, which nothing else
 looks at, through ONNX Runtime. The cut model is `CLPPruner.prune` by default settings (20 % of the layers, endpoints
@@ -12,16 +12,25 @@ import json
 import tempfile
 from pathlib import Path
 
-from optimum_clp import CLPConfig, CLPPruner
+from benchmarks import markdown
+from optimum_clp import CLPConfig, CLPPruner, OnnxCausalLM
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent
 TEXTS = {"stories-llama-16l": "stories", "stories260K": "stories-cased"}
+
+
+def configurations() -> list[CLPConfig]:
+    return [recipe(Path("train.txt"))]
+
+
+def recipe(text: Path) -> CLPConfig:
+    """The defaults, with a text."""
+    return CLPConfig(calibration_dataset=str(text))
 
 
 def main() -> None:
@@ -44,7 +53,7 @@ def main() -> None:
 def measure(folder: Path, text: Path) -> dict[str, dict]:
     pruner = CLPPruner.from_pretrained(folder, quiet=True)
     dense = pruner.model
-    config = CLPConfig(calibration_dataset=str(text / "train.txt"))
+    config = recipe(text / "train.txt")
     tests = tokenize_dataset(str(text / "test.txt"), pruner.tokenizer, sequence_length=256, num_sequences=64)
     reference = DenseOutputs(dense, tests, quiet=True)
     calibration = load_calibration(config.calibration, pruner.tokenizer, dense, config.seed, quiet=True).train
@@ -65,18 +74,12 @@ def measure(folder: Path, text: Path) -> dict[str, dict]:
 
 
 def table(results: dict) -> str:
-    lines = [
-        "| model | | weights | bits per weight | MB | perplexity | KL to dense |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [["model", "", "weights", "bits per weight", "MB", "perplexity", "KL to dense"]]
     for name, rows in results.items():
         for key, row in rows.items() if name != "environment" else ():
-            model, weights = key.split(", ")
-            lines.append(
-                f"| {name} | {model} | {weights} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} "
-                f"| {row['perplexity']:.3f} | {row['kl']:.4f} |"
-            )
-    return "\n".join(lines)
+            figures = f"{row['bits_per_weight']:.2f}", f"{row['bytes'] / 1e6:.2f}", f"{row['perplexity']:.3f}"
+            lines.append([name, *key.split(", "), *figures, f"{row['kl']:.4f}"])
+    return markdown.table(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What int8 and int4 ONNX files cost in perplexity, for each way to round their weights, with the bits that a weight takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/edge/quantization.py --data DATA --models-dir MODELS
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.quantization --data DATA --models-dir MODELS
 
 MODELS holds `stories-llama-16l` and `stories260K`; `deep32` comes from `benchmarks/models.py`. DATA holds `stories` and
 `stories-cased`, each with `train.txt` (looked at by the rounding, half of whose rows the model writes itself, as by
@@ -16,12 +16,13 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks import markdown
+from benchmarks.folders import model_folder
+from optimum_clp import CalibrationConfig, OnnxCausalLM, QuantizationConfig
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.stages import CalibrationConfig, QuantizationConfig
 from optimum_clp.errors import QuantizationError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 HERE = Path(__file__).parent
 TEXTS = {"stories-llama-16l": "stories", "deep32": "stories", "stories260K": "stories-cased"}
@@ -37,6 +38,22 @@ VARIANTS = {
 }
 
 
+def configurations() -> list:
+    roundings = [rounding(variant) for variant in VARIANTS]
+    return [*roundings, *(rows_of(Path("train.txt"), quantization) for quantization in roundings)]
+
+
+def rounding(variant: str) -> QuantizationConfig:
+    return QuantizationConfig(**VARIANTS[variant])
+
+
+def rows_of(text: Path, quantization: QuantizationConfig) -> CalibrationConfig:
+    """What the rounding looks at."""
+    return CalibrationConfig(
+        dataset=str(text), sequence_length=LENGTH, train_sequences=quantization.calibration_sequences
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -50,23 +67,19 @@ def main() -> None:
 
 
 def measure(name: str, models_dir: Path, data: Path, output: Path) -> None:
-    folder = next(path for path in (models_dir / name, HERE.parent / ".cache" / name) if path.is_dir())
+    folder = model_folder(name, models_dir)
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = data / TEXTS[name]
     tests = tokenize_dataset(str(text / "test.txt"), tokenizer, sequence_length=LENGTH, num_sequences=ROWS)
     calibration = None
-    for variant, values in VARIANTS.items():
+    for variant in VARIANTS:
         results = read(output)
         if variant in results.get(name, {}):
             continue
-        quantization = QuantizationConfig(**values)
+        quantization = rounding(variant)
         if calibration is None and quantization.method != "quanto":
-            config = CalibrationConfig(
-                dataset=str(text / "train.txt"),
-                sequence_length=LENGTH,
-                train_sequences=quantization.calibration_sequences,
-            )
+            config = rows_of(text / "train.txt", quantization)
             calibration = load_calibration(config, tokenizer, model, 0, quiet=True).train
         try:
             found = files_of(model, quantization, calibration, tests)
@@ -105,7 +118,7 @@ def read(output: Path) -> dict:
 
 
 def table(results: dict) -> str:
-    lines = ["| model | weights | rounding | bits per weight | MB | perplexity |", "|---|---|---|---|---|---|"]
+    lines = [["model", "weights", "rounding", "bits per weight", "MB", "perplexity"]]
     for name, variants in results.items():
         dense = next(iter(variants.values()))[0]["perplexity"]
         first = f"{name} ({dense:.4f})"
@@ -113,11 +126,10 @@ def table(results: dict) -> str:
         for variant, file in sorted(rows, key=lambda row: row[1]["weights"], reverse=True):
             increase = 100 * (file["perplexity"] / dense - 1)
             size = file["bytes"] / 1e6
-            lines.append(
-                f"| {first} | {file['weights']} | {variant} | {file['bits_per_weight']:.2f} | {size:.2f} | {increase:+.2f} % |"
-            )
+            figures = f"{file['bits_per_weight']:.2f}", f"{size:.2f}", f"{increase:+.2f} %"
+            lines.append([first, file["weights"], variant, *figures])
             first = ""
-    return "\n".join(lines)
+    return markdown.table(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One way to run one model, in a process of its own that answers requests on its standard input.
 
-    python benchmarks/edge/runners.py RUNTIME FOLDER FILE THREADS PROMPT NEW KEPT
+    python -m benchmarks.edge.runners RUNTIME FOLDER FILE THREADS PROMPT NEW KEPT
 
 KEPT is how many positions get logits, 0 for all; of a file that onnxruntime-genai runs it was decided before.
 RUNTIME is `ours`, `genai`, `eager` or `compiled`. The process loads the model, says `{"load_seconds": ...}`, and then for each line it
@@ -52,7 +52,7 @@ def peak_memory() -> int:
 def ours(folder: Path, file: str, threads: int, new: int, kept: int) -> Run:
     import torch
 
-    from optimum_clp.runtime.causal_lm import OnnxCausalLM
+    from optimum_clp import OnnxCausalLM
 
     torch.set_num_threads(threads)
     model = OnnxCausalLM.from_pretrained(folder, file, num_threads=threads)

@@ -1,6 +1,6 @@
 """Bytes, seconds to load, memory, and tokens for each second: our files, onnxruntime-genai's own builder's, and PyTorch.
 
-    python benchmarks/edge/speed.py [--threads 1] [--rounds 5] [--output RESULT.json]
+    python -m benchmarks.edge.speed [--threads 1] [--rounds 5] [--output RESULT.json]
 
 Of `speed100m` (`benchmarks/models.py`, 119 million weights) and of what is left of it when 3 of its 15 layers are cut. A
 prompt of 256 tokens, then 63 steps of one token, greedily. Every way to run a model is a process of its own
@@ -28,16 +28,15 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
+from benchmarks import markdown
+from benchmarks.folders import CACHE, ROOT
+from benchmarks.models import speed100m
+from optimum_clp import ExportConfig, LayerSegment, QuantizationConfig
 from optimum_clp.exporters.export import QUANTIZED_FILES, export_onnx, write_runtime_configs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
-from models import CACHE, speed100m  # noqa: E402  # a script of the folder above, which is on the path only now
-
 FOLDER = CACHE / "edge"
 CUT = LayerSegment(6, 9)
 LAST = "dense (last logits)"
@@ -45,6 +44,14 @@ PROMPT, NEW, RUNS = 256, 64, 3
 FILES = {"float32": "model.onnx", **QUANTIZED_FILES}
 SAME = ["shared_embeddings=true", "int4_block_size=32", "int4_accuracy_level=4"]
 PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}
+
+
+EVERY, LAST_ALONE = ExportConfig(), ExportConfig(logits_to_keep=1)
+ROUNDING = QuantizationConfig(method="rtn")
+
+
+def configurations() -> list:
+    return [EVERY, LAST_ALONE, ROUNDING]
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def main() -> None:
     variants = prepare()
     results = measure(variants, args.threads, args.rounds)
     content = {
-        "command": f"python benchmarks/edge/speed.py --threads {args.threads} --rounds {args.rounds}",
+        "command": f"python -m benchmarks.edge.speed --threads {args.threads} --rounds {args.rounds}",
         "environment": environment_info("cpu"),
         "threads": args.threads,
         "variants": results,
@@ -93,7 +100,7 @@ def prepare() -> list[Variant]:
     variants = []
     for name in ("dense", "cut"):
         checkpoint = speed100m() if name == "dense" else cut_checkpoint()
-        ours = exported(checkpoint, FOLDER / f"{name}-ours", ExportConfig())
+        ours = exported(checkpoint, FOLDER / f"{name}-ours", EVERY)
         variants.append(Variant(name, "float32", "PyTorch", "eager", checkpoint, "model.safetensors"))
         variants.append(Variant(name, "float32", "torch.compile", "compiled", checkpoint, "model.safetensors"))
         for weights, file in FILES.items():
@@ -110,7 +117,7 @@ def prepare() -> list[Variant]:
 def last_logits() -> list[Variant]:
     """The dense model, with logits of the prompt's last position alone."""
     checkpoint, every = speed100m(), FOLDER / "dense-ours"
-    last = exported(checkpoint, FOLDER / "dense-last-ours", ExportConfig(logits_to_keep=1))
+    last = exported(checkpoint, FOLDER / "dense-last-ours", LAST_ALONE)
     variants = [
         Variant(LAST, "float32", "PyTorch", "eager", checkpoint, "model.safetensors", 1),
         Variant(LAST, "float32", "torch.compile", "compiled", checkpoint, "model.safetensors", 1),
@@ -130,9 +137,7 @@ def exported(checkpoint: Path, folder: Path, export: ExportConfig) -> Path:
     if not (folder / "genai_config.json").is_file():
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
         model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-        write_runtime_configs(
-            folder, model, export_onnx(model, folder, export, quantization=QuantizationConfig(method="rtn"))
-        )
+        write_runtime_configs(folder, model, export_onnx(model, folder, export, quantization=ROUNDING))
     return folder
 
 
@@ -165,7 +170,8 @@ class Runner:
         arguments = [variant.runtime, variant.folder, variant.file, threads, PROMPT, NEW, variant.kept]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "runners.py"), *map(str, arguments)],
+            [sys.executable, "-m", "benchmarks.edge.runners", *map(str, arguments)],
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -227,27 +233,22 @@ def check_tokens(found: dict[str, dict]) -> None:
 
 
 def table(content: dict) -> str:
-    lines = [
-        "| model | weights | file | MB | load, s | peak, MB | prompt, tokens/s | decoding, tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = [["model", "weights", "file", "MB", "load, s", "peak, MB", "prompt, tokens/s", "decoding, tokens/s"]]
     variants = content["variants"]
     for key, record in variants.items():
-        model, weights, maker = key.split(", ", 2)
-        speeds = " | ".join(f"{statistics.median(record[speed]):.1f}" for speed in ("prefill", "decode"))
-        lines.append(
-            f"| {model} | {weights} | {maker} | {record['bytes'] / 1e6:.1f} | {statistics.median(record['load_seconds']):.2f} "
-            f"| {record['peak_memory'] / 1e6:.0f} | {speeds} |"
-        )
-    lines += ["", "| ratio | prompt | decoding |", "|---|---|---|"]
+        speeds = (f"{statistics.median(record[speed]):.1f}" for speed in ("prefill", "decode"))
+        rows.append([*key.split(", ", 2), f"{record['bytes'] / 1e6:.1f}",
+                     f"{statistics.median(record['load_seconds']):.2f}", f"{record['peak_memory'] / 1e6:.0f}",
+                     *speeds])  # fmt: skip
+    compared = [["ratio", "prompt", "decoding"]]
     for above, below in ratios():
         cells = []
         for speed in ("prefill", "decode"):
             pairs = zip(variants[above][speed], variants[below][speed], strict=True)
             each = [a / b for a, b in pairs]
             cells.append(f"{statistics.median(each):.2f} ({min(each):.2f} to {max(each):.2f})")
-        lines.append(f"| {above} / {below} | {' | '.join(cells)} |")
-    lines.append("")
+        compared.append([f"{above} / {below}", *cells])
+    lines = [markdown.table(rows), markdown.table(compared)]
     for weights in FILES:
         sizes = [variants[f"{model}, {weights}, ours"]["bytes"] for model in ("dense", "cut")]
         lines.append(f"Bytes of a token, dense / cut, {weights}: {sizes[0] / sizes[1]:.3f}")

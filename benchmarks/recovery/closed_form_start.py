@@ -1,6 +1,6 @@
 """What a closed-form start of endpoint tuning is worth: KL to the dense model before and after gradient steps.
 
-    OMP_NUM_THREADS=1 python benchmarks/recovery/closed_form_start.py --data DATA --models-dir MODELS
+    OMP_NUM_THREADS=1 python -m benchmarks.recovery.closed_form_start --data DATA --models-dir MODELS
 
 DATA holds folders `stories` and `wikipedia` with a `test.txt` each, MODELS a folder `stories-llama-16l`. Fitted and tuned
 on text that the dense model writes itself (192 rows of 256 tokens, 24 for validation, seed 0), measured on the first 24
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks import markdown
+from optimum_clp import CalibrationConfig, LayerSegment, TuningConfig
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
-from optimum_clp.configuration.stages import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
+from optimum_clp.segments import endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.tuning.closed_form import solve_endpoints, target_state
 from optimum_clp.tuning.endpoints import tune_layers
@@ -69,6 +70,18 @@ RIDGES = {f"ridge {ridge:g}": Start("least_squares", options={"ridges": [ridge]}
 FEWER_ROWS = {f"{rows} rows": Start("least_squares", rows=rows) for rows in (24, 48)}
 
 
+def configurations() -> list:
+    return [text(), recipe(2)]
+
+
+def text() -> CalibrationConfig:
+    return CalibrationConfig(sequence_length=LENGTH)
+
+
+def recipe(epochs: int) -> TuningConfig:
+    return TuningConfig(epochs=epochs, init="none")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -80,7 +93,7 @@ def main() -> None:
     path = args.models_dir / "stories-llama-16l"
     dense = AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
-    data = load_calibration(CalibrationConfig(sequence_length=LENGTH), tokenizer, dense, seed=0, quiet=True)
+    data = load_calibration(text(), tokenizer, dense, seed=0, quiet=True)
     tests = {
         text: DenseOutputs(dense, rows_of(args.data / text / "test.txt", tokenizer), quiet=True) for text in TEXTS
     }
@@ -105,7 +118,7 @@ def study(
 ) -> list[dict]:
     """All starts of one cut, measured as they are and after tuning."""
     print(f"\nLayers {segment} of {dense.config.num_hidden_layers} removed\n")
-    print("| | KL, stories | agreement | KL, Wikipedia | agreement | seconds |\n|---|---|---|---|---|---|", flush=True)
+    print(markdown.head(["", "KL, stories", "agreement", "KL, Wikipedia", "agreement", "seconds"]), flush=True)
     rows: list[dict] = []
     for name, start in {**STARTS, **RIDGES, **FEWER_ROWS}.items():
         cut, steps, seconds = started(dense, segment, data, start)
@@ -115,8 +128,7 @@ def study(
             cut, steps, seconds = started(dense, segment, data, STARTS[name])
             begin = time.perf_counter()
             layers = endpoint_layers([segment], dense.config.num_hidden_layers)
-            config = TuningConfig(epochs=count, init="none")
-            result = tune_layers(cut, dense, layers, data.train, data.validation, config, quiet=True)
+            result = tune_layers(cut, dense, layers, data.train, data.validation, recipe(count), quiet=True)
             seconds += time.perf_counter() - begin
             rows.append(
                 measured(f"{name}; {count} epochs", cut, tests, seconds, validation=result.best_validation_loss)
@@ -150,8 +162,8 @@ def started(
 def measured(name: str, cut: PreTrainedModel, tests: dict[str, DenseOutputs], seconds: float, **more: Any) -> dict:
     """A row of the table, printed."""
     figures = {text: evaluate_tokens(cut, test.tokens, reference=test, quiet=True) for text, test in tests.items()}
-    shown = " | ".join(f"{e.kl:.4f} | {e.top1_agreement:.3f}" for e in figures.values())
-    print(f"| {name} | {shown} | {seconds:.1f} |", flush=True)
+    shown = (cell for e in figures.values() for cell in (f"{e.kl:.4f}", f"{e.top1_agreement:.3f}"))
+    print(markdown.row([name, *shown, f"{seconds:.1f}"]), flush=True)
     return {"name": name, "seconds": seconds, **more, **{text: e.to_dict() for text, e in figures.items()}}
 
 

@@ -1,6 +1,6 @@
 """Every way to heal a cut, on the same cuts and the same text: how near the dense model it comes, for how much.
 
-    OMP_NUM_THREADS=1 python benchmarks/recovery/compare.py --data DATA --models-dir MODELS \
+    OMP_NUM_THREADS=1 python -m benchmarks.recovery.compare --data DATA --models-dir MODELS \
         --models stories260K stories-llama-16l deep32 --ratios 0.1 0.2 0.3 0.4 --seeds 0 1 2
 
 DATA holds `stories`, `stories-cased` and `wikipedia`, each with a `test.txt`, which is only measured on. MODELS holds
@@ -20,25 +20,25 @@ import gc
 import json
 import math
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import METHODS, Cell, Healed, Method
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.folders import MODELS, model_folder
+from benchmarks.recovery import tables
+from benchmarks.recovery.methods import METHODS, Cell, Healed, Method
+from optimum_clp import CalibrationConfig, LayerSegment, SearchConfig, TuningConfig
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.calibration.self_written import sample_text
-from optimum_clp.configuration.stages import CalibrationConfig, SearchConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments
-from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
+from optimum_clp.segments import number_of_layers_to_remove
 
 HERE = Path(__file__).parent
 RATIOS, SEEDS = (0.2, 0.1, 0.3, 0.4), (0, 1, 2)
@@ -62,17 +62,45 @@ class Budget:
     validation_rows: int = 24
     epochs: int = 2
 
+    def text(self) -> CalibrationConfig:
+        """What the dense model writes."""
+        return CalibrationConfig(
+            dataset=None,
+            sequence_length=self.length,
+            train_sequences=self.train_rows,
+            validation_sequences=self.validation_rows,
+            test_sequences=1,
+        )
+
 
 def package_defaults() -> Budget:
     text = CalibrationConfig()
     return Budget(text.sequence_length, text.train_sequences, text.validation_sequences, TuningConfig().epochs)
 
 
+def configurations() -> list:
+    """Every configuration of a run: the text, the search, and a recipe for each method with gradient steps."""
+    budgets = (Budget(), package_defaults())
+    recipes = [recipe(m, RATES[0], b.epochs) for b in budgets for m in METHODS.values() if m.loss is not None]
+    return [*(budget.text() for budget in budgets), search_recipe(), *recipes]
+
+
+def search_recipe() -> SearchConfig:
+    return SearchConfig()
+
+
+def recipe(method: Method, rate: float, epochs: int) -> TuningConfig:
+    """Of a method's gradient steps; only the loss differs."""
+    return TuningConfig(
+        init="none", loss=method.loss, learning_rate=rate, epochs=epochs, batch_size=BATCH_SIZE, mixed_precision="no"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--models-dir", type=Path, default=HERE.parent / "models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -84,7 +112,7 @@ def main() -> None:
     for name in args.models:
         setting = load_setting(name, args.models_dir, args.data, budget)
         Comparison(setting, output / f"{name}.json").run(args.ratios, args.seeds, args.methods)
-    subprocess.run([sys.executable, HERE / "tables.py", output], check=True)
+    tables.write(output)
 
 
 @dataclasses.dataclass
@@ -98,14 +126,7 @@ class Setting:
     budget: Budget
 
     def data(self, seed: int) -> CalibrationData:
-        config = CalibrationConfig(
-            dataset=None,
-            sequence_length=self.budget.length,
-            train_sequences=self.budget.train_rows,
-            validation_sequences=self.budget.validation_rows,
-            test_sequences=1,
-        )
-        return load_calibration(config, self.tokenizer, self.model, seed, quiet=True)
+        return load_calibration(self.budget.text(), self.tokenizer, self.model, seed, quiet=True)
 
 
 def load_setting(name: str, models_dir: Path, data: Path, budget: Budget) -> Setting:
@@ -121,14 +142,6 @@ def load_setting(name: str, models_dir: Path, data: Path, budget: Budget) -> Set
             rows = tokenize_dataset(str(data / text / "test.txt"), tokenizer, **size)
         tests[text] = DenseOutputs(model, rows, quiet=True)
     return Setting(name, model, tokenizer, tests, budget)
-
-
-def model_folder(name: str, models_dir: Path) -> Path:
-    """Where a model is: in `models_dir`, or where `benchmarks/models.py` puts what it trains."""
-    for folder in (models_dir / name, HERE.parent / ".cache" / name):
-        if (folder / "config.json").is_file():
-            return folder
-    raise SystemExit(f"{name} is not in {models_dir}; deep32: python benchmarks/models.py {name} --data DATA")
 
 
 class Comparison:
@@ -176,7 +189,7 @@ class Comparison:
         for cell in self.results["cells"]:
             if (cell["ratio"], cell["seed"]) == (ratio, seed):
                 return LayerSegment(*cell["segment"])
-        result = search_segments(self.setting.model, data.train, count, SearchConfig(), seed=seed, quiet=True)
+        result = search_segments(self.setting.model, data.train, count, search_recipe(), seed=seed, quiet=True)
         (segment,) = result.segments
         self.results["cells"].append(
             {
@@ -271,10 +284,7 @@ def measured(model: PreTrainedModel, text: DenseOutputs) -> dict:
 
 
 def trained(cell: Cell, method: Method, rate: float, epochs: int) -> tuple[Healed, dict]:
-    config = TuningConfig(
-        init="none", loss=method.loss, learning_rate=rate, epochs=epochs, batch_size=BATCH_SIZE, mixed_precision="no"
-    )
-    return timed(lambda: method.heal(cell, config))
+    return timed(lambda: method.heal(cell, recipe(method, rate, epochs)))
 
 
 def best_of_rates(cell: Cell, name: str, method: Method, epochs: int) -> tuple[Healed, dict]:

@@ -1,6 +1,6 @@
 """Time and memory of endpoint tuning against LoRA on all layers, at the same loss, on the same loop.
 
-    OMP_NUM_THREADS=1 python benchmarks/recovery/cost.py [RESULT.json]
+    OMP_NUM_THREADS=1 python -m benchmarks.recovery.cost [RESULT.json]
 
 A random model (24 layers, 40 M parameters) loses 5 layers that begin at 0.5, 0.6 and 0.75 of its depth, and is tuned for
 three epochs towards the dense model's logits: by its endpoints (with and without the closed-form start) and by LoRA of
@@ -10,24 +10,20 @@ layers predicts. Half an hour on one core.
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
-from methods import Cell, lora, tuned
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_clp.configuration.stages import TuningConfig
+from benchmarks import markdown
+from benchmarks.recovery.methods import Cell, lora, tuned
+from optimum_clp import LayerSegment, TuningConfig
+from optimum_clp.evaluation.live_memory import LiveTensorBytes
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.segments import LayerSegment
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "search"))
-from live_memory import LiveTensorBytes
 
 DEPTH, REMOVED, STARTS = 24, 5, (12, 14, 18)
 SHAPE = LlamaConfig(
@@ -40,9 +36,16 @@ SHAPE = LlamaConfig(
     tie_word_embeddings=False,
 )
 LENGTH, EPOCHS = 128, 3
-CONFIG = TuningConfig(
-    epochs=EPOCHS, batch_size=8, learning_rate=1e-4, evaluations_per_epoch=1, patience=9, init="none"
-)
+
+
+def configurations() -> list[TuningConfig]:
+    return [recipe(EPOCHS), recipe(1)]
+
+
+def recipe(epochs: int) -> TuningConfig:
+    return TuningConfig(
+        epochs=epochs, batch_size=8, learning_rate=1e-4, evaluations_per_epoch=1, patience=9, init="none"
+    )
 
 
 def main() -> None:
@@ -54,14 +57,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     dense = LlamaForCausalLM(SHAPE).eval()
-    rows = [torch.randint(3, SHAPE.vocab_size, (count, LENGTH)) for count in args.rows]
-    cells = {start: Cell(dense, LayerSegment(start, start + REMOVED), *rows, seed=0) for start in args.starts}
+    tokens = [torch.randint(3, SHAPE.vocab_size, (count, LENGTH)) for count in args.rows]
+    cells = {start: Cell(dense, LayerSegment(start, start + REMOVED), *tokens, seed=0) for start in args.starts}
+    config = recipe(EPOCHS)
     runs = {
-        "endpoints": lambda cell: tuned(cell, CONFIG, layers="endpoints"),
-        "endpoints, closed-form start": lambda cell: tuned(cell, CONFIG, layers="endpoints", init="least_squares"),
-        "lora": lambda cell: lora(cell, CONFIG, rank=8),
+        "endpoints": lambda cell: tuned(cell, config, layers="endpoints"),
+        "endpoints, closed-form start": lambda cell: tuned(cell, config, layers="endpoints", init="least_squares"),
+        "lora": lambda cell: lora(cell, config, rank=8),
     }
-    tokens = args.rows[0] * LENGTH * EPOCHS
     seconds = {(start, name): [] for start in cells for name in runs}
     for number in range(args.rounds):
         for start, cell in cells.items():
@@ -71,31 +74,27 @@ def main() -> None:
                 seconds[start, name].append(time.process_time() - begin)
                 print(f"round {number}: {name} from {start}: {seconds[start, name][-1]:.1f} s", flush=True)
     found = []
-    print(
-        "| start | ms per token | with closed form | LoRA | ratio (spread) | with closed form | layers predict | share |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    rows = [["start", "ms per token", "with closed form", "LoRA", "ratio (spread)", "with closed form",
+             "layers predict", "share"]]  # fmt: skip
     for start, cell in cells.items():
         ours, solved, theirs = (seconds[start, name] for name in runs)
         ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
         with_start = [b / a for a, b in zip(solved, theirs, strict=True)]
         ratio, predicted = statistics.median(ratios), predicted_ratio(cell)
-        times = [1000 * statistics.median(values) / tokens for values in (ours, solved, theirs)]
+        times = [1000 * statistics.median(values) / (EPOCHS * tokens[0].numel()) for values in (ours, solved, theirs)]
         found.append({"start": start, "ms_per_token": times, "ratios": ratios, "ratios_with_start": with_start,
                       "predicted": predicted})  # fmt: skip
-        print(
-            f"| {start} of {DEPTH} | {times[0]:.2f} | {times[1]:.2f} | {times[2]:.2f} | {ratio:.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {statistics.median(with_start):.2f} | {predicted:.2f} "
-            f"| {ratio / predicted:.2f} |"
-        )
+        rows.append([f"{start} of {DEPTH}", *(f"{t:.2f}" for t in times),
+                     f"{ratio:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", f"{statistics.median(with_start):.2f}",
+                     f"{predicted:.2f}", f"{ratio / predicted:.2f}"])  # fmt: skip
+    print(markdown.table(rows))
     memory = [{"start": start, **peak_memory(cell)} for start, cell in cells.items()]
-    print(
-        "| start | dense pass, MB | 4 float32 copies | above the first endpoint | allowed | endpoint tuning | LoRA |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    rows = [["start", "dense pass, MB", "4 float32 copies", "above the first endpoint", "allowed", "endpoint tuning",
+             "LoRA"]]  # fmt: skip
     for m in memory:
-        shown = " | ".join(f"{m[k] / 1e6:.0f}" for k in ("dense", "copies", "above", "allowed", "endpoints", "lora"))
-        print(f"| {m['start']} of {DEPTH} | {shown} |")
+        shown = (f"{m[k] / 1e6:.0f}" for k in ("dense", "copies", "above", "allowed", "endpoints", "lora"))
+        rows.append([f"{m['start']} of {DEPTH}", *shown])
+    print(markdown.table(rows))
     if args.result:
         result = {"rows": args.rows, "environment": environment_info(), "time": found, "memory": memory}
         args.result.write_text(json.dumps(result, indent=1) + "\n")
@@ -123,7 +122,7 @@ def peak_memory(cell: Cell) -> dict[str, int]:
     `above` is what a step holds beyond weights, measured without gradients' and optimizer's state: the student's forward
     pass and its backward pass, from the first endpoint on, logits included.
     """
-    config = dataclasses.replace(CONFIG, epochs=1)
+    config = recipe(1)
     caches = 2 * (cell.train.numel() + cell.validation.numel()) * SHAPE.hidden_size * 4
     with LiveTensorBytes(cell.dense) as dense:
         DenseOutputs(cell.dense, cell.train[:8], quiet=True).logits(slice(0, 8))

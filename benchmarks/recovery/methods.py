@@ -19,17 +19,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optimum_clp import LayerSegment, TuningConfig
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.hooks import layer_hidden
-from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
+from optimum_clp.segments import endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_layers
 from optimum_clp.tuning.closed_form import solve_endpoints, target_state
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop, tuning_accelerator
 from optimum_clp.tuning.student import EndpointStudent, TuningRows
+
+DEFAULTS = TuningConfig()
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,19 @@ class Method:
     needs_before: bool = False
 
 
+def configurations() -> list[TuningConfig]:
+    """What the methods make of the package's defaults; `compare.py` and `cost.py` bring their own."""
+    return [
+        *(variant(DEFAULTS, init=init) for init in ("none", DEFAULTS.init)),
+        variant(DEFAULTS, norm=True, head=True),
+    ]
+
+
+def variant(config: TuningConfig, init: str = "none", norm: bool = False, head: bool = False) -> TuningConfig:
+    """A recipe that starts from `init` and trains what stands behind the layers too."""
+    return dataclasses.replace(config, init=init, train_final_norm=norm, train_head=head)
+
+
 def untouched(cell: Cell) -> Healed:
     return Healed(cell.cut())
 
@@ -205,26 +220,27 @@ def tuned(cell: Cell, config: TuningConfig, *, layers: str, init: str = "none", 
     """Some layers in full, by the package's own tuning; `closing`: the final norm too, and a head that is not tied."""
     model = cell.cut()
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    config = dataclasses.replace(config, init=init, train_final_norm=closing, train_head=closing and not tied)
+    config = variant(config, init=init, norm=closing, head=closing and not tied)
     return _tune(model, cell, getattr(cell, layers), config)
 
 
 def tuned_from_start(cell: Cell, config: TuningConfig, *, layers: str) -> Healed:
     """Some layers in full, after the closed form of the endpoints."""
     start = solved(cell, layers="endpoints", method="least_squares", attention=True)
-    healed = _tune(start.model, cell, getattr(cell, layers), dataclasses.replace(config, init="none"))
-    return dataclasses.replace(healed, details={**healed.details, **start.details})
+    healed = _tune(start.model, cell, getattr(cell, layers), variant(config))
+    healed.details |= start.details
+    return healed
 
 
 def as_by_default(cell: Cell) -> Healed:
     """Ours with nothing chosen: the package's own learning rate and number of epochs."""
-    return tuned(cell, TuningConfig(), layers="endpoints", init=TuningConfig().init)
+    return tuned(cell, DEFAULTS, layers="endpoints", init=DEFAULTS.init)
 
 
 def tuned_dense(cell: Cell, config: TuningConfig) -> Healed:
     """The dense model itself, where the endpoints are: what it gains is adaptation to the text, not recovery."""
     layers = [cell.kept[i] for i in cell.endpoints]
-    return _tune(copy.deepcopy(cell.dense), cell, layers, dataclasses.replace(config, init="none"))
+    return _tune(copy.deepcopy(cell.dense), cell, layers, variant(config))
 
 
 def _tune(model: PreTrainedModel, cell: Cell, layers: Sequence[int], config: TuningConfig) -> Healed:

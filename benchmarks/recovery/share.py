@@ -1,6 +1,6 @@
 """How much of the tuning text should the dense model write itself, if the user gives a text of one kind?
 
-    python benchmarks/recovery/share.py --data DATA --models-dir MODELS
+    python -m benchmarks.recovery.share --data DATA --models-dir MODELS
 
 Layers [3, 6) of `stories-llama-16l` are cut and healed with stories as the given text, for several shares of self-written
 rows; KL to the dense model on held-out stories and Wikipedia. A quarter of an hour on one core.
@@ -9,17 +9,35 @@ rows; KL to the dense model on held-out stories and Wikipedia. A quarter of an h
 import argparse
 from pathlib import Path
 
-from optimum_clp import CLPPruner
+from benchmarks import markdown
+from optimum_clp import CalibrationConfig, CLPPruner, LayerSegment, TuningConfig
 from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
-from optimum_clp.configuration.stages import CalibrationConfig, TuningConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.segments import LayerSegment, kept_layers
+from optimum_clp.segments import kept_layers
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.endpoints import tune_layers
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEGMENT = LayerSegment(3, 6)
+
+
+def configurations() -> list:
+    return [*(text(Path("train.txt"), share) for share in SHARES), recipe()]
+
+
+def text(file: Path, share: float) -> CalibrationConfig:
+    return CalibrationConfig(
+        dataset=str(file),
+        self_written_share=share,
+        sequence_length=128,
+        train_sequences=384,
+        validation_sequences=48,
+    )
+
+
+def recipe() -> TuningConfig:
+    return TuningConfig(epochs=2)
 
 
 def main() -> None:
@@ -37,22 +55,16 @@ def main() -> None:
         for kind in ("stories", "wikipedia")
     }
     references = {kind: DenseOutputs(dense, tokens, quiet=True) for kind, tokens in tests.items()}
-    print("| self-written share | stories | Wikipedia |\n|---|---|---|")
+    print(markdown.head(["self-written share", "stories", "Wikipedia"]))
 
     def show(name: str, model) -> None:
         found = [evaluate_tokens(model, tests[k], reference=references[k], quiet=True).kl for k in tests]
-        print(f"| {name} | {found[0]:.3f} | {found[1]:.3f} |", flush=True)
+        print(markdown.row([name, *(f"{kl:.3f}" for kl in found)]), flush=True)
 
     show("untouched cut", cut_model(dense, [SEGMENT]))
     for share in SHARES:
-        text = CalibrationConfig(
-            dataset=str(args.data / "stories" / "train.txt"),
-            self_written_share=share,
-            sequence_length=128,
-            train_sequences=384,
-            validation_sequences=48,
-        )
-        data = load_calibration(text, tokenizer, dense, args.seed, quiet=True)
+        given = text(args.data / "stories" / "train.txt", share)
+        data = load_calibration(given, tokenizer, dense, args.seed, quiet=True)
         model = cut_model(dense, [SEGMENT])
         tune_layers(
             model,
@@ -60,7 +72,7 @@ def main() -> None:
             [2, 3],
             data.train,
             data.validation,
-            TuningConfig(epochs=2),
+            recipe(),
             kept=kept_layers([SEGMENT], 16),
             validation_kinds=data.validation_kinds,
             seed=args.seed,

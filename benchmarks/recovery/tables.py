@@ -1,6 +1,6 @@
 """Tables and plots from the results of `compare.py`, and what they say about the goals.
 
-    python benchmarks/recovery/tables.py benchmarks/recovery/results
+    python -m benchmarks.recovery.tables benchmarks/recovery/results
 
 Writes `tables.md` and, with matplotlib, two plots for each model into that folder.
 """
@@ -13,8 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tables import markdown
+from benchmarks import markdown
 
 # in the order of the tables; what a plain checkpoint cannot hold has a star
 LABELS = {
@@ -52,7 +51,11 @@ Cells = dict[tuple[float, int], dict[str, dict]]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    write(Path(sys.argv[1]))
+
+
+def write(folder: Path) -> None:
+    """Tables and plots of the results in a folder, into it."""
     files = (json.loads(path.read_text()) for path in sorted(folder.glob("*.json")))
     compared = [r for r in files if r.get("runs") and "method" in r["runs"][0]]
     compared.sort(key=lambda r: r["num_layers"])
@@ -123,7 +126,7 @@ def model_table(results: dict) -> str:
     return (
         f"## {results['model']}\n\n{results['num_layers']} layers; removed, by ratio and seed: {shown}. Seeds "
         f"{seeds}: means (smallest to largest). Seconds (one run at the chosen rate) and memory are medians; memory "
-        "is by how much the process grew.\n\n" + markdown(rows)
+        "is by how much the process grew.\n\n" + markdown.table(rows)
     )
 
 
@@ -138,7 +141,7 @@ def retention_table(results: dict) -> str:
                      *(over_seeds(runs, lambda r, t=t: r["test"][t].get("retention_of_tuned_dense"))
                        for t in texts)])  # fmt: skip
     dense = ", ".join(f"{figures['perplexity']:.2f} on {text}" for text, figures in results["dense"].items())
-    return f"### Retention: {results['model']}\n\nDense perplexity {dense}.\n\n" + markdown(rows)
+    return f"### Retention: {results['model']}\n\nDense perplexity {dense}.\n\n" + markdown.table(rows)
 
 
 def equal_time_table(results: dict) -> str:
@@ -155,7 +158,7 @@ def equal_time_table(results: dict) -> str:
         return ""
     title = f"### At our seconds or more: {results['model']}, ratio 0.2, seed 0\n"
     note = "Rivals of at most 1.5 times our size that were faster, at the rate chosen before, with more epochs.\n"
-    return f"{title}\n{note}\n" + markdown(rows)
+    return f"{title}\n{note}\n" + markdown.table(rows)
 
 
 def rate_table(results: dict) -> str:
@@ -168,7 +171,7 @@ def rate_table(results: dict) -> str:
         cells = (f"{found[rate]:.4f}" if rate in found else "" for rate in rates)
         bold = (f"**{c}**" if rate == run["learning_rate"] else c for rate, c in zip(rates, cells, strict=True))
         rows.append([str(run["ratio"]), LABELS[run["method"]], *bold])
-    return f"### Learning rates: {results['model']}, validation loss\n\n" + markdown(rows)
+    return f"### Learning rates: {results['model']}, validation loss\n\n" + markdown.table(rows)
 
 
 def goals(compared: list[dict]) -> str:
@@ -201,7 +204,7 @@ def goals(compared: list[dict]) -> str:
         if missed:
             misses.append(f"Missed: {goal}:\n\n" + "\n".join(f"- {text}" for text in missed) + "\n")
     title = "## Goals\n\nCells (model, ratio, seed, test text) that meet each one.\n\n"
-    return title + markdown(rows) + "\n" + "\n".join([*misses, share_table(compared), rival_table(compared)])
+    return title + markdown.table(rows) + "\n" + "\n".join([*misses, share_table(compared), rival_table(compared)])
 
 
 def verdicts(results: dict, check: Callable) -> Iterator[tuple[bool, str]]:
@@ -271,7 +274,7 @@ def share_table(compared: list[dict]) -> str:
     if not any(row[-1] for row in rows[1:]):
         rows = [row[:-1] for row in rows]
     title = "### Share of the gain of tuning all layers\n\n"
-    return title + "(KL of the cut - KL) / (KL of the cut - KL of all layers, KL loss).\n\n" + markdown(rows)
+    return title + "(KL of the cut - KL) / (KL of the cut - KL of all layers, KL loss).\n\n" + markdown.table(rows)
 
 
 def rival_table(compared: list[dict]) -> str:
@@ -288,7 +291,7 @@ def rival_table(compared: list[dict]) -> str:
         if ratios:
             spread = (f"{f(ratios):.2f}" for f in (statistics.median, min, max))
             rows.append([LABELS[method], f"{sum(r < 1 for r in ratios)} of {len(ratios)}", *spread])
-    return "### Ours against each, one by one\n\n" + markdown(rows)
+    return "### Ours against each, one by one\n\n" + markdown.table(rows)
 
 
 def plot_grid(results: dict, height: float):

@@ -1,6 +1,6 @@
 """Which text, and how much of it: the segment that exhaustive search finds, and what its removal does to held-out text.
 
-    python benchmarks/search/calibration.py --data DATA --models stories-llama-16l deep32 --models-dir MODELS
+    python -m benchmarks.search.calibration --data DATA --models stories-llama-16l deep32 --models-dir MODELS
 
 Arguments and folders as for `compare.py`; results go to `calibration-NAME.json`. Sources: the train text of `stories` and
 of `wikipedia`, half of each, text that the dense model wrote itself, and tokens drawn at random. Measured on the test text
@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 
 import torch
-from compare import HELD_OUT_ROWS, LENGTHS, model_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.folders import MODELS, model_folder
+from benchmarks.search.compare import HELD_OUT_ROWS, LENGTHS
+from optimum_clp import SearchConfig
 from optimum_clp.calibration.rows import tokenize_dataset
-from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
@@ -26,11 +27,19 @@ TOKENS = (512, 2048, 8192, 16384)
 RATIO = 0.2
 
 
+def configurations() -> list[SearchConfig]:
+    return [recipe(tokens // 256) for tokens in TOKENS]
+
+
+def recipe(rows: int) -> SearchConfig:
+    return SearchConfig(strategy="exhaustive", num_sequences=rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--models-dir", type=Path, default=Path(__file__).parents[1] / "models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -72,8 +81,7 @@ def study(name: str, args: argparse.Namespace) -> None:
         for source, rows in sources.items():
             for tokens in TOKENS:
                 used = rows[: max(1, tokens // length)]
-                config = SearchConfig(strategy="exhaustive", num_sequences=len(used))
-                found = search_segments(model, used, count, config, seed=seed, quiet=True)
+                found = search_segments(model, used, count, recipe(len(used)), seed=seed, quiet=True)
                 start = found.segments[0].start
                 run = {
                     "source": source, "tokens": used.numel(), "seed": seed, "start": start, "kl": found.score,

@@ -1,6 +1,6 @@
 """Every strategy on every model, ratio and seed: what it costs, what it chooses, and what the choice does to held-out text.
 
-    python benchmarks/search/compare.py --data DATA --models stories260K stories-llama-16l deep32 deep80 \
+    python -m benchmarks.search.compare --data DATA --models stories260K stories-llama-16l deep32 deep80 \
         --models-dir MODELS --output benchmarks/search/results
 
 DATA holds `stories`, `stories-cased` and `wikipedia`, each with `train.txt` (calibration) and `test.txt` (held out: only
@@ -18,16 +18,17 @@ import time
 from pathlib import Path
 
 import torch
-from live_memory import LiveTensorBytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.folders import MODELS, model_folder
+from optimum_clp import LayerSegment, SearchConfig
 from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.calibration.rows import tokenize_dataset
-from optimum_clp.configuration.stages import SearchConfig
+from optimum_clp.evaluation.live_memory import LiveTensorBytes
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
-from optimum_clp.segments import LayerSegment, number_of_layers_to_remove
+from optimum_clp.segments import number_of_layers_to_remove
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SEEDS = (0, 1, 2, 3, 4)
@@ -55,27 +56,28 @@ class Setting:
         return self.pool[order[:count]]
 
 
+def configurations() -> list[SearchConfig]:
+    return [recipe(strategy, ROWS) for strategy in ("exhaustive", *AT_ONE_BUDGET, *OF_THE_FIELD)]
+
+
+def recipe(strategy: str, rows: int) -> SearchConfig:
+    """Of a strategy by its name in the tables; `rows` matter to those that the budget does not bind."""
+    if strategy == "fraction":
+        return SearchConfig(strategy="exhaustive", num_sequences=rows)
+    return SearchConfig(strategy=strategy, num_sequences=rows, budget=BUDGET)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--models-dir", type=Path, default=Path(__file__).parents[1] / "models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     for name in args.models:
         compare(load_setting(name, args.models_dir, args.data), args.ratios, args.seeds, args.output / f"{name}.json")
-
-
-def model_folder(name: str, models_dir: Path) -> Path:
-    """Where a model is: in `models_dir`, or where `benchmarks/models.py` puts what it trains."""
-    for folder in (models_dir / name, Path(__file__).parents[1] / ".cache" / name):
-        if (folder / "config.json").is_file():
-            return folder
-    raise SystemExit(
-        f"{name} is not in {models_dir}; deep32 and deep80: python benchmarks/models.py {name} --data DATA"
-    )
 
 
 def load_setting(name: str, models_dir: Path, data: Path) -> Setting:
@@ -128,15 +130,15 @@ def distinct_counts(ratios, depth: int) -> dict[float, int]:
 
 def one_run(setting: Setting, strategy: str, count: int, seed: int) -> dict:
     rows = setting.rows(seed)
-    config = SearchConfig(strategy=strategy, num_sequences=ROWS, budget=BUDGET)
+    used = ROWS
     if strategy == "fraction":
-        config = SearchConfig(strategy="exhaustive", num_sequences=fraction_rows(setting, count))
+        used = fraction_rows(setting, count)
     if strategy == "perplexity_greedy":
-        config.num_sequences = GREEDY_ROWS.get(setting.name, ROWS)
+        used = GREEDY_ROWS.get(setting.name, ROWS)
+    config = recipe(strategy, used)
     begin = time.perf_counter()
     result = search_segments(setting.model, rows, count, config, seed=seed, quiet=True)
     seconds = time.perf_counter() - begin
-    used = min(config.num_sequences, ROWS)
     run = {
         "num_removed": count,
         "segments": [s.to_list() for s in result.segments],
@@ -176,7 +178,7 @@ def on_held_out(setting: Setting, segments: list[list[int]]) -> dict:
 def plain_forward_bytes(setting: Setting) -> int:
     """Peak of a forward pass that returns all logits of one batch, weights included."""
     with torch.no_grad(), LiveTensorBytes(setting.model) as memory:
-        setting.model(setting.pool[: SearchConfig().batch_size], use_cache=False)
+        setting.model(setting.pool[: recipe("exhaustive", ROWS).batch_size], use_cache=False)
     return memory.peak
 
 

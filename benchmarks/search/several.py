@@ -1,6 +1,6 @@
 """Several segments against one, and quality budgets: what more freedom is worth, at equal cost.
 
-    python benchmarks/search/several.py --data DATA --models stories-llama-16l deep32 deep80 --models-dir MODELS
+    python -m benchmarks.search.several --data DATA --models stories-llama-16l deep32 deep80 --models-dir MODELS
 
 Arguments and folders as for `compare.py`; results go to `several-NAME.json`. For each number of layers:
 `gate` with 1, 2 and 3 segments; and at the cost that the gates of 2 segments had, a race of all cuts (`halving`) and greedy
@@ -13,9 +13,9 @@ import json
 import math
 from pathlib import Path
 
-from compare import RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
-
-from optimum_clp.configuration.stages import SearchConfig
+from benchmarks.folders import MODELS
+from benchmarks.search.compare import RATIOS, ROWS, Setting, distinct_counts, load_setting, on_held_out
+from optimum_clp import SearchConfig
 from optimum_clp.errors import SearchError
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search import search_segments, search_within_budget
@@ -30,11 +30,31 @@ VALIDATION_ROWS = 24
 MOST_RACED = 5000
 
 
+def configurations() -> list[SearchConfig]:
+    return [gate(), race(4.0), greedy_removal(ROWS), within_budget()]
+
+
+def gate() -> SearchConfig:
+    return SearchConfig(strategy="gate")
+
+
+def race(budget: float) -> SearchConfig:
+    return SearchConfig(strategy="halving", budget=budget)
+
+
+def greedy_removal(rows: int) -> SearchConfig:
+    return SearchConfig(strategy="perplexity_greedy", num_sequences=rows)
+
+
+def within_budget() -> SearchConfig:
+    return SearchConfig()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models", nargs="+", required=True)
-    parser.add_argument("--models-dir", type=Path, default=Path(__file__).parents[1] / "models")
+    parser.add_argument("--models-dir", type=Path, default=MODELS)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
@@ -65,15 +85,15 @@ def fixed_numbers(setting: Setting, args: argparse.Namespace, results: dict, kee
             cell = {"ratio": ratio, "seed": seed, "num_removed": count}
             spent = 0.0
             for segments in (1, 2, 3):
-                run = one_run(setting, seed, count, SearchConfig(strategy="gate"), segments)
+                run = one_run(setting, seed, count, gate(), segments)
                 spent = run["forward_equivalents"] if segments == 2 else spent
                 keep("runs", {**cell, "strategy": "gate", "num_segments": segments, **run})
             if number_of_cuts(setting.held_out.num_layers, count, 2) <= MOST_RACED:
-                run = one_run(setting, seed, count, SearchConfig(strategy="halving", budget=spent / 3), 2)
+                run = one_run(setting, seed, count, race(spent / 3), 2)
                 keep("runs", {**cell, "strategy": "halving", "num_segments": 2, **run})
             rows = max(1, min(ROWS, int(spent / greedy_price(setting.held_out.num_layers, count) * ROWS)))
-            config = SearchConfig(strategy="perplexity_greedy", num_sequences=rows)
-            keep("runs", {**cell, "strategy": "perplexity_greedy", **one_run(setting, seed, count, config, 1)})
+            run = one_run(setting, seed, count, greedy_removal(rows), 1)
+            keep("runs", {**cell, "strategy": "perplexity_greedy", **run})
 
 
 def greedy_price(depth: int, count: int) -> float:
@@ -107,7 +127,7 @@ def quality_budgets(setting: Setting, args: argparse.Namespace, results: dict, k
                 continue
             try:
                 result = search_within_budget(
-                    setting.model, search, check, increase, SearchConfig(), num_segments=segments, quiet=True
+                    setting.model, search, check, increase, within_budget(), num_segments=segments, quiet=True
                 )
             except SearchError:
                 continue

@@ -1,6 +1,6 @@
 """Tables and plots from the results of `compare.py`, `several.py` and `calibration.py`.
 
-    python benchmarks/search/tables.py benchmarks/search/results
+    python -m benchmarks.search.tables benchmarks/search/results
 
 Writes `tables.md` and, with matplotlib, `quality.png` and `several.png` into that folder.
 """
@@ -11,8 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tables import markdown
+from benchmarks import markdown
 
 ORDER = ("exhaustive", "gate", "halving", "fraction", "block_influence", "angular", "cosine_block", "taylor",
          "perplexity_greedy", "tail", "random")  # fmt: skip
@@ -64,7 +63,7 @@ def quality_table(compared: list[dict]) -> str:
                          f"{statistics.mean(costs):.2f} ({min(costs):.2f} to {max(costs):.2f})",
                          str(max(c[strategy]["num_scored"] for c in have))])  # fmt: skip
     title = "### At one budget, against the oracle\n\nHeld-out KL of the choice against that of exhaustive search's choice.\n"
-    return title + "\n" + markdown(rows)
+    return title + "\n" + markdown.table(rows)
 
 
 def strategy_table(results: dict) -> str:
@@ -92,7 +91,8 @@ def strategy_table(results: dict) -> str:
     seeds = len({seed for _, seed in cells})
     return (
         f"### {results['model']}\n\nDense perplexity {dense:.2f}; means over {seeds} seeds (spread in parentheses), seconds are "
-        f"medians; memory is the peak over that of a plain forward pass ({plain / 1e6:.1f} MB).\n\n" + markdown(rows)
+        f"medians; memory is the peak over that of a plain forward pass ({plain / 1e6:.1f} MB).\n\n"
+        + markdown.table(rows)
     )
 
 
@@ -110,7 +110,7 @@ def several_table(results: dict) -> str:
         rows.append([str(run["num_removed"]), str(run["seed"]), run["strategy"], str(run.get("num_segments", "any")),
                      f"{run['forward_equivalents']:.1f}", short(run["segments"]), f"{run['held_out']['kl']:.4f}",
                      f"{run['held_out']['kl'] / base - 1:+.0%}"])  # fmt: skip
-    return f"### Several segments: {results['model']}\n\n" + markdown(rows) + "\n"
+    return f"### Several segments: {results['model']}\n\n" + markdown.table(rows) + "\n"
 
 
 def budget_table(results: dict) -> str:
@@ -120,7 +120,7 @@ def budget_table(results: dict) -> str:
         increase = "" if held_out is None else f"{held_out['perplexity'] / held_out['dense_perplexity'] - 1:+.1%}"
         rows.append([f"{run['increase']:.0%}", run["method"], str(run["num_removed"]),
                      f"{run['forward_equivalents']:.1f}", short(run["segments"]), increase])  # fmt: skip
-    return "Quality budgets, as increase of the perplexity on validation rows:\n\n" + markdown(rows)
+    return "Quality budgets, as increase of the perplexity on validation rows:\n\n" + markdown.table(rows)
 
 
 def calibration_table(results: dict) -> str:
@@ -133,7 +133,7 @@ def calibration_table(results: dict) -> str:
         found = [[run["excess"][text] for run in runs] for text in texts]
         rows.append([source, f"{tokens:,}", ", ".join(str(run["start"]) for run in runs),
                      *(f"{statistics.mean(e):+.1%} (worst {max(e):+.1%})" for e in found)])  # fmt: skip
-    return f"### Calibration text: {results['model']}, {results['num_removed']} layers\n\n" + markdown(rows)
+    return f"### Calibration text: {results['model']}, {results['num_removed']} layers\n\n" + markdown.table(rows)
 
 
 def plot_quality(compared: list[dict], path: Path) -> None:

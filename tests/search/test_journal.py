@@ -1,6 +1,8 @@
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,33 +115,49 @@ def test_a_journals_name_depends_on_all_of_its_contents(tmp_path):
 
 
 WORKER = """
-import json, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
+import json, os, sys, torch, torch.distributed as dist, traceback
 from searches import settings
 from tiny_models import random_tokens, tiny_model
 from optimum_clp.search import search_segments
-torch.set_num_threads(1)
-rank, store = int(sys.argv[2]), sys.argv[3]
-if rank >= 0:
-    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-for strategy in ("gate", "halving", "exhaustive", "block_influence", "taylor", "perplexity_greedy"):
-    config = settings(strategy, num_sequences=7, batch_size=2)
-    result = search_segments(tiny_model(num_layers=8), random_tokens(7, 16), 2, config, quiet=True)
-    print(json.dumps({**result.to_dict(), "seconds": 0}))
+
+
+def search(rank, folder):
+    torch.set_num_threads(1)
+    if rank >= 0:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    with open(f"{folder}/{rank}", "w") as file:
+        for strategy in ("gate", "halving", "exhaustive", "block_influence", "taylor", "perplexity_greedy"):
+            config = settings(strategy, num_sequences=7, batch_size=2)
+            result = search_segments(tiny_model(num_layers=8), random_tokens(7, 16), 2, config, quiet=True)
+            file.write(json.dumps({**result.to_dict(), "seconds": 0}) + "\\n")
+
+
+processes = []
+for rank in (-1, 0, 1):
+    number = os.fork()
+    if not number:
+        try:
+            search(rank, sys.argv[1])
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    processes.append(number)
+sys.exit(max(os.waitpid(number, 0)[1] for number in processes))
 """
 
 
 def test_two_processes_find_the_same_as_one(tmp_path):
-    folder = str(__import__("pathlib").Path(__file__).parent)
-    tests = str(__import__("pathlib").Path(__file__).parents[1])
-
-    def start(rank):
-        code = f"import sys; sys.path.insert(0, {tests!r})\n" + WORKER
-        command = [sys.executable, "-W", "ignore", "-c", code, folder, str(rank), str(tmp_path / "store")]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    printed = [process.communicate(timeout=240)[0] for process in [start(rank) for rank in (-1, 0, 1)]]
-    alone, first, second = ([json.loads(line) for line in text.splitlines() if line[0] == "{"] for text in printed)
+    """Three processes, forked from one that has imported what they need and run nothing."""
+    here = Path(__file__).parent
+    path = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-W", "ignore", "-c", WORKER, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, first, second = (
+        [json.loads(line) for line in (tmp_path / str(rank)).read_text().splitlines()] for rank in (-1, 0, 1)
+    )
     assert len(alone) == 6
     assert alone == first == second
 

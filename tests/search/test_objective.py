@@ -3,6 +3,7 @@ import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from optimum_clp.evaluation.live_memory import LiveTensorBytes
 from optimum_clp.forward.hooks import gated
 from optimum_clp.forward.losses import kl_divergence, next_token_cross_entropy
 from optimum_clp.search.gate import concave_gate
@@ -108,18 +109,17 @@ def test_one_batch_or_many_give_the_same_figures():
 
 
 @pytest.mark.parametrize("vocabulary", [500, 8000])
-def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary, live_tensor_bytes):
-    counter = live_tensor_bytes
+def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary):
     model = tiny_model(num_layers=24, hidden_size=64, vocab_size=vocabulary, max_position_embeddings=256)
     tokens = random_tokens(8, 128)
-    with torch.no_grad(), counter(model) as plain:
+    with torch.no_grad(), LiveTensorBytes(model) as plain:
         model(tokens, use_cache=False)
     objective = Objective(model, tokens, batch_size=8, quiet=True)
     gates = [gate_of([LayerSegment(s, s + 3)], 24) for s in range(22)]
-    with counter(model) as searching:
+    with LiveTensorBytes(model) as searching:
         objective.measure(gates, range(8))
     assert searching.peak <= 1.25 * plain.peak
-    with torch.no_grad(), counter(model) as two:  # the counter sees a second copy of the logits
+    with torch.no_grad(), LiveTensorBytes(model) as two:  # the counter sees a second copy of the logits
         kept = model(tokens, use_cache=False).logits
         kept = kept, model(tokens, use_cache=False).logits
     assert two.peak >= plain.peak + kept[0].nbytes

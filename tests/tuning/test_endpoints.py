@@ -8,6 +8,7 @@ from tiny_models import random_tokens, tiny_model
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.errors import ConfigurationError, ModelError, TuningError
+from optimum_clp.evaluation.live_memory import LiveTensorBytes
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
@@ -306,13 +307,13 @@ def test_a_closed_form_start_that_does_not_help_is_dropped(dense, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["none", "least_squares"])
-def test_memory_is_four_copies_of_the_endpoints_and_one_step_above_a_dense_pass(dtype, init, live_tensor_bytes):
+def test_memory_is_four_copies_of_the_endpoints_and_one_step_above_a_dense_pass(dtype, init):
     """Dense pass, four float32 copies of the endpoints, caches, and what a step from the first endpoint on holds."""
     shape = {"hidden_size": 64, "intermediate_size": 256, "num_layers": 8, "max_position_embeddings": 64}
     dense = tiny_model(dtype=dtype, **shape)
     cut = cut_model(dense, [LayerSegment(4, 6)])
     train, validation = random_tokens(16, 24, seed=1), random_tokens(4, 24, seed=2)
-    with live_tensor_bytes(dense) as plain, torch.no_grad():
+    with LiveTensorBytes(dense) as plain, torch.no_grad():
         dense(train[:4], use_cache=False)
     endpoints = sum(p.numel() for i in (3, 4) for p in cut.model.layers[i].parameters())
     largest = 64 * 256
@@ -326,11 +327,11 @@ def test_memory_is_four_copies_of_the_endpoints_and_one_step_above_a_dense_pass(
     with torch.no_grad():
         logits = dense(train[:4], use_cache=False).logits
     student = EndpointStudent(copied, [copied.model.layers[i] for i in (3, 4)], 3, {"kd": 1.0})
-    with live_tensor_bytes() as step:
+    with LiveTensorBytes() as step:
         loss = student(train[:4], hidden, logits, {}).mean()
     above = step.peak + logits.nbytes + hidden.nbytes
     del loss
-    with live_tensor_bytes(dense) as tuning:
+    with LiveTensorBytes(dense) as tuning:
         tune_layers(
             cut, dense, (3, 4), train, validation, settings(init=init, epochs=2), kept=[0, 1, 2, 3, 6, 7], quiet=True
         )

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,30 +24,84 @@ from optimum_clp.tuning.loop import TrainingLoop
 
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
 SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-DENSE = tiny_model()
+LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
+LAUNCH = {"ddp": ["--num_processes", "2", "--multi_gpu"], "fsdp": ["--num_processes", "2", *FSDP]}
+DENSE = tiny_model()
 
 
-def work(folder, name, *, launch=(), stop_at=-1, dtype="float32", **settings):
-    """Run the worker to its end; what it has saved, or `None` if it was killed."""
-    output = folder / name
+def environment(dtype="float32"):
+    """Of a process of its own: this folder's neighbours on its path, one thread, no GPU."""
+    path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": "1",
+        "TUNING_WORKER_DTYPE": dtype,
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def arguments(folder, name, stop_at, settings):
+    """Of the worker."""
     config = json.dumps({**SETTINGS, **settings})
-    command = [*(launch or [sys.executable]), WORKER, str(output), str(folder / f"{name}-run"), str(stop_at), config]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNING_WORKER_DTYPE": dtype, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    if stop_at >= 0:
-        assert done.returncode != 0
-        return None
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [torch.load(f"{output}-{rank}.pt", weights_only=False) for rank in range(2 if launch else 1)]
+    return [str(folder / name), str(folder / f"{name}-run"), str(stop_at), config]
+
+
+def saved_by(output, count):
+    """What the first process has saved; the others have the same weights."""
+    found = [torch.load(f"{output}-{rank}.pt", weights_only=False) for rank in range(count)]
     for other in found[1:]:
         assert all(torch.equal(a, other["weights"][n]) for n, a in found[0]["weights"].items())
     return found[0]
 
 
+@pytest.fixture(scope="module")
+def work():
+    """Runs the worker to its end, on one process or on two that an engine brings together: what it has saved, or `None` if
+    it was killed. Each process is real and its own, forked from one that has imported PyTorch and run nothing."""
+    command = [sys.executable, WORKER]
+    server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(folder, name, *, engine=None, stop_at=-1, dtype="float32", **settings):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        request = {
+            "arguments": arguments(folder, name, stop_at, settings),
+            "environment": {"TUNING_WORKER_DTYPE": dtype},
+            "launch": LAUNCH[engine] if engine else [],
+            "port": port,
+        }
+        logs = [folder / f"{name}-{rank}.log" for rank in range(2 if engine else 1)]
+        requests = [{**request, "rank": rank, "log": str(log)} for rank, log in enumerate(logs)]
+        server.stdin.write(json.dumps(requests) + "\n")
+        server.stdin.flush()
+        codes = json.loads(server.stdout.readline())
+        if stop_at >= 0:
+            assert codes == [-signal.SIGKILL] * len(logs)
+            return None
+        assert set(codes) == {0}, "\n".join(log.read_text() for log in logs)[-3000:]
+        return saved_by(folder / name, len(logs))
+
+    yield run
+    server.kill()
+    server.communicate()
+
+
+def launched(folder, name, engine, *, stop_at=-1, **settings):
+    """The same on two processes that `accelerate launch` starts."""
+    command = [*LAUNCHER, *LAUNCH[engine], WORKER, *arguments(folder, name, stop_at, settings)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
+    if stop_at >= 0:
+        assert done.returncode != 0
+        return None
+    assert done.returncode == 0, done.stderr[-3000:]
+    return saved_by(folder / name, 2)
+
+
 @pytest.mark.parametrize(("stop_at", "dtype"), [(5, "bfloat16"), pytest.param(10, "float32", marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, stop_at, dtype):
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, work, stop_at, dtype):
     whole = work(tmp_path, "whole", checkpoint_seconds=0, dtype=dtype)
     work(tmp_path, "killed", checkpoint_seconds=0, dtype=dtype, stop_at=stop_at)
     saved = sorted(p.name for p in (tmp_path / "killed-run").glob("checkpoint-*"))
@@ -56,10 +112,16 @@ def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, stop_at, dt
     assert resumed["result"]["best_step"] > 0
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_give_what_one_gives(tmp_path, engine):
-    launch = [*LAUNCH, *(FSDP if engine == "fsdp" else ["--multi_gpu"])]
-    alone, together = work(tmp_path, "alone"), work(tmp_path, "together", launch=launch, checkpoint_seconds=0)
+@pytest.fixture(scope="module")
+def alone(work, tmp_path_factory):
+    """One process, from beginning to end."""
+    return work(tmp_path_factory.mktemp("alone"), "alone")
+
+
+def check_together(alone, together):
+    """Two processes that an engine brings together give what one gives."""
+    # accelerate shards on accelerators alone: what is shown of FSDP here is that its options change nothing on CPUs
+    assert (alone["engines"], together["engines"]) == ({"NO"}, {"MULTI_CPU"})
     assert together["clean"] and together["result"]["num_processes"] == 2
     assert together["result"]["num_tokens"] == alone["result"]["num_tokens"]
     for a, b in zip(alone["result"]["history"], together["result"]["history"], strict=True):
@@ -69,13 +131,18 @@ def test_two_processes_give_what_one_gives(tmp_path, engine):
         torch.testing.assert_close(together["weights"][name], tensor, atol=3e-4, rtol=1e-2)
 
 
+@pytest.mark.parametrize("engine", LAUNCH)
+def test_two_processes_give_what_one_gives(tmp_path, work, alone, engine):
+    check_together(alone, work(tmp_path, "together", engine=engine, checkpoint_seconds=0))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_two_processes_that_were_killed_go_on_to_the_same_weights(tmp_path, engine):
-    launch = [*LAUNCH, *(FSDP if engine == "fsdp" else ["--multi_gpu"])]
-    whole = work(tmp_path, "whole", launch=launch, checkpoint_seconds=0)
-    work(tmp_path, "killed", launch=launch, checkpoint_seconds=0, stop_at=5)
-    resumed = work(tmp_path, "killed", launch=launch, checkpoint_seconds=0)
+@pytest.mark.parametrize("engine", LAUNCH)
+def test_two_processes_that_were_killed_go_on_to_the_same_weights(tmp_path, alone, engine):
+    whole = launched(tmp_path, "whole", engine, checkpoint_seconds=0)
+    check_together(alone, whole)
+    launched(tmp_path, "killed", engine, checkpoint_seconds=0, stop_at=5)
+    resumed = launched(tmp_path, "killed", engine, checkpoint_seconds=0)
     assert all(torch.equal(a, resumed["weights"][n]) for n, a in whole["weights"].items())
 
 
@@ -87,9 +154,14 @@ def tuned(config, rows=16, folder=None, dense=DENSE):
     return cut, result
 
 
+@pytest.fixture(scope="module")
+def undisturbed():
+    return tuned({"checkpoint_seconds": 0})
+
+
 @pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
-def test_a_run_that_fails_at_any_step_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch):
-    whole, result = tuned({"checkpoint_seconds": 0})
+def test_a_run_that_fails_at_any_step_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch, undisturbed):
+    whole, result = undisturbed
     step = TrainingLoop._train_step
 
     def failing(loop):

@@ -1,6 +1,10 @@
 """One product for queries, keys and values: where, and that no number changes."""
 
 import collections
+import functools
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,15 +15,37 @@ from tiny_models import tiny_model
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph import packing as onnx_packing
+from optimum_clp.exporters.graph import scales as onnx_scales
+from optimum_clp.exporters.graph.file import save_graph
 from optimum_clp.runtime.names import cache_names
 
 TOKENS = np.array([[5, 9, 23, 4, 71]])
 
 
-def exported(model, folder, **quantization):
-    settings = QuantizationConfig(**{"weights": ["int4"], "method": "rtn", "group_size": 16, **quantization})
-    export_onnx(model, folder, ExportConfig(), settings, quiet=True)
-    return folder / "onnx/model_q4.onnx"
+@functools.cache
+def exported(model_type):
+    """One export: `packed`, the int4 file; `single`, the file without packing; `before`, the graph just before it."""
+    found = SimpleNamespace(temporary=tempfile.TemporaryDirectory())
+    folder = Path(found.temporary.name)
+    pack, store = onnx_packing.pack_projections, onnx_scales.store_scales_in_16_bits
+
+    def packing(quantized):
+        found.before = quantized.clone()
+        pack(quantized)
+
+    def storing(quantized, graph):
+        single = found.before.clone()
+        store(single, graph)
+        (found.single,) = save_graph(single, folder / "single.onnx")
+        store(quantized, graph)
+
+    settings = QuantizationConfig(weights=["int4"], method="rtn", group_size=16, accuracy_level=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_clp.exporters.export.pack_projections", packing)
+        patch.setattr("optimum_clp.exporters.export.store_scales_in_16_bits", storing)
+        export_onnx(tiny_model(model_type, num_layers=2), folder, ExportConfig(), settings, quiet=True)
+    found.packed = folder / "onnx/model_q4.onnx"
+    return found
 
 
 def logits(file, optimized=True):
@@ -36,13 +62,9 @@ def logits(file, optimized=True):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_packed_products_are_the_single_ones(model_type, tmp_path, monkeypatch):
+def test_packed_products_are_the_single_ones(model_type):
     """With biases (Qwen2), and with norms between projection and attention (Qwen3)."""
-    model = tiny_model(model_type, num_layers=2)
-    packed = exported(model, tmp_path / "packed", accuracy_level=1)
-    with monkeypatch.context() as patch:
-        patch.setattr("optimum_clp.exporters.export.pack_projections", lambda graph: None)
-        single = exported(model, tmp_path / "single", accuracy_level=1)
+    packed, single = exported(model_type).packed, exported(model_type).single
     counts = [collections.Counter(node.op_type for node in onnx.load(file).graph.node) for file in (packed, single)]
     assert counts[1]["MatMulNBits"] - counts[0]["MatMulNBits"] == 4 and counts[0]["Split"] == 2
     stored = [sum(len(tensor.raw_data) for tensor in onnx.load(file).graph.initializer) for file in (packed, single)]
@@ -51,19 +73,10 @@ def test_packed_products_are_the_single_ones(model_type, tmp_path, monkeypatch):
         np.testing.assert_allclose(logits(packed, optimized), logits(single, optimized), rtol=0, atol=1e-5)
 
 
-def test_projections_of_different_kinds_stay_apart(tmp_path):
-    graph = []
-    model = tiny_model("llama", num_layers=2)
-    original = onnx_packing.pack_projections
-
-    def mixed(quantized):
-        products = [node for node in quantized.graph if node.op_type == "MatMulNBits"]
-        first = next(node for node in products if "k_proj" in str(node.inputs[1].name))
-        first.attributes["accuracy_level"] = onnx_packing.ir.AttrInt64("accuracy_level", 0)
-        original(quantized)
-        graph.append(collections.Counter(node.op_type for node in quantized.graph))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimum_clp.exporters.export.pack_projections", mixed)
-        exported(model, tmp_path)
-    assert graph[0]["Split"] == 1
+def test_projections_of_different_kinds_stay_apart():
+    graph = exported("llama").before.clone()
+    products = [node for node in graph.graph if node.op_type == "MatMulNBits"]
+    first = next(node for node in products if "k_proj" in str(node.inputs[1].name))
+    first.attributes["accuracy_level"] = onnx_packing.ir.AttrInt64("accuracy_level", 0)
+    onnx_packing.pack_projections(graph)
+    assert collections.Counter(node.op_type for node in graph.graph)["Split"] == 1

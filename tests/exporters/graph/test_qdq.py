@@ -184,18 +184,31 @@ def export(folder, format, calibration=None, **quantization):
     return export_onnx(model, folder, ExportConfig(format=format), settings, calibration=calibration, quiet=True)
 
 
-def test_an_export_writes_three_standard_files_that_generate(tmp_path):
-    results = {form: export(tmp_path / form, form, method="rtn", accuracy_level=1) for form in ("contrib", "qdq")}
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Of both formats: the folder, and what the export gave."""
+    folder = tmp_path_factory.mktemp("exports")
+    return folder, {form: export(folder / form, form, method="rtn", accuracy_level=1) for form in ("contrib", "qdq")}
+
+
+def test_qdq_files_have_standard_operators_alone(exports):
+    folder, results = exports
+    for file in results["qdq"].files:
+        assert {node.domain for node in ir.load(folder / "qdq" / file.file).graph} <= {"", "ai.onnx"}
+
+
+def test_an_export_writes_three_standard_files_that_generate(exports):
+    folder, results = exports
     ids = random_tokens(2, 7)
     for file, other in zip(results["qdq"].files, results["contrib"].files, strict=True):
-        check_standard(tmp_path / "qdq" / file.file)
+        check_standard(folder / "qdq" / file.file)
         assert (file.num_quantized_matmuls, file.num_quantized_embeddings) == (
             other.num_quantized_matmuls,
             other.num_quantized_embeddings,
         )
         assert file.max_relative_error == pytest.approx(other.max_relative_error, rel=1e-3, abs=1e-5)
         texts = [
-            OnnxCausalLM.from_pretrained(tmp_path / form, file.file, num_threads=1).generate(
+            OnnxCausalLM.from_pretrained(folder / form, file.file, num_threads=1).generate(
                 ids, max_new_tokens=12, min_new_tokens=12, do_sample=False
             )
             for form in results

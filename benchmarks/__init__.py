@@ -1,0 +1,1 @@
+"""What the figures in the documentation were measured with; each script is run as `python -m benchmarks.NAME`."""
