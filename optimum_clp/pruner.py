@@ -42,9 +42,9 @@ from .report.hub import upload, written_file
 from .report.model_card import write_model_card
 from .report.plots import write_plots
 from .report.report import REPORT_NAME, CLPReport
+from .resume import journal_file
 from .runtime.causal_lm import OnnxCausalLM
 from .search import SearchResult, search_segments, search_within_budget
-from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery.cut import cut_model
 from .surgery.sizes import count_parameters

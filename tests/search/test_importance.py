@@ -14,6 +14,7 @@ from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.errors import ModelError
 from optimum_clp.evaluation.tokens import evaluate_tokens
+from optimum_clp.resume import Journal
 from optimum_clp.search import importance
 from optimum_clp.search.importance import (
     angular,
@@ -24,7 +25,6 @@ from optimum_clp.search.importance import (
     tail,
     taylor,
 )
-from optimum_clp.search.journal import Journal
 from optimum_clp.search.objective import Objective
 from optimum_clp.search.problem import Rows, SearchProblem, cut_of
 from optimum_clp.search.scoreboard import Scoreboard

@@ -8,8 +8,8 @@ from searches import settings
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 
 from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp.resume import Journal, journal_file
 from optimum_clp.search import search_segments, search_within_budget
-from optimum_clp.search.journal import Journal, journal_file
 from optimum_clp.search.objective import Objective
 
 
