@@ -91,7 +91,7 @@ def test_the_report_holds_what_was_measured(dense_folder, tmp_path):
     jsonschema.validate(report, schema)
     rows = {row["name"]: row for row in report["evaluation"]["rows"]}
     assert list(rows) == ["dense", "cut", "tuned"]
-    test = pruner._calibration().test
+    test = pruner._session.calibration().test
     with torch.no_grad():
         logits = model(test).logits.double().log_softmax(-1)
     loss = -logits[:, :-1].gather(-1, test[:, 1:, None]).mean().item()
@@ -202,7 +202,7 @@ def test_a_full_output_folder_is_refused_before_any_work(dense_folder, tmp_path)
 
 def test_a_failed_check_leaves_nothing_behind(dense_folder, tmp_path):
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    with mock.patch("optimum_clp.pruner.verify_checkpoint", side_effect=RuntimeError("planted")):
+    with mock.patch("optimum_clp.output_folder.verify_checkpoint", side_effect=RuntimeError("planted")):
         with pytest.raises(RuntimeError, match="planted"):
             pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "dense"]
@@ -215,9 +215,9 @@ def test_after_a_loss_that_is_not_finite_the_last_good_weights_are_saved(dense_f
         calls.append(1)
         return original(teacher, student) * (math.nan if len(calls) == 5 else 1.0)
 
-    import optimum_clp.tuning.student
+    from optimum_clp.tuning import student
 
-    original = optimum_clp.endpoint_student.kl_divergence
+    original = student.kl_divergence
     monkeypatch.setattr("optimum_clp.tuning.student.kl_divergence", planted)
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     with pytest.raises(TuningError, match="it must stay finite"):
@@ -273,8 +273,8 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
         given.append(calibration)
         return ExportResult(21, (), {"length": None, "checked": "none"})
 
-    monkeypatch.setattr("optimum_clp.pruner.export_onnx", export)
-    monkeypatch.setattr("optimum_clp.pruner.write_runtime_configs", lambda *args: None)
+    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", export)
+    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: None)
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     pruner.cut([(2, 4)])
     for index, values in enumerate(
@@ -283,7 +283,7 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
         pruner.config = recipe(tmp_path, quantization={"calibration_sequences": 5, **values})
         pruner.export(tmp_path / f"onnx-{index}")
     assert [rows is not None for rows in given] == [True, False, False, True, False]
-    assert torch.equal(given[0], pruner._calibration().train[:5]) and torch.equal(given[3], given[0])
+    assert torch.equal(given[0], pruner._session.calibration().train[:5]) and torch.equal(given[3], given[0])
     # a cut folder: the dense model, which may be gone, is not asked
     pruner.config = recipe(tmp_path)
     cut = CLPPruner.from_pretrained(pruner.save_pretrained(tmp_path / "cut"), quiet=True)
@@ -302,8 +302,8 @@ def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, mon
 
     monkeypatch.setattr("optimum_clp.report.hub.cached_file", cached_file)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    monkeypatch.setattr("optimum_clp.pruner.load_model", lambda path, **options: cut)
-    monkeypatch.setattr("optimum_clp.pruner.load_tokenizer", lambda path, **options: tiny_tokenizer())
+    monkeypatch.setattr("optimum_clp.session.load_model", lambda path, **options: cut)
+    monkeypatch.setattr("optimum_clp.session.load_tokenizer", lambda path, **options: tiny_tokenizer())
     pruner = CLPPruner.from_pretrained("me/name", revision="v1", quiet=True)
     assert asked == [("me/name", "clp_config.json", "v1"), ("me/name", "clp_report.json", "v1")]
     assert pruner.pruned_model is cut and pruner.segments is not None
