@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -36,29 +37,61 @@ def recipe(tmp_path, **overrides):
     return CLPConfig(**values)
 
 
-@pytest.fixture(autouse=True)
-def _few_repeats(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _few_repeats():
     # self-written text of a random model repeats nothing; the speed rounds only cost time here
-    monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
+        yield
+
+
+def write_dense(folder, **settings):
+    tiny_model(tie_word_embeddings=True, **settings).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
 def dense_folder(tmp_path):
-    folder = tmp_path / "dense"
-    tiny_model(tie_word_embeddings=True).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_dense(tmp_path / "dense")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """What one call of `prune` made of a dense folder, without ONNX files; to be looked at, not changed."""
+    place = tmp_path_factory.mktemp("pruned")
+    pruner = CLPPruner.from_pretrained(write_dense(place / "dense"), quiet=True)
+    model = pruner.prune(recipe(place), save_directory=place / "out")
+    return SimpleNamespace(pruner=pruner, model=model, place=place, dense=place / "dense", out=place / "out")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The same with all ONNX files; `graph` is what torch traced, before anything was done to it."""
+    place = tmp_path_factory.mktemp("exported")
+    pruner = CLPPruner.from_pretrained(write_dense(place / "dense", num_layers=3), quiet=True)
+    programs = []
+
+    def export(*args, **options):
+        program = trace(*args, **options)
+        programs.append(program.model.clone())
+        return program
+
+    trace = torch.onnx.export
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", export)
+        pruner.prune(recipe(place, export={"enabled": True}, quantization={"group_size": 16}), place / "out")
+    return SimpleNamespace(pruner=pruner, out=place / "out", graph=programs[-1])
 
 
 def test_it_is_an_optimum_quantizer():
     assert issubclass(CLPPruner, OptimumQuantizer)
 
 
-def test_one_call_from_a_folder_to_a_folder(dense_folder, tmp_path):
-    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    model = pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
+def test_one_call_from_a_folder_to_a_folder(pruned, tmp_path):
+    model, out = pruned.model, pruned.out
     assert model.config.num_hidden_layers == 4
-    names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    names = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert names >= {
         "config.json",
         "generation_config.json",
@@ -76,22 +109,21 @@ def test_one_call_from_a_folder_to_a_folder(dense_folder, tmp_path):
         "torch.save(logits.detach(), sys.argv[2]); AutoTokenizer.from_pretrained(sys.argv[1])\n"
         "assert 'optimum_clp' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "logits.pt")], check=True)
+    subprocess.run([sys.executable, "-c", code, str(out), str(tmp_path / "logits.pt")], check=True)
     with torch.no_grad():
         torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_the_report_holds_what_was_measured(dense_folder, tmp_path):
+def test_the_report_holds_what_was_measured(pruned):
     import jsonschema
 
-    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    model = pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
-    report = json.loads((tmp_path / "out" / "clp_report.json").read_text())
+    pruner, model = pruned.pruner, pruned.model
+    report = json.loads((pruned.out / "clp_report.json").read_text())
     schema = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
     jsonschema.validate(report, schema)
     rows = {row["name"]: row for row in report["evaluation"]["rows"]}
     assert list(rows) == ["dense", "cut", "tuned"]
-    test = pruner._calibration().test
+    test = pruner._session.calibration().test
     with torch.no_grad():
         logits = model(test).logits.double().log_softmax(-1)
     loss = -logits[:, :-1].gather(-1, test[:, 1:, None]).mean().item()
@@ -101,13 +133,12 @@ def test_the_report_holds_what_was_measured(dense_folder, tmp_path):
     assert rows["cut"]["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert all(row["decode_tokens_per_second"] > 0 for row in rows.values())
     assert report["cut"]["num_layers_before"] == 6 and len(report["cut"]["removed_layers"]) == 2
-    assert str(tmp_path) not in (tmp_path / "out" / "README.md").read_text()
+    assert str(pruned.place) not in (pruned.out / "README.md").read_text()
 
 
-def test_a_written_folder_restores_everything(dense_folder, tmp_path):
-    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
-    again = CLPPruner.from_pretrained(tmp_path / "out", quiet=True)
+def test_a_written_folder_restores_everything(pruned):
+    pruner = pruned.pruner
+    again = CLPPruner.from_pretrained(pruned.out, quiet=True)
     assert again.config == pruner.config
     assert again.segments == pruner.segments
     assert again.report.to_dict() == pruner.report.to_dict()
@@ -120,16 +151,18 @@ def test_a_written_folder_restores_everything(dense_folder, tmp_path):
     assert again.model.config.num_hidden_layers == 6
 
 
-def test_a_restored_folder_whose_dense_model_is_gone_says_so(dense_folder, tmp_path):
-    CLPPruner.from_pretrained(dense_folder, quiet=True).prune(recipe(tmp_path), save_directory=tmp_path / "out")
-    dense_folder.rename(tmp_path / "elsewhere")
-    again = CLPPruner.from_pretrained(tmp_path / "out", quiet=True)
-    with pytest.raises(
-        ModelError, match="base_model is .*this step needs the dense model, and it could not be loaded"
-    ):
-        again.tune()
-    again.model = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere").eval()
-    assert again.tune().steps > 0
+def test_a_restored_folder_whose_dense_model_is_gone_says_so(pruned):
+    pruned.dense.rename(pruned.place / "elsewhere")
+    try:
+        again = CLPPruner.from_pretrained(pruned.out, quiet=True)
+        with pytest.raises(
+            ModelError, match="base_model is .*this step needs the dense model, and it could not be loaded"
+        ):
+            again.tune()
+        again.model = AutoModelForCausalLM.from_pretrained(pruned.place / "elsewhere").eval()
+        assert again.tune().steps > 0
+    finally:
+        (pruned.place / "elsewhere").rename(pruned.dense)
 
 
 def test_the_steps_can_be_called_alone(tmp_path):
@@ -202,7 +235,7 @@ def test_a_full_output_folder_is_refused_before_any_work(dense_folder, tmp_path)
 
 def test_a_failed_check_leaves_nothing_behind(dense_folder, tmp_path):
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    with mock.patch("optimum_clp.pruner.verify_checkpoint", side_effect=RuntimeError("planted")):
+    with mock.patch("optimum_clp.output_folder.verify_checkpoint", side_effect=RuntimeError("planted")):
         with pytest.raises(RuntimeError, match="planted"):
             pruner.prune(recipe(tmp_path), save_directory=tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "dense"]
@@ -215,9 +248,9 @@ def test_after_a_loss_that_is_not_finite_the_last_good_weights_are_saved(dense_f
         calls.append(1)
         return original(teacher, student) * (math.nan if len(calls) == 5 else 1.0)
 
-    import optimum_clp.tuning.student
+    from optimum_clp.tuning import student
 
-    original = optimum_clp.endpoint_student.kl_divergence
+    original = student.kl_divergence
     monkeypatch.setattr("optimum_clp.tuning.student.kl_divergence", planted)
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     with pytest.raises(TuningError, match="it must stay finite"):
@@ -247,14 +280,14 @@ def test_an_unsupported_architecture_is_refused(tmp_path):
         CLPPruner.from_pretrained(model)
 
 
-def test_quantize_writes_a_quanto_folder(dense_folder, tmp_path):
+def test_quantize_writes_a_quanto_folder(exported, tmp_path, monkeypatch):
     from optimum_clp.quantization import load_quantized
 
-    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    pruner.config = recipe(tmp_path)
-    pruner.cut([(2, 4)])
+    # the same weights were traced before, which is most of an export; the files are made, and checked, anew
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: SimpleNamespace(model=exported.graph.clone()))
+    pruner = CLPPruner.from_pretrained(exported.out, quiet=True)
     folder = pruner.quantize(tmp_path / "q", weights="int8")
-    assert load_quantized(folder).config.num_hidden_layers == 4
+    assert load_quantized(folder).config.num_hidden_layers == 2
     assert pruner.report.quantization[0]["weights"] == "int8"
     with pytest.raises(ConfigurationError, match="file_prefix is 'x': quanto checkpoints have fixed file names"):
         pruner.quantize(tmp_path / "q2", "x")
@@ -273,8 +306,8 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
         given.append(calibration)
         return ExportResult(21, (), {"length": None, "checked": "none"})
 
-    monkeypatch.setattr("optimum_clp.pruner.export_onnx", export)
-    monkeypatch.setattr("optimum_clp.pruner.write_runtime_configs", lambda *args: None)
+    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", export)
+    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: None)
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     pruner.cut([(2, 4)])
     for index, values in enumerate(
@@ -283,7 +316,7 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
         pruner.config = recipe(tmp_path, quantization={"calibration_sequences": 5, **values})
         pruner.export(tmp_path / f"onnx-{index}")
     assert [rows is not None for rows in given] == [True, False, False, True, False]
-    assert torch.equal(given[0], pruner._calibration().train[:5]) and torch.equal(given[3], given[0])
+    assert torch.equal(given[0], pruner._session.calibration().train[:5]) and torch.equal(given[3], given[0])
     # a cut folder: the dense model, which may be gone, is not asked
     pruner.config = recipe(tmp_path)
     cut = CLPPruner.from_pretrained(pruner.save_pretrained(tmp_path / "cut"), quiet=True)
@@ -292,18 +325,17 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
     assert cut.model is None and given[-1].shape == (3, 24)
 
 
-def test_recipe_and_report_are_read_from_the_hub_too(dense_folder, tmp_path, monkeypatch):
-    CLPPruner.from_pretrained(dense_folder, quiet=True).prune(recipe(tmp_path), save_directory=tmp_path / "out")
+def test_recipe_and_report_are_read_from_the_hub_too(pruned, monkeypatch):
     asked = []
 
     def cached_file(path, name, **options):
         asked.append((path, name, options["revision"]))
-        return str(tmp_path / "out" / name)
+        return str(pruned.out / name)
 
     monkeypatch.setattr("optimum_clp.report.hub.cached_file", cached_file)
-    cut = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    monkeypatch.setattr("optimum_clp.pruner.load_model", lambda path, **options: cut)
-    monkeypatch.setattr("optimum_clp.pruner.load_tokenizer", lambda path, **options: tiny_tokenizer())
+    cut = AutoModelForCausalLM.from_pretrained(pruned.out).eval()
+    monkeypatch.setattr("optimum_clp.session.load_model", lambda path, **options: cut)
+    monkeypatch.setattr("optimum_clp.session.load_tokenizer", lambda path, **options: tiny_tokenizer())
     pruner = CLPPruner.from_pretrained("me/name", revision="v1", quiet=True)
     assert asked == [("me/name", "clp_config.json", "v1"), ("me/name", "clp_report.json", "v1")]
     assert pruner.pruned_model is cut and pruner.segments is not None
@@ -357,21 +389,19 @@ class TestUpload:
         assert all(words[:40].encode() not in content for content in seen["files"].values())
 
 
-def test_onnx_files_are_written_measured_and_evaluated_by_the_same_code(dense_folder, tmp_path):
-    pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
-    pruner.prune(recipe(tmp_path, export={"enabled": True}, quantization={"group_size": 16}), tmp_path / "out")
-    rows = {row["name"]: row for row in pruner.report.evaluation["rows"]}
+def test_onnx_files_are_written_measured_and_evaluated_by_the_same_code(exported, tmp_path):
+    rows = {row["name"]: row for row in exported.pruner.report.evaluation["rows"]}
     assert list(rows) == ["dense", "cut", "tuned", "onnx", "onnx int8", "onnx int4"]
     assert rows["onnx"]["perplexity"] == pytest.approx(rows["tuned"]["perplexity"], rel=1e-4)
     assert rows["onnx int8"]["kl"] < rows["onnx int4"]["kl"]
     assert rows["onnx int4"]["bytes"] < rows["onnx int8"]["bytes"] < rows["onnx"]["bytes"]
-    again = CLPPruner.from_pretrained(tmp_path / "out", quiet=True)
+    again = CLPPruner.from_pretrained(exported.out, quiet=True)
     again.config.export.enabled = False
     again.save_pretrained(tmp_path / "without")
     assert again.report.export is None and "onnx/" not in (tmp_path / "without" / "README.md").read_text()
-    found = CLPPruner.from_pretrained(tmp_path / "out", "onnx/model_q4.onnx", quiet=True)
+    found = CLPPruner.from_pretrained(exported.out, "onnx/model_q4.onnx", quiet=True)
     words = " ".join(f"w{i}" for i in random_tokens(1, 300)[0].tolist())
     assert found.evaluate([words])["perplexity"] > 1
     with pytest.raises(Exception, match="an ONNX file alone has no test rows"):
         found.evaluate()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w6")["input_ids"] == [5, 6]
+    assert AutoTokenizer.from_pretrained(exported.out)("w5 w6")["input_ids"] == [5, 6]

@@ -64,7 +64,7 @@ def no_work(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("optimum_clp.pruner.load_calibration", fail)
+    monkeypatch.setattr("optimum_clp.session.load_calibration", fail)
 
 
 def test_onnx_is_refused_before_any_work(tmp_path, monkeypatch):

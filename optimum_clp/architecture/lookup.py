@@ -16,8 +16,11 @@ from ..segments import LayerSegment, candidate_segments, kept_layers
 from .fields import DepthField, NotRepresentable
 from .table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
 
-# where models with ALiBi, which have no table of positions, keep the length that they were trained on
-_CONTEXT_LENGTH = ("max_position_embeddings", "max_seq_len", "seq_length")
+# where a model has positions for so many tokens and no more, in the order of lm-eval; transformers' attribute_map lets
+# GPT-2's n_positions and DBRX's max_seq_len answer to the second name as well
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")
+# where models with ALiBi (MPT, BLOOM), which have a position for every token, keep the length that they were trained on
+_TRAINED_ON = ("max_seq_len", "seq_length")
 # how a model computes; kept in the config object, not in its file
 _RUNTIME_SETTINGS = ("_attn_implementation_internal", "_experts_implementation_internal", "_name_or_path")
 
@@ -57,10 +60,28 @@ def num_layers(config: PretrainedConfig) -> int:
     return getattr(text_config(config), find_architecture(config).count)
 
 
+def context_limit(config: PretrainedConfig) -> int | None:
+    """Longest text that a model can take, in tokens; `None` where any length can be given, as with ALiBi."""
+    return _first_length(config, _POSITIONS)
+
+
+def within_context(length: int, config: PretrainedConfig) -> int:
+    """`length` tokens, or as many as the model can take if these are fewer."""
+    return min(length, context_limit(config) or length)
+
+
 def declared_context_length(config: PretrainedConfig) -> int | None:
-    """Longest text that a config declares, in tokens; `None` if it declares none."""
-    found = (getattr(text_config(config), name, None) for name in _CONTEXT_LENGTH)
-    return next((length for length in found if length), None)
+    """Longest text that a model is made for, in tokens; `None` if its config declares none.
+
+    It is the [`context_limit`]; for a model without one, the length that it was trained on, which it can go beyond: a
+    runtime that sets memory aside goes by it, and calibration rows are not shortened to it.
+    """
+    return context_limit(config) or _first_length(config, _TRAINED_ON)
+
+
+def _first_length(config: PretrainedConfig, names: Sequence[str]) -> int | None:
+    found = (getattr(text_config(config), name, None) for name in names)
+    return next((int(length) for length in found if length and length > 0), None)
 
 
 def decoder_path(model: PreTrainedModel) -> str:

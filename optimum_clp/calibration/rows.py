@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..architecture.lookup import text_config
+from ..architecture.lookup import within_context
 from ..configuration.stages import CalibrationConfig
 from ..errors import CalibrationError
-from .sample_cache import Sample, weights_fingerprint
+from ..resume import weights_fingerprint
+from .sample_cache import Sample
 from .self_written import embedding_weight, sample_text
 from .sources import Passage, describe, read_passages
 
@@ -80,8 +81,8 @@ def load_calibration(
     """Read or write the text that `config` asks for, and split it.
 
     Args:
-        config ([`CalibrationConfig`]): The source and the number of rows. Rows are shortened to the model's
-            `max_position_embeddings` if that is less than `sequence_length`.
+        config ([`CalibrationConfig`]): The source and the number of rows. Rows are shortened to the longest text that the
+            model can take if that is less than `sequence_length`.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Needed for given text, not for self-written text.
         model (`PreTrainedModel`): The dense model: gives the context length and the vocabulary, and writes the text
             if `config.dataset` is `None`. Left as it is.
@@ -98,7 +99,7 @@ def load_calibration(
         CalibrationError: If the text cannot be read, there is too little of it, or a token is not in the model's
             vocabulary.
     """
-    length = _row_length(config.sequence_length, model)
+    length = within_context(config.sequence_length, model.config)
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
     own = _self_written_rows(config)
     given = [size - count for size, count in zip(sizes, own, strict=True)]
@@ -233,11 +234,6 @@ def _warn_if_repetitive(share: float) -> None:
             "calibration.temperature.",
             stacklevel=3,
         )
-
-
-def _row_length(requested: int, model: PreTrainedModel) -> int:
-    limit = getattr(text_config(model.config), "max_position_embeddings", None)
-    return min(requested, limit) if limit else requested
 
 
 def _read_rows(

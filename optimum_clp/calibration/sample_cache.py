@@ -6,22 +6,19 @@ at once or not at all, and carries a checksum.
 
 import contextlib
 import hashlib
-import json
 import os
 import uuid
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from ..progress import progress_bar
+from ..resume import cache_file
 from ..version import __version__
 
 # raised when the sampling or the file changes: every older file is then a miss
@@ -43,24 +40,6 @@ class Sample:
     losses: torch.Tensor
 
 
-def weights_fingerprint(model: PreTrainedModel, quiet: bool = False) -> str | None:
-    """A hash of every bit of the weights, about a second per gigabyte; `None` if they are not in memory."""
-    return tensors_fingerprint([*model.named_parameters(), *model.named_buffers()], quiet)
-
-
-def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool = False) -> str | None:
-    """A hash of every bit of some tensors and of their names; `None` if one of them is not in memory."""
-    if any(tensor.is_meta for _, tensor in tensors):
-        return None
-    fingerprint = hashlib.sha256()
-    with progress_bar(len(tensors), "Fingerprint of the weights", quiet) as bar:
-        for name, tensor in tensors:
-            fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            bar.update(1)
-    return fingerprint.hexdigest()
-
-
 def sample_file(
     model: PreTrainedModel,
     fingerprint: str | None,
@@ -71,9 +50,8 @@ def sample_file(
     if fingerprint is None:
         return None
     config = {k: v for k, v in model.config.to_dict().items() if k not in _VOLATILE_CONFIG_KEYS}
-    headers = json.dumps([_FORMAT, __version__, config, parameters, fingerprint], sort_keys=True, default=str)
-    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
-    return folder / f"self_written-{hashlib.sha256(headers.encode()).hexdigest()[:32]}.safetensors"
+    contents = [_FORMAT, __version__, config, parameters, fingerprint]
+    return cache_file("self_written", contents, cache_dir, ".safetensors")
 
 
 def load_sample(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:

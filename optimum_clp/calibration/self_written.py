@@ -19,7 +19,8 @@ from ..errors import CalibrationError
 from ..forward.decoding import takes_back_its_cache
 from ..forward.hooks import evaluation_mode
 from ..progress import progress_bar
-from .sample_cache import Sample, load_sample, sample_file, save_sample, weights_fingerprint
+from ..resume import weights_fingerprint
+from .sample_cache import Sample, load_sample, sample_file, save_sample
 
 # seconds of writing that an interruption may cost, beside the batch that it falls into
 _SAVE_INTERVAL = 10.0

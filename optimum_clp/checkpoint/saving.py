@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..architecture.lookup import text_config
+from ..architecture.lookup import text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import evaluation_mode
 from .files import (
@@ -167,9 +167,8 @@ def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) 
         owner, _, attribute = name.rpartition(".")
         setattr(reloaded.get_submodule(owner), attribute, buffer)
     generator = torch.Generator().manual_seed(0)
-    config = text_config(model.config)
-    length = min(PROBE_LENGTH, getattr(config, "max_position_embeddings", None) or PROBE_LENGTH)
-    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    length = within_context(PROBE_LENGTH, model.config)
+    ids = torch.randint(text_config(model.config).vocab_size, (1, length), generator=generator)
     with torch.no_grad(), evaluation_mode(model):
         equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
     if not equal:

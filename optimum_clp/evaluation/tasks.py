@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..architecture.lookup import text_config
+from ..architecture.lookup import context_limit, text_config
 from ..errors import CalibrationError, ConfigurationError, ModelError
 from ..progress import progress_bar
 
@@ -328,11 +328,8 @@ def _start(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
 
 
 def _max_length(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    config = text_config(model.config)
-    lengths = [getattr(config, key, None) for key in ("n_positions", "max_position_embeddings", "n_ctx")]
-    if tokenizer.model_max_length < _NO_LENGTH:
-        lengths.append(tokenizer.model_max_length)
-    return next((int(length) for length in lengths if length is not None), _DEFAULT_MAX_LENGTH)
+    own = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_LENGTH else None
+    return context_limit(model.config) or own or _DEFAULT_MAX_LENGTH
 
 
 def _check_vocabulary(requests: list[_Request], model: Any) -> None:

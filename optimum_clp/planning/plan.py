@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config
+from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
@@ -217,7 +217,6 @@ def _tuning(
     recipe: CLPConfig,
 ) -> TuningMemory:
     text = recipe.calibration
-    longest = getattr(text_config(dense.config), "max_position_embeddings", None)
     return tuning_memory(
         dense,
         kept,
@@ -226,7 +225,7 @@ def _tuning(
         activations=activations,
         train_rows=text.train_sequences,
         validation_rows=text.validation_sequences,
-        sequence_length=min(text.sequence_length, longest) if longest else text.sequence_length,
+        sequence_length=within_context(text.sequence_length, dense.config),
     )
 
 

@@ -20,10 +20,10 @@ from ..architecture.lookup import text_config
 from ..forward.hooks import recorded_inputs, run_without_head
 from ..forward.layer_stack import LayerStack
 from ..progress import progress_bar
+from ..resume import Journal
 from ..segments import LayerSegment
 from ..surgery.sizes import count_bytes
 from .gate import hard_gate
-from .journal import Journal
 from .work import ForwardWork, measure_work
 
 Gate = tuple[float, ...]

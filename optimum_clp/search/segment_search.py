@@ -17,8 +17,8 @@ from ..configuration.stages import SearchConfig
 from ..doors import STRATEGIES
 from ..errors import ModelError, SearchError
 from ..forward.hooks import evaluation_mode
+from ..resume import Journal
 from ..segments import LayerSegment
-from .journal import Journal
 from .objective import Objective
 from .problem import Rows, SearchOutcome, SearchProblem
 from .result import SearchResult, TriedLength

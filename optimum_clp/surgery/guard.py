@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..architecture.lookup import decoder_layers, decoder_path, describe_layers, num_layers, text_config
+from ..architecture.lookup import (
+    decoder_layers,
+    decoder_path,
+    describe_layers,
+    num_layers,
+    text_config,
+    within_context,
+)
 from ..errors import CutError
 from ..forward.hooks import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
 
@@ -215,8 +222,7 @@ def _probe_length(model: PreTrainedModel) -> int:
     config = text_config(model.config)
     windows = [vars(config).get(config.attribute_map.get(name, name)) for name in _WINDOW_NAMES]
     window = max((w for w in windows if isinstance(w, int)), default=0)
-    limit = vars(config).get(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"))
-    return max(1, min(window + 8, _LONGEST_PROBE, limit if isinstance(limit, int) and limit > 0 else _LONGEST_PROBE))
+    return max(1, within_context(min(window + 8, _LONGEST_PROBE), model.config))
 
 
 def _layer_arguments(model: PreTrainedModel, ids: Tensor, forms: Sequence[int | None]) -> list[tuple]:

@@ -4,7 +4,15 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers import __version__ as transformers_version
 from zoo import ZOO, zoo_config
 
-from optimum_clp.architecture.lookup import cut_config, decoder_layers, find_architecture, num_layers
+from optimum_clp.architecture.lookup import (
+    context_limit,
+    cut_config,
+    declared_context_length,
+    decoder_layers,
+    find_architecture,
+    num_layers,
+    within_context,
+)
 from optimum_clp.architecture.table import REFUSED
 from optimum_clp.errors import CutError, ModelError
 
@@ -29,6 +37,24 @@ def test_an_unknown_type_is_refused_with_the_supported_ones():
         r"corrupt it silently\. Use one of: afmoe, .*, zamba; or add it, see docs/architectures.md",
     ):
         find_architecture(config)
+
+
+@pytest.mark.parametrize("tiny", ZOO, ids=lambda tiny: tiny.name)
+def test_the_context_length_is_found_whatever_its_name(tiny):
+    # every other type of the zoo is made for 128 tokens, by one name or another
+    without = {"bloom", "falcon_mamba", "mamba", "mamba2", "mpt", "recurrent_gemma", "xlstm"}
+    limit = None if tiny.model_type in without else 128
+    config = zoo_config(tiny)
+    assert context_limit(config) == limit
+    assert (within_context(64, config), within_context(4096, config)) == (64, limit or 4096)
+    # MPT was trained on so many tokens; its ALiBi goes on behind them
+    assert declared_context_length(config) == (2048 if tiny.model_type == "mpt" else limit)
+
+
+def test_the_length_that_bloom_was_trained_on_is_declared_but_is_no_limit():
+    config = zoo_config(member("bloom"), seq_length=256)
+    assert declared_context_length(config) == 256
+    assert context_limit(config) is None and within_context(4096, config) == 4096
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])

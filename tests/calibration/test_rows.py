@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_clp.calibration import sample_cache
+from optimum_clp import resume
 from optimum_clp.calibration.rows import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
 from optimum_clp.configuration.stages import CalibrationConfig
 from optimum_clp.errors import CalibrationError
@@ -378,7 +378,7 @@ def test_the_weights_are_read_once_for_both_samples(model, tmp_path, monkeypatch
 
     def counted(*arguments):
         calls.append(arguments)
-        return sample_cache.weights_fingerprint(*arguments)
+        return resume.weights_fingerprint(*arguments)
 
     monkeypatch.setattr("optimum_clp.calibration.rows.weights_fingerprint", counted)
     monkeypatch.setattr("optimum_clp.calibration.self_written.weights_fingerprint", counted)

@@ -14,7 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from optimum_clp.calibration import sample_cache, self_written
+from optimum_clp import resume
+from optimum_clp.calibration import self_written
 from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.errors import CalibrationError
 
@@ -268,6 +269,6 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(write, tmp_path):
 
 
 def test_the_default_folder_is_the_hugging_face_cache(write, monkeypatch, tmp_path):
-    monkeypatch.setattr(sample_cache.constants, "HF_HOME", os.fspath(tmp_path / "home"))
+    monkeypatch.setattr(resume.constants, "HF_HOME", os.fspath(tmp_path / "home"))
     write(small_model(), cache_dir=None)
     assert len(list((tmp_path / "home" / "optimum_clp").iterdir())) == 1

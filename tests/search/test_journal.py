@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ from searches import settings
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 
 from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp.resume import Journal, cache_file
 from optimum_clp.search import search_segments, search_within_budget
-from optimum_clp.search.journal import Journal, journal_file
 from optimum_clp.search.objective import Objective
 
 
@@ -99,6 +100,25 @@ def test_the_pruner_resumes_by_itself_and_only_the_same_search(tmp_path, monkeyp
         assert len(computed) == 5 and not kept.exists()
 
 
+def test_a_search_is_resumed_after_what_comes_behind_it_was_changed(tmp_path, monkeypatch):
+    text = [" ".join(f"w{3 + (i * j) % 90}" for i in range(200)) for j in range(1, 40)]
+    calibration = {"dataset": text, "sequence_length": 16, "train_sequences": 8, "cache_dir": str(tmp_path)}
+    calibration |= {"validation_sequences": 4, "test_sequences": 4}
+    search = {"strategy": "exhaustive", "batch_size": 1}
+
+    def computed(interrupted_after=None, **stages):
+        pruner = CLPPruner.from_pretrained(tiny_model(num_layers=8), tokenizer=tiny_tokenizer(), quiet=True)
+        config = CLPConfig(0.25, calibration=calibration, search=search, **stages)
+        with monkeypatch.context() as patch:
+            done = interrupt_after(patch, interrupted_after or 10_000)
+            with contextlib.suppress(Interrupted):
+                pruner.search(config)
+        return len(done)
+
+    assert computed(interrupted_after=3) == 3
+    assert computed(quantization={"method": "rtn"}, tuning={"epochs": 7}, export={"enabled": False}) == 5
+
+
 def test_what_cannot_be_written_is_told_once(tmp_path):
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "search.jsonl")
@@ -110,8 +130,8 @@ def test_what_cannot_be_written_is_told_once(tmp_path):
 
 def test_a_journals_name_depends_on_all_of_its_contents(tmp_path):
     base = {"weights": "a", "rows": [1]}
-    names = {journal_file("search", {**base, **change}, tmp_path) for change in ({}, {"weights": "b"}, {"rows": [2]})}
-    assert len(names) == 3 and journal_file("search", base, tmp_path) in names
+    names = {cache_file("search", {**base, **change}, tmp_path) for change in ({}, {"weights": "b"}, {"rows": [2]})}
+    assert len(names) == 3 and cache_file("search", base, tmp_path) in names
 
 
 WORKER = """

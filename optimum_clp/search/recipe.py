@@ -1,0 +1,67 @@
+"""The search that a recipe asks for: a given number of layers, or as many as a quality budget lets go."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..architecture.lookup import allowed_segments, num_layers
+from ..configuration.clp_config import CLPConfig
+from ..segments import number_of_layers_to_remove
+from .result import SearchResult
+from .segment_search import search_segments, search_within_budget
+
+
+def layers_to_remove(recipe: CLPConfig, config: PretrainedConfig) -> int | None:
+    """How many layers a recipe removes from a model; `None` if its quality budget decides.
+
+    Args:
+        recipe ([`CLPConfig`]): With a ratio or a budget.
+        config (`PretrainedConfig`): Of the dense model.
+
+    Raises:
+        ConfigurationError: If the ratio removes no layer or all of them.
+        ModelError: If one segment is asked for, and none of that length can be removed exactly.
+    """
+    if recipe.perplexity_bound() is not None:
+        return None
+    count = number_of_layers_to_remove(float(recipe.pruning_ratio), num_layers(config))
+    if recipe.num_segments == 1:
+        allowed_segments(config, count)
+    return count
+
+
+def search_by_recipe(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    validation_tokens: Tensor,
+    recipe: CLPConfig,
+    *,
+    journal: Path | None = None,
+    quiet: bool = False,
+) -> SearchResult:
+    """Find the layers that a recipe removes.
+
+    Args:
+        model (`PreTrainedModel`): The dense model; not changed.
+        tokens (`Tensor`): int64 `[rows, length]`: searched on, the first `recipe.search.num_sequences`.
+        validation_tokens (`Tensor`): int64 `[rows, length]`: a quality budget holds on these.
+        recipe ([`CLPConfig`]): Its ratio or budget, number of segments, seed and `search`.
+        journal, quiet: As in [`search_segments`].
+
+    Raises:
+        ConfigurationError, ModelError: As [`layers_to_remove`].
+        SearchError: If no cut has a finite score, or if not even one layer fits the quality budget.
+    """
+    options: dict[str, Any] = {
+        "num_segments": recipe.num_segments,
+        "seed": recipe.seed,
+        "journal": journal,
+        "quiet": quiet,
+    }
+    count, bound = layers_to_remove(recipe, model.config), recipe.perplexity_bound()
+    if count is not None:
+        return search_segments(model, tokens, count, recipe.search, **options)
+    assert bound is not None
+    return search_within_budget(model, tokens, validation_tokens, bound, recipe.search, **options)

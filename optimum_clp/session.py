@@ -1,0 +1,306 @@
+"""What the steps of a run work on: the dense model, the text and the weights' fingerprint, each made when it is needed.
+
+What has come out so far lies beside them, with the one rule of what a new outcome makes void.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .architecture.lookup import find_architecture, num_layers, within_context
+from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from .checkpoint.loading import load_model, load_tokenizer
+from .configuration.clp_config import CLPConfig
+from .errors import CalibrationError, ConfigurationError, ModelError
+from .report.hub import written_file
+from .report.report import REPORT_NAME, CLPReport
+from .resume import search_journal, tuning_folder, weights_fingerprint
+from .runtime.causal_lm import OnnxCausalLM
+from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers
+from .surgery.sizes import count_parameters
+
+_OF_A_FOLDER = ("quantization", "export", "evaluation")
+# what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
+_VOID = {
+    "search": ("cut", "tuning", *_OF_A_FOLDER),  # once it has chosen other segments than before
+    "cut": ("cut", "tuning", *_OF_A_FOLDER),
+    "cut elsewhere": ("search",),  # these layers are not what that search chose
+    "tune": (),
+    "export": ("quantization",),
+    "save": _OF_A_FOLDER,
+}
+# steps after which what was saved before is not this model
+_UNSAVED = ("search", "cut", "tune")
+
+
+@dataclass(eq=False)
+class Session:
+    """What the steps of a run work on, and what has come out of them.
+
+    Args:
+        model (`PreTrainedModel` or `None`): The dense model, never changed; [`~Session.dense`] loads a missing one.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): The model's.
+        config ([`CLPConfig`]): The recipe.
+        report ([`CLPReport`]): What was measured so far.
+        pruned_model (`PreTrainedModel` or `None`): The cut model.
+        segments (`tuple[LayerSegment, ...]` or `None`): What was or is to be cut, in the dense model's numbering.
+        quiet (`bool`): No progress bars.
+        onnx_file ([`OnnxCausalLM`] or `None`): All that there is, if a file of a folder was opened.
+        folder (`Path` or `None`): The folder that was opened or saved last, as long as it holds this model.
+    """
+
+    model: PreTrainedModel | None = None
+    tokenizer: Any = None
+    config: CLPConfig = field(default_factory=CLPConfig)
+    report: CLPReport = field(default_factory=CLPReport)
+    pruned_model: PreTrainedModel | None = None
+    segments: tuple[LayerSegment, ...] | None = None
+    quiet: bool = False
+    onnx_file: OnnxCausalLM | None = None
+    folder: Path | None = None
+    _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
+    _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.report.base_model is None:
+            self.report.base_model = _description(self.model, self.model.name_or_path, None)
+
+    def use(self, config: CLPConfig | None) -> CLPConfig:
+        """Replace the recipe by `config`, if there is one, and check it."""
+        if config is not None:
+            self.config = config
+        self.config.validate()
+        return self.config
+
+    def forget(self, step: str) -> None:
+        """Drop what a step makes void: what was done to a cut model and measured of it says nothing about another."""
+        if "cut" in _VOID[step]:
+            self.pruned_model = None
+        if step in _UNSAVED:
+            self.folder = None
+        for section in _VOID[step]:
+            setattr(self.report, section, None)
+
+    def dense(self) -> PreTrainedModel:
+        """The dense model; for a folder that was cut before, from where its report says.
+
+        Raises:
+            ModelError: If it is needed and cannot be loaded.
+        """
+        if self.model is None:
+            base = self.report.base_model or {}
+            name = base.get("name_or_path")
+            try:
+                if not name:
+                    raise ModelError.of("base_model", name, "the report does not name it", "Name it")
+                like = self.pruned_model
+                self.model = load_model(
+                    name,
+                    revision=base.get("revision"),
+                    dtype="auto" if like is None else like.dtype,
+                    device_map=None if like is None else {"": like.device},
+                    quiet=self.quiet,
+                )
+            except ModelError as error:
+                raise ModelError.of(
+                    "base_model",
+                    name,
+                    f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
+                    "Start from the dense model, or set the pruner's `model` to it",
+                ) from error
+        return self.model
+
+    def cut_model(self) -> PreTrainedModel:
+        """The cut model.
+
+        Raises:
+            ConfigurationError: If nothing has been cut yet.
+        """
+        if self.pruned_model is None:
+            raise ConfigurationError.of(
+                "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
+            )
+        return self.pruned_model
+
+    def segments_to_cut(self, given: Iterable[LayerSegment] | None) -> tuple[LayerSegment, ...]:
+        """`given`, or else what the search has found, checked against the dense model.
+
+        Raises:
+            ConfigurationError: If there are none, or they do not fit the model.
+        """
+        total, chosen = num_layers(self.dense().config), self.segments if given is None else given
+        if chosen is None:
+            raise ConfigurationError.of(
+                "segments", None, "there is nothing to cut yet", "Call search() first, or give segments"
+            )
+        return check_segments(chosen, total)
+
+    def set_cut(self, model: PreTrainedModel, segments: tuple[LayerSegment, ...]) -> None:
+        """Take over a cut model, and write the report's `cut` section."""
+        self.pruned_model, self.segments = model, segments
+        total = num_layers(self.dense().config)
+        kept = kept_layers(segments, total)
+        self.report.cut = {
+            "segments": [s.to_list() for s in segments],
+            "removed_layers": [i for i in range(total) if i not in kept],
+            "num_layers_before": total,
+            "num_layers_after": len(kept),
+            "num_parameters_before": count_parameters(self.dense()),
+            "num_parameters_after": count_parameters(model),
+        }
+        if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
+            self.forget("cut elsewhere")
+
+    def calibration(self) -> CalibrationData:
+        """The recipe's text, read or written once for each recipe; also the report's `calibration` section.
+
+        Raises:
+            CalibrationError: If it cannot be had.
+        """
+        source = {"seed": self.config.seed, **vars(self.config.calibration)}
+        if self._text is None or self._text[0] != source:
+            if self.onnx_file is not None:
+                raise CalibrationError.of(
+                    "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
+                )
+            writes = self.config.calibration.dataset is None
+            model = self.dense() if writes else self.model or self.pruned_model
+            assert model is not None
+            self._weights = None
+            data = load_calibration(
+                self.config.calibration,
+                self.tokenizer,
+                model,
+                self.config.seed,
+                self.quiet,
+                fingerprint=self.fingerprint() if writes else None,
+            )
+            self._text = source, data
+        self.report.calibration = self._text[1].to_dict()
+        return self._text[1]
+
+    def rows(self, text: str | list[str] | None, model: Any) -> torch.Tensor:
+        """Token rows to measure a model on: of a given text, or else the recipe's own test rows; int64 `[rows, length]`."""
+        if text is None:
+            return self.calibration().test
+        settings = self.config.calibration
+        length = within_context(settings.sequence_length, model.config)
+        column = settings.text_column
+        return tokenize_dataset(text, self.tokenizer, sequence_length=length, text_column=column, name="text")
+
+    def fingerprint(self) -> str | None:
+        """The dense weights' hash, taken once for each text: the text itself is not written again either."""
+        if self._weights is None or self._weights[0] is not self.dense():
+            self._weights = self.dense(), weights_fingerprint(self.dense(), self.quiet)
+        return self._weights[1]
+
+    def search_journal(self) -> Path | None:
+        """Where this search keeps what it measures; nowhere if the weights are not in memory."""
+        config, data = self.config, self.calibration()
+        rows = data.train[: config.search.num_sequences], data.validation
+        return search_journal(self.dense(), self.fingerprint(), config.to_dict(), rows, config.calibration.cache_dir)
+
+    def tuning_folder(self) -> Path | None:
+        """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
+        config, data, segments = self.config, self.calibration(), self.segments or ()
+        recipe = {
+            "tuning": vars(config.tuning),
+            "seed": config.seed,
+            "layers": endpoint_layers(segments, num_layers(self.dense().config), config.tuning.endpoint_width),
+            "segments": list(map(str, segments)),
+        }
+        models, rows = (self.dense(), self.cut_model()), (data.train, data.validation)
+        return tuning_folder(*models, self.fingerprint(), recipe, rows, config.calibration.cache_dir, self.quiet)
+
+    def measured_model(self, file_name: str | None) -> Any:
+        """What there is to measure: an ONNX file of the folder that was opened or saved last, if it is named; else the
+        file that was opened alone, the cut model, or the dense one.
+
+        Raises:
+            ConfigurationError: If a file is named, and there is no such folder.
+        """
+        if file_name is None:
+            return self.onnx_file or self.pruned_model or self.model
+        if self.folder is None:
+            rule = "no folder was opened or saved yet"
+            raise ConfigurationError.of("file_name", file_name, rule, "Save the model first")
+        return OnnxCausalLM.from_pretrained(self.folder, file_name)
+
+    def reference(self, given: PreTrainedModel | str | os.PathLike | None) -> PreTrainedModel | None:
+        """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
+        if given is None:
+            return self.model
+        return given if isinstance(given, PreTrainedModel) else load_model(given, quiet=self.quiet)
+
+
+def session_attribute(name: str) -> Any:
+    """A property of a class that has a `_session`: what that session's attribute of this name is."""
+    return property(lambda self: getattr(self._session, name), lambda self, value: setattr(self._session, name, value))
+
+
+def open_session(
+    model_or_path: PreTrainedModel | str | os.PathLike,
+    file_name: str | None,
+    tokenizer: Any,
+    *,
+    reading: dict[str, Any],
+    hub: dict[str, Any],
+    quiet: bool = False,
+) -> Session:
+    """A session over a dense model, a folder that was written before, or one ONNX file of such a folder.
+
+    Args:
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, a Hub id, or a local folder.
+        file_name (`str` or `None`): An ONNX file of the folder, which is all that is opened then.
+        tokenizer (`PreTrainedTokenizerBase`, `str`, `os.PathLike` or `None`): If it does not lie beside the model.
+        reading (`dict`): `dtype`, `device_map` and `use_safetensors` of [`load_model`].
+        hub (`dict`): Its `revision`, `token` and `trust_remote_code`.
+        quiet (`bool`): No progress bars.
+
+    Raises:
+        ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
+        ConfigurationError: If `file_name` is given with a model in memory.
+    """
+    path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
+    session = Session(quiet=quiet, folder=Path(path) if path is not None and os.path.isdir(path) else None)
+    ours = CLPConfig.CONFIG_NAME, REPORT_NAME
+    recipe, record = (written_file(path, name, hub["revision"], hub["token"]) for name in ours)
+    if recipe:
+        session.config = CLPConfig.from_pretrained(recipe)
+    if record:
+        session.report = CLPReport.load(record)
+    if file_name is not None:
+        if path is None:
+            rule = "it names a file of a folder, and a model in memory has none"
+            raise ConfigurationError.of("file_name", file_name, rule, "Give the folder instead of the model")
+        session.onnx_file = OnnxCausalLM.from_pretrained(path, file_name)
+    else:
+        loaded = load_model(model_or_path, accept=find_architecture, quiet=quiet, **reading, **hub)
+        if session.report.cut is not None:
+            session.pruned_model = loaded
+            session.segments = tuple(LayerSegment(*bounds) for bounds in session.report.cut["segments"])
+        else:
+            # what was measured before the cut, as by a search, is measured again
+            session.model = loaded
+            name = path or loaded.name_or_path
+            session.report = CLPReport(base_model=_description(loaded, name, hub["revision"]))
+    source = path if tokenizer is None else tokenizer
+    session.tokenizer = load_tokenizer(source, **hub) if isinstance(source, (str, os.PathLike)) else source
+    return session
+
+
+def _description(model: PreTrainedModel, name: str | None, revision: str | None) -> dict[str, Any]:
+    """The `base_model` section of the report."""
+    return {
+        "name_or_path": name or None,
+        "revision": revision,
+        "model_type": model.config.model_type,
+        "num_layers": num_layers(model.config),
+        "num_parameters": count_parameters(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
