@@ -48,13 +48,11 @@ class Journal:
                 with contextlib.suppress(ValueError):
                     entry = json.loads(line)
                     self.known[entry["key"]] = entry["value"]
-        self.recalled = 0
 
     def recall(self, key: Any, measure: Callable[[], Any]) -> Any:
         """What was measured under `key` before; else `measure()`, which must be JSON-ready and is kept."""
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         if digest in self.known:
-            self.recalled += 1
             return self.known[digest]
         value = self.known[digest] = measure()
         if self.file is not None and self.writes:

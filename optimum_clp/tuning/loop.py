@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
@@ -26,10 +25,12 @@ from torch import Tensor, nn
 
 from ..configuration.stages import TuningConfig
 from ..errors import ConfigurationError
+from ..processes import broadcast
 from ..progress import progress_bar
 from .master_adamw import MasterAdamW
 from .result import TuningStep, improves
-from .student import EndpointStudent, TuningRows
+from .rows import TuningRows
+from .student import EndpointStudent
 
 _PROGRESS = "progress.json"
 
@@ -55,6 +56,11 @@ class TrainingState:
     losses: list[float] = field(default_factory=list)
     last_loss: float = math.nan
     stopped: str | None = None
+
+    @property
+    def best_loss(self) -> float:
+        """Validation loss of the weights that are kept."""
+        return min(step.validation_loss for step in self.history if step.step == self.best_step)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
@@ -287,9 +293,7 @@ class TrainingLoop:
         """Save the whole state every `checkpoint_seconds`; all processes do, when the first one says so."""
         due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_seconds
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(due), device=self.accelerator.device)
-            dist.broadcast(flag, src=0)
-            due = bool(flag.item())
+            due = bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)).item())
         if not due:
             return
         target = self.folder / f"checkpoint-{self.state.step}"
