@@ -108,7 +108,7 @@ class HiddenStates:
         parts = []
         for index, scale in batch.scales.items():
             states = batch.states[index].float()
-            error = (states - batch.targets[index].to(states)).square().mean((1, 2))
+            error = (states - batch.targets[index].detach().to(states)).square().mean((1, 2))
             parts.append((error / (scale * len(batch.scales))).to(batch.tokens.device))
         return torch.stack(parts)
 
@@ -129,9 +129,7 @@ def weighted_losses(weights: Mapping[str, float]) -> dict[str, tuple[float, Loss
         loss = LOSSES.get(name)()
         if not set(loss.needs) <= set(NEEDS):
             rule = f"a loss may need {', '.join(NEEDS)}"
-            raise ConfigurationError.of(
-                f"the needs of the loss {name!r}", sorted(loss.needs), rule, "Ask for these only"
-            )
+            raise ConfigurationError.of(f"{name}.needs", sorted(loss.needs), rule, "Ask for these only")
         found[name] = used[name], loss
     return found
 
