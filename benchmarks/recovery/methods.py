@@ -26,9 +26,10 @@ from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.hooks import layer_hidden
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery.cut import cut_model, own_storage
+from optimum_clp.tuning.accelerator import tuning_accelerator
 from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
-from optimum_clp.tuning.loop import TrainingLoop, tuning_accelerator
+from optimum_clp.tuning.loop import TrainingLoop
 from optimum_clp.tuning.rows import TuningRows, target_state
 from optimum_clp.tuning.student import EndpointStudent
 

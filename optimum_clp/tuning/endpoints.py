@@ -24,7 +24,8 @@ from ..doors import STARTS
 from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
-from .loop import TrainingLoop, tuning_accelerator
+from .accelerator import tuning_accelerator
+from .loop import TrainingLoop
 from .losses import STATES, weighted_losses
 from .result import TuningResult, TuningStep, improves
 from .rows import TuningRows, cached_rows, spread, target_state
@@ -122,7 +123,7 @@ class _Tuning:
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
         self.losses = weighted_losses(config.loss_weights())
-        self.weights = {name: weight for name, (weight, _) in self.losses.items()}
+        self.weights = {name: weight for name, weight in config.loss_weights().items() if weight}
         self.start_targets, self.loss_targets = self._targets(len(decoder_layers(dense)))
         self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
 
@@ -169,13 +170,12 @@ class _Tuning:
 
     def _rows(self, tokens: Tensor, kinds: Sequence[str], store: StateStore) -> TuningRows:
         """Some rows, with all states of the dense model that are compared with; those of the losses are its targets."""
-        states = {*self.start_targets.values(), *self.loss_targets.values()}
         rows = cached_rows(
             self.model,
             self.dense,
             tokens,
             self.layers[0],
-            states,
+            {*self.start_targets.values(), *self.loss_targets.values()},
             batch_size=self.config.batch_size,
             store=store,
             kinds=kinds,
@@ -193,7 +193,7 @@ class _Tuning:
             did nothing.
         """
         layers = [decoder_layers(self.model)[i] for i in self.layers]
-        others = copy.deepcopy([layer.state_dict() for layer in layers])
+        before = _weights(layers)
         train, validation = (split.with_targets(self.start_targets) for split in rows)
         size = self.config.batch_size
         problem = StartProblem(self.model, self.layers, self.kept, train, validation, size, store, self.quiet)
@@ -202,11 +202,12 @@ class _Tuning:
             return None, None
         student = EndpointStudent(self.model, layers, self.layers[0], self.weights, scales)
         found = _evaluated(student, rows[1], size)
-        _exchange(layers, others)
+        after = _weights(layers)
+        _load(layers, before)
         untuned = _evaluated(student, rows[1], size)
         kept = improves(found, [untuned], untuned.by_kind)
         if kept:
-            _exchange(layers, others)
+            _load(layers, after)
         losses = {"loss_before": untuned.validation_loss, "loss_after": found.validation_loss}
         return {**result.to_dict(), "kept": kept, **losses}, untuned.by_kind
 
@@ -264,11 +265,11 @@ def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int) -> T
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 
-@torch.no_grad()
-def _exchange(layers: Sequence[nn.Module], others: Sequence[dict[str, Tensor]]) -> None:
-    """Put other weights into layers, and theirs where the others were."""
-    for layer, other in zip(layers, others, strict=True):
-        for name, tensor in layer.state_dict().items():
-            held = tensor.clone()
-            tensor.copy_(other[name])
-            other[name].copy_(held)
+def _weights(layers: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Copies of the layers' state dicts."""
+    return copy.deepcopy([layer.state_dict() for layer in layers])
+
+
+def _load(layers: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]]) -> None:
+    for layer, state in zip(layers, weights, strict=True):
+        layer.load_state_dict(state)

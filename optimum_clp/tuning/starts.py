@@ -22,7 +22,8 @@ class StartProblem:
     """What a start is given.
 
     Args:
-        model (`PreTrainedModel`): The cut model, in evaluation mode; the layers have storage of their own.
+        model (`PreTrainedModel`): The cut model, in evaluation mode; the layers have storage of their own, and their
+            parameters require gradients.
         layers (`Sequence[int]`): Those that will be trained, in the cut model's numbering, ascending.
         kept (`Sequence[int]` or `None`): The dense model's index of each layer of the cut model; `None` where the caller
             has not said, which no start with targets is given.

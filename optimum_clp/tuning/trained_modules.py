@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from ..forward.hooks import AfterForward, hooked
 from ..forward.layer_stack import LayerStack
 from ..processes import broadcast
 from ..surgery.cut import own_storage
+from .accelerator import shards_weights
 
 
 class TrainedModules:
@@ -53,7 +53,7 @@ class TrainedModules:
     @contextmanager
     def handed_to(self, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
         """The modules for a training engine: the model's own, or copies in their place where it would change them."""
-        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if not shards_weights(accelerator):
             yield self.modules
             return
         copies = copy.deepcopy(self.modules)

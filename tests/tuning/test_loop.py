@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
 
+TESTS = str(Path(__file__).parents[1])
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
 SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
@@ -33,9 +35,10 @@ def work(folder, name, *, launch=(), stop_at=-1, dtype="float32", **settings):
     config = json.dumps({**SETTINGS, **settings})
     command = [*(launch or [sys.executable]), WORKER, str(output), str(folder / f"{name}-run"), str(stop_at), config]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TUNING_WORKER_DTYPE": dtype, "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     if stop_at >= 0:
-        assert done.returncode != 0
+        assert done.returncode != 0 if launch else done.returncode == -signal.SIGKILL
         return None
     assert done.returncode == 0, done.stderr[-3000:]
     found = [torch.load(f"{output}-{rank}.pt", weights_only=False) for rank in range(2 if launch else 1)]

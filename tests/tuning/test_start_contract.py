@@ -200,10 +200,14 @@ def test_a_start_of_another_package_that_helps_is_kept(multiplied, kept):
     assert result.init["loss_before"] > 0.01 and result.init["loss_after"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_start_that_harms_is_taken_back(multiplied):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_start_that_harms_is_taken_back(multiplied, shared):
+    """Also where the layers hold a module together."""
     multiplied(-3.0)
     dense = tiny_model()
     cut = cut_model(dense, [LayerSegment(2, 4)])
+    if shared:
+        cut.model.layers[2].mlp = cut.model.layers[1].mlp
     before = copy.deepcopy(cut.state_dict())
     result = tuned(dense, cut, "multiplied")
     assert not result.init["kept"] and result.init["loss_after"] > result.init["loss_before"]
