@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from gates import gated
 from tiny_models import VOCABULARY, random_tokens
 from zoo import ZOO, zoo_config, zoo_model
 
@@ -27,13 +28,13 @@ from optimum_clp.architecture.lookup import (
 from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
 from optimum_clp.configuration.stages import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
-from optimum_clp.forward.hooks import gated, recorded_inputs
+from optimum_clp.forward.hooks import recorded_inputs
 from optimum_clp.forward.layer_stack import LayerStack
 from optimum_clp.search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
-from optimum_clp.surgery.cut import cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_storage
 from optimum_clp.surgery.guard import check_cut
 from optimum_clp.tuning.endpoints import tune_layers
 
@@ -287,7 +288,7 @@ class TestContract:
             with pytest.raises(CutError, match="layer_idx is"):
                 check_cut(smaller, model, kept)
             indexed[0].layer_idx -= 1
-        own_layers(smaller, [0])
+        own_storage(layers[0])
         with pytest.raises(CutError, match=r"cut model, .*\.0\..* is "):
             check_cut(smaller, model, kept)
 

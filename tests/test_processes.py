@@ -1,7 +1,9 @@
+import argparse
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_clp import processes
+from optimum_clp.commands.session import execute
 
 LAUNCH = [
     sys.executable,
@@ -27,6 +30,59 @@ def test_a_process_alone_writes_and_waits_for_nobody():
     processes.wait_for_all()
     processes.join_group()
     assert not torch.distributed.is_initialized()
+
+
+def test_a_process_alone_is_a_group_of_one():
+    tensor = torch.arange(3)
+    assert (processes.world_size(), processes.rank()) == (1, 0)
+    assert processes.broadcast(tensor) is tensor and processes.gathered({"a": 1}) == [{"a": 1}]
+
+
+def test_pytorch_may_be_built_without_groups(monkeypatch):
+    """`torch.distributed` has no other names then."""
+    monkeypatch.setattr(processes, "dist", types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    processes.join_group()
+    processes.wait_for_all()
+    assert processes.is_first() and processes.own_device_map() is None
+    assert (processes.world_size(), processes.rank()) == (1, 0)
+    assert processes.gathered(3) == [3] and processes.broadcast(torch.ones(1)).item() == 1
+
+
+GROUP = """
+import sys, torch, torch.distributed as dist
+from optimum_clp import processes
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+mine = torch.arange(6).reshape(2, 3).T + 10 * rank  # not contiguous
+sent = [processes.broadcast(mine.clone(memory_format=torch.preserve_format), source).tolist() for source in (0, 1)]
+print(processes.world_size(), processes.rank(), processes.is_first(), processes.gathered(["own", rank]), sent)
+processes.wait_for_all()
+"""
+
+
+def test_a_group_sends_and_gathers(tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", GROUP]
+    started = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    printed = [process.communicate(timeout=120)[0].strip() for process in started]
+    gathered = [["own", 0], ["own", 1]]
+    sent = [[[0, 3], [1, 4], [2, 5]], [[10, 13], [11, 14], [12, 15]]]
+    assert printed == [f"2 0 True {gathered} {sent}", f"2 1 False {gathered} {sent}"]
+
+
+@pytest.mark.parametrize(("launched", "answers"), [(None, True), ("0", True), ("1", False)])
+def test_the_process_that_was_launched_first_answers(launched, answers, monkeypatch, capsys):
+    """Also before the processes have become a group: a command that loads no model joins none."""
+    monkeypatch.delenv("RANK", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("RANK", launched)
+    assert processes.was_launched_first() == answers
+    args = argparse.Namespace(json=False, quiet=False, debug=False)
+    assert execute(lambda args: ({}, "the answer"), args) == 0
+    assert capsys.readouterr().out == ("the answer\n" if answers else "")
 
 
 def test_the_others_of_a_group_do_not_write(monkeypatch):

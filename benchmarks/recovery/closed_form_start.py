@@ -19,14 +19,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks import markdown
 from optimum_clp import CalibrationConfig, LayerSegment, TuningConfig
+from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
 from optimum_clp.segments import endpoint_layers, kept_layers
-from optimum_clp.surgery.cut import cut_model, own_layers
-from optimum_clp.tuning.closed_form import solve_endpoints, target_state
+from optimum_clp.surgery.cut import cut_model, own_storage
+from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.rows import target_state
 
 TEXTS = ("stories", "wikipedia")
 ROWS, LENGTH = 24, 256
@@ -143,7 +145,8 @@ def started(
     depth = dense.config.num_hidden_layers
     kept, layers = kept_layers([segment], depth), endpoint_layers([segment], depth)
     cut = cut_model(dense, [segment])
-    own_layers(cut, layers)
+    for index in layers:
+        own_storage(decoder_layers(cut)[index])
     if start.method is None:
         return cut, [], 0.0
     if not start.both:

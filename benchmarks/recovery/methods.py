@@ -25,11 +25,13 @@ from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.hooks import layer_hidden
 from optimum_clp.segments import endpoint_layers, kept_layers
-from optimum_clp.surgery.cut import cut_model, own_layers
-from optimum_clp.tuning.closed_form import solve_endpoints, target_state
+from optimum_clp.surgery.cut import cut_model, own_storage
+from optimum_clp.tuning.accelerator import tuning_accelerator
+from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
-from optimum_clp.tuning.loop import TrainingLoop, tuning_accelerator
-from optimum_clp.tuning.student import EndpointStudent, TuningRows
+from optimum_clp.tuning.loop import TrainingLoop
+from optimum_clp.tuning.rows import TuningRows, target_state
+from optimum_clp.tuning.student import EndpointStudent
 
 DEFAULTS = TuningConfig()
 
@@ -144,7 +146,8 @@ def untouched(cell: Cell) -> Healed:
 def solved(cell: Cell, *, layers: str, method: str, attention: bool) -> Healed:
     """Output projections in closed form."""
     model, indices, kept = cell.cut(), getattr(cell, layers), cell.kept
-    own_layers(model, indices)
+    for index in indices:
+        own_storage(decoder_layers(model)[index])
     wanted = sorted({indices[0], *(target_state(kept, i, cell.depth) for i in indices)})
     train, validation = (
         DenseOutputs(cell.dense, rows, inputs_of=wanted, quiet=True) for rows in (cell.train, cell.validation)
@@ -275,7 +278,7 @@ def lora(cell: Cell, config: TuningConfig, *, rank: int | None) -> Healed:
 
     model = cell.cut()
     # merging writes into the weights
-    own_layers(model, cell.all_layers)
+    own_storage(decoder_layers(model))
     if rank is None:
         linear = [m for layer in decoder_layers(model) for m in layer.modules() if isinstance(m, nn.Linear)]
         rank = max(1, round(cell.num_endpoint_parameters() / sum(m.in_features + m.out_features for m in linear)))

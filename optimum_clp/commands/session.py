@@ -45,7 +45,9 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
             result, text = run(args)
-        if int(os.environ.get("RANK", "0")):
+        from ..processes import was_launched_first
+
+        if not was_launched_first():
             return 0  # one of several processes: the first one answers
         print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)
         return 0

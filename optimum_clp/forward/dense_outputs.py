@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import TuningError
+from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
 from .hooks import recorded_inputs, run_without_head
 from .layer_stack import LayerStack
@@ -89,7 +89,7 @@ class DenseOutputs:
         self.hidden: dict[int, Tensor] = {}
         store = store or StateStore()
         wanted = sorted({*inputs_of, len(self.stack)})
-        group = dist.get_world_size() if dealt and dist.is_initialized() else 1
+        group = world_size() if dealt else 1
         batches = torch.arange(len(tokens)).split(batch_size)
         with (
             torch.no_grad(),
@@ -98,7 +98,7 @@ class DenseOutputs:
         ):
             for number, rows in enumerate(batches):
                 # the first batch also shows the shapes, so every process runs it
-                if number == 0 or number % group == (dist.get_rank() if group > 1 else 0):
+                if number == 0 or number % group == (rank() if dealt else 0):
                     run_without_head(model, tokens[rows])
                     for index in wanted:
                         if index not in self.hidden:
@@ -114,9 +114,7 @@ class DenseOutputs:
         for stored in self.hidden.values():
             for number, rows in enumerate(batches):
                 # NCCL sends from the accelerator only
-                part = stored[rows].to(self.model.device)
-                dist.broadcast(part, src=number % group)
-                stored[rows] = part.cpu()
+                stored[rows] = broadcast(stored[rows].to(self.model.device), number % group).cpu()
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""

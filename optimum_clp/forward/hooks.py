@@ -1,11 +1,12 @@
 """Hooks and replaced forwards that last as long as a `with` block.
 
 All of it is put on the caller's model, and all of it comes off at the end of the block, also after an exception. Weights
-are never touched."""
+are never touched.
+"""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers
+
+BeforeForward = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
+"""`(module, args, kwargs)`; returns what enters instead, or `None`."""
+AfterForward = Callable[[nn.Module, tuple, dict[str, Any], Any], Any]
+"""`(module, args, kwargs, output)`; returns what leaves instead, or `None`."""
 
 
 @contextmanager
@@ -25,6 +31,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Only the given parameters of a model require gradients until the block ends; gradients that they get are dropped."""
+    chosen = {id(parameter) for parameter in parameters}
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(id(parameter) in chosen)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+            if id(parameter) in chosen:
+                parameter.grad = None
 
 
 def layer_hidden(output: Any) -> Tensor:
@@ -42,34 +64,51 @@ def layer_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 @contextmanager
-def gated(layers: nn.ModuleList, gate: Tensor) -> Iterator[None]:
-    """Mix every layer's output with its input: `gate * layer(x) + (1 - gate) * x`.
-
-    `torch.lerp` is exact at both ends: a gate of 1 leaves the model bit for bit as it is, a gate of 0 passes the input on
-    unchanged (if the layer's output is finite).
+def hooked(
+    before: Iterable[tuple[nn.Module, BeforeForward]] = (),
+    after: Iterable[tuple[nn.Module, AfterForward]] = (),
+    *,
+    always_call: bool = False,
+) -> Iterator[None]:
+    """Hooks on modules until the block ends; each module may have several, which are called in this order.
 
     Args:
-        layers (`nn.ModuleList`): The decoder layers.
-        gate (`Tensor`): `[num_layers]`, values in [0, 1]; gradients flow to it.
+        before (`Iterable[tuple[nn.Module, Callable]]`): Called with `(module, args, kwargs)` before the module's forward;
+            may return `(args, kwargs)` that enter it instead.
+        after (`Iterable[tuple[nn.Module, Callable]]`): Called with `(module, args, kwargs, output)` after it; may return
+            what leaves it instead.
+        always_call (`bool`): Call those of `after` also when the forward has raised an exception.
     """
-
     with ExitStack() as stack:
-        for layer, value in zip(layers, gate, strict=True):
-            stack.callback(layer.register_forward_hook(lerp_hook(value), with_kwargs=True).remove)
+        for module, enter in before:
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for module, leave in after:
+            handle = module.register_forward_hook(leave, with_kwargs=True, always_call=always_call)
+            stack.callback(handle.remove)
         yield
 
 
-def lerp_hook(value: Tensor):
-    def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = layer_hidden(output)
-        before = layer_input(args, kwargs).to(hidden)
-        return _with_hidden(output, torch.lerp(before, hidden, value.to(hidden.device, hidden.dtype)))
+def mixed_with_input(openness: float) -> AfterForward:
+    """A hook for [`hooked`] that mixes a layer's output with its input: `openness * layer(x) + (1 - openness) * x`.
 
-    return hook
+    `torch.lerp` is exact at both ends: 1 leaves the output bit for bit as it is, 0 passes the input on unchanged (if the
+    output is finite).
+
+    Args:
+        openness (`float`): The layer's gate, in [0, 1].
+    """
+    value = torch.tensor(openness, dtype=torch.float64)
+
+    def mix(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = layer_hidden(output)
+        entered = layer_input(args, kwargs).to(hidden)
+        return _with_hidden(output, torch.lerp(entered, hidden, value.to(hidden.device, hidden.dtype)))
+
+    return mix
 
 
 @contextmanager
-def recorded_inputs(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def recorded_inputs(layers: nn.ModuleList, indices: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the hidden states that enter some layers; index `len(layers)` stands for what leaves the last one.
 
     Yields:
@@ -77,20 +116,38 @@ def recorded_inputs(layers: nn.ModuleList, indices: Sequence[int]) -> Iterator[d
     """
     found: dict[int, Tensor] = {}
 
-    def hook_for(index: int):
-        def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def entering(index: int) -> BeforeForward:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             found[index] = layer_input(args, kwargs).detach()
 
-        def after(module: nn.Module, args: tuple, output: Any) -> None:
-            found[index] = layer_hidden(output).detach()
+        return record
 
-        if index == len(layers):
-            return layers[-1].register_forward_hook(after)
-        return layers[index].register_forward_pre_hook(before, with_kwargs=True)
+    def last(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        found[len(layers)] = layer_hidden(output).detach()
 
-    with ExitStack() as stack:
-        for index in indices:
-            stack.callback(hook_for(index).remove)
+    wanted = list(indices)
+    before = [(layers[index], entering(index)) for index in wanted if index < len(layers)]
+    after = [(layers[-1], last)] if len(layers) in wanted else []
+    with hooked(before, after):
+        yield found
+
+
+@contextmanager
+def recorded_outputs(layers: nn.ModuleList, indices: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the hidden states that leave some layers, with their gradient if there is one.
+
+    Yields:
+        `dict[int, Tensor]`: Filled by each forward pass; `[batch, length, hidden]`, the model's dtype.
+    """
+    found: dict[int, Tensor] = {}
+
+    def leaving(index: int) -> AfterForward:
+        def record(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            found[index] = layer_hidden(output)
+
+        return record
+
+    with hooked(after=[(layers[index], leaving(index)) for index in indices]):
         yield found
 
 
@@ -105,16 +162,11 @@ def stopped_before(layer: nn.Module) -> Iterator[None]:
     Hooks that were put on `layer` before see its input; see [`recorded_inputs`].
     """
 
-    def stop(module: nn.Module, args: tuple) -> None:
+    def stop(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(stop)
-    try:
+    with suppress(_Reached), hooked(before=[(layer, stop)]):
         yield
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -125,11 +177,22 @@ def replaced_input(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
         value = hidden.to(layer_input(args, kwargs).device)
         return ((value, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": value})
 
-    handle = layer.register_forward_pre_hook(replace, with_kwargs=True)
-    try:
+    with hooked(before=[(layer, replace)]):
         yield
-    finally:
-        handle.remove()
+
+
+@contextmanager
+def replaced_output(module: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Let `hidden` leave a module instead of the hidden states that it computes; whatever else it returns stays.
+
+    A copy leaves it every time: some layers add to what their modules give in place (Falcon).
+    """
+
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        return _with_hidden(output, hidden.to(layer_hidden(output).device, copy=True))
+
+    with hooked(after=[(module, replace)]):
+        yield
 
 
 def run_without_head(model: PreTrainedModel, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
@@ -156,24 +219,16 @@ def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
     layers = decoder_layers(model)
     forms: dict[int, int | None] = {}
 
-    def hook_for(index: int):
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def noting(index: int) -> AfterForward:
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             forms[index] = len(output) if isinstance(output, (tuple, list)) else None
 
-        return hook
+        return note
 
-    with torch.no_grad(), evaluation_mode(model), ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_hook(hook_for(index)).remove)
+    hooks = [(layer, noting(index)) for index, layer in enumerate(layers)]
+    with torch.no_grad(), evaluation_mode(model), hooked(after=hooks):
         run_without_head(model, torch.zeros(1, 1, dtype=torch.long))
     return tuple(forms[index] for index in range(len(layers)))
-
-
-def replacing_output(hidden: Tensor):
-    def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-        return _with_hidden(output, hidden.to(layer_hidden(output).device))
-
-    return hook
 
 
 def hand_on(form: int | None, value: Tensor | None = None):

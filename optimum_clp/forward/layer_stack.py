@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, find_architecture
-from .hooks import hand_on, layer_forms, lerp_hook, replaced_forward, replacing_output
+from .hooks import hand_on, hooked, layer_forms, mixed_with_input, replaced_forward, replaced_output
 
 
 class LayerStack:
@@ -53,7 +53,7 @@ class LayerStack:
         """
         with ExitStack() as stack:
             if self._threads_state and 0 < first < len(self.layers):
-                stack.callback(self.layers[first - 1].register_forward_hook(replacing_output(hidden)).remove)
+                stack.enter_context(replaced_output(self.layers[first - 1], hidden))
             else:
                 for index in range(first):
                     forward = hand_on(self._forms[index], hidden if index == first - 1 else None)
@@ -85,8 +85,8 @@ class LayerStack:
     def gated(self, gate: Sequence[float], hidden: Tensor) -> Iterator[None]:
         """Run the model under a gate, from the first layer that is not open in it.
 
-        As [`gated`] for the whole stack, to the last bit, but open layers before the first that is not are not computed
-        again, and closed layers are not computed at all.
+        Every layer's output is mixed with its input: `gate * layer(x) + (1 - gate) * x`, to the last bit, but open
+        layers before the first that is not are not computed again, and closed layers are not computed at all.
 
         Args:
             gate (`Sequence[float]`): Gate of each layer, in [0, 1].
@@ -101,8 +101,7 @@ class LayerStack:
                 if gate[index] == 0 and not self._threads_state:
                     stack.enter_context(replaced_forward(self.layers[index], hand_on(self._forms[index])))
                 elif gate[index] != 1:
-                    hook = lerp_hook(torch.tensor(gate[index], dtype=torch.float64))
-                    stack.callback(self.layers[index].register_forward_hook(hook, with_kwargs=True).remove)
+                    stack.enter_context(hooked(after=[(self.layers[index], mixed_with_input(gate[index]))]))
             yield
 
     @contextmanager

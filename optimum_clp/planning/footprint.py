@@ -15,9 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
+from ..doors import STARTS
 from ..forward.losses import CHUNK_TOKENS
 from ..surgery.sizes import count_bytes
-from ..tuning.ridge import MAX_FLOAT64_WIDTH
+from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
+from ..tuning.rows import target_state
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
@@ -29,7 +31,7 @@ class TuningMemory:
     """Bytes that cutoff endpoint tuning holds, part by part.
 
     Exact, up to a few bytes for each tensor: everything but `closed_form`, `activations` and `logits`. These are estimates,
-    see [`closed_form_bytes`], [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
+    see [`~optimum_clp.tuning.starts.Start.held_bytes`], [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
     its way through one layer, and what an allocator keeps in reserve.
 
     Args:
@@ -41,7 +43,7 @@ class TuningMemory:
         gradients (`int`): In the model's dtype, and the largest one in float32 too where these differ.
         moments (`int`): AdamW's two, float32.
         caches (`int`): Tokens, and the hidden states that enter the first trained layer and that leave the dense model's
-            last one (with a closed-form start or the loss `hidden` also those that the trained layers should give), for
+            last one (and those that a start or a loss compares the trained layers' with), for
             all train and validation rows, in main memory; at most `cache_memory_gib`, the rest is on disk.
         activations (`int`): What autograd keeps of one step above the first trained layer's input (estimate).
         logits (`int`): Logits and probabilities of one step (estimate).
@@ -164,21 +166,22 @@ def tuning_memory(
     in_float32 = sum(p.numel() for p in trained) * _FLOAT32
     rounded = [p.numel() for p in trained if p.element_size() != _FLOAT32]
     rows = train_rows + validation_rows
-    compares = config.init != "none" or bool(config.loss_weights().get("hidden"))
+    start = STARTS.get(config.init)()
+    solved = start.targets(kept, endpoints, len(layers)).values()
+    compared = endpoints if STATES in needs_of(config.loss_weights()) else ()
     # what should leave the last layer is kept anyway
-    following = [*kept[1:], len(layers)]
-    states = {kept[endpoints[0]], len(layers), *(following[i] for i in endpoints if compares)}
+    states = {kept[endpoints[0]], len(layers), *solved, *(target_state(kept, i, len(layers)) for i in compared)}
     state = rows * sequence_length * hidden * itemsize
     limit = round(config.cache_memory_gib * 2**30)
     cached = min(state * len(states), limit)
-    # the closed form goes up from layer to layer in a copy of what enters the first
-    moved = min(state, limit - cached) if config.init != "none" and len(endpoints) > 1 else 0
+    # a start that compares goes up from layer to layer in a copy of what enters the first
+    moved = min(state, limit - cached) if solved and len(endpoints) > 1 else 0
     tokens = min(config.batch_size, train_rows) * sequence_length
     saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
-        closed_form=closed_form_bytes([layers[kept[i]] for i in endpoints], hidden, config) + moved,
+        closed_form=start.held_bytes([layers[kept[i]] for i in endpoints], hidden) + moved,
         masters=sum(rounded) * _FLOAT32,
         gradients=own + max(rounded, default=0) * _FLOAT32,
         moments=2 * in_float32,
@@ -186,20 +189,6 @@ def tuning_memory(
         activations=tokens * (saved + norm_activations(hidden)),
         logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
     )
-
-
-def closed_form_bytes(layers: Sequence[nn.Module], width: int, config: TuningConfig) -> int:
-    """Estimate of the bytes that [`~optimum_clp.tuning.closed_form.solve_endpoints`] holds for its widest projection.
-
-    Four square matrices at once (the sums of both splits, one of them centred, and its factor) of the width of what the
-    projection takes, or of what it gives for a fold. Layers that turn out to have no closed form take nothing.
-    """
-    if config.init == "none":
-        return 0
-    modules = (module for layer in layers for module in layer.modules())
-    linears = [m for m in modules if isinstance(m, nn.Linear) and m.out_features == width]
-    features = width if config.init == "fold" else max((m.in_features for m in linears), default=0)
-    return 4 * features**2 * (8 if features <= MAX_FLOAT64_WIDTH else _FLOAT32)
 
 
 def norm_activations(width: int) -> int:
@@ -237,12 +226,12 @@ def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
 def logit_bytes(tokens: int, vocabulary: int, itemsize: int, config: TuningConfig) -> int:
     """Estimate of the bytes that the head and the losses hold at the end of a forward pass.
 
-    Two sets of logits in the model's dtype (with `ce` alone one), float32 probabilities for the backward pass (two sets
-    for `kd`, one for `ce`), and three float32 copies of the chunk of tokens that is being computed.
+    The logits that some loss needs, in the model's dtype; float32 probabilities for the backward pass, for each loss as
+    many sets as it needs logits (two for `kd`, one for `ce`); and three float32 copies of the chunk of tokens that is being
+    computed.
     """
-    weights = config.loss_weights()
-    distributions = 2 * bool(weights.get("kd")) + bool(weights.get("ce"))
-    logits = bool(weights.get("kd")) + bool(weights.get("kd") or weights.get("ce"))
+    needs = [loss.needs & {LOGITS, TEACHER_LOGITS} for _, loss in weighted_losses(config.loss_weights()).values()]
+    distributions, logits = sum(map(len, needs)), len(frozenset().union(*needs))
     chunk = 3 * min(tokens, CHUNK_TOKENS)
     return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments
 from ..errors import ModelError
-from ..forward.hooks import layer_hidden, layer_input, run_without_head
+from ..forward.hooks import BeforeForward, hooked, layer_hidden, layer_input, run_without_head
 from ..forward.losses import next_token_cross_entropy
 from ..segments import LayerSegment
 from .objective import Objective
@@ -204,19 +204,16 @@ def _compared(layers: nn.ModuleList, length: int, compare: Callable[[int, Tensor
             compare(index - length, before, hidden)
         waiting[index] = hidden
 
-    def before(index: int):
+    def entering(index: int) -> BeforeForward:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             arrived(index, layer_input(args, kwargs))
 
         return hook
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def last(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         arrived(len(layers), layer_hidden(output))
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(layers):
-            stack.callback(layer.register_forward_pre_hook(before(index), with_kwargs=True).remove)
-        stack.callback(layers[-1].register_forward_hook(after).remove)
+    with hooked([(layer, entering(index)) for index, layer in enumerate(layers)], [(layers[-1], last)]):
         yield
 
 

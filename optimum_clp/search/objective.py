@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 from ..architecture.lookup import text_config
 from ..forward.hooks import recorded_inputs, run_without_head
 from ..forward.layer_stack import LayerStack
+from ..processes import gathered, is_first, rank, world_size
 from ..progress import progress_bar
 from ..resume import Journal
 from ..segments import LayerSegment
@@ -168,32 +168,27 @@ class Objective:
             `list`: In the order of `rows`.
         """
         batches = [list(rows[first : first + size]) for first in range(0, len(rows), size)]
-        together = dist.is_available() and dist.is_initialized()
-        world, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        world = world_size()
         found: list[Any] = []
-        with progress_bar(len(rows), description, self.quiet or rank > 0) as bar:
+        with progress_bar(len(rows), description, self.quiet or not is_first()) as bar:
             for first in range(0, len(batches), world):
                 turn = batches[first : first + world]
-                if together:
-                    found += [
-                        self.journal.recall([self.name, key, batch], value.pop)
-                        for batch, value in zip(turn, self._dealt(turn, key, figures, world, rank), strict=True)
-                    ]
-                else:
-                    found += [self.journal.recall([self.name, key, batch], partial(figures, batch)) for batch in turn]
+                found += self._turn(turn, key, figures)
                 bar.update(sum(map(len, turn)))
         return found
 
-    def _dealt(self, turn: list[list[int]], key: Any, figures: Callable, world: int, rank: int) -> list[list[Any]]:
-        """One micro-batch for each process; what each found, in a list of one."""
-        mine = (
-            [self.journal.recall([self.name, key, turn[rank]], partial(figures, turn[rank]))]
-            if rank < len(turn)
-            else []
-        )
-        gathered: list[Any] = [None] * world
-        dist.all_gather_object(gathered, mine)
-        return gathered[: len(turn)]
+    def _turn(self, turn: list[list[int]], key: Any, figures: Callable[[list[int]], Any]) -> list[Any]:
+        """One micro-batch for each process; all get what each has found, in order."""
+
+        def recalled(batch: list[int], measure: Callable[[], Any]) -> Any:
+            return self.journal.recall([self.name, key, batch], measure)
+
+        if world_size() == 1:
+            return [recalled(batch, partial(figures, batch)) for batch in turn]
+        mine = rank()
+        found = gathered(recalled(turn[mine], partial(figures, turn[mine])) if mine < len(turn) else None)
+        # the first process writes down what the others have found, and none of them measures it again
+        return [recalled(batch, [value].pop) for batch, value in zip(turn, found[: len(turn)], strict=True)]
 
     def _measure(self, gates: Sequence[Gate], rows: list[int]) -> dict[str, Tensor]:
         ids = self.tokens[rows]

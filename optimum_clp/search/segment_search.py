@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from ..configuration.stages import SearchConfig
 from ..doors import STRATEGIES
 from ..errors import ModelError, SearchError
 from ..forward.hooks import evaluation_mode
+from ..processes import is_first
 from ..resume import Journal
 from ..segments import LayerSegment
 from .objective import Objective
@@ -178,7 +178,7 @@ def _any_allowed(model: PreTrainedModel, num_removed: int, num_segments: int) ->
 
 
 def _journal(file: Path | None) -> Journal:
-    return Journal(file, writes=not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0)
+    return Journal(file, writes=is_first())
 
 
 def _objective(

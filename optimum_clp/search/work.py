@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..forward.hooks import recorded_inputs, run_without_head
+from ..forward.hooks import AfterForward, BeforeForward, hooked, only_trainable, recorded_inputs, run_without_head
 from ..forward.layer_stack import LayerStack
 
 
@@ -69,35 +69,28 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
     layers = [0.0] * len(stack)
     begun = [0.0] * len(stack)
 
-    def before(index: int):
-        def hook(module: nn.Module, args: tuple) -> None:
+    def entering(index: int) -> BeforeForward:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             begun[index] = counter.get_total_flops()
 
         return hook
 
-    def after(index: int):
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+    def leaving(index: int) -> AfterForward:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             layers[index] = float(counter.get_total_flops() - begun[index])
 
         return hook
 
-    handles: list[Any] = []
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    for index, layer in enumerate(stack.layers):
-        handles += [layer.register_forward_pre_hook(before(index)), layer.register_forward_hook(after(index))]
-    try:
-        model.requires_grad_(False)  # the counter's hooks stumble over views of weights that want a gradient
-        with torch.no_grad(), recorded_inputs(stack.layers, [len(stack)]) as found, counter:
+    before = [(layer, entering(index)) for index, layer in enumerate(stack.layers)]
+    after = [(layer, leaving(index)) for index, layer in enumerate(stack.layers)]
+    # the counter's own hooks stumble over views of weights that want a gradient
+    with torch.no_grad(), only_trainable(model, ()), hooked(before, after):
+        with recorded_inputs(stack.layers, [len(stack)]) as found, counter:
             run_without_head(model, row)
         of_layers = tuple(layers)  # the hooks see the head's pass too, in which layers compute nothing
         around = counter.get_total_flops() - sum(of_layers)
-        with torch.no_grad(), stack.head(model) as head, counter:
+        with stack.head(model) as head, counter:
             head(found[len(stack)][:, :1])
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
     # what lies around the layers is run for the head's token as well
     of_a_token = counter.get_total_flops() - around / row.shape[1]
     return ForwardWork(of_layers, max(0.0, of_a_token) * row.shape[1], float(around))

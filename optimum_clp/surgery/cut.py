@@ -8,7 +8,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architecture.lookup import cut_config, decoder_layers, decoder_path, num_layers
+from ..architecture.lookup import cut_config, decoder_path, num_layers
 from ..errors import CutError, ModelError
 from ..segments import LayerSegment, check_segments, kept_layers
 from .guard import check_cut, old_name
@@ -51,15 +51,11 @@ def cut_model(dense: PreTrainedModel, segments: Iterable[LayerSegment]) -> PreTr
     return cut
 
 
-def own_layers(model: PreTrainedModel, indices: Iterable[int]) -> None:
-    """Give some layers storage of their own, so that they can be trained without changing the model they came from."""
-    layers = decoder_layers(model)
-    for index in indices:
-        own_storage(layers[index])
-
-
 def own_storage(module: nn.Module) -> None:
-    """Give a module's parameters storage of their own; parameters that it holds twice stay one."""
+    """Give a module's parameters storage of their own, so that it can be trained without changing the model it came from.
+
+    Parameters that it holds twice stay one.
+    """
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 

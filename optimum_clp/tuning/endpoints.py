@@ -8,29 +8,30 @@ teacher). Each step starts at the first endpoint, and only the endpoints have gr
 import copy
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architecture.lookup import decoder_layers, decoder_path, text_config
+from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import TuningConfig
-from ..errors import ConfigurationError, ModelError, TuningError
-from ..forward.dense_outputs import DenseOutputs, StateStore
-from ..forward.hooks import evaluation_mode
-from ..forward.layer_stack import LayerStack
-from ..surgery.cut import own_storage
-from .closed_form import solve_endpoints, target_state
-from .loop import TrainingLoop, TrainingState, tuning_accelerator
+from ..doors import STARTS
+from ..errors import ConfigurationError, TuningError
+from ..forward.dense_outputs import StateStore
+from ..forward.hooks import evaluation_mode, only_trainable
+from .accelerator import tuning_accelerator
+from .loop import TrainingLoop
+from .losses import STATES, weighted_losses
 from .result import TuningResult, TuningStep, improves
-from .student import EndpointStudent, TuningRows
+from .rows import TuningRows, cached_rows, spread, target_state
+from .starts import Start, StartProblem
+from .student import EndpointStudent
+from .trained_modules import TrainedModules, check_layers
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -66,8 +67,8 @@ def tune_layers(
         train (`Tensor`): int64 `[rows, length]`.
         validation (`Tensor`): int64 `[rows, length]`, disjoint from `train`.
         config ([`TuningConfig`]): Loss, start and schedule.
-        kept (`Sequence[int]`, *optional*): The dense model's index of each layer of `model`; needed for a closed-form
-            start and for the loss `hidden`.
+        kept (`Sequence[int]`, *optional*): The dense model's index of each layer of `model`; needed for a start
+            or a loss that compares hidden states.
         validation_kinds (`Sequence[str]`): What kind of text each validation row is. Weights are kept only if no kind is
             worse off than with the untuned cut.
         seed (`int`): Of the order of the rows.
@@ -87,14 +88,9 @@ def tune_layers(
     """
     begin = time.perf_counter()
     check_layers(layers, model)
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            run = _Run(model, dense, sorted(layers), kept, config, seed, Path(temporary), False, quiet)
-            result = run.go(train, validation, validation_kinds, begin)
-    else:
-        result = _Run(model, dense, sorted(layers), kept, config, seed, folder, True, quiet).go(
-            train, validation, validation_kinds, begin
-        )
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        tuning = _Tuning(model, dense, sorted(layers), kept, config, seed, Path(place), folder is not None, quiet)
+        result = tuning.run(train, validation, validation_kinds, begin)
     if result.stopped == "nan":
         raise TuningError.of(
             "tuning loss",
@@ -107,8 +103,8 @@ def tune_layers(
     return result
 
 
-class _Run:
-    """One call of [`tune_layers`]."""
+class _Tuning:
+    """One call of [`tune_layers`], stage by stage: the caches, the start, the training."""
 
     def __init__(
         self,
@@ -124,273 +120,156 @@ class _Run:
     ):
         self.model, self.dense, self.layers, self.kept, self.config = model, dense, layers, kept, config
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
-        self.names = [f"{decoder_path(model)}.{i}" for i in layers]
-        self.extra = _extra_modules(model, config)
+        self.trained = TrainedModules(model, layers, config)
+        self.start: Start = STARTS.get(config.init)()
+        self.losses = weighted_losses(config.loss_weights())
         self.weights = {name: weight for name, weight in config.loss_weights().items() if weight}
-        self.compared = _targets(layers, kept, len(decoder_layers(dense)), config)
+        self.start_targets, self.loss_targets = self._targets(len(decoder_layers(dense)))
         self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
 
-    def go(self, train: Tensor, validation: Tensor, kinds: Sequence[str], begin: float) -> TuningResult:
+    def _targets(self, depth: int) -> tuple[dict[int, int], dict[int, int]]:
+        """The dense layers whose inputs the start and the losses compare some layers' outputs with."""
+        kept = range(depth) if self.kept is None else self.kept
+        for_start = self.start.targets(kept, self.layers, depth)
+        needing = [name for name, (_, loss) in self.losses.items() if STATES in loss.needs]
+        for_losses = {i: target_state(kept, i, depth) for i in self.layers} if needing else {}
+        needing += [self.config.init] if for_start else []
+        if needing and self.kept is None:
+            rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
+            raise ConfigurationError.of("kept", None, rule, "Give the dense model's index of each layer of the model")
+        return for_start, for_losses
+
+    def run(self, train: Tensor, validation: Tensor, kinds: Sequence[str], begin: float) -> TuningResult:
         """Cache, start, train, and put the best weights into the model."""
-        modules = nn.ModuleList(self.model.get_submodule(name) for name in (*self.names, *self.extra))
-        own_storage(modules)
-        parameters = list({id(p): p for p in modules.parameters()}.values())
+        trained = self.trained
+        trained.own_storage()
         with (
-            _only_trainable(self.model, parameters),
-            tuning_accelerator(self.config, self.model.device, modules) as accelerator,
+            evaluation_mode(self.model),
+            only_trainable(self.model, trained.parameters),
+            tuning_accelerator(self.config, self.model.device, trained.modules) as accelerator,
         ):
-            processes = accelerator.num_processes
             start = time.perf_counter()
             store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
-            data = {"train": self._rows(train, (), store), "validation": self._rows(validation, kinds, store)}
+            rows = self._rows(train, (), store), self._rows(validation, kinds, store)
             cache_seconds = time.perf_counter() - start
-            init, by_kind = self._start(data, store)
-            with self._trained(modules, accelerator) as trained:
-                loop = TrainingLoop(
-                    accelerator,
-                    self._student(trained, data["train"]),
-                    data["train"],
-                    data["validation"],
-                    self.config,
-                    learning_rate=self.learning_rate,
-                    seed=self.seed,
-                    folder=self.folder,
-                    checkpoints=self.resumable,
-                    start=by_kind,
-                    quiet=self.quiet,
-                )
+            scales = {i: spread(states) for i, states in rows[0].targets.items()}
+            init, by_kind = self._started(rows, scales, store)
+            with trained.handed_to(accelerator) as modules:
+                student = EndpointStudent(self.model, modules, self.layers[0], self.weights, scales)
+                loop = self._loop(accelerator, student, rows, by_kind)
                 try:
-                    state = loop.run()
+                    loop.run()
                 except BaseException:
                     # alone, the model is left as good as it was; in a group the others may not come this far
-                    if processes == 1 and loop.state.history:
-                        _put_back(modules, loop.best_weights(), self.model.device)
+                    if accelerator.num_processes == 1 and loop.state.history:
+                        trained.take_over(loop.best_weights())
                     raise
                 best = loop.best_weights()
-            _put_back(modules, best, self.model.device)
+            trained.take_over(best)
+            return self._result(loop, init, begin, cache_seconds)
+
+    def _rows(self, tokens: Tensor, kinds: Sequence[str], store: StateStore) -> TuningRows:
+        """Some rows, with all states of the dense model that are compared with; those of the losses are its targets."""
+        rows = cached_rows(
+            self.model,
+            self.dense,
+            tokens,
+            self.layers[0],
+            {*self.start_targets.values(), *self.loss_targets.values()},
+            batch_size=self.config.batch_size,
+            store=store,
+            kinds=kinds,
+            quiet=self.quiet,
+        )
+        return rows.with_targets(self.loss_targets)
+
+    def _started(
+        self, rows: tuple[TuningRows, TuningRows], scales: Mapping[int, float], store: StateStore
+    ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
+        """Apply the start, which stays if it lowers the validation loss and harms no kind of text.
+
+        Returns:
+            `tuple`: For the report, what the start did; and the untuned cut's loss on each kind of text. Both `None` if it
+            did nothing.
+        """
+        layers = [decoder_layers(self.model)[i] for i in self.layers]
+        before = _weights(layers)
+        train, validation = (split.with_targets(self.start_targets) for split in rows)
+        size = self.config.batch_size
+        problem = StartProblem(self.model, self.layers, self.kept, train, validation, size, store, self.quiet)
+        result = self.start.apply(problem)
+        if result is None:
+            return None, None
+        student = EndpointStudent(self.model, layers, self.layers[0], self.weights, scales)
+        found = _evaluated(student, rows[1], size)
+        after = _weights(layers)
+        _load(layers, before)
+        untuned = _evaluated(student, rows[1], size)
+        kept = improves(found, [untuned], untuned.by_kind)
+        if kept:
+            _load(layers, after)
+        losses = {"loss_before": untuned.validation_loss, "loss_after": found.validation_loss}
+        return {**result.to_dict(), "kept": kept, **losses}, untuned.by_kind
+
+    def _loop(
+        self,
+        accelerator: Accelerator,
+        student: EndpointStudent,
+        rows: tuple[TuningRows, TuningRows],
+        by_kind: dict[str, float] | None,
+    ) -> TrainingLoop:
+        return TrainingLoop(
+            accelerator,
+            student,
+            *rows,
+            self.config,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            folder=self.folder,
+            checkpoints=self.resumable,
+            start=by_kind,
+            quiet=self.quiet,
+        )
+
+    def _result(
+        self, loop: TrainingLoop, init: dict[str, Any] | None, begin: float, cache_seconds: float
+    ) -> TuningResult:
+        state = loop.state
         initial = init["loss_before"] if init else state.history[0].validation_loss
         return TuningResult(
             layers=tuple(self.layers),
-            modules=tuple(self.extra),
+            modules=tuple(self.trained.extra),
             loss=self.weights,
             init=init,
-            num_trainable=sum(p.numel() for p in parameters),
+            num_trainable=sum(p.numel() for p in self.trained.parameters),
             learning_rate=self.learning_rate,
             steps=state.step,
             best_step=state.best_step,
             initial_validation_loss=initial,
-            best_validation_loss=_best_loss(state),
-            improved=_best_loss(state) < initial,
+            best_validation_loss=state.best_loss,
+            improved=state.best_loss < initial,
             history=tuple(state.history),
             stopped=state.stopped or "finished",
             num_tokens=loop.num_tokens,
-            num_processes=processes,
+            num_processes=loop.accelerator.num_processes,
             seconds=time.perf_counter() - begin,
             cache_seconds=cache_seconds,
         )
 
-    def _rows(self, tokens: Tensor, kinds: Sequence[str], store: StateStore) -> TuningRows:
-        """The dense model's states for some rows, and what enters the first trained layer."""
-        first = self.layers[0]
-        options: dict[str, Any] = {"batch_size": self.config.batch_size, "store": store, "quiet": self.quiet}
-        with evaluation_mode(self.dense):
-            same = _same_below(self.model, self.dense, first)
-            wanted = {*self.compared.values(), *([first] if same else [])}
-            outputs = DenseOutputs(self.dense, tokens, inputs_of=sorted(wanted), dealt=True, **options)
-            if same:
-                inputs = outputs.hidden[first]
-            else:
-                # lower layers are not the dense model's: what enters the first endpoint is the model's own
-                own = DenseOutputs(self.model, tokens, inputs_of=[first], dealt=True, **options)
-                inputs = own.hidden[first]
-        targets = {i: outputs.hidden[source] for i, source in self.compared.items()}
-        return TuningRows(outputs, inputs, targets, kinds)
-
-    def _student(self, trained: Iterable[nn.Module], rows: TuningRows) -> EndpointStudent:
-        """The loss over the trained modules."""
-        scales = {}
-        if "hidden" in self.weights:
-            scales = {i: _deviation(states) for i, states in rows.targets.items()}
-        return EndpointStudent(self.model, trained, self.layers[0], self.weights, scales)
-
-    def _start(
-        self, data: dict[str, TuningRows], store: StateStore
-    ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
-        """The closed-form start, which stays if it lowers the validation loss; and the cut's loss on each kind of text."""
-        if self.config.init == "none":
-            return None, None
-        assert self.kept is not None
-        layers = [self.model.get_submodule(name) for name in self.names]
-        student = self._student(layers, data["train"])
-        initial = _look(student, data["validation"], self.config.batch_size)
-        before = [copy.deepcopy(layer.state_dict()) for layer in layers]
-        result = solve_endpoints(
-            self.model,
-            self.layers,
-            self.kept,
-            data["train"].outputs,
-            data["validation"].outputs,
-            (data["train"].inputs, data["validation"].inputs),
-            method=self.config.init,
-            batch_size=self.config.batch_size,
-            store=store,
-            quiet=self.quiet,
-        )
-        solved = _look(student, data["validation"], self.config.batch_size)
-        kept = improves(solved, [initial], initial.by_kind)
-        if not kept:
-            for layer, state in zip(layers, before, strict=True):
-                layer.load_state_dict(state)
-        losses = {"loss_before": initial.validation_loss, "loss_after": solved.validation_loss}
-        return {**result.to_dict(), "kept": kept, **losses}, initial.by_kind
-
-    @contextmanager
-    def _trained(self, modules: nn.ModuleList, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
-        """The modules that are trained: the model's own, or copies in their place where an engine would change them."""
-        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            yield modules
-            return
-        copies = copy.deepcopy(modules)
-        names = (*self.names, *self.extra)
-        try:
-            for name, module in zip(names, copies, strict=True):
-                self.model.set_submodule(name, module)
-            yield copies
-        finally:
-            for name, module in zip(names, modules, strict=True):
-                self.model.set_submodule(name, module)
-
-
-def closing_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the modules with weights between the last decoder layer and the head: the final norm, as a rule."""
-    stack, found = LayerStack(model), []
-    head = model.get_output_embeddings()
-    names = {
-        module: name
-        for name, module in model.named_modules()
-        if module is not head and next(module.parameters(recurse=False), None) is not None
-    }
-    after: list[bool] = []
-
-    def last_layer(module: nn.Module, args: tuple, output: Any) -> None:
-        after.append(True)
-
-    def hook(module: nn.Module, args: tuple, output: Any) -> None:
-        if after and names[module] not in found:
-            found.append(names[module])
-
-    handles = [module.register_forward_hook(hook) for module in names]
-    handles.append(stack.layers[-1].register_forward_hook(last_layer))
-    try:
-        with torch.no_grad(), stack.head(model) as logits:
-            width = text_config(model.config).hidden_size
-            logits(torch.zeros(1, 1, width, dtype=model.dtype, device=model.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:
-    """Refuse layers that the model does not have.
-
-    Raises:
-        ModelError: Names them.
-    """
-    count = len(decoder_layers(model))
-    outside = [i for i in layers if not 0 <= i < count]
-    if outside or not layers:
-        raise ModelError.of(
-            "layers", list(layers), f"the model has layers 0 to {count - 1}", "Choose at least one of these"
-        )
-
-
-def _extra_modules(model: PreTrainedModel, config: TuningConfig) -> list[str]:
-    """Names of the modules beyond the layers that are trained."""
-    names = closing_modules(model) if config.train_final_norm else []
-    if config.train_head:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if head is None or head.weight is embedding.weight:
-            rule = "the head is tied to the embedding, which is below the layers that are trained"
-            raise ConfigurationError.of("tuning.train_head", True, rule, "Leave it out, or untie the model")
-        names.append(next(name for name, module in model.named_modules() if module is head))
-    return names
-
-
-def _targets(layers: list[int], kept: Sequence[int] | None, depth: int, config: TuningConfig) -> dict[int, int]:
-    """For each trained layer whose output is compared, the dense layer that its target enters (`depth`: leaves the last)."""
-    needing = [
-        name
-        for name, used in (("hidden", "hidden" in config.loss_weights()), (config.init, config.init != "none"))
-        if used
-    ]
-    if not needing:
-        return {}
-    if kept is None:
-        rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
-        raise ConfigurationError.of("kept", None, rule, "Give the dense model's index of each layer of the model")
-    return {i: target_state(kept, i, depth) for i in layers}
-
-
-def _deviation(states: Tensor) -> float:
-    """Mean squared deviation of `[rows, length, hidden]` states from their mean over the tokens."""
-    total = square = torch.zeros(states.shape[-1], dtype=torch.float64)
-    for row in states:
-        total = total + row.double().sum(0)
-        square = square + row.double().square().sum(0)
-    count = states.shape[0] * states.shape[1]
-    return float((square / count - (total / count).square()).mean())
-
 
 @torch.no_grad()
-def _look(student: EndpointStudent, rows: TuningRows, batch_size: int) -> TuningStep:
+def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int) -> TuningStep:
     """The loss over all rows."""
     parts = torch.arange(len(rows)).split(batch_size)
     losses = [student(**rows.batch(part, student.needs_teacher_logits)).double().cpu() for part in parts]
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 
-def _best_loss(state: TrainingState) -> float:
-    return min(
-        (h for h in state.history if h.step == state.best_step), key=lambda h: h.validation_loss
-    ).validation_loss
+def _weights(layers: Sequence[nn.Module]) -> list[dict[str, Tensor]]:
+    """Copies of the layers' state dicts."""
+    return copy.deepcopy([layer.state_dict() for layer in layers])
 
 
-@torch.no_grad()
-def _put_back(modules: nn.ModuleList, best: dict[str, Tensor] | None, device: torch.device) -> None:
-    """Copy a state dict of [`EndpointStudent`] into the modules, in every process; only the first one has it."""
-    for name, tensor in modules.state_dict().items():
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            sent = torch.empty_like(tensor, device=device) if best is None else best[f"trained.{name}"].to(device)
-            dist.broadcast(sent.contiguous(), src=0)
-        else:
-            assert best is not None
-            sent = best[f"trained.{name}"]
-        tensor.copy_(sent)
-
-
-def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> bool:
-    """Whether the embedding and the layers below `first` are the dense model's."""
-    pairs = [(model.get_input_embeddings(), dense.get_input_embeddings())]
-    pairs += list(zip(decoder_layers(model)[:first], decoder_layers(dense)[:first], strict=True))
-    return all(
-        a.data_ptr() == b.data_ptr() or torch.equal(a, b.to(a.device))
-        for ours, theirs in pairs
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
-    )
-
-
-@contextmanager
-def _only_trainable(model: PreTrainedModel, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Only the given parameters require gradients, and the model is in eval mode, until the block ends."""
-    chosen = {id(p) for p in parameters}
-    before = [(p, p.requires_grad) for p in model.parameters()]
-    with evaluation_mode(model):
-        try:
-            for parameter, _ in before:
-                parameter.requires_grad_(id(parameter) in chosen)
-            yield
-        finally:
-            for parameter, required in before:
-                parameter.requires_grad_(required)
-                parameter.grad = None
+def _load(layers: Sequence[nn.Module], weights: Sequence[dict[str, Tensor]]) -> None:
+    for layer, state in zip(layers, weights, strict=True):
+        layer.load_state_dict(state)

@@ -4,91 +4,24 @@ What `accelerate launch` or `accelerate config` has set (processes, mixed precis
 untested. A global batch is the same rows whatever the number of processes and of accumulation steps.
 """
 
-import json
 import math
-import os
-import random
-import shutil
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..configuration.stages import TuningConfig
-from ..errors import ConfigurationError
 from ..progress import progress_bar
+from .accelerator import micro_batch_size, shards_weights
+from .checkpoints import BestWeights, Checkpoints, TrainingState
 from .master_adamw import MasterAdamW
 from .result import TuningStep, improves
-from .student import EndpointStudent, TuningRows
-
-_PROGRESS = "progress.json"
-
-
-@dataclass
-class TrainingState:
-    """Where the loop is; everything that it decides from, beside weights and optimizer.
-
-    Args:
-        step (`int`): Optimizer steps taken.
-        best_step (`int`): Step of the weights that are kept.
-        stale (`int`): Evaluations since then.
-        history (`list[TuningStep]`): All evaluations.
-        losses (`list[float]`): Training losses of this process since the last one.
-        last_loss (`float`): The last loss that was looked at.
-        stopped (`str` or `None`): `"finished"`, `"patience"` or `"nan"` at the end.
-    """
-
-    step: int = 0
-    best_step: int = 0
-    stale: int = 0
-    history: list[TuningStep] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    last_loss: float = math.nan
-    stopped: str | None = None
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainingState":
-        """From what `dataclasses.asdict` gave."""
-        return cls(**{**values, "history": [TuningStep(**step) for step in values["history"]]})
-
-
-@contextmanager
-def tuning_accelerator(config: TuningConfig, device: torch.device, modules: nn.Module) -> Iterator[Accelerator]:
-    """An accelerator for one run; what it leaves in accelerate's shared state is removed if nothing was there before.
-
-    Args:
-        config ([`TuningConfig`]): Mixed precision, accumulation, loggers.
-        device (`torch.device`): Of the model, which stays where it is.
-        modules (`nn.Module`): What will be trained.
-    """
-    fresh, alone = not AcceleratorState._shared_state, not PartialState._shared_state
-    unused = any("expert" in name for name, _ in modules.named_parameters())  # no token of a batch may go to one
-    accelerator = Accelerator(
-        cpu=device.type == "cpu" and fresh,
-        device_placement=False,
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        log_with=list(config.report_to) or None,
-        project_config=ProjectConfiguration(project_dir=config.logging_dir, logging_dir=config.logging_dir),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
-    )
-    try:
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        if fresh:
-            AcceleratorState._reset_state(reset_partial_state=alone)
-            GradientState._reset_state()
+from .rows import TuningRows
+from .student import EndpointStudent
 
 
 class TrainingLoop:
@@ -128,28 +61,29 @@ class TrainingLoop:
         self.train, self.validation = train, validation
         self.needs_logits = student.needs_teacher_logits
         self.learning_rate, self.seed = learning_rate, seed
-        self.folder, self.checkpoints, self.start = folder, checkpoints, start
+        self.folder, self.start = folder, start
         self.batch_size = min(config.batch_size, len(train))
-        self.micro_batch = _micro_batch(self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
+        self.micro_batch = micro_batch_size(
+            self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes
+        )
         self.per_epoch = len(train) // self.batch_size
         self.total = self.per_epoch * config.epochs
-        # sharded engines bring float32 masters of their own
-        sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-        make = torch.optim.AdamW if sharded else MasterAdamW
+        make = torch.optim.AdamW if shards_weights(accelerator) else MasterAdamW
         optimizer = make(
             list(student.parameters()), lr=learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
         )
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.state = TrainingState()
         self._order: tuple[int, Tensor] | None = None
-        self._last_checkpoint = time.monotonic()
+        self._best = BestWeights(accelerator, folder)
+        self._checkpoints = Checkpoints(accelerator, folder, config.checkpoint_seconds) if checkpoints else None
 
     def run(self) -> TrainingState:
         """Train until the end, until patience runs out, or until a loss is not finite."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._start_trackers()
-        if self.checkpoints:
-            self._resume()
+        if self._checkpoints is not None:
+            self.state = self._checkpoints.resume() or self.state
         evaluate_every = max(1, self.per_epoch // self.config.evaluations_per_epoch)
         with progress_bar(self.total, "Endpoint tuning", self.quiet or not self.accelerator.is_main_process) as bar:
             bar.update(self.state.step)
@@ -166,8 +100,8 @@ class TrainingLoop:
                         self.state.stopped = "nan"
                     elif self.state.stale >= self.config.patience:
                         self.state.stopped = "patience"
-                if self.checkpoints:
-                    self._maybe_checkpoint()
+                if self._checkpoints is not None and self._checkpoints.save_if_due(self.state):
+                    self._best.drop_others(self.state.best_step)
         self.state.stopped = self.state.stopped or "finished"
         # not end_training(): it would also end the process group, which may be the caller's
         for tracker in self.accelerator.trackers:
@@ -176,10 +110,7 @@ class TrainingLoop:
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """The state dict of the student with the best validation loss, on the CPU; `None` in all processes but the first."""
-        self.accelerator.wait_for_everyone()
-        if not self.accelerator.is_main_process:
-            return None
-        return torch.load(self._best_file(self.state.best_step), map_location="cpu", mmap=True, weights_only=True)
+        return self._best.load(self.state.best_step)
 
     @property
     def num_tokens(self) -> int:
@@ -251,7 +182,7 @@ class TrainingLoop:
             shown = {"validation_loss": loss, "learning_rate": rate, "train_loss": trained, **(found.by_kind or {})}
             accelerator.log({k: v for k, v in shown.items() if v is not None}, step=state.step)
         if better:
-            self._save_best()
+            self._best.save(self.student, state.step)
             state.best_step, state.stale = state.step, 0
         else:
             state.stale += 1
@@ -272,89 +203,12 @@ class TrainingLoop:
                     losses[rows] = found.double().cpu()
         return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
 
-    def _best_file(self, step: int) -> Path:
-        return self.folder / f"best-{step}.pt"
-
-    def _save_best(self) -> None:
-        weights = self.accelerator.get_state_dict(self.student)
-        if self.accelerator.is_main_process:
-            file = self._best_file(self.state.step)
-            temporary = file.with_suffix(".tmp")
-            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, temporary)
-            os.replace(temporary, file)
-
-    def _maybe_checkpoint(self) -> None:
-        """Save the whole state every `checkpoint_seconds`; all processes do, when the first one says so."""
-        due = time.monotonic() - self._last_checkpoint >= self.config.checkpoint_seconds
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(due), device=self.accelerator.device)
-            dist.broadcast(flag, src=0)
-            due = bool(flag.item())
-        if not due:
-            return
-        target = self.folder / f"checkpoint-{self.state.step}"
-        temporary = target.with_suffix(".tmp")
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (temporary / _PROGRESS).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(temporary, target)
-            for other in self.folder.iterdir():
-                if other.name.startswith("checkpoint-") and other != target:
-                    shutil.rmtree(other, ignore_errors=True)
-                if other.name.startswith("best-") and other != self._best_file(self.state.best_step):
-                    other.unlink(missing_ok=True)
-        self.accelerator.wait_for_everyone()
-        self._last_checkpoint = time.monotonic()
-
-    def _resume(self) -> None:
-        """Go on from the last whole checkpoint in the folder, if there is one."""
-        found = sorted(
-            (file.parent for file in self.folder.glob(f"checkpoint-*/{_PROGRESS}") if file.parent.suffix != ".tmp"),
-            key=lambda folder: int(folder.name.removeprefix("checkpoint-")),
-        )
-        self.accelerator.wait_for_everyone()
-        if not found:
-            return
-        with _global_random_state_kept():
-            self.accelerator.load_state(str(found[-1]))
-        self.state = TrainingState.from_dict(json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8")))
-
     def _start_trackers(self) -> None:
         if self.config.report_to:
             values = {k: v for k, v in asdict(self.config).items() if isinstance(v, (int, float, str))}
             self.accelerator.init_trackers("optimum_clp", config=values)
 
 
-def _micro_batch(batch_size: int, accumulation: int, processes: int) -> int:
-    """Rows in one forward pass of one process.
-
-    Raises:
-        ConfigurationError: If the global batch cannot be dealt out evenly.
-    """
-    if batch_size % (accumulation * processes):
-        rule = (
-            f"a step of {batch_size} rows must be dealt out evenly to {processes} processes times {accumulation} "
-            "accumulation steps"
-        )
-        remedy = f"Choose a multiple of {accumulation * processes}, or fewer accumulation steps or processes"
-        raise ConfigurationError.of("tuning.batch_size", batch_size, rule, remedy)
-    return batch_size // (accumulation * processes)
-
-
 def _number(norm: Any) -> float:
     """A gradient norm as a number, also where it is sharded."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-
-@contextmanager
-def _global_random_state_kept() -> Iterator[None]:
-    """Put the global random generators back at the end."""
-    python, numbers = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(numbers)

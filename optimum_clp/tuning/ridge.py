@@ -9,13 +9,16 @@ from torch import Tensor
 # penalties, in units of the mean eigenvalue of the Gram matrix
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
-
 # a float64 Gram matrix of this width takes 2 GiB, and up to four such matrices exist at once
 MAX_FLOAT64_WIDTH = 2**14
 
-
 # times the dtype's rounding: 2e-4 and 0.1 of the solution at worst; the bound that is held to is far from sharp
 MAX_CONDITION = {torch.float64: 1e12, torch.float32: 1e6}
+
+
+def solution_bytes(num_features: int) -> int:
+    """Bytes of the four square matrices that exist at once: the sums of two splits, one of them centred, and its factor."""
+    return 4 * num_features**2 * (8 if num_features <= MAX_FLOAT64_WIDTH else 4)
 
 
 def squared_distance(a: Tensor, b: Tensor) -> float:

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from gates import gated
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.forward.hooks import gated, recorded_inputs, replaced_forward, replaced_input, stopped_before
+from optimum_clp.forward.hooks import recorded_inputs, replaced_forward, replaced_input, stopped_before
 from optimum_clp.forward.layer_stack import LayerStack
 from optimum_clp.search.gate import concave_gate, hard_gate
 
@@ -61,7 +62,7 @@ def test_a_partly_open_layer_is_the_mixture():
         with recorded_inputs(layers, [0, 1]) as plain:
             model(ids)
         seen = {}
-        with gated(layers, torch.tensor([0.25])):
+        with LayerStack(model).gated([0.25], plain[0]):
             handle = model.model.norm.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
             model(ids)
             handle.remove()
@@ -90,7 +91,7 @@ def test_everything_comes_off_after_an_exception(block):
     with torch.no_grad():
         before = model(ids).logits
     blocks = {
-        "gated": lambda: gated(layers, torch.zeros(6)),
+        "gated": lambda: LayerStack(model).gated([0.5] * 6, torch.zeros(1, 8, 32)),
         "recorded": lambda: recorded_inputs(layers, [0, 3, 6]),
         "resumed": lambda: LayerStack(model).resumed(3, torch.zeros(1, 8, 32)),
     }

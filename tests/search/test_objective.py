@@ -1,10 +1,10 @@
 import pytest
 import torch
+from gates import gated
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_clp.evaluation.live_memory import LiveTensorBytes
-from optimum_clp.forward.hooks import gated
 from optimum_clp.forward.losses import kl_divergence, next_token_cross_entropy
 from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped

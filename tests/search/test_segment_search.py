@@ -1,12 +1,12 @@
 import pytest
 import torch
+from gates import gated
 from searches import settings
 from tiny_models import MODEL_TYPES, make_identity, random_tokens, tiny_model
 
 from optimum_clp.errors import SearchError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
-from optimum_clp.forward.hooks import gated
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.search import search_segments
 from optimum_clp.search.gate import concave_gate

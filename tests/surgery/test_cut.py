@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
+from gates import gated
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
 from optimum_clp.architecture.lookup import cut_config, decoder_layers
 from optimum_clp.errors import CLPError, CutError, ModelError
-from optimum_clp.forward.hooks import gated
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery.cut import cut_model, own_layers
+from optimum_clp.surgery.cut import cut_model, own_storage
 from optimum_clp.surgery.guard import check_cut
 from optimum_clp.surgery.sizes import count_bytes, count_parameters
 
@@ -71,7 +71,7 @@ def test_storage_is_shared_and_the_dense_model_is_untouched():
 def test_owned_layers_no_longer_share():
     model = tiny_model()
     smaller = cut_model(model, [LayerSegment(2, 4)])
-    own_layers(smaller, [1])
+    own_storage(decoder_layers(smaller)[1])
     with torch.no_grad():
         for p in smaller.model.layers[1].parameters():
             p.add_(1)

@@ -13,9 +13,10 @@ from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.forward.hooks import layer_hidden, layer_input
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
-from optimum_clp.surgery.cut import cut_model, own_layers
-from optimum_clp.tuning.closed_form import solve_endpoints, target_state
+from optimum_clp.surgery.cut import cut_model, own_storage
+from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.ridge import RIDGES
+from optimum_clp.tuning.rows import target_state
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]
@@ -24,6 +25,11 @@ TRAIN, VALIDATION = random_tokens(24, 20, seed=1), random_tokens(6, 20, seed=2)
 
 def zoo(name, **overrides):
     return zoo_model(next(tiny for tiny in ZOO if tiny.name == name), **overrides)
+
+
+def own_layers(cut, layers):
+    for index in layers:
+        own_storage(decoder_layers(cut)[index])
 
 
 def solve(dense, cut, layers, segments=SEGMENTS, train=TRAIN, **options):

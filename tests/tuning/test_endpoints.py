@@ -14,7 +14,7 @@ from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
-from optimum_clp.tuning import endpoints as tuning
+from optimum_clp.tuning import starts
 from optimum_clp.tuning.endpoints import default_learning_rate, tune_layers
 from optimum_clp.tuning.student import EndpointStudent
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights(dense, monkeypatc
         calls.append(1)
         return kl_divergence(teacher, student) * (math.nan if len(calls) == 8 else 1.0)
 
-    monkeypatch.setattr("optimum_clp.tuning.student.kl_divergence", planted)
+    monkeypatch.setattr("optimum_clp.tuning.losses.kl_divergence", planted)
     with pytest.raises(TuningError) as error:
         tuned(cut, settings(), dense=dense)
     text = str(error.value)
@@ -280,7 +280,7 @@ def test_a_closed_form_start_comes_before_the_first_step(dense, init):
 
 def test_a_closed_form_start_that_does_not_help_is_dropped(dense, monkeypatch):
     cut = cut_model(dense, SEGMENTS)
-    solve = tuning.solve_endpoints
+    solve = starts.solve_endpoints
 
     def harmful(model, *arguments, **options):
         result = solve(model, *arguments, **options)
@@ -288,7 +288,7 @@ def test_a_closed_form_start_that_does_not_help_is_dropped(dense, monkeypatch):
             model.model.layers[1].mlp.down_proj.weight.mul_(-3)
         return result
 
-    monkeypatch.setattr(tuning, "solve_endpoints", harmful)
+    monkeypatch.setattr(starts, "solve_endpoints", harmful)
     rows = random_tokens(16, 20, seed=1), random_tokens(4, 20, seed=2)
     result = tune_layers(
         cut,

@@ -1,0 +1,139 @@
+"""What the trained layers are pulled towards: the losses of `tuning.loss`, and what one of another package looks like.
+
+A loss says what it needs, and is given nothing else: the training loop runs only as much of the two models as the losses
+with a weight need together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..doors import LOSSES
+from ..errors import ConfigurationError
+from ..forward.losses import kl_divergence, next_token_cross_entropy
+
+LOGITS, TEACHER_LOGITS, STATES = NEEDS = ("logits", "teacher_logits", "states")
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """Some rows, as the cut model and the dense one see them. What the loss does not need is `None`.
+
+    Args:
+        tokens (`Tensor`): int64 `[rows, length]`, full rows.
+        logits (`Tensor` or `None`): The cut model's, `[rows, length, vocab]`, with gradient; for the need `"logits"`.
+        teacher_logits (`Tensor` or `None`): The dense model's, of the same shape; for `"teacher_logits"`.
+        states (`dict[int, Tensor]` or `None`): What leaves each trained layer, `[rows, length, hidden]`, by its index in
+            the cut model, with gradient; for `"states"`, as the two below.
+        targets (`dict[int, Tensor]` or `None`): What should leave them: the dense model's states, of the same shape.
+        scales (`dict[int, float]` or `None`): Mean squared deviation of all targets of a layer from their mean.
+    """
+
+    tokens: Tensor
+    logits: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    states: Mapping[int, Tensor] | None = None
+    targets: Mapping[int, Tensor] | None = None
+    scales: Mapping[int, float] | None = None
+
+    def only(self, needs: frozenset[str]) -> "LossBatch":
+        """The batch without what is not needed."""
+        return replace(
+            self,
+            logits=self.logits if LOGITS in needs else None,
+            teacher_logits=self.teacher_logits if TEACHER_LOGITS in needs else None,
+            states=self.states if STATES in needs else None,
+            targets=self.targets if STATES in needs else None,
+            scales=self.scales if STATES in needs else None,
+        )
+
+
+class Loss(Protocol):
+    """A loss; its class is what stands in the registry `LOSSES`, and is made without arguments.
+
+    `tests/tuning/test_loss_contract.py` holds one to what is said here.
+
+    Attributes:
+        needs (`frozenset[str]`): Any of `"logits"`, `"teacher_logits"`, `"states"`; also how the memory of a step is
+            estimated: float32 probabilities are kept for each of the first two.
+    """
+
+    needs: frozenset[str]
+
+    def __call__(self, batch: LossBatch) -> Tensor:
+        """The loss of each row, which depends on no other row.
+
+        Args:
+            batch ([`LossBatch`]): What is needed.
+
+        Returns:
+            `Tensor`: float32 `[rows]`, or `[parts, rows]` for several that are to be added up in this order.
+        """
+        ...
+
+
+class Distillation:
+    """`kd`: the mean over all tokens of `KL(dense || cut)`, in nats."""
+
+    needs = frozenset({LOGITS, TEACHER_LOGITS})
+
+    def __call__(self, batch: LossBatch) -> Tensor:
+        assert batch.logits is not None and batch.teacher_logits is not None
+        return kl_divergence(batch.teacher_logits, batch.logits).mean(-1)
+
+
+class CrossEntropy:
+    """`ce`: the mean cross-entropy of the next token, in nats."""
+
+    needs = frozenset({LOGITS})
+
+    def __call__(self, batch: LossBatch) -> Tensor:
+        assert batch.logits is not None
+        return next_token_cross_entropy(batch.logits, batch.tokens).mean(-1)
+
+
+class HiddenStates:
+    """`hidden`: the share of the target states' variance that the cut model's states miss (1 - R^2).
+
+    Averaged over the trained layers, each of which is a part.
+    """
+
+    needs = frozenset({STATES})
+
+    def __call__(self, batch: LossBatch) -> Tensor:
+        assert batch.states is not None and batch.targets is not None and batch.scales is not None
+        parts = []
+        for index, scale in batch.scales.items():
+            states = batch.states[index].float()
+            error = (states - batch.targets[index].detach().to(states)).square().mean((1, 2))
+            parts.append((error / (scale * len(batch.scales))).to(batch.tokens.device))
+        return torch.stack(parts)
+
+
+def weighted_losses(weights: Mapping[str, float]) -> dict[str, tuple[float, Loss]]:
+    """The losses that have a weight, in the registry's order, in which they are added up.
+
+    Args:
+        weights (`dict[str, float]`): By name, at least 0.
+
+    Raises:
+        ConfigurationError: If there is no such loss, or it needs something that there is not.
+    """
+    used = {name: weight for name, weight in weights.items() if weight}
+    order = {name: place for place, name in enumerate(LOSSES)}
+    found: dict[str, tuple[float, Loss]] = {}
+    for name in sorted(used, key=lambda name: order.get(name, len(order))):
+        loss = LOSSES.get(name)()
+        if not set(loss.needs) <= set(NEEDS):
+            rule = f"a loss may need {', '.join(NEEDS)}"
+            raise ConfigurationError.of(f"{name}.needs", sorted(loss.needs), rule, "Ask for these only")
+        found[name] = used[name], loss
+    return found
+
+
+def needs_of(weights: Mapping[str, float]) -> frozenset[str]:
+    """What the losses that have a weight need together."""
+    return frozenset().union(*(loss.needs for _, loss in weighted_losses(weights).values()))

@@ -1,0 +1,128 @@
+"""The rows that tuning looks at, with all that the dense model says about them, computed once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..architecture.lookup import decoder_layers
+from ..forward.dense_outputs import DenseOutputs, StateStore
+from ..forward.hooks import evaluation_mode
+
+
+@dataclass(frozen=True)
+class TuningRows:
+    """Rows of tokens with all that the dense model says about them.
+
+    Args:
+        outputs ([`DenseOutputs`]): The dense model's.
+        inputs (`Tensor`): `[rows, length, hidden]`: what enters the first trained layer.
+        targets (`dict[int, Tensor]`): For some layers of the cut model, what should leave them: the states that enter a
+            layer of the dense model, or leave its last one.
+        kinds (`Sequence[str]`): What kind of text each row is; empty if that does not matter.
+    """
+
+    outputs: DenseOutputs
+    inputs: Tensor
+    targets: Mapping[int, Tensor] = field(default_factory=dict)
+    kinds: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.outputs.tokens)
+
+    def with_targets(self, states: Mapping[int, int]) -> "TuningRows":
+        """The same rows with other targets.
+
+        Args:
+            states (`dict[int, int]`): For layers of the cut model, the dense layer that the target enters; it is one of
+                those whose inputs were kept.
+        """
+        return replace(self, targets={i: self.outputs.hidden[state] for i, state in states.items()})
+
+    def batch(self, rows: Tensor, logits: bool) -> dict[str, Any]:
+        """The arguments of [`EndpointStudent.forward`] for some rows; with or without the dense model's logits."""
+        device = self.outputs.model.device
+        return {
+            "tokens": self.outputs.tokens[rows].to(device),
+            "hidden": self.inputs[rows].to(device),
+            "teacher_logits": self.outputs.logits(rows) if logits else None,
+            "targets": {i: states[rows].to(device) for i, states in self.targets.items()},
+        }
+
+
+def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
+    """Which of the dense model's hidden states a layer of the cut model should put out.
+
+    Args:
+        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
+        layer (`int`): In the cut model's numbering.
+        num_layers (`int`): Layers of the dense model.
+
+    Returns:
+        `int`: The dense layer that the state enters; `num_layers` for what leaves the last one.
+    """
+    return kept[layer + 1] if layer + 1 < len(kept) else num_layers
+
+
+def cached_rows(
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    tokens: Tensor,
+    first: int,
+    states: Iterable[int],
+    *,
+    batch_size: int,
+    store: StateStore,
+    kinds: Sequence[str] = (),
+    quiet: bool = False,
+) -> TuningRows:
+    """Run the dense model over some rows; in a group of processes each takes its share.
+
+    Args:
+        model (`PreTrainedModel`): The cut model.
+        dense (`PreTrainedModel`): The dense model.
+        tokens (`Tensor`): int64 `[rows, length]`.
+        first (`int`): The first layer of `model` that is trained.
+        states (`Iterable[int]`): Dense layers whose inputs are kept as well.
+        batch_size (`int`): Rows in one forward pass.
+        store ([`StateStore`]): Where the states lie.
+        kinds (`Sequence[str]`): What kind of text each row is.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`TuningRows`]: Without targets.
+    """
+    options: dict[str, Any] = {"batch_size": batch_size, "store": store, "quiet": quiet, "dealt": True}
+    with evaluation_mode(dense):
+        same = _same_below(model, dense, first)
+        wanted = {*states, *([first] if same else [])}
+        outputs = DenseOutputs(dense, tokens, inputs_of=sorted(wanted), **options)
+        if same:
+            return TuningRows(outputs, outputs.hidden[first], kinds=kinds)
+        # lower layers are not the dense model's: what enters the first endpoint is the model's own
+        own = DenseOutputs(model, tokens, inputs_of=[first], **options)
+        return TuningRows(outputs, own.hidden[first], kinds=kinds)
+
+
+def spread(states: Tensor) -> float:
+    """Mean squared deviation of `[rows, length, hidden]` states from their mean over the tokens."""
+    total = square = torch.zeros(states.shape[-1], dtype=torch.float64)
+    for row in states:
+        total = total + row.double().sum(0)
+        square = square + row.double().square().sum(0)
+    count = states.shape[0] * states.shape[1]
+    return float((square / count - (total / count).square()).mean())
+
+
+def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> bool:
+    """Whether the embedding and the layers below `first` are the dense model's."""
+    pairs = [(model.get_input_embeddings(), dense.get_input_embeddings())]
+    pairs += list(zip(decoder_layers(model)[:first], decoder_layers(dense)[:first], strict=True))
+    return all(
+        a.data_ptr() == b.data_ptr() or torch.equal(a, b.to(a.device))
+        for ours, theirs in pairs
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+    )

@@ -1,0 +1,62 @@
+"""Memory of losses and starts that the footprint has never heard of: it goes by what they say of themselves."""
+
+import pytest
+from tiny_models import tiny_model
+
+from optimum_clp.configuration.stages import TuningConfig
+from optimum_clp.doors import LOSSES, STARTS
+from optimum_clp.planning.footprint import tuning_memory
+
+KEPT, ENDPOINTS = [0, 1, 4, 5], [1, 2]
+STATE = (5 + 3) * 24 * 32 * 4  # rows, tokens, width, float32
+TOKENS = 2 * 24
+
+
+def memory(**tuning):
+    config = TuningConfig(**{"batch_size": 2, "init": "none", **tuning})
+    rows = {"train_rows": 5, "validation_rows": 3, "sequence_length": 24}
+    return tuning_memory(tiny_model(), KEPT, ENDPOINTS, config, activations=[(0, 0)] * 6, **rows)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Lets a test register losses and starts."""
+    for door in (LOSSES, STARTS):
+        monkeypatch.setattr(door, "_rows", dict(door._rows))
+
+
+@pytest.mark.parametrize(
+    ("needs", "sets", "states"),
+    [
+        (("logits",), 1, 0),
+        (("logits", "teacher_logits"), 2, 0),
+        (("logits", "teacher_logits", "states"), 2, 2),
+        (("states",), 0, 2),
+    ],
+)
+def test_a_loss_takes_what_it_needs(registered, needs, sets, states):
+    LOSSES.register("theirs", type("Theirs", (), {"needs": frozenset(needs)}))
+    found = memory(loss="theirs")
+    # float32 logits and probabilities, and three copies of the tokens in work
+    assert found.logits == 97 * (TOKENS * sets * (4 + 4) + 3 * TOKENS * 4)
+    # what enters the first endpoint and leaves the last layer, and what the two endpoints are compared with
+    assert found.caches == 8 * 24 * 8 + (2 + states) * STATE
+    assert found.closed_form == 0
+    assert memory(loss={"theirs": 0.0, "ce": 1.0}) == memory(loss="ce")
+
+
+@pytest.mark.parametrize("targets", [{}, {2: 5}, {1: 4, 2: 5}, {1: 3}], ids=str)
+def test_a_start_holds_what_it_says_and_what_it_compares_with(registered, targets):
+    class Theirs:
+        def targets(self, kept, layers, depth):
+            assert (list(kept), list(layers), depth) == (KEPT, ENDPOINTS, 6)
+            return targets
+
+        def held_bytes(self, layers, width):
+            return 1000 * len(layers) + width
+
+    STARTS.register("theirs", Theirs)
+    found, plain = memory(init="theirs"), memory()
+    assert found.closed_form == 2032 + (STATE if targets else 0)
+    assert found.caches - plain.caches == len(targets) * STATE
+    assert (found.moments, found.logits, found.endpoints) == (plain.moments, plain.logits, plain.endpoints)
