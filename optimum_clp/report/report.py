@@ -17,7 +17,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..version import __version__
-from .tables import cell, format_bytes, format_count, markdown_table, text_table
+from .tables import Column, format_bytes, format_count, markdown_table, record_cells, text_table
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
@@ -159,11 +159,10 @@ class CLPReport:
         rows = (self.evaluation or {}).get("rows") or []
         if not rows:
             return ""
-        used = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
-        cells = [["" if markdown else "model", *(title for title, _, _ in used)]]
-        cells += [[str(row.get("name")), *(cell(row.get(key), show) for _, key, show in used)] for row in rows]
-        caption = self.measured_on()
-        return markdown_table(cells) + f"\n\n{caption}" if markdown else text_table(cells) + f"\n{caption}"
+        cells = record_cells(rows, (Column("name", "" if markdown else "model"), *_COLUMNS))
+        if markdown:
+            return f"{markdown_table(cells, 'lr')}\n\n{self.measured_on()}"
+        return f"{text_table(cells, ruled=True)}\n{self.measured_on()}"
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""
@@ -211,11 +210,11 @@ def _json_ready(value: Any) -> Any:
 
 
 _COLUMNS = (
-    ("layers", "num_layers", "{:d}".format),
-    ("parameters", "num_parameters", format_count),
-    ("size", "bytes", format_bytes),
-    ("perplexity", "perplexity", "{:.3f}".format),
-    ("KL to dense", "kl", "{:.4f}".format),
-    ("prefill tok/s", "prefill_tokens_per_second", "{:,.0f}".format),
-    ("decode tok/s", "decode_tokens_per_second", "{:,.0f}".format),
+    Column("num_layers", "layers"),
+    Column("num_parameters", "parameters", format_count),
+    Column("bytes", "size", format_bytes),
+    Column("perplexity", "perplexity", ".3f"),
+    Column("kl", "KL to dense", ".4f"),
+    Column("prefill_tokens_per_second", "prefill tok/s", ",.0f"),
+    Column("decode_tokens_per_second", "decode tok/s", ",.0f"),
 )

@@ -225,7 +225,7 @@ def test_without_matplotlib_plots_are_skipped_or_refused(tmp_path, monkeypatch):
 
 def test_pyplot_and_its_global_state_stay_out(tmp_path):
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from report_example import example_report; from optimum_clp import plots\n"
+        "import sys; sys.path.insert(0, 'tests'); from report_example import example_report; from optimum_clp.report import plots\n"
         "assert 'matplotlib' not in sys.modules\n"
         f"plots.write_plots(example_report(), {str(tmp_path)!r}); assert 'matplotlib.pyplot' not in sys.modules"
     )
