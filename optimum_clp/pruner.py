@@ -42,12 +42,13 @@ from .report.hub import upload, written_file
 from .report.model_card import write_model_card
 from .report.plots import write_plots
 from .report.report import REPORT_NAME, CLPReport
+from .report.section import to_section
 from .runtime.causal_lm import OnnxCausalLM
 from .search import SearchResult, search_segments, search_within_budget
 from .search.journal import journal_file
 from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers, number_of_layers_to_remove
 from .surgery.cut import cut_model
-from .surgery.sizes import count_parameters
+from .surgery.description import describe_cut, describe_dense
 from .tuning.endpoints import tune_layers
 from .tuning.result import TuningResult
 
@@ -224,20 +225,11 @@ class CLPPruner(OptimumQuantizer):
             raise ConfigurationError.of(
                 "segments", None, "there is nothing to cut yet", "Call search() first, or give segments"
             )
-        total = num_layers(dense.config)
-        chosen = check_segments(self.segments or () if segments is None else segments, total)
+        chosen = check_segments(self.segments or () if segments is None else segments, num_layers(dense.config))
         self._forget_cut()
         self.pruned_model = cut_model(dense, chosen)
         self.segments = chosen
-        kept = kept_layers(chosen, total)
-        self.report.cut = {
-            "segments": [s.to_list() for s in chosen],
-            "removed_layers": [i for i in range(total) if i not in kept],
-            "num_layers_before": total,
-            "num_layers_after": len(kept),
-            "num_parameters_before": count_parameters(dense),
-            "num_parameters_after": count_parameters(self.pruned_model),
-        }
+        self.report.cut = to_section(describe_cut(dense, self.pruned_model, chosen))
         if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
             self.report.search = None  # these layers are not what that search chose
         return self.pruned_model
@@ -681,11 +673,4 @@ def _remove(folder: Path | None) -> None:
 
 def _description(model: PreTrainedModel, name: str | None, revision: str | None) -> dict[str, Any]:
     """The `base_model` section of the report."""
-    return {
-        "name_or_path": name or None,
-        "revision": revision,
-        "model_type": model.config.model_type,
-        "num_layers": num_layers(model.config),
-        "num_parameters": count_parameters(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    return to_section(describe_dense(model, name, revision))
