@@ -11,7 +11,7 @@ import os
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
@@ -37,6 +37,7 @@ from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
 from .progress import progress_bar
+from .report.section import Key, to_section
 
 _QTYPES = {"int8": "qint8", "int4": "qint4"}
 # the tensors that quanto stores in place of a linear layer's weight
@@ -57,13 +58,13 @@ class QuantoResult:
     """
 
     folder: Path
-    weights: str
-    num_quantized: int
-    bytes: int
+    weights: Annotated[str, Key(choices=tuple(_QTYPES))]
+    num_quantized: Annotated[int, Key("Quantized modules.", minimum=1)]
+    bytes: Annotated[int, Key(minimum=1)]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values; the folder by its name alone, so that no local path gets into a report."""
-        return {**dataclasses.asdict(self), "folder": self.folder.name}
+        """An entry of the report's `quantization` section; the folder by its name alone."""
+        return to_section(self)
 
 
 @contextlib.contextmanager
@@ -404,7 +405,7 @@ def _verify(reloaded: PreTrainedModel, model: PreTrainedModel, layers: dict[str,
     left = sorted(layers.keys() - quantized.keys())
     if left or len(quantized) != len(layers):
         rule = f"{len(quantized)} of {len(layers)} linear layers are quantized; left are {', '.join(left)}"
-        raise _error(model, rule, "Please report this with the model's name")
+        raise _fault(model, rule)
     key = different_buffer(model, reloaded)
     parameters = dict(reloaded.named_parameters())
     for name, tensor in model.named_parameters():
@@ -416,7 +417,7 @@ def _verify(reloaded: PreTrainedModel, model: PreTrainedModel, layers: dict[str,
             same = torch.equal(tensor.detach().cpu(), parameters[name])
         key = key if same else key or name
     if key:
-        raise _error(model, f"read back, its tensor {key} differs", "Please report this with the model's name")
+        raise _fault(model, f"read back, its tensor {key} differs")
 
 
 def _close(weight: torch.Tensor, rounded: torch.Tensor, kind: qtype) -> bool:
@@ -425,5 +426,5 @@ def _close(weight: torch.Tensor, rounded: torch.Tensor, kind: qtype) -> bool:
     return bool(((weight.float() - rounded.float()).abs() <= 2 * step + 1e-12).all())
 
 
-def _error(model: PreTrainedModel, rule: str, remedy: str) -> QuantizationError:
-    return QuantizationError.of("model", type(model).__name__, rule, remedy)
+def _fault(model: PreTrainedModel, rule: str) -> QuantizationError:
+    return QuantizationError.of("model", type(model).__name__, rule, "Please report this with the model's name")

@@ -19,10 +19,11 @@ from .configuration.clp_config import CLPConfig
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
+from .report.section import to_section
 from .resume import search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
-from .segments import LayerSegment, check_segments, endpoint_layers, kept_layers
-from .surgery.sizes import count_parameters
+from .segments import LayerSegment, check_segments, endpoint_layers
+from .surgery.description import describe_cut, describe_dense
 
 _OF_A_FOLDER = ("quantization", "export", "evaluation")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
@@ -68,7 +69,7 @@ class Session:
 
     def __post_init__(self) -> None:
         if self.model is not None and self.report.base_model is None:
-            self.report.base_model = _description(self.model, self.model.name_or_path, None)
+            self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
     def use(self, config: CLPConfig | None) -> CLPConfig:
         """Replace the recipe by `config`, if there is one, and check it."""
@@ -143,16 +144,7 @@ class Session:
     def set_cut(self, model: PreTrainedModel, segments: tuple[LayerSegment, ...]) -> None:
         """Take over a cut model, and write the report's `cut` section."""
         self.pruned_model, self.segments = model, segments
-        total = num_layers(self.dense().config)
-        kept = kept_layers(segments, total)
-        self.report.cut = {
-            "segments": [s.to_list() for s in segments],
-            "removed_layers": [i for i in range(total) if i not in kept],
-            "num_layers_before": total,
-            "num_layers_after": len(kept),
-            "num_parameters_before": count_parameters(self.dense()),
-            "num_parameters_after": count_parameters(model),
-        }
+        self.report.cut = to_section(describe_cut(self.dense(), model, segments))
         if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
             self.forget("cut elsewhere")
 
@@ -288,19 +280,7 @@ def open_session(
             # what was measured before the cut, as by a search, is measured again
             session.model = loaded
             name = path or loaded.name_or_path
-            session.report = CLPReport(base_model=_description(loaded, name, hub["revision"]))
+            session.report = CLPReport(base_model=to_section(describe_dense(loaded, name, hub["revision"])))
     source = path if tokenizer is None else tokenizer
     session.tokenizer = load_tokenizer(source, **hub) if isinstance(source, (str, os.PathLike)) else source
     return session
-
-
-def _description(model: PreTrainedModel, name: str | None, revision: str | None) -> dict[str, Any]:
-    """The `base_model` section of the report."""
-    return {
-        "name_or_path": name or None,
-        "revision": revision,
-        "model_type": model.config.model_type,
-        "num_layers": num_layers(model.config),
-        "num_parameters": count_parameters(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }

@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..architecture.lookup import within_context
 from ..configuration.stages import CalibrationConfig
 from ..errors import CalibrationError
+from ..report.section import to_section
 from ..resume import weights_fingerprint
 from .sample_cache import Sample
 from .self_written import embedding_weight, sample_text
 from .sources import Passage, describe, read_passages
+from .summary import CalibrationSummary, TextStatistics
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13
@@ -40,8 +42,7 @@ class CalibrationData:
         validation (`torch.Tensor`): int64 `[validation_sequences, sequence_length]`; for early stopping.
         test (`torch.Tensor`): int64 `[test_sequences, sequence_length]`; for the figures in the report.
         source (`str`): Where the text comes from, in a few words.
-        statistics (`dict` or `None`): For self-written text: `distinct_4gram_share` and `dense_perplexity` of the
-            train split, `seed`, `temperature`.
+        statistics ([`TextStatistics`] or `None`): For self-written text.
         validation_kinds (`tuple[str, ...]`): For each validation row `"given"` or `"self-written"`.
     """
 
@@ -49,7 +50,7 @@ class CalibrationData:
     validation: torch.Tensor
     test: torch.Tensor
     source: str
-    statistics: dict[str, Any] | None = None
+    statistics: TextStatistics | None = None
     validation_kinds: tuple[str, ...] = ()
 
     @property
@@ -59,14 +60,15 @@ class CalibrationData:
 
     def to_dict(self) -> dict[str, Any]:
         """The `calibration` section of the report, as JSON-ready values."""
-        return {
-            "source": self.source,
-            "sequence_length": self.sequence_length,
-            "train_sequences": len(self.train),
-            "validation_sequences": len(self.validation),
-            "test_sequences": len(self.test),
-            "statistics": self.statistics,
-        }
+        summary = CalibrationSummary(
+            source=self.source,
+            sequence_length=self.sequence_length,
+            train_sequences=len(self.train),
+            validation_sequences=len(self.validation),
+            test_sequences=len(self.test),
+            statistics=self.statistics,
+        )
+        return to_section(summary)
 
 
 def load_calibration(
@@ -112,12 +114,12 @@ def load_calibration(
     if sum(own):
         written, held_out = _write_rows(config, tokenizer, model, own, length, seed, fingerprint, quiet)
         parts.append((*written.tokens.split(own[:2]), held_out))
-        statistics = {
-            "distinct_4gram_share": distinct_ngram_share(written.tokens[: own[0]], 4),
-            "dense_perplexity": math.exp(min(written.losses[: own[0]].mean().item(), 700.0)),
-            "seed": seed,
-            "temperature": config.temperature,
-        }
+        statistics = TextStatistics(
+            distinct_4gram_share=distinct_ngram_share(written.tokens[: own[0]], 4),
+            dense_perplexity=math.exp(min(written.losses[: own[0]].mean().item(), 700.0)),
+            seed=seed,
+            temperature=config.temperature,
+        )
         _warn_if_repetitive(statistics["distinct_4gram_share"])
     splits = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
     if len(parts) == 2:

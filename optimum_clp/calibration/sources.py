@@ -115,9 +115,9 @@ def _looks_like_a_file(dataset: str) -> bool:
 
 def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, name: str) -> Iterator[Passage]:
     if not path.exists():
-        raise _error(name, shown, "there is no such file", "Check the path")
+        raise CalibrationError.of(name, shown, "there is no such file", "Check the path")
     if not path.is_file():
-        raise _error(name, shown, "it is a folder", f"Give one file ({', '.join(FILE_TYPES)})")
+        raise CalibrationError.of(name, shown, "it is a folder", f"Give one file ({', '.join(FILE_TYPES)})")
     try:
         if path.suffix.lower() == ".parquet":
             rows: Iterator[Any] = _parquet_rows(path, shown, text_column, name)
@@ -130,9 +130,11 @@ def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, 
                 yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
     except UnicodeDecodeError as error:
         rule = f"it is not UTF-8 text ({error.reason})"
-        raise _error(name, shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8") from error
+        raise CalibrationError.of(name, shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8") from error
     except OSError as error:
-        raise _error(name, shown, f"it cannot be read ({error})", "Check the file and its permissions") from error
+        raise CalibrationError.of(
+            name, shown, f"it cannot be read ({error})", "Check the file and its permissions"
+        ) from error
 
 
 def _bounded_lines(file: Any, limit: int) -> Iterator[str]:
@@ -174,14 +176,14 @@ def _json_rows(path: Path, shown: str, name: str) -> Iterator[Any]:
         except json.JSONDecodeError as error:
             # several objects one after the other: JSON lines under the name .json
             if not error.msg.startswith("Extra data"):
-                raise _malformed(name, shown, error.lineno, error.msg) from error
+                raise _invalid_json(name, shown, error.lineno, error.msg) from error
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise _malformed(name, shown, number, error.msg) from error
+                    raise _invalid_json(name, shown, number, error.msg) from error
                 yield row
 
 
@@ -196,7 +198,9 @@ def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterat
             for batch in file.iter_batches(batch_size=256, columns=[text_column]):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
-        raise _error(name, shown, f"it is not a readable parquet file ({error})", "Write the file again") from error
+        raise CalibrationError.of(
+            name, shown, f"it is not a readable parquet file ({error})", "Write the file again"
+        ) from error
 
 
 def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[str]:
@@ -210,7 +214,7 @@ def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iter
             continue
         if not isinstance(text, str):
             rule = f"row {number} holds a {type(text).__name__} where text should be"
-            raise _error(name, shown, rule, "Give rows that are strings, or objects with a text column")
+            raise CalibrationError.of(name, shown, rule, "Give rows that are strings, or objects with a text column")
         yield text
 
 
@@ -249,9 +253,9 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
         advice = "Give a local file or a list of strings, or leave it out: then the model writes its own text"
         if _is_connection_error(error):
             rule = f"the dataset {source.path} is not in the cache and the Hugging Face Hub could not be reached"
-            raise _error(name, shown, rule, advice) from error
+            raise CalibrationError.of(name, shown, rule, advice) from error
         rule = f"the dataset {source.path} could not be loaded ({type(error).__name__}: {error})"
-        raise _error(name, shown, rule, f"Give id, id:config or id:config:split. {advice}") from error
+        raise CalibrationError.of(name, shown, rule, f"Give id, id:config or id:config:split. {advice}") from error
 
 
 def _is_connection_error(error: BaseException | None) -> bool:
@@ -264,14 +268,12 @@ def _is_connection_error(error: BaseException | None) -> bool:
     return False
 
 
-def _error(name: str, value: Any, rule: str, remedy: str) -> CalibrationError:
-    return CalibrationError.of(name, value, rule, remedy)
-
-
-def _malformed(name: str, shown: str, line: int, message: str) -> CalibrationError:
-    return _error(name, shown, f"line {line} is not valid JSON ({message})", "Correct or remove that line")
+def _invalid_json(name: str, shown: str, line: int, message: str) -> CalibrationError:
+    return CalibrationError.of(
+        name, shown, f"line {line} is not valid JSON ({message})", "Correct or remove that line"
+    )
 
 
 def _missing_column(name: str, shown: str, text_column: str, columns: list) -> CalibrationError:
     rule = f"it has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
-    return _error(name, shown, rule, "Name the column with the text in calibration.text_column")
+    return CalibrationError.of(name, shown, rule, "Name the column with the text in calibration.text_column")

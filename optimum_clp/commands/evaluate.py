@@ -5,6 +5,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from ..report.report import REPORT_NAME
+from ..report.tables import Column, record_cells, text_table
 from . import arguments
 from .session import Answer, load_pruner, read_config
 
@@ -13,18 +14,6 @@ USAGE = "--model MODEL [--file ONNX] [--reference DENSE] [--dataset TEXT] [--tas
 EXAMPLE = (
     "optimum-clp evaluate --model qwen3-0.6b-clp20 --file onnx/model_q4.onnx --dataset test.txt "
     "--reference Qwen/Qwen3-0.6B"
-)
-
-_COLUMNS = (
-    ("name", "task"),
-    ("num_examples", "examples"),
-    ("accuracy", "accuracy"),
-    ("accuracy_stderr", "std. error"),
-    ("plain_accuracy", "plain"),
-    ("chance", "chance"),
-    ("perplexity", "perplexity"),
-    ("dense_accuracy", "dense"),
-    ("retention", "retention"),
 )
 
 
@@ -69,9 +58,10 @@ def run(args: argparse.Namespace) -> Answer:
     result = pruner.evaluate(text, reference=args.reference, tasks=tasks or None, task_limit=args.task_limit)
     result = {key: value for key, value in result.items() if value is not None}
     figures = {key: value for key, value in result.items() if key != "tasks"}
-    width = max(map(len, figures), default=0)
-    parts = ["\n".join(f"{key:<{width}}  {_shown(value)}" for key, value in figures.items())]
-    parts.append(task_table(result.get("tasks", {})))
+    parts = [
+        text_table([(key, _figure(value)) for key, value in figures.items()], "l"),
+        task_table(result.get("tasks", {})),
+    ]
     return result, "\n\n".join(filter(None, parts))
 
 
@@ -84,15 +74,7 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     Returns:
         `str`: Empty without tasks.
     """
-    if not tasks:
-        return ""
-    columns = [(key, head) for key, head in _COLUMNS if any(task.get(key) is not None for task in tasks.values())]
-    rows = [[head for _, head in columns], *([_cell(task.get(key)) for key, _ in columns] for task in tasks.values())]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([f"{first:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(cells, widths[1:], strict=True))])
-        for first, *cells in rows
-    )
+    return text_table(record_cells(list(tasks.values()), _COLUMNS)) if tasks else ""
 
 
 def _checked_tasks(given: list[tuple[str, str]], limit: int | None) -> dict[str, str]:
@@ -113,13 +95,22 @@ def _checked_tasks(given: list[tuple[str, str]], limit: int | None) -> dict[str,
     return tasks
 
 
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}" if value < 1000 else f"{value:.5g}"
-    return "-" if value is None else _shown(value)
+def _figure(value: object) -> str:
+    return format(value, ".6g" if isinstance(value, float) else "," if isinstance(value, int) else "")
 
 
-def _shown(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _of_task(value: float) -> str:
+    return f"{value:.4f}" if value < 1000 else f"{value:.5g}"
+
+
+_COLUMNS = (
+    Column("name", "task"),
+    Column("num_examples", "examples", ","),
+    Column("accuracy", "accuracy", _of_task),
+    Column("accuracy_stderr", "std. error", _of_task),
+    Column("plain_accuracy", "plain", _of_task),
+    Column("chance", "chance", _of_task),
+    Column("perplexity", "perplexity", _of_task),
+    Column("dense_accuracy", "dense", _of_task),
+    Column("retention", "retention", _of_task),
+)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..report.tables import format_bytes
+from ..report.tables import format_bytes, text_table
 from . import arguments
 from .session import Answer, load_cut_pruner, required_output
 
@@ -27,7 +27,5 @@ def run(args: argparse.Namespace) -> Answer:
     pruner = load_cut_pruner(args)
     pruner.export(output, overwrite=args.overwrite)
     result = pruner.report.to_dict()
-    files = result["export"]["files"]
-    width = max(len(entry["file"]) for entry in files)
-    lines = [f"{entry['file']:<{width}}  {entry['weights']:<7}  {format_bytes(entry['bytes']):>9}" for entry in files]
-    return result, "\n".join([*lines, f"Written to {args.output}."])
+    rows = [(entry["file"], entry["weights"], format_bytes(entry["bytes"])) for entry in result["export"]["files"]]
+    return result, f"{text_table(rows, 'llr', widths=(0, 7, 9))}\nWritten to {args.output}."

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..report.tables import format_bytes, format_count
+from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
 from .session import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
 
@@ -74,10 +74,10 @@ def planned(plan: dict[str, Any]) -> str:
     lines = [
         f"{base['class']} in {base['dtype']}: {plan['num_removed']} of {base['num_layers']} layers would go. "
         f"{len(cuts)} segments can: {_segments(cuts)}",
-        *_aligned(rows),
+        text_table(rows),
     ]
     if cuts[0]["tuning"] is not None:
-        lines += ["", "Endpoint tuning holds at its peak", *_aligned(_tuning_rows([c["tuning"] for c in cuts]))]
+        lines += ["", "Endpoint tuning holds at its peak", text_table(_tuning_rows([c["tuning"] for c in cuts]))]
     return "\n".join([*lines, "No weight was read, and nothing was written."])
 
 
@@ -111,9 +111,3 @@ def _segments(cuts: list[dict[str, Any]]) -> str:
             runs.append([cut])
     ends = [dict.fromkeys(f"{c['start']}:{c['stop']}" for c in (run[0], run[-1])) for run in runs]
     return ", ".join(" to ".join(run) for run in ends) + "."
-
-
-def _aligned(rows: list[tuple]) -> list[str]:
-    cells = [list(map(str, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]

@@ -2,8 +2,9 @@
 
 import argparse
 import math
-from typing import Any, TypeGuard
+from typing import Any
 
+from ..report.tables import cell, is_known, text_table
 from . import arguments
 from .session import Answer, load_pruner, output_folder, read_config
 
@@ -55,30 +56,28 @@ def scored_segments(search: dict[str, Any]) -> str:
     cells = [["layers", "KL to dense", "std. error", "rows", "behind"]]
     for entry in shown:
         segments = segments_of(entry)
-        rows = entry.get("num_rows")
         cells.append(
             [
                 ",".join(f"{start}:{stop}" for start, stop in segments),
-                _number(entry["kl"]),
-                _number(entry.get("standard_error")),
-                "-" if rows is None else f"{rows:,}",
+                cell(entry["kl"], ".5f"),
+                cell(entry.get("standard_error"), ".5f"),
+                cell(entry.get("num_rows"), ","),
                 "<- chosen" if segments == chosen else _behind(entry),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.rjust, row[:-1], widths)) + f"  {row[-1]}" for row in cells]
+    lines = [text_table(cells, "rrrrl")]
     left = len(search["scored"]) - len(shown)
     if left:
         lines.append(f"{left:,} more in the report (--json, or an output folder)")
     tried = search.get("lengths") or []
     if tried:
         shown_lengths = (
-            f"{entry['num_removed']} ({_percent(entry['perplexity_increase'])}{'' if entry['fits'] else ', too much'})"
+            f"{entry['num_removed']} ({cell(entry['perplexity_increase'], '+.1%')}{'' if entry['fits'] else ', too much'})"
             for entry in tried
         )
         lines.append(f"numbers of layers tried, and what they add to the perplexity: {', '.join(shown_lengths)}")
     work = search.get("forward_equivalents")
-    spent = f", {work:.1f} forward-equivalents of work" if _known(work) else ""
+    spent = f", {work:.1f} forward-equivalents of work" if is_known(work) else ""
     flags = " ".join(f"--segment {start}:{stop}" for start, stop in chosen)
     lines.append(
         f"{search['num_removed']} of {search['num_layers']} layers by strategy {strategy_name(search)}, KL in nats per "
@@ -88,25 +87,11 @@ def scored_segments(search: dict[str, Any]) -> str:
 
 
 def _distance(entry: dict[str, Any], score: float | None) -> tuple[float, float]:
-    kl = entry["kl"] if _known(entry["kl"]) else math.inf
+    kl = entry["kl"] if is_known(entry["kl"]) else math.inf
     behind = entry.get("behind")
-    return (behind if _known(behind) else kl - (score or 0.0), kl)
+    return (behind if is_known(behind) else kl - (score or 0.0), kl)
 
 
 def _behind(entry: dict[str, Any]) -> str:
     behind, error = entry.get("behind"), entry.get("behind_error")
-    if not _known(behind):
-        return "-"
-    return f"{behind:+.5f}" + (f" ± {error:.5f}" if _known(error) else "")
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.5f}" if _known(value) else "-"
-
-
-def _percent(value: float | None) -> str:
-    return f"{value:+.1%}" if _known(value) else "-"
-
-
-def _known(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+    return cell(behind, "+.5f") + (f" ± {error:.5f}" if is_known(behind) and is_known(error) else "")

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from ..report.tables import cell
 from . import arguments
 from .session import Answer, load_cut_pruner, required_output
 
@@ -33,10 +34,7 @@ def run(args: argparse.Namespace) -> Answer:
 
 
 def _outcome(tuning: dict[str, Any]) -> str:
-    before, after = (
-        "-" if tuning[key] is None else f"{tuning[key]:.5f}"
-        for key in ("initial_validation_loss", "best_validation_loss")
-    )
+    before, after = (cell(tuning[key], ".5f") for key in ("initial_validation_loss", "best_validation_loss"))
     verdict = "the tuned weights were kept" if tuning["improved"] else "the weights stay as they were"
     return (
         f"Validation loss {before} -> {after} nats per token in {tuning['steps']} steps "

@@ -1,15 +1,17 @@
 """The rows of the report's table: what each model or file weighs, says and takes."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import num_layers
 from ..forward.dense_outputs import DenseOutputs
+from ..report.section import Key, to_section
 from ..runtime.causal_lm import OnnxCausalLM
 from ..segments import LayerSegment
 from ..surgery.cut import cut_model
@@ -20,6 +22,39 @@ from .tokens import evaluate_tokens
 ROW_NAMES = {"float32": "onnx", "int8": "onnx int8", "int4": "onnx int4"}
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class MeasuredRow:
+    """A model or a file, and what was measured on it; a figure is `None` if it was not."""
+
+    name: Annotated[str, Key(choices=("dense", "cut", "tuned", *ROW_NAMES.values()))]
+    runtime: Annotated[str, Key(choices=("PyTorch", "ONNX Runtime"))]
+    num_layers: Annotated[int, Key(minimum=1)]
+    num_parameters: Annotated[int, Key(minimum=0)]
+    bytes: Annotated[int, Key(minimum=0)]
+    perplexity: Annotated[float, Key(minimum=0)]
+    kl: Annotated[float | None, Key("KL(dense || this), nats per token.")]
+    top1_agreement: Annotated[
+        float | None, Key("Share of tokens with the dense model's most likely next token.", minimum=0, maximum=1)
+    ]
+    num_tokens: Annotated[int, Key(minimum=1)]
+    loss: Annotated[
+        float | None, Key("Cross-entropy, nats per token: the logarithm of the perplexity.", sparse=True)
+    ] = None
+    retention: Annotated[
+        float | None, Key("Perplexity of the dense model over this one's.", minimum=0, sparse=True)
+    ] = None
+    prefill_tokens_per_second: Annotated[float | None, Key(minimum=0)] = None
+    decode_tokens_per_second: Annotated[float | None, Key(minimum=0)] = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The `evaluation` section of the report."""
+
+    text: Annotated[str, Key("What was measured on.")]
+    rows: tuple[MeasuredRow, ...]
 
 
 def measure_outcome(
@@ -84,7 +119,7 @@ class Measurements:
     def __init__(self, tokens: Tensor, text: str, dense: PreTrainedModel | None, *, batch_size: int = 8, quiet: bool):
         self.tokens, self.text, self.batch_size, self.quiet = tokens, text, batch_size, quiet
         self.reference = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch_size, quiet=quiet)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[MeasuredRow] = []
 
     def add_model(self, name: str, model: PreTrainedModel) -> None:
         """Measure what a PyTorch model says."""
@@ -100,32 +135,35 @@ class Measurements:
         """Measure the speed of every row, interleaved; `models` gives each row's model when it is called."""
         prompt = self.tokens[:1, :PROMPT_TOKENS]
         speeds = measure_speed(models, prompt, new_tokens=NEW_TOKENS, quiet=self.quiet)
-        for row in self.rows:
-            row["prefill_tokens_per_second"] = speeds[row["name"]].prefill_tokens_per_second
-            row["decode_tokens_per_second"] = speeds[row["name"]].decode_tokens_per_second
+        self.rows = [
+            replace(
+                row,
+                prefill_tokens_per_second=speeds[row.name].prefill_tokens_per_second,
+                decode_tokens_per_second=speeds[row.name].decode_tokens_per_second,
+            )
+            for row in self.rows
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The `evaluation` section of the report."""
-        return {"text": self.text, "rows": self.rows}
+        return to_section(Outcome(self.text, tuple(self.rows)))
 
     def _add(self, name: str, runtime: str, model: Any, layers: int, parameters: int, size: int) -> None:
         found = evaluate_tokens(
             model, self.tokens, reference=self.reference, batch_size=self.batch_size, quiet=self.quiet
         )
         self.rows.append(
-            {
-                "name": name,
-                "runtime": runtime,
-                "num_layers": layers,
-                "num_parameters": parameters,
-                "bytes": size,
-                "perplexity": found.perplexity,
-                "kl": found.kl,
-                "top1_agreement": found.top1_agreement,
-                "num_tokens": found.num_tokens,
-                "prefill_tokens_per_second": None,
-                "decode_tokens_per_second": None,
-            }
+            MeasuredRow(
+                name=name,
+                runtime=runtime,
+                num_layers=layers,
+                num_parameters=parameters,
+                bytes=size,
+                perplexity=found.perplexity,
+                kl=found.kl,
+                top1_agreement=found.top1_agreement,
+                num_tokens=found.num_tokens,
+            )
         )
 
 

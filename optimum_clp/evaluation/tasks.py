@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..architecture.lookup import context_limit, text_config
 from ..errors import CalibrationError, ConfigurationError, ModelError
 from ..progress import progress_bar
+from ..report.section import to_section
 
 # lm-eval's, for a model whose config and tokenizer name no length
 _DEFAULT_MAX_LENGTH = 2048
@@ -84,8 +85,7 @@ class TaskScore:
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON-ready values; a perplexity beyond all numbers is `None`."""
-        finite = self.perplexity is not None and math.isfinite(self.perplexity)
-        return {**asdict(self), "perplexity": self.perplexity if finite else None}
+        return to_section(self)
 
 
 def load_task(name: str, source: str | os.PathLike | list[dict[str, Any]]) -> Task:
@@ -110,12 +110,18 @@ def load_task(name: str, source: str | os.PathLike | list[dict[str, Any]]) -> Ta
         try:
             example = _example(row)
         except ValueError as error:
-            raise _error(name, shown, f"{place} {error}", f"Give rows that are {_FORMATS}") from None
+            raise CalibrationError.of(
+                f"task {name}", shown, f"{place} {error}", f"Give rows that are {_FORMATS}"
+            ) from None
         if examples and (len(example.continuations) > 1) != (len(examples[0].continuations) > 1):
-            raise _error(name, shown, f"{place} is of another shape than those before it", "Give each shape a task")
+            raise CalibrationError.of(
+                f"task {name}", shown, f"{place} is of another shape than those before it", "Give each shape a task"
+            )
         examples.append(example)
     if not examples:
-        raise _error(name, shown, "it is empty: there are no examples in it", f"Give rows that are {_FORMATS}")
+        raise CalibrationError.of(
+            f"task {name}", shown, "it is empty: there are no examples in it", f"Give rows that are {_FORMATS}"
+        )
     return Task(name, tuple(examples))
 
 
@@ -150,7 +156,9 @@ def evaluate_task(
     if limit is not None and limit < 1:
         raise ConfigurationError.of("task_limit", limit, "it must be at least 1", "Leave it out to measure all")
     if tokenizer is None:
-        raise _error(task.name, None, "it needs a tokenizer, and the model has none", "Give tokenizer=")
+        raise CalibrationError.of(
+            f"task {task.name}", None, "it needs a tokenizer, and the model has none", "Give tokenizer="
+        )
     examples = task.examples[:limit]
     longest = _max_length(model, tokenizer)
     requests = [r for example in examples for r in _requests(example, tokenizer, longest, task.name)]
@@ -239,12 +247,16 @@ def _rows(name: str, source: str | os.PathLike | list[dict[str, Any]], shown: st
                     yield f"line {number}", json.loads(line)
     except json.JSONDecodeError as error:
         rule = f"line {number} is not valid JSON ({error.msg})"
-        raise _error(name, shown, rule, "Give JSON lines: one object a line") from error
+        raise CalibrationError.of(f"task {name}", shown, rule, "Give JSON lines: one object a line") from error
     except UnicodeDecodeError as error:
         rule = f"it is not UTF-8 text ({error.reason})"
-        raise _error(name, shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8") from error
+        raise CalibrationError.of(
+            f"task {name}", shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8"
+        ) from error
     except OSError as error:
-        raise _error(name, shown, f"it cannot be read ({error.strerror})", "Give a JSON lines file") from error
+        raise CalibrationError.of(
+            f"task {name}", shown, f"it cannot be read ({error.strerror})", "Give a JSON lines file"
+        ) from error
 
 
 def _example(row: Any) -> Example:
@@ -302,10 +314,10 @@ def _requests(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int
         length = len(whole) - scored
         if length < 1:
             rule = "the tokenizer makes no token of it beside those of its context"
-            raise _error(name, continuation, rule, "Correct or remove that example")
+            raise CalibrationError.of(f"task {name}", continuation, rule, "Correct or remove that example")
         if length > longest:
             rule = f"it has {length} tokens, and the model takes {longest}"
-            raise _error(name, continuation, rule, "Shorten or remove that example")
+            raise CalibrationError.of(f"task {name}", continuation, rule, "Shorten or remove that example")
         # the last token is only predicted, so one more than the model takes
         yield _Request(whole[-(longest + 1) :], length)
 
@@ -323,7 +335,7 @@ def _start(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if start is None:
         rule = "an example has an empty context, and the tokenizer has no BOS or EOS token to begin with"
-        raise _error(name, "", rule, "Remove that example, or set the tokenizer's bos_token")
+        raise CalibrationError.of(f"task {name}", "", rule, "Remove that example, or set the tokenizer's bos_token")
     return start
 
 
@@ -370,7 +382,3 @@ def _log_likelihoods(
                 found[index] = (log_likelihood, bool((predicted.argmax(-1) == target).all()))
             bar.update(len(batch))
     return found
-
-
-def _error(name: str, value: Any, rule: str, remedy: str) -> CalibrationError:
-    return CalibrationError.of(f"task {name}", value, rule, remedy)

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypedDict
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError
+from ..report.section import Key
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .graph.float_graph import input_names
@@ -63,11 +64,18 @@ class FileCheck:
         )
 
 
-def checked_context(model: PreTrainedModel) -> dict[str, Any]:
+class CheckedContext(TypedDict):
+    """How the end of the longest context was compared with PyTorch."""
+
+    length: Annotated[int | None, Key("Tokens, as the model's configuration declares.", minimum=1)]
+    checked: Annotated[str, Key(choices=("whole", "last positions", "none"))]
+
+
+def checked_context(model: PreTrainedModel) -> CheckedContext:
     """How [`reference_steps`] looks at the longest context that the configuration declares.
 
     Returns:
-        `dict`: `length` (`int` or `None`), and `checked`: `"whole"` where a text of that length is run, which is done as
+        [`CheckedContext`]: `length` (`int` or `None`), and `checked`: `"whole"` where a text of that length is run, which is done as
         long as the pass is cheap; `"last positions"` where a short text is given the positions at its end; `"none"` for a
         model without positions as an input, or without a declared length.
     """

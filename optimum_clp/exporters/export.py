@@ -7,9 +7,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import onnx_ir as ir
 import torch
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..errors import ExportError
 from ..progress import progress_bar
+from ..report.section import Key, to_section
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
-from .check import FileCheck, check_tolerance
+from .check import CheckedContext, FileCheck, check_tolerance
 from .float32_copy import attention_of, float32_twin
 from .freed_memory import return_freed_memory
 from .graph.count import QuantizedNodes, bits_per_weight, expected_nodes
@@ -56,14 +57,23 @@ class ExportedFile:
         seconds (`float`): Time to make, write and check the file.
     """
 
-    file: str
-    weights: str
-    bytes: int
-    num_quantized_matmuls: int
-    num_quantized_embeddings: int
-    bits_per_weight: float
-    max_relative_error: float
-    seconds: float
+    file: Annotated[str, Key("Relative to the output folder.")]
+    weights: Annotated[str, Key(choices=("float32", *_BITS))]
+    bytes: Annotated[int, Key(minimum=1)]
+    num_quantized_matmuls: Annotated[int, Key(minimum=0)]
+    num_quantized_embeddings: Annotated[int, Key(minimum=0)]
+    bits_per_weight: Annotated[
+        float,
+        Key(
+            "Mean over the quantized weights: integers, float32 scales and zero points, filling of rows; "
+            "32 in the float file.",
+            minimum=2,
+            maximum=64,
+            finite=True,
+        ),
+    ]
+    max_relative_error: Annotated[float, Key("max|difference| / max|logit| against PyTorch in float32.", minimum=0)]
+    seconds: Annotated[float, Key(minimum=0)]
 
 
 @dataclass(frozen=True)
@@ -73,28 +83,29 @@ class ExportResult:
     Args:
         opset (`int`): ONNX opset.
         files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
-        context (`Mapping[str, Any]`): How the longest context was looked at, see [`~exporters.check.checked_context`].
+        context ([`~exporters.check.CheckedContext`]): How the longest context was looked at, see [`~exporters.check.checked_context`].
         inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
         appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
             report.
         session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
             files as they were checked; not in the report.
+        genai_obstacle (`str` or `None`): Why there is no `genai_config.json`, see [`write_runtime_configs`].
     """
 
-    opset: int
+    opset: Annotated[int, Key(minimum=1)]
     files: tuple[ExportedFile, ...]
-    context: Mapping[str, Any]
-    inputs: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
-    appends_in_place: bool = False
-    session_entries: Mapping[str, str] = field(default_factory=dict)
+    context: Annotated[
+        CheckedContext,
+        Key("How the end of the longest context was compared with PyTorch, in every file.", added=True),
+    ]
+    inputs: Annotated[Mapping[str, tuple[int | str, ...]], Key(reported=False)] = field(default_factory=dict)
+    appends_in_place: Annotated[bool, Key(reported=False)] = False
+    session_entries: Annotated[Mapping[str, str], Key(reported=False)] = field(default_factory=dict)
+    genai_obstacle: Annotated[str | None, Key("Why there is no genai_config.json.", added=True)] = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""
-        return {
-            "opset": self.opset,
-            "context": dict(self.context),
-            "files": [asdict(file) for file in self.files],
-        }
+        return to_section(self)
 
 
 def export_onnx(

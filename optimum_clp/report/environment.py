@@ -2,9 +2,26 @@
 
 import platform
 import re
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from .section import Key, to_section
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The `environment` section of the report; a library that is not installed has no version."""
+
+    python: str
+    torch: str
+    transformers: str | None
+    optimum: str | None
+    onnxruntime: str | None
+    platform: str
+    device: Annotated[str, Key("Kind and name of the processor.")]
+    num_threads: Annotated[int, Key("Intra-op threads of PyTorch.", minimum=1)]
 
 
 def environment_info(device: Any = "cpu") -> dict[str, Any]:
@@ -14,21 +31,23 @@ def environment_info(device: Any = "cpu") -> dict[str, Any]:
         device (`str` or `torch.device`): Where the model is.
 
     Returns:
-        `dict`: `python`, `torch`, `transformers`, `optimum`, `onnxruntime` (versions, or `None` where not installed),
-        `platform`, `device` (name of the processor), `num_threads` (PyTorch's intra-op threads).
+        `dict`: The section of [`Environment`].
     """
     import torch
 
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor_name()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: _version(package) for package in ("transformers", "optimum", "onnxruntime")},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": f"{device.type} ({name})" if name else device.type,
-        "num_threads": torch.get_num_threads(),
-    }
+    environment = Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=_version("transformers"),
+        optimum=_version("optimum"),
+        onnxruntime=_version("onnxruntime"),
+        platform=f"{platform.system()} {platform.machine()}",
+        device=f"{device.type} ({name})" if name else device.type,
+        num_threads=torch.get_num_threads(),
+    )
+    return to_section(environment)
 
 
 def _version(package: str) -> str | None:

@@ -6,7 +6,6 @@ models of the Hub alone.
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .report import CLPReport
-from .tables import describe_loss, format_bytes, format_count
+from .tables import Column, cell, describe_loss, format_bytes, format_count, markdown_table, record_cells
 
 if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
@@ -33,6 +32,12 @@ _WAYS = {
     "tail": "as the last layers that can go",
     "random": "at random",
 }
+_FILE_COLUMNS = (
+    Column("file", "file", "`{}`".format),
+    Column("weights", "weights"),
+    Column("bytes", "size", format_bytes),
+    Column("max_relative_error", "largest relative logit error against PyTorch", ".1e"),
+)
 _LIBRARIES = ("python", "torch", "transformers", "optimum", "onnxruntime")
 
 
@@ -223,10 +228,6 @@ def _picture(folder: Path, name: str, text: str) -> list[str]:
     return [f"![{text}]({name})"] if (folder / name).is_file() else []
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
 def _recovery(report: CLPReport, folder: Path) -> str:
     tuning = report.to_dict()["tuning"]
     if not tuning:
@@ -241,7 +242,7 @@ def _recovery(report: CLPReport, folder: Path) -> str:
     if init and init["kept"]:
         text += (
             f"They started from a closed-form solution for their output projections ({init['method'].replace('_', ' ')}), "
-            f"which took the validation loss from {_number(init['loss_before'])} to {_number(init['loss_after'])}. "
+            f"which took the validation loss from {cell(init['loss_before'], '.4f')} to {cell(init['loss_after'], '.4f')}. "
         )
     before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
     if not tuning["improved"]:
@@ -272,28 +273,17 @@ def _measurements(report: CLPReport) -> str:
 
 
 def _files(report: CLPReport, folder: Path) -> str:
-    rows = [(f"`{path.name}`", "", format_bytes(path.stat().st_size), "") for path in _weights(folder)]
-    for entry in (report.to_dict()["export"] or {}).get("files", []):
-        error = entry["max_relative_error"]
-        shown = "" if error is None else f"{error:.1e}"
-        rows.append((f"`{entry['file']}`", entry["weights"], format_bytes(entry["bytes"]), shown))
-    for entry in report.quantization or []:
-        rows.append((f"`{entry['folder']}/`", f"{entry['weights']} (quanto)", format_bytes(entry["bytes"]), ""))
-    if not rows:
-        return ""
-    table = _table(("file", "weights", "size", "largest relative logit error against PyTorch"), rows)
-    return f"## Files\n\n{table}"
+    files: list[dict[str, Any]] = [{"file": path.name, "bytes": path.stat().st_size} for path in _weights(folder)]
+    files += (report.to_dict()["export"] or {}).get("files", [])
+    files += [
+        {**entry, "file": f"{entry['folder']}/", "weights": f"{entry['weights']} (quanto)"}
+        for entry in report.quantization or []
+    ]
+    return f"## Files\n\n{markdown_table(record_cells(files, _FILE_COLUMNS, missing=''))}" if files else ""
 
 
 def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without the columns that are empty in every row."""
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
-    lines = [[header[i] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _usage(report: CLPReport, model_name: str | None, folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigurationError
 from .report import CLPReport
-from .tables import describe_loss
+from .tables import describe_loss, is_known
 
 SEARCH_PLOT = "plots/search.png"
 TUNING_PLOT = "plots/tuning.png"
@@ -59,9 +59,9 @@ def plot_search(report: CLPReport, path: str | os.PathLike) -> Path:
     """
     search = _section(report.search, "search", "scored")
     importance = layer_importance(search)
-    steps = [entry for entry in search.get("trajectory") or [] if _drawable(entry["start"])]
+    steps = [entry for entry in search.get("trajectory") or [] if is_known(entry["start"])]
     ratios = [3.0]
-    ratios += [1.6] if any(map(_drawable, importance)) else []
+    ratios += [1.6] if any(map(is_known, importance)) else []
     ratios += [2.0] if steps else []
     figure = _figure(9.6, 0.9 + 1.05 * sum(ratios))
     panels = list(figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0])
@@ -113,7 +113,7 @@ def layer_importance(search: dict[str, Any]) -> list[float | None]:
         return list(search["layer_scores"])
     importance: list[float | None] = [None] * search["num_layers"]
     for entry in search["scored"]:
-        if _drawable(entry["kl"]):
+        if is_known(entry["kl"]):
             for layer in layers_of(segments_of(entry)):
                 known = importance[layer]
                 importance[layer] = entry["kl"] if known is None else min(known, entry["kl"])
@@ -137,16 +137,16 @@ def plot_tuning(report: CLPReport, path: str | os.PathLike) -> Path:
     figure = _figure(7.2, 3.6)
     axes = figure.subplots()
     untuned = tuning.get("initial_validation_loss")
-    if _drawable(untuned):
+    if is_known(untuned):
         axes.axhline(untuned, color=_GREY, linestyle="--", linewidth=1.5, label="validation, not tuned")
     for key, label, color, marker in (
         ("train_loss", "train", _BLUE, "s"),
         ("validation_loss", "validation", _VERMILION, "o"),
     ):
-        points = [(entry["step"], entry[key]) for entry in tuning["history"] if _drawable(entry.get(key))]
+        points = [(entry["step"], entry[key]) for entry in tuning["history"] if is_known(entry.get(key))]
         axes.plot(*_columns(points), color=color, marker=marker, markersize=4, linewidth=1.5, label=label)
     best = tuning.get("best_validation_loss")
-    if tuning.get("improved") and _drawable(best):
+    if tuning.get("improved") and is_known(best):
         axes.plot([tuning["best_step"]], [best], "o", markersize=11, fillstyle="none", color=_VERMILION, label="kept")
     title = f"Tuning of layers {', '.join(map(str, tuning['layers']))}, loss: {describe_loss(tuning['loss'])}"
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
@@ -155,7 +155,7 @@ def plot_tuning(report: CLPReport, path: str | os.PathLike) -> Path:
 
 
 def _draw_scores(axes, search: dict[str, Any]) -> None:
-    scored = [entry for entry in search["scored"] if _drawable(entry["kl"])]
+    scored = [entry for entry in search["scored"] if is_known(entry["kl"])]
     chosen = [list(bounds) for bounds in search["segments"]]
     rows = max((entry.get("num_rows") or 0 for entry in scored), default=0)
     single = {entry["start"]: entry["kl"] for entry in scored if len(segments_of(entry)) == 1}
@@ -169,7 +169,7 @@ def _draw_scores(axes, search: dict[str, Any]) -> None:
         alone = [entry for entry in group if len(segments_of(entry)) == 1]
         if alone:
             points = _columns([(entry["start"], entry["kl"]) for entry in alone])
-            errors = [entry["standard_error"] if _drawable(entry.get("standard_error")) else 0.0 for entry in alone]
+            errors = [entry["standard_error"] if is_known(entry.get("standard_error")) else 0.0 for entry in alone]
             style_of_points = {"marker": "o", "markersize": 5, "linestyle": "none", "capsize": 2, **style, **fill}
             axes.errorbar(*points, yerr=errors, label=f"segment, at its first layer{label}", **style_of_points)
         several = [(entry["kl"], segments_of(entry)) for entry in group if 1 < len(segments_of(entry))]
@@ -202,7 +202,7 @@ def _draw_spans(axes, lines: Sequence[tuple[float, Sequence[Sequence[float]]]], 
 
 def _draw_importance(axes, search: dict[str, Any], importance: Sequence[float | None]) -> None:
     gone = set(layers_of(search["segments"]))
-    known = [(layer, value) for layer, value in enumerate(importance) if value is not None and _drawable(value)]
+    known = [(layer, value) for layer, value in enumerate(importance) if is_known(value)]
     for removed, color, label in ((False, _BLUE, "stays"), (True, _VERMILION, "removed")):
         bars = [(layer, value) for layer, value in known if (layer in gone) == removed]
         if bars:
@@ -247,11 +247,11 @@ def _draw_trajectory(axes, steps: Sequence[dict[str, Any]]) -> None:
         looks = [entry for entry in later if entry["step"] == number]
         axes.plot(*_by_start(looks), color=_VERMILION, marker=".", linewidth=1, alpha=alpha, label=label)
     axes.set_ylabel("KL under the gate\n(nats per token)")
-    _scale(axes, [entry["loss"] for entry in steps if _drawable(entry["loss"])])
+    _scale(axes, [entry["loss"] for entry in steps if is_known(entry["loss"])])
 
 
 def _by_start(steps: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    return _columns(sorted((entry["start"], entry["loss"]) for entry in steps if _drawable(entry["loss"])))
+    return _columns(sorted((entry["start"], entry["loss"]) for entry in steps if is_known(entry["loss"])))
 
 
 def _valleys(entry: dict[str, Any]) -> Sequence[Sequence[float]]:
@@ -306,7 +306,3 @@ def _save(figure, path: str | os.PathLike) -> Path:
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _drawable(value: Any) -> bool:
-    return value is not None and math.isfinite(value)

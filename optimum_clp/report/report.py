@@ -9,15 +9,15 @@ import copy
 import dataclasses
 import datetime
 import json
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..errors import ConfigurationError
 from ..version import __version__
-from .tables import cell, format_bytes, format_count, markdown_table, text_table
+from .section import Key, json_ready
+from .tables import Column, format_bytes, format_count, markdown_table, record_cells, text_table
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
@@ -63,18 +63,21 @@ class CLPReport:
         schema_version (`int`): Version of the format.
     """
 
-    base_model: dict[str, Any] | None = None
-    calibration: dict[str, Any] | None = None
-    search: dict[str, Any] | None = None
-    cut: dict[str, Any] | None = None
-    tuning: dict[str, Any] | None = None
-    quantization: list[dict[str, Any]] | None = None
-    export: dict[str, Any] | None = None
-    evaluation: dict[str, Any] | None = None
-    environment: dict[str, Any] | None = None
-    created: str = dataclasses.field(default_factory=_now)
-    clp_version: str = __version__
-    schema_version: int = SCHEMA_VERSION
+    base_model: Annotated[dict[str, Any] | None, Key("The dense model.")] = None
+    calibration: Annotated[dict[str, Any] | None, Key("Text that was searched, tuned and measured on.")] = None
+    search: Annotated[dict[str, Any] | None, Key("How the layers were chosen.")] = None
+    cut: Annotated[dict[str, Any] | None, Key("What was removed.")] = None
+    tuning: Annotated[dict[str, Any] | None, Key("Cutoff endpoint tuning. Losses in nats per token.")] = None
+    quantization: Annotated[list[dict[str, Any]] | None, Key("Folders with optimum-quanto weights.")] = None
+    export: Annotated[dict[str, Any] | None, Key("ONNX files.")] = None
+    evaluation: Annotated[dict[str, Any] | None, Key("One row for each model or file.")] = None
+    environment: Annotated[dict[str, Any] | None, Key("Versions and machine.")] = None
+    created: Annotated[
+        str,
+        Key("ISO 8601, UTC.", pattern=r"^\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}(\.\d+)?(\+00:00|Z)$"),
+    ] = dataclasses.field(default_factory=_now)
+    clp_version: Annotated[str, Key("Version of optimum-clp that made the report.")] = __version__
+    schema_version: Annotated[int, Key(choices=(SCHEMA_VERSION,))] = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """The report as a new dictionary that is valid JSON: NaN and infinities are `None`.
@@ -82,7 +85,7 @@ class CLPReport:
         Local folders in the descriptions of the text are left out, so that a published report does not name them;
         `base_model.name_or_path` stays as the user gave it, because a later stage loads the dense model from there.
         """
-        output = {name: _json_ready(getattr(self, name)) for name in (*_HEADER, *_SECTIONS)}
+        output = {name: json_ready(getattr(self, name)) for name in (*_HEADER, *_SECTIONS)}
         for section, key in (("calibration", "source"), ("evaluation", "text")):
             if output[section] and isinstance(output[section].get(key), str):
                 output[section][key] = _ABSOLUTE_PATH.sub("", output[section][key])
@@ -159,11 +162,10 @@ class CLPReport:
         rows = (self.evaluation or {}).get("rows") or []
         if not rows:
             return ""
-        used = [c for c in _COLUMNS if any(row.get(c[1]) is not None for row in rows)]
-        cells = [["" if markdown else "model", *(title for title, _, _ in used)]]
-        cells += [[str(row.get("name")), *(cell(row.get(key), show) for _, key, show in used)] for row in rows]
-        caption = self.measured_on()
-        return markdown_table(cells) + f"\n\n{caption}" if markdown else text_table(cells) + f"\n{caption}"
+        cells = record_cells(rows, (Column("name", "" if markdown else "model"), *_COLUMNS))
+        if markdown:
+            return f"{markdown_table(cells, 'lr')}\n\n{self.measured_on()}"
+        return f"{text_table(cells, ruled=True)}\n{self.measured_on()}"
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""
@@ -194,28 +196,12 @@ def _check_segments(cut: dict[str, Any] | None) -> None:
         raise _malformed("cut.segments", segments, "it must be a list of [start, stop] with 0 <= start < stop")
 
 
-def _json_ready(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _json_ready(item) for key, item in value.items()}
-    if hasattr(value, "to_list"):
-        return value.to_list()
-    if isinstance(value, (list, tuple)):
-        return [_json_ready(item) for item in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if hasattr(value, "item"):  # a scalar of NumPy or PyTorch
-        return _json_ready(value.item())
-    return str(value)
-
-
 _COLUMNS = (
-    ("layers", "num_layers", "{:d}".format),
-    ("parameters", "num_parameters", format_count),
-    ("size", "bytes", format_bytes),
-    ("perplexity", "perplexity", "{:.3f}".format),
-    ("KL to dense", "kl", "{:.4f}".format),
-    ("prefill tok/s", "prefill_tokens_per_second", "{:,.0f}".format),
-    ("decode tok/s", "decode_tokens_per_second", "{:,.0f}".format),
+    Column("num_layers", "layers"),
+    Column("num_parameters", "parameters", format_count),
+    Column("bytes", "size", format_bytes),
+    Column("perplexity", "perplexity", ".3f"),
+    Column("kl", "KL to dense", ".4f"),
+    Column("prefill_tokens_per_second", "prefill tok/s", ",.0f"),
+    Column("decode_tokens_per_second", "decode tok/s", ",.0f"),
 )

@@ -1,8 +1,9 @@
 """What a search found, and what it saw on the way."""
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from ..report.section import Key, to_section
 from ..segments import LayerSegment
 
 
@@ -21,13 +22,31 @@ class ScoredCut:
         behind_error (`float`): Standard error of `behind`, over the rows.
     """
 
-    segments: tuple[LayerSegment, ...]
-    kl: float
-    standard_error: float
-    loss: float
-    num_rows: int
-    behind: float = 0.0
-    behind_error: float = 0.0
+    segments: Annotated[tuple[LayerSegment, ...], Key(added=True)]
+    kl: Annotated[float, Key("KL(dense || cut), nats per token.")]
+    standard_error: Annotated[float, Key("Of that mean, over the rows; null for a single row.", minimum=0)]
+    loss: Annotated[
+        float, Key("Cross-entropy of the cut model over the same rows, nats per token.", minimum=0, added=True)
+    ]
+    num_rows: Annotated[
+        int, Key("Rows it was measured on; races measure only the promising cuts on all.", minimum=1, added=True)
+    ]
+    behind: Annotated[
+        float, Key("Its KL minus the chosen cut's, on the rows that both were measured on.", added=True)
+    ] = 0.0
+    behind_error: Annotated[float, Key("Standard error of `behind`, over the rows.", minimum=0, added=True)] = 0.0
+
+    @property
+    def start(self) -> Annotated[int, Key("First layer that goes.", minimum=0)]:
+        """The first layer that is skipped."""
+        return self.segments[0].start
+
+    @property
+    def stop(
+        self,
+    ) -> Annotated[int, Key("One past the last layer that goes; there may be layers between that stay.", minimum=1)]:
+        """One past the last layer that is skipped."""
+        return self.segments[-1].stop
 
     @property
     def segment(self) -> LayerSegment:
@@ -38,20 +57,6 @@ class ScoredCut:
         """
         (only,) = self.segments
         return only
-
-    def to_dict(self) -> dict[str, Any]:
-        """Flat, JSON-ready; `start` and `stop` are the outer bounds."""
-        return {
-            "start": self.segments[0].start,
-            "stop": self.segments[-1].stop,
-            "segments": [s.to_list() for s in self.segments],
-            "kl": self.kl,
-            "standard_error": self.standard_error,
-            "loss": self.loss,
-            "num_rows": self.num_rows,
-            "behind": self.behind,
-            "behind_error": self.behind_error,
-        }
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,14 @@ class GateStep:
         valleys (`tuple[tuple[float, float], ...]`): Start and length of each valley.
     """
 
-    step: int
-    start: float
-    steepness: float
-    loss: float
-    valleys: tuple[tuple[float, float], ...] = ()
+    step: Annotated[int, Key(minimum=0)]
+    start: Annotated[float, Key("Start of the gate's first valley, in layers.", finite=True)]
+    steepness: Annotated[float, Key("Per layer.", exclusive_minimum=0, finite=True)]
+    loss: Annotated[float, Key("Nats per token.")]
+    valleys: Annotated[
+        tuple[tuple[Annotated[float, Key(finite=True)], Annotated[float, Key(exclusive_minimum=0, finite=True)]], ...],
+        Key("Start and length of each valley, in layers.", added=True),
+    ] = ()
 
 
 @dataclass(frozen=True)
@@ -84,14 +92,12 @@ class TriedLength:
         fits (`bool`): Whether that is within the budget.
     """
 
-    num_removed: int
+    num_removed: Annotated[int, Key(minimum=1)]
     segments: tuple[LayerSegment, ...]
-    perplexity_increase: float
-    fits: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {**vars(self), "segments": [s.to_list() for s in self.segments]}
+    perplexity_increase: Annotated[
+        float, Key("Relative, over the dense model's, on the validation rows before tuning.")
+    ]
+    fits: Annotated[bool, Key("Whether that is within the quality budget.")]
 
 
 @dataclass(frozen=True)
@@ -116,30 +122,47 @@ class SearchResult:
         lengths (`tuple[TriedLength, ...]`): For a quality budget: the numbers of layers that were tried.
     """
 
-    strategy: str
-    used_strategy: str
+    strategy: Annotated[str, Key("What was asked for.")]
+    used_strategy: Annotated[str, Key("What was run; another than `strategy` only for auto.", added=True)]
     segments: tuple[LayerSegment, ...]
-    score: float
-    scored: tuple[ScoredCut, ...]
-    trajectory: tuple[GateStep, ...]
-    layer_scores: tuple[float, ...]
-    num_layers: int
-    num_removed: int
-    num_tokens: int
-    dense_loss: float
-    forward_equivalents: float
-    layer_passes: float
-    seconds: float = field(compare=False)
-    lengths: tuple[TriedLength, ...] = ()
+    score: Annotated[float, Key("KL(dense || cut) of the segments, nats per token.")]
+    scored: Annotated[tuple[ScoredCut, ...], Key("Every cut that was scored exactly, by place.")]
+    trajectory: Annotated[tuple[GateStep, ...], Key("The gate at each step; empty for other strategies.")]
+    layer_scores: Annotated[
+        tuple[float, ...],
+        Key(
+            "Importance of each layer by a strategy that ranks layers, the least important first to go; empty for others.",
+            added=True,
+        ),
+    ]
+    num_layers: Annotated[int, Key(minimum=1)]
+    num_removed: Annotated[int, Key(minimum=1)]
+    num_tokens: Annotated[int, Key("Of all search rows.", minimum=1)]
+    dense_loss: Annotated[
+        float,
+        Key(
+            "Cross-entropy of the dense model over the rows of `score`, nats per token.",
+            minimum=0,
+            added=True,
+        ),
+    ]
+    forward_equivalents: Annotated[
+        float,
+        Key("Work done, in dense forward passes over all search rows, head included.", minimum=0, added=True),
+    ]
+    layer_passes: Annotated[
+        float, Key("Work done in the layers alone, in decoder-layer passes over all search rows.", minimum=0)
+    ]
+    seconds: Annotated[float, Key(minimum=0)] = field(compare=False)
+    lengths: Annotated[
+        tuple[TriedLength, ...],
+        Key(
+            "Only for a quality budget (pruning_ratio auto): the numbers of layers that were tried.",
+            min_items=1,
+            sparse=True,
+        ),
+    ] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The `search` section of the report."""
-        lists = ("segments", "scored", "trajectory", "layer_scores", "lengths")
-        return {
-            **{name: value for name, value in vars(self).items() if name not in lists},
-            "segments": [s.to_list() for s in self.segments],
-            "scored": [s.to_dict() for s in self.scored],
-            "trajectory": [asdict(t) for t in self.trajectory],
-            "layer_scores": list(self.layer_scores),
-            **({"lengths": [t.to_dict() for t in self.lengths]} if self.lengths else {}),
-        }
+        return to_section(self)

@@ -9,8 +9,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..errors import ConfigurationError, ModelError
 from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode, hooked
 from ..progress import progress_bar
+from ..report.section import Key, to_section
 from .layer_passes import LayerPasses
 from .projections import Projection, find_projections
 from .ridge import RIDGES, RegressionSums, Solution, best_solution, squared_distance
@@ -46,14 +47,14 @@ class ClosedFormStep:
         skipped (`str` or `None`): Why the weights are as they were; `None` if they were changed.
     """
 
-    layer: int
+    layer: Annotated[int, Key(minimum=0)]
     module: str | None = None
     error_before: float | None = None
     error_after: float | None = None
     ridge: float | None = None
     condition_bound: float | None = None
     dtype: str | None = None
-    skipped: str | None = None
+    skipped: Annotated[str | None, Key("Why the weights are as they were.")] = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class ClosedFormResult:
 
     def to_dict(self) -> dict[str, Any]:
         """For the report, as JSON-ready values."""
-        return {**asdict(self), "steps": [asdict(s) for s in self.steps]}
+        return to_section(self)
 
 
 def solve_endpoints(

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
+
+from ..report.section import Key, to_section
+from .closed_form import ClosedFormStep
 
 
 @dataclass(frozen=True)
@@ -16,11 +19,13 @@ class TuningStep:
     `by_kind` is the validation loss of each kind of text, where there are several.
     """
 
-    step: int
+    step: Annotated[int, Key(minimum=0)]
     train_loss: float | None
     validation_loss: float
-    learning_rate: float
-    by_kind: dict[str, float] | None = None
+    learning_rate: Annotated[float, Key(minimum=0)]
+    by_kind: Annotated[
+        dict[str, float] | None, Key("Validation loss of each kind of text, where there are several.")
+    ] = None
 
     @classmethod
     def of_rows(
@@ -33,6 +38,17 @@ class TuningStep:
         return cls(step, train_loss, losses.mean().item(), rate, by_kind)
 
 
+class StartRecord(TypedDict):
+    """The closed-form start: what [`ClosedFormResult`] says, whether it was kept, and the validation losses around it."""
+
+    method: Annotated[str, Key("The start that was asked for.")]
+    steps: tuple[ClosedFormStep, ...]
+    seconds: float
+    kept: Annotated[bool, Key("Whether it lowered the validation loss.")]
+    loss_before: float
+    loss_after: float
+
+
 @dataclass(frozen=True)
 class TuningResult:
     """What tuning did.
@@ -41,8 +57,7 @@ class TuningResult:
         layers (`tuple[int, ...]`): Trained layers, in the cut model's numbering.
         modules (`tuple[str, ...]`): What else was trained: names of the final norm and the head.
         loss (`dict[str, float]`): Weights of the losses.
-        init (`dict` or `None`): The closed-form start: what [`ClosedFormResult`] says, whether it was `kept`, and the
-            validation loss `loss_before` and `loss_after` it.
+        init ([`StartRecord`] or `None`): The closed-form start.
         num_trainable (`int`): Trained parameters.
         learning_rate (`float`): Peak rate.
         steps (`int`): Optimizer steps that were taken.
@@ -58,28 +73,29 @@ class TuningResult:
         cache_seconds (`float`): The dense model's pass alone.
     """
 
-    layers: tuple[int, ...]
-    modules: tuple[str, ...]
-    loss: dict[str, float]
-    init: dict[str, Any] | None = field(compare=False)
-    num_trainable: int
-    learning_rate: float
-    steps: int
-    best_step: int
+    layers: Annotated[
+        tuple[Annotated[int, Key(minimum=0)], ...], Key("Trained layers, in the cut model's numbering.", unique=True)
+    ]
+    modules: Annotated[tuple[str, ...], Key("Trained modules beside the layers: final norm, head.")]
+    loss: Annotated[dict[str, Annotated[float, Key(minimum=0, finite=True)]], Key("Weight of each loss.", min_items=1)]
+    init: Annotated[StartRecord | None, Key("The closed-form start; null without one.")] = field(compare=False)
+    num_trainable: Annotated[int, Key("Trained parameters.", minimum=1)]
+    learning_rate: Annotated[float, Key("Peak rate.", exclusive_minimum=0, finite=True)]
+    steps: Annotated[int, Key(minimum=0)]
+    best_step: Annotated[int, Key(minimum=0)]
     initial_validation_loss: float
     best_validation_loss: float
     improved: bool
     history: tuple[TuningStep, ...]
-    stopped: str
-    num_tokens: int
-    num_processes: int
-    seconds: float = field(compare=False)
-    cache_seconds: float = field(compare=False)
+    stopped: Annotated[str, Key(choices=("finished", "patience", "nan"))]
+    num_tokens: Annotated[int, Key(minimum=0)]
+    num_processes: Annotated[int, Key(minimum=1)]
+    seconds: Annotated[float, Key(minimum=0)] = field(compare=False)
+    cache_seconds: Annotated[float, Key("Part of seconds: the dense model's pass.", minimum=0)] = field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The `tuning` section of the report."""
-        lists = {"layers": list(self.layers), "modules": list(self.modules)}
-        return {**asdict(self), **lists, "history": [asdict(h) for h in self.history]}
+        return to_section(self)
 
 
 def improves(found: TuningStep, before: Sequence[TuningStep], start: Mapping[str, float] | None) -> bool:

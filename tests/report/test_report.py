@@ -8,25 +8,46 @@ import numpy as np
 import pytest
 import torch
 from report_example import example_report, older_report
+from tiny_models import tiny_model
 
 from optimum_clp.calibration.rows import CalibrationData
 from optimum_clp.errors import ConfigurationError
+from optimum_clp.evaluation.outcome import MeasuredRow, Outcome
 from optimum_clp.evaluation.tokens import Evaluation
 from optimum_clp.exporters.export import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
 from optimum_clp.report.environment import environment_info
 from optimum_clp.report.report import SCHEMA_VERSION, CLPReport
+from optimum_clp.report.section import to_section
+from optimum_clp.report_schema import report_schema
 from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.description import describe_cut, describe_dense
 from optimum_clp.tuning.closed_form import ClosedFormResult, ClosedFormStep
 from optimum_clp.tuning.result import TuningResult, TuningStep
 
-SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "clp_report.schema.json").read_text())
+SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "clp_report.schema.json"
+SCHEMA = json.loads(SCHEMA_FILE.read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
 def test_schema_is_itself_valid():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+def test_schema_is_the_one_that_the_stages_dataclasses_give():
+    hint = "make it again: python -m optimum_clp.report_schema > docs/clp_report.schema.json"
+    assert report_schema() == SCHEMA, hint
+    assert json.dumps(report_schema(), indent=2, ensure_ascii=False) + "\n" == SCHEMA_FILE.read_text(), hint
+
+
+def test_schema_says_which_keys_older_reports_lack():
+    written, older = example_report().to_dict(), older_report().to_dict()
+    cut = SCHEMA["properties"]["search"]["properties"]["scored"]["items"]
+    added = {name for name, rules in cut["properties"].items() if "earlier versions" in rules.get("$comment", "")}
+    assert added == written["search"]["scored"][0].keys() - older["search"]["scored"][0].keys()
+    assert cut["required"] == ["start", "stop", "kl", "standard_error"]
 
 
 def test_schema_knows_every_section_and_no_other():
@@ -116,7 +137,11 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         **example_report().evaluation["rows"][0],
         **Evaluation(perplexity=8.0, loss=2.08, num_tokens=14, kl=0.1, top1_agreement=0.9, retention=0.95).to_dict(),
     }
+    measured = MeasuredRow("cut", "PyTorch", 2, 10, 40, math.inf, None, None, 14, decode_tokens_per_second=3.5)
+    dense = tiny_model()
     report = CLPReport(
+        base_model=to_section(describe_dense(dense, dense.name_or_path, None)),
+        cut=to_section(describe_cut(dense, cut_model(dense, [segment]), [segment])),
         calibration=CalibrationData(rows, rows, rows, "corpus.txt").to_dict(),
         search=search.to_dict(),
         tuning=tuning.to_dict(),
@@ -126,7 +151,7 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
             (ExportedFile("onnx/model.onnx", "float32", 100, 0, 0, 32.0, 1e-7, 0.3),),
             {"length": 128, "checked": "whole"},
         ).to_dict(),
-        evaluation={"text": "corpus.txt", "rows": [row]},
+        evaluation={"text": "corpus.txt", "rows": [row, *to_section(Outcome("corpus.txt", (measured,)))["rows"]]},
     )
     values = json.loads(report.save(tmp_path).read_text())
     VALIDATOR.validate(values)
@@ -136,6 +161,33 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
     assert values["search"]["layer_scores"] == [0.9, 0.2, None, 0.5]
     assert [entry["perplexity_increase"] for entry in values["search"]["lengths"]] == [0.08, None]
     assert values["quantization"][0]["folder"] == "quanto-int8"
+    assert values["evaluation"]["rows"][1] == {
+        **dict.fromkeys(("perplexity", "kl", "top1_agreement", "prefill_tokens_per_second")),
+        "name": "cut",
+        "runtime": "PyTorch",
+        "num_layers": 2,
+        "num_parameters": 10,
+        "bytes": 40,
+        "num_tokens": 14,
+        "decode_tokens_per_second": 3.5,
+    }
+    assert values["base_model"] == {
+        "name_or_path": None,
+        "revision": None,
+        "model_type": "llama",
+        "dtype": "float32",
+        "num_layers": 4,
+        "num_parameters": sum(p.numel() for p in dense.parameters()),
+    }, "a model that was made in memory has no name"
+    layer = sum(p.numel() for p in dense.model.layers[1].parameters())
+    assert values["cut"] == {
+        "segments": [[1, 3]],
+        "removed_layers": [1, 2],
+        "num_layers_before": 4,
+        "num_layers_after": 2,
+        "num_parameters_before": values["base_model"]["num_parameters"],
+        "num_parameters_after": values["base_model"]["num_parameters"] - 2 * layer,
+    }
 
 
 def test_values_that_are_not_json_are_written_as_json(tmp_path):

@@ -1,0 +1,74 @@
+"""What the report says of the dense model, and of what was removed from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from transformers import PreTrainedModel
+
+from ..architecture.lookup import num_layers
+from ..report.section import Key
+from ..segments import LayerSegment, kept_layers
+from .sizes import count_parameters
+
+
+@dataclass(frozen=True)
+class DenseModel:
+    """The `base_model` section of the report."""
+
+    name_or_path: Annotated[str | None, Key("Hub id or folder of the dense model, as the user gave it.")]
+    revision: str | None
+    model_type: str
+    num_layers: Annotated[int, Key(minimum=1)]
+    num_parameters: Annotated[int, Key(minimum=1)]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The `cut` section of the report."""
+
+    segments: tuple[LayerSegment, ...]
+    removed_layers: Annotated[tuple[Annotated[int, Key(minimum=0)], ...], Key(min_items=1, unique=True)]
+    num_layers_before: Annotated[int, Key(minimum=1)]
+    num_layers_after: Annotated[int, Key(minimum=1)]
+    num_parameters_before: Annotated[int, Key(minimum=1)]
+    num_parameters_after: Annotated[int, Key(minimum=1)]
+
+
+def describe_dense(model: PreTrainedModel, name: str | None, revision: str | None) -> DenseModel:
+    """What the report keeps of a dense model.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        name (`str` or `None`): Hub id or folder that it was loaded from.
+        revision (`str` or `None`): Branch, tag or commit on the Hub.
+    """
+    return DenseModel(
+        name_or_path=name or None,
+        revision=revision,
+        model_type=model.config.model_type,
+        num_layers=num_layers(model.config),
+        num_parameters=count_parameters(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def describe_cut(dense: PreTrainedModel, cut: PreTrainedModel, segments: Sequence[LayerSegment]) -> Cut:
+    """What the report keeps of a cut.
+
+    Args:
+        dense (`PreTrainedModel`): The dense model.
+        cut (`PreTrainedModel`): What is left of it.
+        segments (`Sequence[LayerSegment]`): What was removed, sorted.
+    """
+    total = num_layers(dense.config)
+    kept = kept_layers(segments, total)
+    return Cut(
+        segments=tuple(segments),
+        removed_layers=tuple(layer for layer in range(total) if layer not in kept),
+        num_layers_before=total,
+        num_layers_after=len(kept),
+        num_parameters_before=count_parameters(dense),
+        num_parameters_after=count_parameters(cut),
+    )

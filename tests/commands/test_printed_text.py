@@ -1,0 +1,136 @@
+"""What the commands print, letter by letter: `printed.txt` holds the text of each case below its name."""
+
+import math
+from pathlib import Path
+
+import pytest
+from report_example import example_report, older_report
+
+from optimum_clp.commands.clp import main
+from optimum_clp.commands.evaluate import task_table
+from optimum_clp.commands.prune import planned
+from optimum_clp.commands.search import scored_segments
+from optimum_clp.report.model_card import write_model_card
+
+PRINTED = dict(
+    part.split("\n", 1)
+    for part in (Path(__file__).parent / "printed.txt").read_text(encoding="utf-8").split("=== ")[1:]
+)
+COMMANDS = {
+    "prune": "prune --model m out",
+    "search": "search --model m out",
+    "tune": "tune --model cut out",
+    "export": "export --model cut out",
+    "quantize": "quantize --model cut --weights int4 out",
+    "evaluate": "evaluate --model cut --reference dense",
+    "evaluate tasks": "evaluate --model m --dataset d.txt --tasks lambada=t.jsonl any=t.jsonl --reference dense",
+}
+PLAN = {
+    "base_model": {
+        "class": "LlamaForCausalLM",
+        "dtype": "bfloat16",
+        "num_layers": 6,
+        "num_parameters": 75_744,
+        "bytes": 151_488,
+        "layer_parameters": [11_584, 11_584, 10_000, 11_584, 11_584, 11_584],
+        "layer_bytes": [23_168, 23_168, 20_000, 23_168, 23_168, 23_168],
+    },
+    "num_removed": 2,
+    "cuts": [
+        {
+            "start": start,
+            "stop": start + 2,
+            "num_parameters": 52_576 + start,
+            "bytes": 105_152,
+            "onnx": {"float32": 210_304, "int8": 70_000 + 900 * start},
+            "tuning": {
+                "weights": 151_488,
+                "endpoints": 40_000,
+                "masters": 80_000,
+                "gradients": 80_000,
+                "moments": 160_000,
+                "closed_form": 5_000_000,
+                "caches": 2_500_000 * (start + 1),
+                "activations": 300,
+                "logits": 12_000,
+                "total": 8_000_000_000,
+            },
+        }
+        for start in (0, 2, 3)
+    ],
+}
+
+
+def _search_of_everything() -> dict:
+    search = example_report().search
+    first = {
+        **search["scored"][0],
+        "kl": math.nan,
+        "standard_error": None,
+        "behind": None,
+        "segments": [[0, 2], [4, 5]],
+    }
+    search["scored"] = [first, *search["scored"][1:], *(dict(entry, kl=3.0, behind=2.6) for entry in search["scored"])]
+    search["lengths"] = [
+        {"num_removed": n, "segments": [[7, 7 + n]], "perplexity_increase": increase, "fits": n < 4}
+        for n, increase in ((3, 0.081), (4, 12.5), (8, math.inf))
+    ]
+    return search
+
+
+def _scores() -> dict:
+    some = {"name": "a", "accuracy": 0.5, "accuracy_stderr": None, "plain_accuracy": 0.25, "chance": 0.0}
+    return {
+        "a": {**some, "perplexity": 1234567.8, "num_examples": 1838},
+        "longer": {**some, "name": "longer", "perplexity": 15.25, "num_examples": 2},
+    }
+
+
+def _report_with_gaps():
+    report = example_report()
+    for row in report.evaluation["rows"]:
+        row.update(perplexity=math.nan, kl=None)
+    report.evaluation["rows"][0]["perplexity"] = 8.0
+    return report
+
+
+TEXTS = {
+    "planned": lambda: planned(PLAN),
+    "planned without tuning": lambda: planned({**PLAN, "cuts": [{**PLAN["cuts"][0], "tuning": None, "onnx": {}}]}),
+    "older search": lambda: scored_segments(older_report().search),
+    "long search": lambda: scored_segments(_search_of_everything()),
+    "tasks": lambda: task_table(_scores()),
+    "table with gaps": lambda: _report_with_gaps().to_table(),
+    "markdown with gaps": lambda: _report_with_gaps().to_table(markdown=True),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_prints_this_text(name, pruner, tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text('{"context": "Once", "continuation": "upon"}\n')
+    assert main(COMMANDS[name].split()) == 0
+    assert capsys.readouterr().out == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_table_is_this_text(name):
+    assert TEXTS[name]() + "\n" == PRINTED[name]
+
+
+@pytest.mark.parametrize("name", ["files of a card", "files of a card without ONNX"])
+def test_a_cards_list_of_files_is_this_text(name, tmp_path):
+    from optimum_clp.configuration.clp_config import CLPConfig
+
+    report = example_report()
+    if name.endswith("without ONNX"):
+        report.export = report.quantization = None
+    else:
+        report.export["files"][1]["max_relative_error"] = None
+    report.base_model["name_or_path"] = None
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 2_500)
+    card = write_model_card(report, CLPConfig(), tmp_path, model_name="name").read_text(encoding="utf-8")
+    assert card.split("## Files\n\n")[1].split("\n\n")[0] + "\n" == PRINTED[name]
+
+
+def test_every_text_is_compared():
+    assert PRINTED.keys() == {*COMMANDS, *TEXTS, "files of a card", "files of a card without ONNX"}
