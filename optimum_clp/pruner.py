@@ -641,7 +641,7 @@ class CLPPruner(OptimumQuantizer):
             quiet=self.quiet,
         )
         obstacle = write_runtime_configs(folder, model, result)
-        self.report.export = {**result.to_dict(), "genai_obstacle": obstacle}
+        self.report.export = dataclasses.replace(result, genai_obstacle=obstacle).to_dict()
 
     def _quantization_rows(self, model: PreTrainedModel) -> torch.Tensor | None:
         """The rows that the rounding of the ONNX files' weights looks at, if it looks at any."""

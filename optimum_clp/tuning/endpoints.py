@@ -29,7 +29,7 @@ from ..forward.layer_stack import LayerStack
 from ..surgery.cut import own_storage
 from .closed_form import solve_endpoints, target_state
 from .loop import TrainingLoop, TrainingState, tuning_accelerator
-from .result import StartRecord, TuningResult, TuningStep, improves
+from .result import TuningResult, TuningStep, improves
 from .student import EndpointStudent, TuningRows
 
 
@@ -215,7 +215,7 @@ class _Run:
 
     def _start(
         self, data: dict[str, TuningRows], store: StateStore
-    ) -> tuple[StartRecord | None, dict[str, float] | None]:
+    ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
         """The closed-form start, which stays if it lowers the validation loss; and the cut's loss on each kind of text."""
         if self.config.init == "none":
             return None, None
@@ -241,15 +241,8 @@ class _Run:
         if not kept:
             for layer, state in zip(layers, before, strict=True):
                 layer.load_state_dict(state)
-        record = StartRecord(
-            method=result.method,
-            steps=result.steps,
-            seconds=result.seconds,
-            kept=kept,
-            loss_before=initial.validation_loss,
-            loss_after=solved.validation_loss,
-        )
-        return record, initial.by_kind
+        losses = {"loss_before": initial.validation_loss, "loss_after": solved.validation_loss}
+        return {**result.to_dict(), "kept": kept, **losses}, initial.by_kind
 
     @contextmanager
     def _trained(self, modules: nn.ModuleList, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
