@@ -36,6 +36,7 @@ from .checkpoint.files import (
 from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
+from .precisions import QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
 
@@ -58,7 +59,7 @@ class QuantoResult:
     """
 
     folder: Path
-    weights: Annotated[str, Key(choices=tuple(_QTYPES))]
+    weights: Annotated[str, Key(choices=QUANTIZED)]
     num_quantized: Annotated[int, Key("Quantized modules.", minimum=1)]
     bytes: Annotated[int, Key(minimum=1)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .calibration.summary import CalibrationSummary
 from .evaluation.outcome import Outcome
-from .exporters.export import ExportResult
+from .exporters.result import ExportResult
 from .quantization import QuantoResult
 from .report.environment import Environment
 from .report.report import REPORT_NAME, CLPReport

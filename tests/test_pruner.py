@@ -248,10 +248,10 @@ def test_after_a_loss_that_is_not_finite_the_last_good_weights_are_saved(dense_f
         calls.append(1)
         return original(teacher, student) * (math.nan if len(calls) == 5 else 1.0)
 
-    from optimum_clp.tuning import student
+    from optimum_clp.tuning import losses
 
-    original = student.kl_divergence
-    monkeypatch.setattr("optimum_clp.tuning.student.kl_divergence", planted)
+    original = losses.kl_divergence
+    monkeypatch.setattr("optimum_clp.tuning.losses.kl_divergence", planted)
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     with pytest.raises(TuningError, match="it must stay finite"):
         pruner.prune(recipe(tmp_path, tuning={"epochs": 3}), save_directory=tmp_path / "out")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import num_layers
 from ..forward.dense_outputs import DenseOutputs
+from ..precisions import PRECISIONS
 from ..report.section import Key, to_section
 from ..runtime.causal_lm import OnnxCausalLM
 from ..segments import LayerSegment
@@ -28,7 +29,9 @@ NEW_TOKENS = 32
 class MeasuredRow:
     """A model or a file, and what was measured on it; a figure is `None` if it was not."""
 
-    name: Annotated[str, Key(choices=("dense", "cut", "tuned", *ROW_NAMES.values()))]
+    name: Annotated[
+        str, Key(choices=("dense", "cut", "tuned", *(precision.row_name for precision in PRECISIONS.values())))
+    ]
     runtime: Annotated[str, Key(choices=("PyTorch", "ONNX Runtime"))]
     num_layers: Annotated[int, Key(minimum=1)]
     num_parameters: Annotated[int, Key(minimum=0)]

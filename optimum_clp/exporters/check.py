@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, TypedDict
 
 import numpy as np
 import torch
@@ -13,10 +12,10 @@ from transformers.cache_utils import DynamicCache
 
 from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError
-from ..report.section import Key
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .graph.float_graph import input_names
+from .result import CheckedContext
 
 # Float weights above which a file is checked in a process of its own: a session holds a file's weights up to three
 # times while it loads, and a process takes about 0.2 seconds to start.
@@ -62,13 +61,6 @@ class FileCheck:
         return (
             relative_error(file, self.steps) if self.reference is None else relative_error_apart(file, self.reference)
         )
-
-
-class CheckedContext(TypedDict):
-    """How the end of the longest context was compared with PyTorch."""
-
-    length: Annotated[int | None, Key("Tokens, as the model's configuration declares.", minimum=1)]
-    checked: Annotated[str, Key(choices=("whole", "last positions", "none"))]
 
 
 def checked_context(model: PreTrainedModel) -> CheckedContext:

@@ -5,11 +5,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
 import onnx_ir as ir
 import torch
@@ -18,9 +16,8 @@ from transformers import PreTrainedModel
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..errors import ExportError
 from ..progress import progress_bar
-from ..report.section import Key, to_section
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
-from .check import CheckedContext, FileCheck, check_tolerance
+from .check import FileCheck, check_tolerance
 from .float32_copy import attention_of, float32_twin
 from .freed_memory import return_freed_memory
 from .graph.count import QuantizedNodes, bits_per_weight, expected_nodes
@@ -32,6 +29,7 @@ from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
 from .obstacle import onnx_obstacle
+from .result import ExportedFile, ExportResult
 from .rounding.methods import check_calibration, round_weights
 from .runtimes.genai import write_genai_config
 from .runtimes.transformers_js import write_transformers_js_config
@@ -39,73 +37,6 @@ from .runtimes.transformers_js import write_transformers_js_config
 FLOAT_FILE = "model.onnx"
 QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
 _BITS = {"int8": 8, "int4": 4}
-
-
-@dataclass(frozen=True)
-class ExportedFile:
-    """One ONNX file, and what was measured on it.
-
-    Args:
-        file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
-        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
-        bytes (`int`): Size on disk, the data file included.
-        num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.graph.count.QuantizedNodes`].
-        num_quantized_embeddings (`int`): Look-ups in a quantized table.
-        bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points as they are stored, and
-            the filling of rows; 32 in the float file.
-        max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
-        seconds (`float`): Time to make, write and check the file.
-    """
-
-    file: Annotated[str, Key("Relative to the output folder.")]
-    weights: Annotated[str, Key(choices=("float32", *_BITS))]
-    bytes: Annotated[int, Key(minimum=1)]
-    num_quantized_matmuls: Annotated[int, Key(minimum=0)]
-    num_quantized_embeddings: Annotated[int, Key(minimum=0)]
-    bits_per_weight: Annotated[
-        float,
-        Key(
-            "Mean over the quantized weights: integers, float32 scales and zero points, filling of rows; "
-            "32 in the float file.",
-            minimum=2,
-            maximum=64,
-            finite=True,
-        ),
-    ]
-    max_relative_error: Annotated[float, Key("max|difference| / max|logit| against PyTorch in float32.", minimum=0)]
-    seconds: Annotated[float, Key(minimum=0)]
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """The files of one export.
-
-    Args:
-        opset (`int`): ONNX opset.
-        files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
-        context ([`~exporters.check.CheckedContext`]): How the longest context was looked at, see [`~exporters.check.checked_context`].
-        inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
-        appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
-            report.
-        session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
-            files as they were checked; not in the report.
-        genai_obstacle (`str` or `None`): Why there is no `genai_config.json`, see [`write_runtime_configs`].
-    """
-
-    opset: Annotated[int, Key(minimum=1)]
-    files: tuple[ExportedFile, ...]
-    context: Annotated[
-        CheckedContext,
-        Key("How the end of the longest context was compared with PyTorch, in every file.", added=True),
-    ]
-    inputs: Annotated[Mapping[str, tuple[int | str, ...]], Key(reported=False)] = field(default_factory=dict)
-    appends_in_place: Annotated[bool, Key(reported=False)] = False
-    session_entries: Annotated[Mapping[str, str], Key(reported=False)] = field(default_factory=dict)
-    genai_obstacle: Annotated[str | None, Key("Why there is no genai_config.json.", added=True)] = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report's `export` section, as JSON-ready values."""
-        return to_section(self)
 
 
 def export_onnx(

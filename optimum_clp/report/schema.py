@@ -43,6 +43,8 @@ def _type(kind: Any, key: Key) -> dict[str, Any]:
     if origin in (types.UnionType, typing.Union):
         (kind,) = [part for part in parts if part is not type(None)]
         return _nullable(_type(kind, key))
+    if key.shape is not None:
+        return _object(key.shape)
     if len(key.choices) == 1:
         return {"const": key.choices[0]}
     if key.choices:

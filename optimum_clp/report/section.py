@@ -30,6 +30,7 @@ class Key:
         unique (`bool`): No value of a list comes twice.
         finite (`bool`): Of a float: neither NaN nor infinite.
         added (`bool`): Reports of earlier versions do not have it.
+        shape (`type`, *optional*): Dataclass or `TypedDict` that says the keys of a dictionary which a door hands over.
         sparse (`bool`): Left out where it is `None` or an empty tuple.
         reported (`bool`): `False` for a field that is not in the report.
     """
@@ -44,6 +45,7 @@ class Key:
     unique: bool = False
     finite: bool = False
     added: bool = False
+    shape: type | None = None
     sparse: bool = False
     reported: bool = True
 

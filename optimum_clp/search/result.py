@@ -99,6 +99,10 @@ class TriedLength:
     ]
     fits: Annotated[bool, Key("Whether that is within the quality budget.")]
 
+    def to_dict(self) -> dict[str, Any]:
+        """An entry of `lengths` in the report's `search` section."""
+        return to_section(self)
+
 
 @dataclass(frozen=True)
 class SearchResult:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,7 +27,7 @@ from ..forward.hooks import evaluation_mode, only_trainable
 from .accelerator import tuning_accelerator
 from .loop import TrainingLoop
 from .losses import STATES, weighted_losses
-from .result import StartRecord, TuningResult, TuningStep, improves
+from .result import TuningResult, TuningStep, improves
 from .rows import TuningRows, cached_rows, spread, target_state
 from .starts import Start, StartProblem
 from .student import EndpointStudent
@@ -185,7 +185,7 @@ class _Tuning:
 
     def _started(
         self, rows: tuple[TuningRows, TuningRows], scales: Mapping[int, float], store: StateStore
-    ) -> tuple[StartRecord | None, dict[str, float] | None]:
+    ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
         """Apply the start, which stays if it lowers the validation loss and harms no kind of text.
 
         Returns:
@@ -209,7 +209,7 @@ class _Tuning:
         if kept:
             _load(layers, after)
         losses = {"loss_before": untuned.validation_loss, "loss_after": found.validation_loss}
-        return cast(StartRecord, {**result.to_dict(), "kept": kept, **losses}), untuned.by_kind
+        return {**result.to_dict(), "kept": kept, **losses}, untuned.by_kind
 
     def _loop(
         self,
@@ -232,7 +232,7 @@ class _Tuning:
         )
 
     def _result(
-        self, loop: TrainingLoop, init: StartRecord | None, begin: float, cache_seconds: float
+        self, loop: TrainingLoop, init: dict[str, Any] | None, begin: float, cache_seconds: float
     ) -> TuningResult:
         state = loop.state
         initial = init["loss_before"] if init else state.history[0].validation_loss

@@ -42,7 +42,7 @@ class StartRecord(TypedDict):
     """The closed-form start: what [`ClosedFormResult`] says, whether it was kept, and the validation losses around it."""
 
     method: Annotated[str, Key("The start that was asked for.")]
-    steps: tuple[ClosedFormStep, ...]
+    steps: list[ClosedFormStep]
     seconds: float
     kept: Annotated[bool, Key("Whether it lowered the validation loss.")]
     loss_before: float
@@ -57,7 +57,7 @@ class TuningResult:
         layers (`tuple[int, ...]`): Trained layers, in the cut model's numbering.
         modules (`tuple[str, ...]`): What else was trained: names of the final norm and the head.
         loss (`dict[str, float]`): Weights of the losses.
-        init ([`StartRecord`] or `None`): The closed-form start.
+        init (`dict` or `None`): The closed-form start, a [`StartRecord`].
         num_trainable (`int`): Trained parameters.
         learning_rate (`float`): Peak rate.
         steps (`int`): Optimizer steps that were taken.
@@ -78,7 +78,9 @@ class TuningResult:
     ]
     modules: Annotated[tuple[str, ...], Key("Trained modules beside the layers: final norm, head.")]
     loss: Annotated[dict[str, Annotated[float, Key(minimum=0, finite=True)]], Key("Weight of each loss.", min_items=1)]
-    init: Annotated[StartRecord | None, Key("The closed-form start; null without one.")] = field(compare=False)
+    init: Annotated[dict[str, Any] | None, Key("The closed-form start; null without one.", shape=StartRecord)] = field(
+        compare=False
+    )
     num_trainable: Annotated[int, Key("Trained parameters.", minimum=1)]
     learning_rate: Annotated[float, Key("Peak rate.", exclusive_minimum=0, finite=True)]
     steps: Annotated[int, Key(minimum=0)]

@@ -14,7 +14,7 @@ from optimum_clp.calibration.rows import CalibrationData
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation.outcome import MeasuredRow, Outcome
 from optimum_clp.evaluation.tokens import Evaluation
-from optimum_clp.exporters.export import ExportedFile, ExportResult
+from optimum_clp.exporters.result import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
 from optimum_clp.report.environment import environment_info
 from optimum_clp.report.report import SCHEMA_VERSION, CLPReport
@@ -138,7 +138,7 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         **Evaluation(perplexity=8.0, loss=2.08, num_tokens=14, kl=0.1, top1_agreement=0.9, retention=0.95).to_dict(),
     }
     measured = MeasuredRow("cut", "PyTorch", 2, 10, 40, math.inf, None, None, 14, decode_tokens_per_second=3.5)
-    dense = tiny_model()
+    dense = tiny_model(num_layers=4)
     report = CLPReport(
         base_model=to_section(describe_dense(dense, dense.name_or_path, None)),
         cut=to_section(describe_cut(dense, cut_model(dense, [segment]), [segment])),

@@ -34,6 +34,7 @@ class Stage:
     share: Annotated[float, Key("Of the whole.", minimum=0, maximum=1, finite=True)]
     weights: dict[str, Annotated[float, Key(exclusive_minimum=0)]]
     tensor: Annotated[Any, Key(reported=False)] = None
+    given: Annotated[dict[str, Any] | None, Key("By others.", shape=Step, sparse=True)] = None
     tried: Annotated[tuple[int, ...], Key(sparse=True, unique=True)] = ()
     note: Annotated[str | None, Key(added=True)] = None
 
@@ -69,6 +70,20 @@ SECTION = {
     "weights": {"kd": None},
     "note": None,
 }
+STEP = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["loss", "place"],
+    "properties": {
+        "loss": {"type": ["number", "null"]},
+        "place": {
+            "type": "array",
+            "prefixItems": [{"type": "number"}, {"type": "integer"}],
+            "items": False,
+            "minItems": 2,
+        },
+    },
+}
 VALIDATOR = jsonschema.Draft202012Validator({**schema_of(Stage), "$defs": {"segments": SEGMENTS}})
 
 
@@ -83,7 +98,6 @@ def test_a_section_is_what_json_can_hold():
 
 def test_the_schema_of_a_section_says_all_that_its_fields_say():
     schema = schema_of(Stage)
-    number = {"type": ["number", "null"]}
     assert schema["type"] == "object" and schema["additionalProperties"] is False
     assert schema["required"] == ["first", "folder", "segments", "steps", "start", "share", "weights"]
     assert schema["properties"] == {
@@ -94,20 +108,7 @@ def test_the_schema_of_a_section_says_all_that_its_fields_say():
             "description": "All of them.",
             "type": "array",
             "minItems": 1,
-            "items": {
-                "type": "object",
-                "additionalProperties": False,
-                "required": ["loss", "place"],
-                "properties": {
-                    "loss": number,
-                    "place": {
-                        "type": "array",
-                        "prefixItems": [{"type": "number"}, {"type": "integer"}],
-                        "items": False,
-                        "minItems": 2,
-                    },
-                },
-            },
+            "items": STEP,
         },
         "start": {
             "type": ["object", "null"],
@@ -116,7 +117,8 @@ def test_the_schema_of_a_section_says_all_that_its_fields_say():
             "properties": {"kept": {"type": "boolean"}, "why": {"description": "The reason.", "enum": ["a", "b"]}},
         },
         "share": {"description": "Of the whole.", "type": "number", "minimum": 0, "maximum": 1},
-        "weights": {"type": "object", "additionalProperties": {**number, "exclusiveMinimum": 0}},
+        "weights": {"type": "object", "additionalProperties": {"type": ["number", "null"], "exclusiveMinimum": 0}},
+        "given": {**STEP, "description": "By others.", "type": ["object", "null"]},
         "tried": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True},
         "note": {"$comment": "Not in reports of earlier versions.", "type": ["string", "null"]},
     }
@@ -133,6 +135,7 @@ def test_the_schema_of_a_section_says_all_that_its_fields_say():
         {"steps": [{"loss": 1.0, "place": [1.0, 2, 3]}]},
         {"segments": []},
         {"tried": [1, 1]},
+        {"given": {"loss": 1.0}},
         {"weights": {"kd": 0}},
         {"tensor": 1},
     ],

@@ -1,0 +1,82 @@
+"""What an export has made, for the report and for what is written beside the files."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypedDict
+
+from ..precisions import PRECISIONS
+from ..report.section import Key, to_section
+
+
+class CheckedContext(TypedDict):
+    """How the end of the longest context was compared with PyTorch."""
+
+    length: Annotated[int | None, Key("Tokens, as the model's configuration declares.", minimum=1)]
+    checked: Annotated[str, Key(choices=("whole", "last positions", "none"))]
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """One ONNX file, and what was measured on it.
+
+    Args:
+        file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
+        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        bytes (`int`): Size on disk, the data file included.
+        num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.graph.count.QuantizedNodes`].
+        num_quantized_embeddings (`int`): Look-ups in a quantized table.
+        bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points as they are stored, and
+            the filling of rows; 32 in the float file.
+        max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
+        seconds (`float`): Time to make, write and check the file.
+    """
+
+    file: Annotated[str, Key("Relative to the output folder.")]
+    weights: Annotated[str, Key(choices=tuple(PRECISIONS))]
+    bytes: Annotated[int, Key(minimum=1)]
+    num_quantized_matmuls: Annotated[int, Key(minimum=0)]
+    num_quantized_embeddings: Annotated[int, Key(minimum=0)]
+    bits_per_weight: Annotated[
+        float,
+        Key(
+            "Mean over the quantized weights: integers, float32 scales and zero points, filling of rows; "
+            "32 in the float file.",
+            minimum=2,
+            maximum=64,
+            finite=True,
+        ),
+    ]
+    max_relative_error: Annotated[float, Key("max|difference| / max|logit| against PyTorch in float32.", minimum=0)]
+    seconds: Annotated[float, Key(minimum=0)]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """The files of one export.
+
+    Args:
+        opset (`int`): ONNX opset.
+        files (`tuple[ExportedFile, ...]`): The float file, then the quantized ones.
+        context ([`CheckedContext`]): How the longest context was looked at, see [`~exporters.check.checked_context`].
+        inputs (`Mapping[str, tuple]`): Name and shape of each input, in every file the same; not in the report.
+        appends_in_place (`bool`): Whether the cache may have room for more tokens, which the files write into; not in the
+            report.
+        session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
+            files as they were checked; not in the report.
+        genai_obstacle (`str` or `None`): Why there is no `genai_config.json`, see [`write_runtime_configs`].
+    """
+
+    opset: Annotated[int, Key(minimum=1)]
+    files: tuple[ExportedFile, ...]
+    context: Annotated[
+        CheckedContext,
+        Key("How the end of the longest context was compared with PyTorch, in every file.", added=True),
+    ]
+    inputs: Annotated[Mapping[str, tuple[int | str, ...]], Key(reported=False)] = field(default_factory=dict)
+    appends_in_place: Annotated[bool, Key(reported=False)] = False
+    session_entries: Annotated[Mapping[str, str], Key(reported=False)] = field(default_factory=dict)
+    genai_obstacle: Annotated[str | None, Key("Why there is no genai_config.json.", added=True)] = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's `export` section, as JSON-ready values."""
+        return to_section(self)
