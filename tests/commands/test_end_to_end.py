@@ -9,7 +9,7 @@ from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import BertConfig, BertModel, RwkvConfig, RwkvForCausalLM, T5Config, T5ForConditionalGeneration
 
 from optimum_clp.commands.clp import main
-from optimum_clp.tuning import student as endpoint_student
+from optimum_clp.tuning import losses
 
 FAST = (
     "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "
@@ -160,13 +160,13 @@ def test_bad_input_is_one_message_and_nothing_written(workplace, capsys, spoil, 
 
 
 def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_saved(workplace, capsys, monkeypatch):
-    original, calls = endpoint_student.kl_divergence, []
+    original, calls = losses.kl_divergence, []
 
     def planted(teacher, student, *args):
         calls.append(1)
         return original(teacher, student) * (float("nan") if len(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(endpoint_student, "kl_divergence", planted)
+    monkeypatch.setattr(losses, "kl_divergence", planted)
     line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
     status, out, err = call(line, capsys)
     assert status == 1 and out == ""
