@@ -39,11 +39,12 @@ def fused_file(model, folder):
 
 @pytest.fixture(scope="module")
 def fused_models(tmp_path_factory):
-    """By its type, a model of two layers with its fused file: made once."""
+    """By its type, a model of two layers with its fused file: made once. Qwen's second layer has a window."""
 
     @functools.cache
     def made(model_type):
-        folder, model = tmp_path_factory.mktemp(model_type), tiny_model(model_type, num_layers=2)
+        folder, window = tmp_path_factory.mktemp(model_type), {"max_window_layers": 1} if "qwen" in model_type else {}
+        model = tiny_model(model_type, num_layers=2, **window)
         model.config.save_pretrained(folder)
         (folder / "onnx").mkdir()
         return model, folder, *fused_file(model, folder / "onnx")
