@@ -5,12 +5,22 @@ import warnings
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 
 from optimum_clp.architecture.conditions import Stays
 from optimum_clp.architecture.fields import FirstLayers
 from optimum_clp.architecture.lookup import cut_obstacle, describe_layers, find_architecture
 from optimum_clp.architecture.table import BUILT_IN, REFUSED, Architecture, register_architecture
+from optimum_clp.checkpoint.loading import load_model
+from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.forward.hooks import gated
 from optimum_clp.registry import Registry
@@ -71,6 +81,40 @@ def test_a_registered_type_is_cut_by_its_own_rules():
         expected = model(ids).logits
     with torch.no_grad():
         assert torch.equal(smaller(ids).logits, expected)
+
+
+@pytest.fixture
+def own_classes():
+    """The type as transformers knows it when their package has been imported; forgotten afterwards."""
+    AutoConfig.register("own_llama", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+    yield
+    CONFIG_MAPPING._extra_content.pop("own_llama")
+    MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(OwnConfig)
+
+
+def test_a_model_of_a_class_of_their_own_is_opened_cut_and_read_back(tmp_path, own_classes):
+    register_architecture(ROW)
+    torch.manual_seed(0)
+    model = OwnForCausalLM(own_config()).eval()
+    assert load_model(model, accept=find_architecture) is model
+    model.save_pretrained(tmp_path / "dense")
+    dense = load_model(tmp_path / "dense", accept=find_architecture, quiet=True)
+    smaller = cut_model(dense, [LayerSegment(0, 2)])
+    save_checkpoint(smaller, None, tmp_path / "cut")
+    verify_checkpoint(tmp_path / "cut", smaller)
+    assert load_model(tmp_path / "cut", quiet=True).config.own_layers == 2
+
+
+def test_another_class_of_their_type_is_no_language_model(own_classes):
+    model = LlamaModel(own_config())
+    with pytest.raises(ModelError, match="model is 'LlamaModel': LlamaModel is not a causal language model"):
+        load_model(model)
+
+
+def test_a_class_that_nobody_has_registered_is_no_language_model():
+    with pytest.raises(ModelError, match="OwnForCausalLM is not a causal language model"):
+        load_model(OwnForCausalLM(own_config()))
 
 
 def test_conditions_of_a_registered_type_hold():
