@@ -74,10 +74,8 @@ def test_as_many_layers_as_are_asked_for_are_chosen(name, num_removed, num_segme
 def test_only_what_can_be_cut_is_chosen(name, member, num_removed, num_segments):
     """Of these models not every cut is exact."""
     model, tokens = member_of_the_zoo(member), random_tokens(2, 12)
-    allowed = allowed_segments(model.config, num_removed)
-    assert len(allowed) < num_layers(model.config) - num_removed + 1
-    options = {"num_segments": num_segments, "allowed": allowed if num_segments == 1 else ()}
-    outcome = outcome_of(name, model, tokens, num_removed, **options)
+    assert len(allowed_segments(model.config, num_removed)) < num_layers(model.config) - num_removed + 1
+    outcome = outcome_of(name, model, tokens, num_removed, num_segments=num_segments)
     check_cut(outcome.cut, model, num_removed)
 
 
