@@ -6,7 +6,7 @@ from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from zoo import ZOO
 
-from optimum_clp.architecture.table import ARCHITECTURES, REFUSED
+from optimum_clp.architecture.table import BUILT_IN, REFUSED
 
 STALE = "run `make architectures`"
 
@@ -25,12 +25,12 @@ def test_the_record_is_of_this_zoo_and_this_transformers():
 def test_every_causal_language_model_of_transformers_is_cut_or_refused_with_a_reason():
     # some names share a config class, and so a model_type, with another
     own = {t for t in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if CONFIG_MAPPING[t].model_type == t}
-    assert own - ARCHITECTURES.keys() - REFUSED.keys() == set()
-    assert not ARCHITECTURES.keys() & REFUSED.keys()
+    assert own - BUILT_IN.keys() - REFUSED.keys() == set()
+    assert not BUILT_IN.keys() & REFUSED.keys()
 
 
 def test_every_type_that_is_cut_is_in_the_zoo():
     outer = {"llama4", "qwen3_5", "qwen3_5_moe", "qwen4_exp"}  # opened as the text models that they hold
-    known = {t for t in ARCHITECTURES if t in CONFIG_MAPPING} - outer
+    known = {t for t in BUILT_IN if t in CONFIG_MAPPING} - outer
     one_version_only = {"recurrent_gemma", "xlstm"} if MAJOR == "4" else set()
     assert known - {tiny.model_type for tiny in ZOO} == one_version_only

@@ -1,7 +1,7 @@
 """Where a model keeps its decoder layers, which layers may go, and the config of what is left.
 
 Layers are found by structure: the one list of as many modules as the config has layers. What structure cannot tell is
-data: the rules of `depth_fields` for config fields, and the rows of `architecture_table`.
+data: the rules of `fields` for config fields, and the rows of `table` and of other packages.
 """
 
 import copy
@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..errors import CutError, ModelError
+from ..doors import ARCHITECTURES
+from ..errors import ConfigurationError, CutError, ModelError
 from ..segments import LayerSegment, candidate_segments, kept_layers
 from .fields import DepthField, NotRepresentable
-from .table import ARCHITECTURES, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
+from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
 
 # where a model has positions for so many tokens and no more, in the order of lm-eval; transformers' attribute_map lets
 # GPT-2's n_positions and DBRX's max_seq_len answer to the second name as well
@@ -30,24 +31,41 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
 
     Raises:
         ModelError: If the `model_type` is refused, with the reason, or unknown; or if no cut of this model can be exact.
+        ConfigurationError: If another package's entry point for the `model_type` does not give an [`Architecture`].
     """
     model_type = str(getattr(config, "model_type", None))
     if model_type in REFUSED:
         raise ModelError.of("model_type", model_type, *REFUSED[model_type])
-    if model_type not in ARCHITECTURES:
+    architecture = BUILT_IN.get(model_type) or _added(model_type)
+    if architecture is None:
         raise ModelError.of(
             "model_type",
             model_type,
             "it is not one of the architectures whose cuts are tested; cutting it could corrupt it silently",
-            f"Use one of: {', '.join(sorted(ARCHITECTURES))}; or add it, see docs/architectures.md",
+            f"Use one of: {', '.join(sorted({*BUILT_IN, *ARCHITECTURES}))}; or add it, see docs/architectures.md",
         )
-    architecture = ARCHITECTURES[model_type]
     inner = text_config(config)
     for condition in architecture.conditions:
         reason = condition.refusal(inner)
         if reason is not None:
             raise ModelError.of("model_type", model_type, *reason)
     return architecture
+
+
+def _added(model_type: str) -> Architecture | None:
+    """The row of a type that is not in our table, if somebody has added one; where we have a row, nobody is asked."""
+    if model_type not in ARCHITECTURES:
+        return None
+    row = ARCHITECTURES.get(model_type)
+    if not isinstance(row, Architecture):
+        raise ConfigurationError.of(
+            "architecture",
+            model_type,
+            f"what {ARCHITECTURES.row(model_type).package or 'was registered'} adds for it is a {type(row).__name__}, "
+            "and it must be an Architecture of optimum_clp.architecture.table",
+            "Let the entry point name an Architecture",
+        )
+    return row
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

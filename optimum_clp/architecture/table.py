@@ -1,10 +1,13 @@
 """The model types that can be cut, what structure does not tell about them, and those that are refused, with the reason.
 
-To add a model type see docs/architectures.md: a row here, and a line in the tests' zoo.
+To add a model type here see docs/architectures.md: a row, and a line in the tests' zoo. Another package adds one with
+[`register_architecture`], or with an entry point: docs/contribute/architecture.md.
 """
 
 from dataclasses import dataclass
 
+from ..doors import ARCHITECTURES
+from ..errors import ConfigurationError
 from .conditions import (
     AttentionStays,
     Condition,
@@ -176,9 +179,9 @@ _TEXT_MODELS = {
     "qwen3_5_moe": "qwen3_5_moe_text",
     "qwen4_exp": "qwen4_exp_text",
 }
-ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
-ARCHITECTURES |= {outer: ARCHITECTURES[inner] for outer, inner in _TEXT_MODELS.items()}
-"""By `model_type`."""
+BUILT_IN: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
+BUILT_IN |= {outer: BUILT_IN[inner] for outer, inner in _TEXT_MODELS.items()}
+"""By `model_type`: those whose cuts the contract suite tests."""
 
 _ENCODERS = """
     bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert qdqbert rembert roberta
@@ -237,3 +240,30 @@ REFUSED: dict[str, Refusal] = {
     "zaya": ("each layer's router reads the state of the router before it, which a cut would exchange", _ANOTHER),
 }
 """By `model_type`: why no cut is exact, and what would be needed."""
+
+
+def register_architecture(architecture: Architecture) -> None:
+    """Add a model type that this package does not know, so that it can be cut; the guard checks its cuts like any other.
+
+    Args:
+        architecture ([`Architecture`]): Its row.
+
+    Raises:
+        ConfigurationError: If the type is one that this package cuts or refuses itself, or that was added before.
+    """
+    model_type = architecture.model_type
+    if model_type in REFUSED:
+        raise ConfigurationError.of(
+            "architecture",
+            model_type,
+            f"no cut of that type is exact ({REFUSED[model_type][0]}), and that cannot be overridden",
+            REFUSED[model_type][1],
+        )
+    if model_type in BUILT_IN:
+        raise ConfigurationError.of(
+            "architecture",
+            model_type,
+            "this package has a row for that type, which its tests hold, and that cannot be overridden",
+            "Leave yours out, or change the row in optimum_clp/architecture/table.py",
+        )
+    ARCHITECTURES.register(model_type, architecture)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .errors import model_error, quanto_error
 
@@ -130,8 +130,19 @@ def check_class(name: Any, model_type: str, classes: list[str], is_encoder_decod
     if is_encoder_decoder:
         raise model_error(name, f"{shown} is an encoder-decoder, not a causal language model", remedy)
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if not (known.intersection(classes) if classes else model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    if known.intersection(classes) if classes else model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return
+    added = _registered_classes(model_type)
+    if not (added.intersection(classes) if classes else added):
         raise model_error(name, f"{shown} is not a causal language model", remedy)
+
+
+def _registered_classes(model_type: str) -> set[str]:
+    """Names of the causal language models of a type, those that were registered with transformers' Auto classes included."""
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return set()
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
+    return {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
 
 
 def check_weight_files(folder: Path, use_safetensors: bool) -> None:
