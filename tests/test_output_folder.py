@@ -1,0 +1,78 @@
+import pytest
+from tiny_models import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from zoo import ZOO, zoo_model
+
+from optimum_clp import CLPConfig, LayerSegment
+from optimum_clp.errors import ExportError, OutputError, QuantizationError
+from optimum_clp.exporters.export import ExportResult
+from optimum_clp.output_folder import check_writable, write_export, write_run
+from optimum_clp.report.report import CLPReport
+from optimum_clp.session import Session
+from optimum_clp.surgery.cut import cut_model
+
+SEGMENTS = (LayerSegment(2, 4),)
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """A cut model that nothing was written of yet; reports of earlier files are in its report."""
+    monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
+    sizes = {"train_sequences": 4, "validation_sequences": 2, "test_sequences": 2, "sequence_length": 8}
+    config = CLPConfig(calibration={**sizes, "cache_dir": str(tmp_path / "cache")}, export={"enabled": False})
+    dense = tiny_model()
+    session = Session(dense, tiny_tokenizer(), config, quiet=True)
+    session.set_cut(cut_model(dense, SEGMENTS), SEGMENTS)
+    session.report.quantization, session.report.export = [{"path": "elsewhere"}], {"files": []}
+    return session
+
+
+def test_a_folder_speaks_of_its_own_files_alone(session, tmp_path):
+    assert write_run(session, tmp_path / "out") == session.folder == tmp_path / "out"
+    written = CLPReport.load(tmp_path / "out")
+    assert written.quantization is None and written.export is None
+    assert [row["name"] for row in written.evaluation["rows"]] == ["dense", "cut"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+    assert {"clp_config.json", "README.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
+
+
+def test_an_export_has_no_weights_of_pytorch(session, tmp_path, monkeypatch):
+    result = ExportResult(21, (), {"length": None, "checked": "none"})
+    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", lambda *args, **options: result)
+    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: "its cache is odd")
+    write_export(session, tmp_path / "out")
+    written = CLPReport.load(tmp_path / "out")
+    assert written.quantization is None and written.export["genai_obstacle"] == "its cache is odd"
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json", "clp_report.json"} <= names
+    assert not any(name.endswith(".safetensors") for name in names)
+
+
+@pytest.mark.parametrize("write", [write_run, write_export])
+def test_what_fails_leaves_nothing_behind(session, tmp_path, write, monkeypatch):
+    def fail(*args, **options):
+        raise ExportError.of("file", "model.onnx", "planted", "None")
+
+    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", fail)
+    session.config.export.enabled = True
+    with pytest.raises(ExportError, match="planted"):
+        write(session, tmp_path / "out")
+    assert session.folder is None and [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(OutputError, match="it is not empty"):
+        write(session, tmp_path / "out")
+
+
+def test_what_an_architecture_does_not_have_is_said_before_any_work():
+    models = {tiny.name: tiny for tiny in ZOO}
+    session = Session(zoo_model(models["gpt2"]), config=CLPConfig(quantization={"quanto": True}))
+    with pytest.raises(QuantizationError, match="model is 'GPT2LMHeadModel': .*Conv1D"):
+        check_writable(session)
+    session.config.quantization.quanto = False
+    check_writable(session)
+    session = Session(zoo_model(models["mamba2"]))
+    with pytest.raises(ExportError, match="model is .*Mamba2ForCausalLM.*it gives no key-value cache"):
+        check_writable(session)
+    session.config.export.enabled = False
+    check_writable(session)
