@@ -99,6 +99,12 @@ def test_links_lead_somewhere(page):
     assert broken_links(page, page.read_text(encoding="utf-8")) == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_in_pages_can_be_pasted(page):
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)):
+        compile(code, f"{page.name}, block {number}", "exec")
+
+
 def test_the_checker_finds_what_is_broken(tmp_path):
     (tmp_path / "other.md").write_text("# One `two`, three: four\n\n## Twice\n\n```\n# no heading\n```\n\n## Twice\n")
     text = (
