@@ -29,7 +29,8 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
-from optimum_clp.exporters.export import QUANTIZED_FILES, export_onnx, write_runtime_configs
+from optimum_clp.exporters.export import export_onnx, write_runtime_configs
+from optimum_clp.precisions import PRECISIONS
 from optimum_clp.report.environment import environment_info
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
@@ -42,7 +43,7 @@ FOLDER = CACHE / "edge"
 CUT = LayerSegment(6, 9)
 LAST = "dense (last logits)"
 PROMPT, NEW, RUNS = 256, 64, 3
-FILES = {"float32": "model.onnx", **QUANTIZED_FILES}
+FILES = {name: precision.onnx_file for name, precision in PRECISIONS.items()}
 SAME = ["shared_embeddings=true", "int4_block_size=32", "int4_accuracy_level=4"]
 PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}
 
