@@ -33,7 +33,7 @@ from .evaluation.tasks import evaluate_tasks, load_task
 from .evaluation.tokens import evaluate_tokens
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
-from .exporters.rounding.methods import needs_calibration
+from .exporters.rounding.weights import needs_calibration
 from .forward.dense_outputs import DenseOutputs
 from .processes import is_first, wait_for_all
 from .quantization import quanto_obstacle, save_quantized

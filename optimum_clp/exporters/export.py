@@ -31,7 +31,7 @@ from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
 from .obstacle import onnx_obstacle
-from .rounding.methods import check_calibration, round_weights
+from .rounding.weights import check_calibration, round_weights
 from .runtimes.genai import write_genai_config
 from .runtimes.transformers_js import write_transformers_js_config
 
@@ -122,7 +122,7 @@ def export_onnx(
         directory (`str` or `os.PathLike`): Output folder; `onnx/` is made in it.
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
         quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
-        calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.methods.needs_calibration`].
+        calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.weights.needs_calibration`].
         seed (`int`): Of the tokens of the check.
         quiet (`bool`): No progress bar.
 

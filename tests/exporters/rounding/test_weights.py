@@ -23,7 +23,7 @@ from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.exporters.rounding.activation_moments import visit_layers, weight_names
 from optimum_clp.exporters.rounding.bit_plan import plan_bits, rounding_costs
 from optimum_clp.exporters.rounding.matrices import round_half_quadratic, round_to_nearest
-from optimum_clp.exporters.rounding.methods import round_weights
+from optimum_clp.exporters.rounding.weights import round_weights
 from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
 from optimum_clp.runtime.session import open_session
 
