@@ -648,8 +648,8 @@ class CLPPruner(OptimumQuantizer):
             seed=self.config.seed,
             quiet=self.quiet,
         )
-        obstacle = write_runtime_configs(folder, model, result)
-        self.report.export = {**result.to_dict(), "genai_obstacle": obstacle}
+        obstacles = write_runtime_configs(folder, model, result)
+        self.report.export = {**result.to_dict(), "genai_obstacle": obstacles["genai"]}
 
     def _quantization_rows(self, model: PreTrainedModel) -> torch.Tensor | None:
         """The rows that the rounding of the ONNX files' weights looks at, if it looks at any."""

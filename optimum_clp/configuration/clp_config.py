@@ -13,6 +13,7 @@ from optimum.version import __version__ as optimum_version
 from packaging import version as package_version
 from transformers import __version__ as transformers_version
 
+from ..doors import ROUNDINGS
 from ..errors import ConfigurationError, Problem
 from ..version import __version__
 from .rules import (
@@ -119,16 +120,15 @@ class CLPConfig(BaseConfig):
         problems += _check("min_retention", self.min_retention, _or_none(share))
         problems += _check("seed", self.seed, _integer(0))
         problems += self._quality_problems()
-        unplanned = {
-            "quanto": "quanto's integers are taken as they are, so there is nothing to choose",
-            "hqq": "sizes and errors are planned for groups without zero points, which HQQ has",
-        }
-        if self.quantization.method in unplanned and self.quantization.bits_per_weight is not None:
+        obstacle = None
+        if self.quantization.bits_per_weight is not None and self.quantization.method in ROUNDINGS:
+            obstacle = ROUNDINGS.get(self.quantization.method).budget_obstacle
+        if obstacle is not None:
             problems.append(
                 Problem(
                     "quantization.bits_per_weight",
                     self.quantization.bits_per_weight,
-                    unplanned[self.quantization.method],
+                    obstacle,
                     'Leave it out, or choose the method "rtn" or "gptq"',
                 )
             )

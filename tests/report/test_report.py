@@ -12,7 +12,7 @@ from report_example import example_report, older_report
 from optimum_clp.calibration.rows import CalibrationData
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation.tokens import Evaluation
-from optimum_clp.exporters.export import ExportedFile, ExportResult
+from optimum_clp.exporters.result import ExportedFile, ExportResult
 from optimum_clp.quantization import QuantoResult
 from optimum_clp.report.environment import environment_info
 from optimum_clp.report.report import SCHEMA_VERSION, CLPReport
