@@ -16,7 +16,7 @@ from .errors import ExportError, QuantizationError
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
-from .exporters.rounding.methods import needs_calibration
+from .exporters.rounding.weights import needs_calibration
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.model_card import write_model_card
@@ -120,8 +120,8 @@ def _export_into(session: Session, folder: Path) -> None:
         seed=config.seed,
         quiet=session.quiet,
     )
-    obstacle = write_runtime_configs(folder, model, result)
-    session.report.export = {**result.to_dict(), "genai_obstacle": obstacle}
+    obstacles = write_runtime_configs(folder, model, result)
+    session.report.export = {**result.to_dict(), "genai_obstacle": obstacles["genai"]}
 
 
 def _quantization_rows(session: Session) -> torch.Tensor | None:

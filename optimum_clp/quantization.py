@@ -36,11 +36,10 @@ from .checkpoint.files import (
 from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
-from .precisions import QUANTIZED
+from .precisions import PRECISIONS, QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
 
-_QTYPES = {"int8": "qint8", "int4": "qint4"}
 # the tensors that quanto stores in place of a linear layer's weight
 _PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
 # config.json of the folder holds the model's own configuration under this key
@@ -133,10 +132,7 @@ def save_quantized(
             what is read back is not the model. Nothing is left behind.
         OutputError: If the folder cannot be used.
     """
-    if weights not in _QTYPES:
-        rule = "it must be one of 'int8', 'int4'"
-        raise ConfigurationError.of("weights", weights, rule, "Choose 'int8' or 'int4'")
-    kind = qtypes[_QTYPES[weights]]
+    kind = _qtype(weights)
     obstacle = quanto_obstacle(model)
     if obstacle is not None:
         raise QuantizationError(obstacle)
@@ -207,6 +203,14 @@ def quanto_obstacle(model: PreTrainedModel) -> Problem | None:
     )
 
 
+def _qtype(weights: str) -> qtype:
+    if weights not in QUANTIZED:
+        shown = [repr(name) for name in QUANTIZED]
+        rule, remedy = f"it must be one of {', '.join(shown)}", f"Choose {' or '.join(shown)}"
+        raise ConfigurationError.of("weights", weights, rule, remedy)
+    return qtypes[PRECISIONS[weights].quanto]
+
+
 def _layers_to_quantize(model: PreTrainedModel) -> dict[str, nn.Linear]:
     tied = model.get_output_embeddings() if has_tied_head(model) else None
     return {n: m for n, m in model.named_modules() if _is_plain_linear(m) and m is not tied}
@@ -259,7 +263,7 @@ def quanto_integers(
     obstacle = quanto_obstacle(model)
     if obstacle is not None:
         raise QuantizationError(obstacle)
-    kind = qtypes[_QTYPES[weights]]
+    kind = _qtype(weights)
     for name, layer in _layers_to_quantize(model).items():
         quantized = _quantized_weight(name, layer, kind)
         outputs = layer.out_features

@@ -41,15 +41,15 @@ def read_file(file):
 
 def dequantized_model(model, file):
     """A copy of the model with the weights that the file holds."""
-    twin = copy.deepcopy(model)
-    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    copied = copy.deepcopy(model)
+    parameters = dict(copied.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, weight in read_file(file).items():
-            target = twin.model.embed_tokens.weight if name == "embedding" else parameters[name]
+            target = copied.model.embed_tokens.weight if name == "embedding" else parameters[name]
             weight = torch.from_numpy(weight[:, : target.shape[1]])
             assert weight.shape == target.shape
             target.copy_(weight)
-    return twin
+    return copied
 
 
 def logits_of(file, ids, session=None):

@@ -39,7 +39,7 @@ def test_a_folder_speaks_of_its_own_files_alone(session, tmp_path):
 def test_an_export_has_no_weights_of_pytorch(session, tmp_path, monkeypatch):
     result = ExportResult(21, (), {"length": None, "checked": "none"})
     monkeypatch.setattr("optimum_clp.output_folder.export_onnx", lambda *args, **options: result)
-    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: "its cache is odd")
+    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: {"genai": "its cache is odd"})
     write_export(session, tmp_path / "out")
     written = CLPReport.load(tmp_path / "out")
     assert written.quantization is None and written.export["genai_obstacle"] == "its cache is odd"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, TuningError
-from optimum_clp.exporters.export import ExportResult
+from optimum_clp.exporters.result import ExportResult
 from optimum_clp.report.report import CLPReport
 
 
@@ -307,7 +307,7 @@ def test_rounding_looks_at_train_rows_if_the_method_does(dense_folder, tmp_path,
         return ExportResult(21, (), {"length": None, "checked": "none"})
 
     monkeypatch.setattr("optimum_clp.output_folder.export_onnx", export)
-    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: None)
+    monkeypatch.setattr("optimum_clp.output_folder.write_runtime_configs", lambda *args: {"genai": None})
     pruner = CLPPruner.from_pretrained(dense_folder, quiet=True)
     pruner.cut([(2, 4)])
     for index, values in enumerate(

@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from zoo import NUM_LAYERS, zoo_model
 
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.float_graph import export_float_graph
 
 
@@ -40,7 +40,7 @@ def exported_llama():
 def traced_qwen3():
     """A qwen3 with a head of its own, head size unlike hidden / heads and one sliding layer: `model`, `graph`."""
     model = onnx_test_model("qwen3", tied=False, num_layers=2, max_window_layers=1)
-    return SimpleNamespace(model=model, graph=export_float_graph(float32_twin(model), opset=21))
+    return SimpleNamespace(model=model, graph=export_float_graph(float32_copy(model), opset=21))
 
 
 def state_of(model):

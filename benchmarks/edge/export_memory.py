@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from optimum_clp import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.runtime.comparison import write_steps
 
 # layers, hidden size, intermediate size, vocabulary; "narrow" is Qwen3-0.6B's shape
@@ -83,7 +83,7 @@ def main() -> None:
     # not getrusage, which also has the peak of the process that started this one
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    write_steps(reference_steps(float32_twin(model), seed=1), args.folder / "reference.npz")
+    write_steps(reference_steps(float32_copy(model), seed=1), args.folder / "reference.npz")
     found = {
         "float_bytes": float_bytes,
         "export": peak / float_bytes,

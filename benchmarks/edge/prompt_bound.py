@@ -23,9 +23,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks import markdown
 from benchmarks.folders import CACHE
 from optimum_clp import OnnxCausalLM
+from optimum_clp.precisions import PRECISIONS
 
 FOLDER = CACHE / "edge" / "dense-ours"
-FILES = {"float32": "model.onnx", "int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
+FILES = {name: precision.onnx_file for name, precision in PRECISIONS.items()}
 PROMPT = 256
 
 

@@ -32,7 +32,8 @@ from benchmarks import markdown
 from benchmarks.folders import CACHE, ROOT
 from benchmarks.models import speed100m
 from optimum_clp import ExportConfig, LayerSegment, QuantizationConfig
-from optimum_clp.exporters.export import QUANTIZED_FILES, export_onnx, write_runtime_configs
+from optimum_clp.exporters.export import export_onnx, write_runtime_configs
+from optimum_clp.precisions import PRECISIONS
 from optimum_clp.report.environment import environment_info
 from optimum_clp.surgery.cut import cut_model
 
@@ -41,9 +42,9 @@ FOLDER = CACHE / "edge"
 CUT = LayerSegment(6, 9)
 LAST = "dense (last logits)"
 PROMPT, NEW, RUNS = 256, 64, 3
-FILES = {"float32": "model.onnx", **QUANTIZED_FILES}
+FILES = {name: precision.onnx_file for name, precision in PRECISIONS.items()}
 SAME = ["shared_embeddings=true", "int4_block_size=32", "int4_accuracy_level=4"]
-PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}
+BUILDER_PRECISIONS = {"float32": "fp32", "int8": "int8", "int4": "int4"}
 
 
 EVERY, LAST_ALONE = ExportConfig(), ExportConfig(logits_to_keep=1)
@@ -155,7 +156,7 @@ def built(checkpoint: Path, name: str, weights: str, options: list[str]) -> Path
     folder = FOLDER / f"{name}-builder-{weights}{'' if options else '-own'}"
     if not (folder / "genai_config.json").is_file():
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", folder]
-        command += ["-p", PRECISIONS[weights], "-e", "cpu", "-c", FOLDER / "builder-cache"]
+        command += ["-p", BUILDER_PRECISIONS[weights], "-e", "cpu", "-c", FOLDER / "builder-cache"]
         command += ["--extra_options", *options] if options else []
         subprocess.run(
             [str(part) for part in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

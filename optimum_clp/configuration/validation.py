@@ -10,6 +10,7 @@ from typing import Any
 
 from packaging import version as package_version
 
+from ..doors import ROUNDINGS
 from ..errors import ConfigurationError, Problem
 from ..version import __version__
 from .settings import settings_of
@@ -76,15 +77,13 @@ def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
     """A size budget needs a rounding method whose precisions can be planned."""
-    unplanned = {
-        "quanto": "quanto's integers are taken as they are, so there is nothing to choose",
-        "hqq": "sizes and errors are planned for groups without zero points, which HQQ has",
-    }
     method, bits = values["quantization"].method, values["quantization"].bits_per_weight
-    if method not in unplanned or bits is None:
+    # the method's code is imported for a budget alone
+    obstacle = ROUNDINGS.get(method).budget_obstacle if bits is not None and method in ROUNDINGS else None
+    if obstacle is None:
         return []
     remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
-    return [Problem("quantization.bits_per_weight", bits, unplanned[method], remedy)]
+    return [Problem("quantization.bits_per_weight", bits, obstacle, remedy)]
 
 
 def _nearest(key: str, valid: list[str]) -> str:

@@ -20,7 +20,6 @@ from ..surgery.sizes import count_bytes, count_parameters
 from .speed import measure_speed
 from .tokens import evaluate_tokens
 
-ROW_NAMES = {"float32": "onnx", "int8": "onnx int8", "int4": "onnx int4"}
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32
 
@@ -103,7 +102,7 @@ def measure_outcome(
         makers[name] = partial(_given, model)
     for entry in export["files"] if export else ():
         table.add_file(folder, entry, pruned)
-        makers[ROW_NAMES[entry["weights"]]] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
+        makers[PRECISIONS[entry["weights"]].row_name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
     table.add_speed(makers)
     return table.to_dict()
 
@@ -132,7 +131,7 @@ class Measurements:
         """Measure what an ONNX file of `folder` says; `model` is the one that it was made from."""
         session = OnnxCausalLM.from_pretrained(folder, entry["file"])
         layers, parameters = num_layers(model.config), count_parameters(model)
-        self._add(ROW_NAMES[entry["weights"]], "ONNX Runtime", session, layers, parameters, entry["bytes"])
+        self._add(PRECISIONS[entry["weights"]].row_name, "ONNX Runtime", session, layers, parameters, entry["bytes"])
 
     def add_speed(self, models: dict[str, Callable[[], Any]]) -> None:
         """Measure the speed of every row, interleaved; `models` gives each row's model when it is called."""

@@ -14,14 +14,16 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration.stages import ExportConfig, QuantizationConfig
+from ..doors import RUNTIMES
 from ..errors import ExportError
+from ..precisions import FLOAT32, PRECISIONS, Precision
 from ..progress import progress_bar
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
-from .check import FileCheck, check_tolerance
-from .float32_copy import attention_of, float32_twin
+from .check import FileCheck
+from .float32_copy import attention_of, float32_copy
 from .freed_memory import return_freed_memory
-from .graph.count import QuantizedNodes, bits_per_weight, expected_nodes
-from .graph.file import drop_weights, save_graph
+from .graph.count import bits_per_weight, expected_nodes
+from .graph.file import drop_weights
 from .graph.float_graph import export_float_graph, fold_weight_transposes
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions
@@ -29,14 +31,10 @@ from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
 from .obstacle import onnx_obstacle
-from .result import ExportedFile, ExportResult
-from .rounding.methods import check_calibration, round_weights
-from .runtimes.genai import write_genai_config
-from .runtimes.transformers_js import write_transformers_js_config
-
-FLOAT_FILE = "model.onnx"
-QUANTIZED_FILES = {"int8": "model_quantized.onnx", "int4": "model_q4.onnx"}
-_BITS = {"int8": 8, "int4": 4}
+from .result import ExportResult
+from .rounding.weights import check_calibration, round_weights, rounding_method
+from .runtimes.runtime import Runtime
+from .writer import FileWriter
 
 
 def export_onnx(
@@ -64,7 +62,7 @@ def export_onnx(
         directory (`str` or `os.PathLike`): Output folder; `onnx/` is made in it.
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
         quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
-        calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.methods.needs_calibration`].
+        calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.weights.needs_calibration`].
         seed (`int`): Of the tokens of the check.
         quiet (`bool`): No progress bar.
 
@@ -89,52 +87,15 @@ def export_onnx(
         obstacle = onnx_obstacle(model)
         if obstacle is not None:
             raise ExportError(obstacle)
-        twin = float32_twin(model)
-        # the caller's own model is the better witness where it can be called without changing it
-        witness = model if _can_witness(model) else twin
-        writer = _Writer(Path(staging), FileCheck(witness, Path(staging), seed=seed))
-        fuse = export.format == "contrib" and fused_obstacle(twin) is None
-        try:
-            graph = _float_graph(twin, export, writer, fuse, started)
-        except ExportError:
-            if not fuse:
-                raise
-            # what a model does with its attention may not show in four tokens: the plain graph needs no such luck
-            graph = _float_graph(twin, export, writer, False, started)
-        # a trace leaves hundreds of thousands of objects in cycles
-        gc.collect()
-        return_freed_memory()
+        copied = float32_copy(model)
+        # the caller's own model is the better reference where it can be called without changing it
+        reference = model if _can_be_reference(model) else copied
+        writer = FileWriter(Path(staging), FileCheck(reference, Path(staging), seed=seed))
+        graph = _write_float_file(copied, export, writer, started)
         bar.update(2)
-        keeps_tables = quantization.method == "quanto" or not quantization.quantize_embeddings
-        matrices = graph_matrices(graph, not keeps_tables)
-        session_entries: dict[str, str] = {}
-        for weights in quantization.weights:
-            started = time.perf_counter()
-            bits = _BITS[weights]
-            rounded = round_weights(twin, bits, matrices, quantization, calibration, seed=seed, quiet=quiet)
-            accuracy_level = rounded.accuracy_level or quantization.accuracy_level
-            if export.format == "qdq":
-                session_entries[ACCURACY_LEVEL_ENTRY] = str(accuracy_level)
-            quantized = graph.clone()
-            found = quantize_graph(
-                quantized,
-                bits,
-                block_size=quantization.group_size,
-                accuracy_level=accuracy_level,
-                quantize_embeddings=not keeps_tables,
-                rounded=rounded.matrices,
-                in_8_bits=rounded.in_8_bits,
-                only_rounded=quantization.method == "quanto",
-                form=export.format,
-                rounding=rounded.rounding,
-            )
-            check_quantized_nodes(quantized, found, expected_nodes(twin, not keeps_tables, rounded.only))
-            pack_projections(quantized)
-            store_scales_in_16_bits(quantized, graph)
-            writer.add(weights, quantized, found, bits_per_weight(graph, quantized), None, started)
-            # the integers of one file are gone before those of the next are made
-            drop_weights(quantized)
-            del quantized, rounded
+        files = _QuantizedFiles(copied, graph, export, quantization, writer)
+        for name in quantization.weights:
+            files.add(PRECISIONS[name], calibration, seed=seed, quiet=quiet)
             bar.update()
         writer.publish(directory / "onnx")
     return ExportResult(
@@ -143,14 +104,12 @@ def export_onnx(
         writer.check.context,
         _input_shapes(graph),
         FUSED_ATTENTION in graph.metadata_props,
-        session_entries,
+        files.session_entries,
     )
 
 
-def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> str | None:
-    """Write what onnxruntime-genai and transformers.js read beside the files: `genai_config.json`, and an entry in `config.json`.
-
-    Both take one file by themselves, the one with the fewest bits.
+def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> dict[str, str | None]:
+    """Write what each runtime of the registry reads beside the files, such as onnxruntime-genai's `genai_config.json`.
 
     Args:
         folder (`Path`): With `config.json` and the files of `result`.
@@ -158,19 +117,15 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
         result ([`ExportResult`]): From [`export_onnx`].
 
     Returns:
-        `str` or `None`: Why there is no `genai_config.json`.
+        `dict[str, str | None]`: For each runtime why nothing was written for it, or `None`.
     """
-    smallest = min(result.files, key=lambda file: _BITS.get(file.weights, 32))
-    write_transformers_js_config(folder, smallest.weights)
-    return write_genai_config(
-        folder,
-        model.config,
-        model.generation_config,
-        result.inputs,
-        smallest.file,
-        result.appends_in_place,
-        result.session_entries,
-    )
+    obstacles: dict[str, str | None] = {}
+    for name in RUNTIMES:
+        runtime: Runtime = RUNTIMES.get(name)()
+        obstacles[name] = runtime.obstacle(model, result)
+        if obstacles[name] is None:
+            runtime.write(folder, model, result)
+    return obstacles
 
 
 def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:
@@ -182,64 +137,85 @@ def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:
     }
 
 
-def _float_graph(
-    twin: PreTrainedModel, export: ExportConfig, writer: "_Writer", fuse: bool, started: float
-) -> ir.Model:
-    """Trace, write and check the float file; the graph that the quantized files are made from."""
-    with _quiet_exporter():
-        graph = export_float_graph(twin, export.opset, fuse=fuse)
-    choose_positions(graph, export.logits_to_keep)
-    float_graph = graph.clone()
-    fold_weight_transposes(float_graph)
-    writer.add("float32", float_graph, QuantizedNodes(0, 0), 32.0, export.tolerance, started)
+def _write_float_file(model: PreTrainedModel, export: ExportConfig, writer: FileWriter, started: float) -> ir.Model:
+    """The float file, fused if the model allows it; returns the graph that the quantized files are made from."""
+    fuse = export.format == "contrib" and fused_obstacle(model) is None
+    try:
+        graph = _write_float_graph(model, export, writer, fuse, started)
+    except ExportError:
+        if not fuse:
+            raise
+        # what a model does with its attention may not show in four tokens: the plain graph needs no such luck
+        graph = _write_float_graph(model, export, writer, False, started)
+    # a trace leaves hundreds of thousands of objects in cycles
+    gc.collect()
+    return_freed_memory()
     return graph
 
 
-class _Writer:
-    """Writes graphs to a staging folder, checks them, and moves them to the output folder together."""
+def _write_float_graph(
+    model: PreTrainedModel, export: ExportConfig, writer: FileWriter, fuse: bool, started: float
+) -> ir.Model:
+    with _quiet_exporter():
+        graph = export_float_graph(model, export.opset, fuse=fuse)
+    choose_positions(graph, export.logits_to_keep)
+    float_graph = graph.clone()
+    fold_weight_transposes(float_graph)
+    writer.add(FLOAT32, float_graph, started, tolerance=export.tolerance)
+    return graph
 
-    def __init__(self, staging: Path, check: FileCheck):
-        self.staging = staging
-        self.check = check
-        self.files: list[ExportedFile] = []
-        # a dictionary, for its order: a graph that is made again is written over the first
-        self.written: dict[Path, None] = {}
 
-    def add(
+class _QuantizedFiles:
+    """Makes the quantized files of one export, one after the other, from the graph of the float one."""
+
+    def __init__(
         self,
-        weights: str,
+        model: PreTrainedModel,
         graph: ir.Model,
-        nodes: QuantizedNodes,
-        bits_per_weight: float,
-        tolerance: float | None,
-        started: float,
-    ) -> None:
-        """Write and check one graph; `tolerance=None` asks for finite logits only."""
-        file = self.staging / QUANTIZED_FILES.get(weights, FLOAT_FILE)
-        written = save_graph(graph, file)
-        self.written |= dict.fromkeys(written)
-        error = self.check.error(file)
-        check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
-        self.files.append(
-            ExportedFile(
-                file=f"onnx/{file.name}",
-                weights=weights,
-                bytes=sum(path.stat().st_size for path in written),
-                num_quantized_matmuls=nodes.matmuls,
-                num_quantized_embeddings=nodes.embeddings,
-                bits_per_weight=bits_per_weight,
-                max_relative_error=error,
-                seconds=time.perf_counter() - started,
-            )
+        export: ExportConfig,
+        quantization: QuantizationConfig,
+        writer: FileWriter,
+    ):
+        self.model, self.graph, self.quantization, self.writer = model, graph, quantization, writer
+        self.format = export.format
+        method = rounding_method(quantization)
+        self.quantize_embeddings = quantization.quantize_embeddings and not method.keeps_embedding
+        own_level = method.accuracy_level
+        self.accuracy_level = quantization.accuracy_level if own_level is None else own_level
+        self.session_entries: dict[str, str] = {}
+        if quantization.weights and self.format == "qdq":
+            self.session_entries[ACCURACY_LEVEL_ENTRY] = str(self.accuracy_level)
+        self.matrices = graph_matrices(graph, self.quantize_embeddings)
+
+    def add(self, precision: Precision, calibration: torch.Tensor | None, *, seed: int, quiet: bool) -> None:
+        """Round, write and check one file."""
+        started = time.perf_counter()
+        rounded = round_weights(
+            self.model, precision.bits, self.matrices, self.quantization, calibration, seed=seed, quiet=quiet
         )
+        graph = self.graph.clone()
+        nodes = quantize_graph(
+            graph,
+            precision.bits,
+            block_size=self.quantization.group_size,
+            accuracy_level=self.accuracy_level,
+            quantize_embeddings=self.quantize_embeddings,
+            rounded=rounded.matrices,
+            in_8_bits=rounded.in_8_bits,
+            only_rounded=rounded.only is not None,
+            format=self.format,
+            rounding=rounded.rounding,
+        )
+        check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
+        pack_projections(graph)
+        store_scales_in_16_bits(graph, self.graph)
+        bits = bits_per_weight(self.graph, graph)
+        self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits)
+        # the integers of one file are gone before those of the next are made
+        drop_weights(graph)
 
-    def publish(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        for path in self.written:
-            os.replace(path, folder / path.name)
 
-
-def _can_witness(model: PreTrainedModel) -> bool:
+def _can_be_reference(model: PreTrainedModel) -> bool:
     # an SDPA that leaves something out computes another model
     if attention_of(model) == "eager" and model.config._attn_implementation not in ("eager", None):
         return False

@@ -13,10 +13,10 @@ from ..errors import ExportError
 _EAGER_SETTINGS = ("attn_logit_softcapping", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 
 
-def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
+def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same model in float32 on the CPU, in evaluation mode; `model` is left as it is.
 
-    The twin is built from a copy of the configuration. It shares the storage of every weight that is in float32 on the
+    It is built from a copy of the configuration. It shares the storage of every weight that is in float32 on the
     CPU already; only other weights are copied, at 4 bytes for each parameter.
 
     Args:
@@ -41,7 +41,7 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
     # Buffers such as the rotary frequencies are computed anew: they are not in the state dict, and a model that was
     # cast to 16 bits has lost half of their digits.
     with init_empty_weights(include_buffers=False):
-        twin = type(model)(config)
+        copied = type(model)(config)
     copies: dict[tuple, torch.Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
@@ -51,7 +51,7 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
             copies[key] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
         state[name] = copies[key]
     try:
-        twin.load_state_dict(state, assign=True)
+        copied.load_state_dict(state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ExportError.of(
@@ -60,8 +60,8 @@ def float32_twin(model: PreTrainedModel) -> PreTrainedModel:
             f"its weights are not those that its configuration describes ({reason})",
             "Save it, load it with AutoModelForCausalLM and export that",
         ) from error
-    twin.tie_weights()
-    return twin.requires_grad_(False).eval()
+    copied.tie_weights()
+    return copied.requires_grad_(False).eval()
 
 
 def attention_of(model: PreTrainedModel) -> str:

@@ -24,7 +24,7 @@ class ExportedFile:
         weights (`str`): `"float32"`, `"int8"` or `"int4"`.
         bytes (`int`): Size on disk, the data file included.
         num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.graph.count.QuantizedNodes`].
-        num_quantized_embeddings (`int`): Look-ups in a quantized table.
+        num_quantized_embeddings (`int`): Look-ups in a quantized embedding.
         bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points as they are stored, and
             the filling of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
@@ -76,6 +76,11 @@ class ExportResult:
     appends_in_place: Annotated[bool, Key(reported=False)] = False
     session_entries: Annotated[Mapping[str, str], Key(reported=False)] = field(default_factory=dict)
     genai_obstacle: Annotated[str | None, Key("Why there is no genai_config.json.", added=True)] = None
+
+    @property
+    def smallest(self) -> ExportedFile:
+        """The file with the fewest bits, for runtimes that take one by themselves."""
+        return min(self.files, key=lambda file: PRECISIONS[file.weights].bits)
 
     def to_dict(self) -> dict[str, Any]:
         """The report's `export` section, as JSON-ready values."""

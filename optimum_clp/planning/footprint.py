@@ -15,15 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
-from ..doors import STARTS
+from ..doors import ROUNDINGS, STARTS
 from ..forward.losses import CHUNK_TOKENS
+from ..precisions import INT4, PRECISIONS, QUANTIZED
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from ..tuning.rows import target_state
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
-_BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
 
     float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 2)`: integers, the last group of a row filled up, and a scale
-    of 16 bits for each group (with `export.format="qdq"` without the filling, so it is at most that); with the method `"hqq"`
-    2 more in int4 for a zero point, but in the embedding. Quantized are the linear layers, the experts and, with
+    of 16 bits for each group (with `export.format="qdq"` without the filling, so it is at most that); a method with zero
+    points takes more, its `group_bytes` instead of 2, but in the embedding. Quantized are the linear layers, the experts and, with
     `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
     choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
-    `bits_per_weight` is counted as spent. With the method `"quanto"` the embedding stays in float32, and the figure for the
-    rest is near: groups are quanto's own.
+    `bits_per_weight` is counted as spent. A method may keep the embedding in float32; where it has groups of its own, the
+    figure for the rest is near.
 
     The file also holds the graph, about 10 kB for each layer, and aligns the larger weights where they lie in a second
     file (above 1.8 GB).
@@ -98,22 +98,22 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
     Returns:
         `int`: Bytes.
     """
-    if weights not in _BITS:
+    if weights not in QUANTIZED:
         return sum(p.numel() for p in model.parameters()) * _FLOAT32
+    bits, method = PRECISIONS[weights].bits, ROUNDINGS.get(quantization.method)
     embedding: Any = model.get_input_embeddings().weight
     shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
     shapes[id(embedding)] = tuple(embedding.shape)
-    if quantization.method == "quanto" or not quantization.quantize_embeddings:
+    if method.keeps_embedding or not quantization.quantize_embeddings:
         del shapes[id(embedding)]
     group = quantization.group_size
-    with_zero_points = quantization.method == "hqq" and weights == "int4"
     rest = quantized = budget = 0
     for parameter in model.parameters():
         if id(parameter) in shapes:
             rows, columns = shapes[id(parameter)]
-            of_group = 2 * _FLOAT16 if with_zero_points and parameter is not embedding else _FLOAT16
-            quantized += rows * -(-columns // group) * (group * _BITS[weights] // 8 + of_group)
-            if weights == "int4" and quantization.bits_per_weight is not None:
+            of_group = _FLOAT16 if parameter is embedding else method.group_bytes[bits]
+            quantized += rows * -(-columns // group) * (group * bits // 8 + of_group)
+            if weights == INT4.name and quantization.bits_per_weight is not None:
                 budget += int(parameter.numel() * quantization.bits_per_weight / 8)
         else:
             rest += parameter.numel() * _FLOAT32

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
+from ..precisions import FLOAT32
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
 from ..surgery.cut import cut_model, without_weights
 from ..surgery.guard import check_cut
@@ -201,7 +202,7 @@ def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe:
 
 
 def _sizes(cut: PreTrainedModel, recipe: CLPConfig) -> dict[str, Any]:
-    kinds = ["float32", *recipe.quantization.weights] if recipe.export.enabled else []
+    kinds = [FLOAT32.name, *recipe.quantization.weights] if recipe.export.enabled else []
     return {
         "num_parameters": count_parameters(cut),
         "bytes": count_bytes(cut),

@@ -21,7 +21,7 @@ from optimum_clp.exporters.check import (
     relative_error_apart,
 )
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.file import save_graph
 from optimum_clp.exporters.graph.float_graph import export_float_graph, fold_weight_transposes
 from optimum_clp.runtime.comparison import relative_error
@@ -150,17 +150,17 @@ def cut_short(graph, model_type, limit):
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_positions_that_end_too_soon_are_found(model_type, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    twin = float32_twin(AutoModelForCausalLM.from_config(CONFIGS[model_type]()).eval())
-    graph = export_float_graph(twin, opset=21)
+    copied = float32_copy(AutoModelForCausalLM.from_config(CONFIGS[model_type]()).eval())
+    graph = export_float_graph(copied, opset=21)
     right = save_graph(graph, tmp_path / "right.onnx")[0]
     cut_short(graph, model_type, 64)
     wrong = save_graph(graph, tmp_path / "wrong.onnx")[0]
-    whole = reference_steps(twin)
+    whole = reference_steps(copied)
     # what the check looked at before it looked at the longest context
     assert relative_error(wrong, whole[:-2]) < 1e-5
     assert relative_error(right, whole) < 1e-5 and relative_error(wrong, whole) > 0.01
     monkeypatch.setattr(onnx_check, "WHOLE_CONTEXT_OPERATIONS", 0)
-    last_positions = reference_steps(twin)
+    last_positions = reference_steps(copied)
     assert relative_error(right, last_positions) < 1e-5
     # the distances between tokens that all stand at one position are gone; without positions there is nothing to look at
     assert (relative_error(wrong, last_positions) > 0.01) == (model_type != "bloom")

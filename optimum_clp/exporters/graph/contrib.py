@@ -5,13 +5,13 @@ import onnx_ir as ir
 
 from ..rounding.matrices import RoundedMatrix
 from .count import QuantizedNodes
-from .node_form import Layout, Store, StoredMatrix, slice_columns
+from .node_format import Layout, Store, StoredMatrix, slice_columns
 
 _CONTRIB = "com.microsoft"
 
 
 class ContribNodes:
-    """The form of `export.format="contrib"`; a [`~exporters.graph.node_form.NodeForm`].
+    """The nodes of `export.format="contrib"`; a [`~exporters.graph.node_format.NodeFormat`].
 
     Args:
         store (`Callable`): Stores a tensor in the graph.
@@ -22,14 +22,14 @@ class ContribNodes:
         self.store = store
         self.accuracy_level = accuracy_level
 
-    def layout(self, matrix: RoundedMatrix, is_table: bool) -> Layout:
-        """Integers `[rows, blocks, bytes]`, of a table `[rows, bytes]`; the last block of a row filled up."""
-        integers = matrix.integers if is_table else matrix.integers.reshape(*matrix.scales.shape, -1)
+    def layout(self, matrix: RoundedMatrix, is_embedding: bool) -> Layout:
+        """Integers `[rows, blocks, bytes]`, of an embedding `[rows, bytes]`; the last block of a row filled up."""
+        integers = matrix.integers if is_embedding else matrix.integers.reshape(*matrix.scales.shape, -1)
         return Layout(integers, matrix.scales, matrix.zero_points)
 
     def product(self, name: str, inputs: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:
         nodes, integers = [], matrix.integers
-        if matrix.is_table:
+        if matrix.is_embedding:
             # a view of the embedding's integers for a tied head, made when the file is loaded
             shape = self.store(f"{name}_blocks", np.array([matrix.rows, matrix.blocks, -1], dtype=np.int64))
             nodes.append(ir.node("Reshape", [integers, shape], name=f"{name}_reshape"))

@@ -52,14 +52,14 @@ def expected_nodes(
         storages = {weight.untyped_storage().data_ptr() for weight in only}
         return QuantizedNodes(sum(weight in storages for weight in counter.products), 0)
     if quantize_embeddings:
-        return QuantizedNodes(len(counter.products), len(counter.tables))
-    return QuantizedNodes(sum(weight not in counter.tables for weight in counter.products), 0)
+        return QuantizedNodes(len(counter.products), len(counter.embeddings))
+    return QuantizedNodes(sum(weight not in counter.embeddings for weight in counter.products), 0)
 
 
 def bits_per_weight(float_graph: ir.Model, quantized: ir.Model) -> float:
     """Bits that a quantized weight takes in the file: integers, scales and zero points over the number of weights.
 
-    Weights that are in float32 in both graphs are not counted; a table that serves embedding and head counts once.
+    Weights that are in float32 in both graphs are not counted; an embedding that is the head too counts once.
 
     Args:
         float_graph (`onnx_ir.Model`): Before the quantization.
@@ -83,7 +83,7 @@ class _WeightCounter(TorchDispatchMode):
         self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         self.ids = ids.flatten()
         self.products: list[int] = []
-        self.tables: list[int] = []
+        self.embeddings: list[int] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function in _PRODUCTS:
@@ -91,5 +91,5 @@ class _WeightCounter(TorchDispatchMode):
             if operand in self.weights:
                 self.products.append(operand)
         elif function is torch.ops.aten.embedding.default and torch.equal(args[1].flatten(), self.ids):
-            self.tables.append(args[0].untyped_storage().data_ptr())
+            self.embeddings.append(args[0].untyped_storage().data_ptr())
         return function(*args, **(kwargs or {}))

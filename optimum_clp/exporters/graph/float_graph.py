@@ -58,14 +58,14 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def export_float_graph(twin: PreTrainedModel, opset: int, *, fuse: bool = False) -> ir.Model:
+def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False) -> ir.Model:
     """Trace a model into an ONNX graph.
 
     Each linear layer stays `MatMul(x, Transpose(weight))`, with the weight under its PyTorch name and in its PyTorch
     storage: nothing is copied. [`fold_weight_transposes`] makes of it what is written to the float file.
 
     Args:
-        twin ([`~transformers.PreTrainedModel`]): From [`float32_twin`].
+        model ([`~transformers.PreTrainedModel`]): From [`~exporters.float32_copy.float32_copy`].
         opset (`int`): ONNX opset, 21 to 23.
         fuse (`bool`): With ONNX Runtime's fused operators, for a model without
             [`~exporters.graph.fused.fused_obstacle`].
@@ -76,16 +76,16 @@ def export_float_graph(twin: PreTrainedModel, opset: int, *, fuse: bool = False)
     Raises:
         ExportError: If the model's rotary embedding depends on the length of the text, or torch cannot trace it.
     """
-    names = input_names(twin)
+    names = input_names(model)
     attention = FusedAttention(symbolic=True) if fuse else None
     try:
-        with torch.no_grad(), unrolled_experts(twin), traceable(twin), ExitStack() as stack:
-            inputs, dynamic_shapes = _sample(twin, names)
+        with torch.no_grad(), unrolled_experts(model), traceable(model), ExitStack() as stack:
+            inputs, dynamic_shapes = _sample(model, names)
             num_layers = (len(inputs) - len(names)) // 2
             if attention is not None:
-                stack.enter_context(fused(twin, attention))
+                stack.enter_context(fused(model, attention))
             program = torch.onnx.export(
-                _FlatCacheModel(twin, names, attention),
+                _FlatCacheModel(model, names, attention),
                 inputs,
                 dynamo=True,
                 optimize=False,
@@ -99,7 +99,7 @@ def export_float_graph(twin: PreTrainedModel, opset: int, *, fuse: bool = False)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError.of(
             "model",
-            type(twin).__name__,
+            type(model).__name__,
             f"torch.onnx.export cannot trace it ({reason[:300]})",
             "Set export.enabled to False to do without the ONNX files",
         ) from error

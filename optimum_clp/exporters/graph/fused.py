@@ -123,28 +123,28 @@ def _attention(query, key, value, past_key, past_value, bias, scale, softcap):
     return output.transpose(1, 2).contiguous(), keys, values
 
 
-def fused_obstacle(twin: PreTrainedModel) -> str | None:
+def fused_obstacle(model: PreTrainedModel) -> str | None:
     """Why a model's attention cannot be written as `GroupQueryAttention`, or `None`.
 
     A pass of four tokens, two of them cached, with padding, is compared with the model's own.
 
     Args:
-        twin ([`~transformers.PreTrainedModel`]): From [`~exporters.float32_copy.float32_twin`].
+        model ([`~transformers.PreTrainedModel`]): From [`~exporters.float32_copy.float32_copy`].
     """
-    ids = torch.arange(3, 11).view(2, 4) % len(cast(Tensor, twin.get_input_embeddings().weight))
+    ids = torch.arange(3, 11).view(2, 4) % len(cast(Tensor, model.get_input_embeddings().weight))
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     attention = FusedAttention(symbolic=False)
     try:
         with torch.no_grad():
-            options = {"position_ids": positions} if takes_position_ids(twin) else {}
-            expected = twin(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, 2:]
+            options = {"position_ids": positions} if takes_position_ids(model) else {}
+            expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, 2:]
             first = {name: value[:, :2] for name, value in options.items()}
-            cache = twin(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True, **first).past_key_values
+            cache = model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True, **first).past_key_values
             past = [cast(Tensor, s) for layer in key_value_layers(cache) for s in (layer.keys, layer.values)]
             rest = {name: value[:, 2:] for name, value in options.items()}
-            with attention_by(twin, attention):
-                found = twin(
+            with attention_by(model, attention):
+                found = model(
                     input_ids=ids[:, 2:],
                     attention_mask=mask,
                     past_key_values=attention.begin(past, 2),
@@ -191,7 +191,7 @@ def fused(model: PreTrainedModel, attention: FusedAttention) -> Iterator[None]:
     """Trace `model` with fused operators until the block ends.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): A twin without [`fused_obstacle`].
+        model ([`~transformers.PreTrainedModel`]): A float32 copy without [`fused_obstacle`].
         attention ([`FusedAttention`]): The symbolic one.
     """
     with ExitStack() as stack:

@@ -1,8 +1,8 @@
 """Quantized nodes in standard operators of opset 21 alone: `DequantizeLinear` with a scale for each block.
 
 A product is `MatMul(x, DequantizeLinear(integers, scales))` with integers `[columns, rows]` of 4 or 8 bits, the layout that
-ONNX Runtime turns into its `MatMulNBits` when it loads the file. A look-up dequantizes the rows that it has gathered. A
-table serves embedding and head: what the head does to it, up to its `DequantizeLinear`, is folded at load.
+ONNX Runtime turns into its `MatMulNBits` when it loads the file. A look-up dequantizes the rows that it has gathered. An
+embedding may be the head too: what the head does to it, up to its `DequantizeLinear`, is folded at load.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ import onnx_ir as ir
 from ...runtime.names import ACCURACY_LEVEL
 from ..rounding.matrices import RoundedMatrix
 from .count import QuantizedNodes
-from .node_form import Layout, Store, StoredMatrix, slice_columns
+from .node_format import Layout, Store, StoredMatrix, slice_columns
 
 
 class QdqNodes:
-    """The form of `export.format="qdq"`; a [`~exporters.graph.node_form.NodeForm`].
+    """The nodes of `export.format="qdq"`; a [`~exporters.graph.node_format.NodeFormat`].
 
     Args:
         store (`Callable`): Stores a tensor in the graph.
@@ -26,11 +26,11 @@ class QdqNodes:
         self.store = store
         self.accuracy_level = accuracy_level
 
-    def layout(self, matrix: RoundedMatrix, is_table: bool) -> Layout:
+    def layout(self, matrix: RoundedMatrix, is_embedding: bool) -> Layout:
         """Signed integers without a zero point, and no filling at the ends of rows.
 
-        Products take int4 or int8 `[columns, rows]` with scales `[blocks, rows]`. A table is `[rows, columns]`, its scales
-        `[rows, blocks]`; in 4 bits, which `Gather` of opset 21 does not take, uint8 `[rows, ceil(columns / 2)]` with the
+        Products take int4 or int8 `[columns, rows]` with scales `[blocks, rows]`. An embedding is `[rows, columns]`, its
+        scales `[rows, blocks]`; in 4 bits, which `Gather` of opset 21 does not take, uint8 `[rows, ceil(columns / 2)]` with the
         row's first half in the lower halves of the bytes. In place of float zero points stands what they add to each block
         of ones, `[blocks, rows]`.
         """
@@ -38,7 +38,7 @@ class QdqNodes:
         scales, zero_points = matrix.scales, matrix.zero_points
         # two's complement has the highest bit the other way round
         codes = matrix.codes() ^ np.uint8(half)
-        if is_table:
+        if is_embedding:
             return Layout(_halves(codes) if matrix.bits == 4 else codes.view(np.int8), scales, None)
         codes = np.ascontiguousarray(codes.T)
         integers = _int4(codes) if matrix.bits == 4 else codes.view(np.int8)
@@ -47,7 +47,7 @@ class QdqNodes:
 
     def product(self, name: str, inputs: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:
         integers, scales, nodes = matrix.integers, matrix.scales, []
-        if matrix.is_table:
+        if matrix.is_embedding:
             if matrix.bits == 4:
                 nodes += self._unpack(name, integers, matrix.columns)
                 integers = nodes[-1].outputs[0]
@@ -82,7 +82,7 @@ class QdqNodes:
         return QuantizedNodes(matmuls, len(dequantized) - matmuls)
 
     def _unpack(self, name: str, packed: ir.Value, columns: int) -> list[ir.Node]:
-        """A table's bytes as one number for each weight, whose lower 4 bits are the integer."""
+        """An embedding's bytes as one number for each weight, whose lower 4 bits are the integer."""
         bits = self.store(f"{name}_bits", np.array(4, dtype=np.uint8))
         upper = ir.node("BitShift", [packed, bits], {"direction": "RIGHT"})
         both = ir.node("Concat", [packed, upper.outputs[0]], {"axis": -1})

@@ -1,46 +1,28 @@
 """Weight-only int8 and int4 for an ONNX graph, in blocks along the input axis.
 
-What is quantized and with which integers is decided here; `onnx_contrib` and `onnx_qdq` say what nodes that makes.
+What is quantized and with which integers is decided here; `contrib` and `qdq` say what nodes that makes.
 Everything that is no linear layer and no embedding, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from ...errors import QuantizationError
-from ..rounding.matrices import RoundedMatrix, round_to_nearest
+from ..rounding.matrices import GraphMatrix, RoundedMatrix, Rounding
+from ..rounding.nearest import NEAREST, round_to_nearest
 from .contrib import ContribNodes
 from .count import QuantizedNodes
 from .file import store_tensor, stored_shape, stored_tensor
 from .float_graph import is_stored_matrix, stored_weight, transposed_weight
-from .node_form import NodeForm, StoredMatrix
+from .node_format import NodeFormat, StoredMatrix
 from .qdq import QdqNodes
 
-_FORMS: dict[str, type[ContribNodes] | type[QdqNodes]] = {"contrib": ContribNodes, "qdq": QdqNodes}
+_FORMATS: dict[str, type[ContribNodes] | type[QdqNodes]] = {"contrib": ContribNodes, "qdq": QdqNodes}
 # Nodes that may lie between the token ids and the embedding.
 _SAME_TOKENS = ("Cast", "Identity", "Reshape", "ScatterND", "Where")
-
-
-@dataclass(frozen=True)
-class GraphMatrix:
-    """A matrix that [`quantize_graph`] stores in integers.
-
-    Args:
-        rows (`int`): Output features, or tokens of the embedding.
-        columns (`int`): Input features, or the width of the embedding.
-        is_router (`bool`): Whether it chooses experts; such a matrix gets 8 bits.
-    """
-
-    rows: int
-    columns: int
-    is_router: bool = False
-
-    def stored_bytes(self, bits: int, block_size: int) -> int:
-        """Bytes of integers and 16-bit scales, the last block of a row filled up (`"qdq"` has no filling: at most these)."""
-        return self.rows * -(-self.columns // block_size) * (block_size * bits // 8 + 2)
 
 
 def graph_matrices(graph: ir.Model, quantize_embeddings: bool) -> dict[str, GraphMatrix]:
@@ -54,12 +36,12 @@ def graph_matrices(graph: ir.Model, quantize_embeddings: bool) -> dict[str, Grap
         `dict[str, GraphMatrix]`
     """
     embeddings = [node.inputs[0] for node in graph.graph if _is_embedding(node)]
-    tables = {_name(value) for value in embeddings}
+    looked_up = {_name(value) for value in embeddings}
     routers = _routers(graph.graph)
     found: dict[str, GraphMatrix] = {}
     for node in graph.graph:
         weight, transposed = _matmul_weight(node)
-        if weight is not None and _name(weight) not in tables:
+        if weight is not None and _name(weight) not in looked_up:
             shape = stored_shape(stored_tensor(weight))
             rows, columns = shape if transposed else shape[::-1]
             found[_name(weight)] = GraphMatrix(rows, columns, node in routers)
@@ -79,8 +61,8 @@ def quantize_graph(
     rounded: Mapping[str, RoundedMatrix] | None = None,
     in_8_bits: Collection[str] = (),
     only_rounded: bool = False,
-    form: str = "contrib",
-    rounding: Callable[[np.ndarray, int, int], RoundedMatrix] = round_to_nearest,
+    format: str = "contrib",
+    rounding: Rounding | None = None,
 ) -> QuantizedNodes:
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
@@ -98,9 +80,10 @@ def quantize_graph(
             rounded to nearest. A matrix that chooses experts is taken from here in 8 bits only.
         in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
         only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
-        form (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones.
-        rounding (`Callable`): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights of `bits` bits that are not in
-            `rounded`. What is looked up is rounded to nearest: that operator has no zero points that are no integers.
+        format (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones.
+        rounding (`Callable`, *optional*): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights of `bits` bits that
+            are not in `rounded`; to nearest if not given. What is looked up is rounded to nearest: that operator has no zero
+            points that are no integers.
 
     Returns:
         [`QuantizedNodes`]: What was quantized, counted in the graph.
@@ -110,12 +93,15 @@ def quantize_graph(
     """
     rounded = rounded or {}
     embeddings = [node for node in graph.graph if _is_embedding(node)]
-    tables = {_name(node.inputs[0]) for node in embeddings}
-    quantizer = _GraphQuantizer(graph, tables, bits, block_size, form, accuracy_level, rounded, in_8_bits, rounding)
+    looked_up = {_name(node.inputs[0]) for node in embeddings}
+    nodes: NodeFormat = _FORMATS[format](partial(store_tensor, graph.graph), accuracy_level)
+    quantizer = _GraphQuantizer(
+        graph, nodes, looked_up, bits, block_size, rounded, in_8_bits, rounding or round_to_nearest
+    )
     routers = _routers(graph.graph)
     for node in list(graph.graph):
         weight, transposed = _matmul_weight(node)
-        if weight is None or (weight.name in tables and not quantize_embeddings):
+        if weight is None or (weight.name in looked_up and not quantize_embeddings):
             continue
         if not only_rounded or weight.name in rounded:
             quantizer.quantize_matmul(node, weight, transposed, node in routers)
@@ -124,7 +110,7 @@ def quantize_graph(
             quantizer.quantize_embedding(node)
     quantizer.check_used()
     quantizer.remove_unused()
-    return quantizer.form.finish(graph)
+    return nodes.finish(graph)
 
 
 def check_quantized_nodes(graph: ir.Model, found: QuantizedNodes, expected: QuantizedNodes) -> None:
@@ -158,7 +144,7 @@ def _float_nodes(nodes: Iterable[ir.Node]) -> Iterator[tuple[ir.Node, str]]:
 
 
 def _is_embedding(node: ir.Node) -> bool:
-    """Whether a node looks tokens up; tables of positions stay in float32, they are small."""
+    """Whether a node looks tokens up; embeddings of positions stay in float32, they are small."""
     if node.op_type != "Gather" or node.domain not in ("", "ai.onnx") or not is_stored_matrix(node.inputs[0]):
         return False
     waiting = [node.inputs[1]]
@@ -206,20 +192,19 @@ class _GraphQuantizer:
     def __init__(
         self,
         graph: ir.Model,
-        tables: set[str],
+        nodes: NodeFormat,
+        looked_up: set[str],
         bits: int,
         block_size: int,
-        form: str,
-        accuracy_level: int,
         rounded: Mapping[str, RoundedMatrix],
         in_8_bits: Collection[str],
-        rounding: Callable[[np.ndarray, int, int], RoundedMatrix],
+        rounding: Rounding,
     ):
         self.graph = graph.graph
-        self.tables = tables
+        self.nodes = nodes
+        self.looked_up = looked_up
         self.bits = bits
         self.block_size = block_size
-        self.form: NodeForm = _FORMS[form](self._initializer, accuracy_level)
         self.rounded = rounded
         self.in_8_bits = in_8_bits
         self.rounding = rounding
@@ -230,12 +215,12 @@ class _GraphQuantizer:
     def quantize_matmul(self, node: ir.Node, weight: ir.Value, transposed: bool, is_router: bool) -> None:
         inputs = node.inputs[0]
         assert inputs is not None
-        self._replace(node, self.form.product(str(node.name), inputs, self._quantize(weight, transposed, is_router)))
+        self._replace(node, self.nodes.product(str(node.name), inputs, self._quantize(weight, transposed, is_router)))
 
     def quantize_embedding(self, node: ir.Node) -> None:
-        table, ids = node.inputs
-        assert table is not None and ids is not None
-        self._replace(node, self.form.look_up(str(node.name), ids, self._quantize(table, True, False)))
+        weight, ids = node.inputs
+        assert weight is not None and ids is not None
+        self._replace(node, self.nodes.look_up(str(node.name), ids, self._quantize(weight, True, False)))
 
     def remove_unused(self) -> None:
         """Remove the float weights that no node uses any more, and their `Transpose` nodes."""
@@ -251,14 +236,14 @@ class _GraphQuantizer:
         lost = [name for name, matrix in self.rounded.items() if id(matrix) not in self.used]
         if lost:
             rule = f"{len(lost)} weights that were rounded for it are not in the exported graph under their names"
-            remedy = 'Use the method "rtn", and report this with the model\'s name'
+            remedy = f'Use the method "{NEAREST}", and report this with the model\'s name'
             raise QuantizationError.of("quantized graph", ", ".join(lost), rule, remedy)
 
     def _quantize(self, weight: ir.Value, transposed: bool, is_router: bool) -> StoredMatrix:
         name = _name(weight)
         if name not in self.done:
             matrix = self._rounded(weight, transposed, is_router)
-            stored = self.form.layout(matrix, name in self.tables)
+            stored = self.nodes.layout(matrix, name in self.looked_up)
             zero_points = stored.zero_points
             self.done[name] = StoredMatrix(
                 name,
@@ -269,7 +254,7 @@ class _GraphQuantizer:
                 matrix.block_size,
                 matrix.scales.shape[0],
                 matrix.columns,
-                name in self.tables,
+                name in self.looked_up,
             )
         return self.done[name]
 
@@ -281,7 +266,7 @@ class _GraphQuantizer:
                 return given
         matrix = stored_tensor(weight).numpy()
         bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
-        rounding = self.rounding if bits == self.bits and _name(weight) not in self.tables else round_to_nearest
+        rounding = self.rounding if bits == self.bits and _name(weight) not in self.looked_up else round_to_nearest
         return rounding(matrix if transposed else matrix.T, bits, self.block_size)
 
     def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from ...errors import QuantizationError
 from ...progress import progress_bar
 from ..experts import unrolled_experts
-from ..graph.quantize import GraphMatrix
-from .activation_moments import linear_matrix, weight_names
-from .matrices import RoundedMatrix, round_to_nearest
+from .input_grams import linear_matrix, weight_names
+from .matrices import GraphMatrix, RoundedMatrix
+from .nearest import round_to_nearest
 
 # Tokens whose gradients are looked at; a cost is a mean over them, and only the order of the costs is used.
 _TOKENS = 4096
@@ -81,7 +81,7 @@ def rounding_costs(
         quiet (`bool`): No progress bar.
 
     Returns:
-        `dict[str, float]`: Nats per token, by name, for linear modules and the embedding; for a tied table the sum of its two uses.
+        `dict[str, float]`: Nats per token, by name, for linear modules and the embedding; for an embedding that is the head too the sum of its two uses.
     """
     rows = tokens[: max(1, _TOKENS // tokens.shape[1])]
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ _JUDGED_ROWS = 512
 
 
 @dataclass
-class InputMoments:
+class InputGrams:
     """What enters linear modules on calibration text, summed over two halves of the rows.
 
     These are the largest matrices of an export, so sums are added to, and given up, in place.
@@ -38,7 +38,7 @@ class InputMoments:
     drifts: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def zeros(cls, width: int, *, matched: bool) -> "InputMoments":
+    def zeros(cls, width: int, *, matched: bool) -> "InputGrams":
         """Before any text.
 
         Args:
@@ -89,7 +89,7 @@ def _sum_in_place(parts: Sequence[Tensor]) -> Tensor:
     return parts[0]
 
 
-def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> list[np.ndarray]:
+def corrected_weights(weights: Sequence[np.ndarray], sums: InputGrams) -> list[np.ndarray]:
     """The weights whose products with their modules' inputs are nearest to the float model's products.
 
     Each minimises `|V x - W x_f|^2 + ridge |V - W|^2`, summed over tokens. The ridge is the one of four that does best
@@ -98,36 +98,36 @@ def corrected_weights(weights: Sequence[np.ndarray], moments: InputMoments) -> l
 
     Args:
         weights (`Sequence[np.ndarray]`, each of shape `[outputs, inputs]`, float32): `W` of modules with the same inputs.
-        moments ([`InputMoments`]): Of these inputs; merged afterwards.
+        sums ([`InputGrams`]): Of these inputs; merged afterwards.
 
     Returns:
         `list[np.ndarray]`, each of shape `[outputs, inputs]`, float32: `V`; the weight itself where nothing is gained.
     """
-    if moments.drifts is None or len(moments.drifts) < 2 or not all(gram.diagonal().any() for gram in moments.grams):
+    if sums.drifts is None or len(sums.drifts) < 2 or not all(gram.diagonal().any() for gram in sums.grams):
         return list(weights)
     judged = [torch.from_numpy(weight[:: -(-len(weight) // _JUDGED_ROWS)]) for weight in weights]
-    drifted = [[rows @ drift for drift in moments.drifts] for rows in judged]
-    moments.merge_drifts()
+    drifted = [[rows @ drift for drift in sums.drifts] for rows in judged]
+    sums.merge_drifts()
     errors = [dict.fromkeys(_RIDGES, 0.0) for _ in weights]
     for ridge in _RIDGES:
         for half in (0, 1):
-            factor = _factor(moments.grams[half], ridge)
+            factor = _factor(sums.grams[half], ridge)
             for found, targets in zip(errors, drifted, strict=True):
                 change = _change(targets[half], factor)
-                found[ridge] += _error_on(change, moments.grams[1 - half], targets[1 - half])
+                found[ridge] += _error_on(change, sums.grams[1 - half], targets[1 - half])
             # gone before the next one is made
             del factor
-    moments.merge()
+    sums.merge()
     best = [min(_RIDGES, key=found.__getitem__) for found in errors]
     better = [found[ridge] < 0 for found, ridge in zip(errors, best, strict=True)]
     corrected = list(weights)
     for ridge in sorted({ridge for ridge, gains in zip(best, better, strict=True) if gains}):
-        factor = _factor(moments.grams[0], ridge)
+        factor = _factor(sums.grams[0], ridge)
         for index, weight in enumerate(weights):
             if better[index] and best[index] == ridge:
                 corrected[index] = weight.copy()
                 for piece in torch.from_numpy(corrected[index]).split(max(1, _PIECE // weight.shape[1])):
-                    piece += _change(piece @ moments.drifts[0], factor)
+                    piece += _change(piece @ sums.drifts[0], factor)
         del factor
     return corrected
 

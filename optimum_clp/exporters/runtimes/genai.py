@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from ...architecture.lookup import declared_context_length, text_config
 from ...checkpoint.files import write_json
+from ..result import ExportResult
 
 GENAI_FILE = "genai_config.json"
 # onnxruntime-genai's name for any decoder-only model; names of single model types switch on rules of their own
@@ -30,6 +31,24 @@ _SEARCH = {
     "top_k": 50,
     "top_p": 1.0,
 }
+
+
+class Genai:
+    """onnxruntime-genai; a [`~exporters.runtimes.runtime.Runtime`]. It takes one file by itself, the one with the fewest bits."""
+
+    def obstacle(self, model: PreTrainedModel, result: ExportResult) -> str | None:
+        return genai_obstacle(result.inputs)
+
+    def write(self, folder: Path, model: PreTrainedModel, result: ExportResult) -> None:
+        content = genai_config(
+            model.config,
+            model.generation_config,
+            result.inputs,
+            result.smallest.file,
+            result.appends_in_place,
+            result.session_entries,
+        )
+        write_json(folder / GENAI_FILE, content)
 
 
 def genai_obstacle(inputs: Mapping[str, Sequence[Any]]) -> str | None:
@@ -116,31 +135,6 @@ def genai_config(
             "past_present_share_buffer": appends_in_place and fits,
         },
     }
-
-
-def write_genai_config(
-    folder: Path,
-    config: PretrainedConfig,
-    generation_config: GenerationConfig | None,
-    inputs: Mapping[str, Sequence[Any]],
-    file_name: str,
-    appends_in_place: bool,
-    session_entries: Mapping[str, str] | None = None,
-) -> str | None:
-    """Write `genai_config.json`, unless onnxruntime-genai cannot run the file.
-
-    Args:
-        folder (`Path`): The folder with `config.json`.
-        config, generation_config, inputs, file_name, appends_in_place, session_entries: As in [`genai_config`].
-
-    Returns:
-        `str` or `None`: Why nothing was written.
-    """
-    obstacle = genai_obstacle(inputs)
-    if obstacle is None:
-        content = genai_config(config, generation_config, inputs, file_name, appends_in_place, session_entries)
-        write_json(folder / GENAI_FILE, content)
-    return obstacle
 
 
 def _num_layers(inputs: Mapping[str, Any]) -> int:

@@ -16,8 +16,9 @@ from tiny_onnx import exported_llama, onnx_test_model, state_of, traced_qwen3
 from optimum_clp import ExportConfig, QuantizationConfig
 from optimum_clp.errors import ExportError, QuantizationError
 from optimum_clp.exporters import export as exporters
+from optimum_clp.exporters import writer
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.file import save_graph
 from optimum_clp.exporters.graph.float_graph import export_float_graph, fold_weight_transposes
 from optimum_clp.runtime.names import FUSED_ATTENTION
@@ -36,7 +37,7 @@ def qwen3():
 @pytest.fixture
 def no_tracing(monkeypatch, qwen3):
     """`export_onnx(qwen3.model, ...)` takes the graph that was traced already."""
-    monkeypatch.setattr(exporters, "export_float_graph", lambda twin, opset, fuse: qwen3.graph.clone())
+    monkeypatch.setattr(exporters, "export_float_graph", lambda model, opset, fuse: qwen3.graph.clone())
 
 
 def float_file(graph, folder):
@@ -180,25 +181,25 @@ def test_model_is_as_before(llama):
 
 
 def test_float32_model_on_the_cpu_is_not_copied(llama):
-    twin = float32_twin(llama.model)
-    assert [p.data_ptr() for p in twin.parameters()] == [p.data_ptr() for p in llama.model.parameters()]
-    assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    assert not any(p.requires_grad for p in twin.parameters())
+    copied = float32_copy(llama.model)
+    assert [p.data_ptr() for p in copied.parameters()] == [p.data_ptr() for p in llama.model.parameters()]
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    assert not any(p.requires_grad for p in copied.parameters())
     assert all(p.requires_grad for p in llama.model.parameters())
 
 
-def test_bfloat16_model_gets_a_float32_twin_with_exact_rotary_frequencies():
+def test_bfloat16_model_gets_a_float32_copy_with_exact_rotary_frequencies():
     model = onnx_test_model("llama", tied=True, num_layers=2)
     exact = model.model.rotary_emb.inv_freq.clone()
     model = model.to(torch.bfloat16).train()
     before = state_of(model)
-    twin = float32_twin(model)
+    copied = float32_copy(model)
     assert state_of(model) == before
-    assert not twin.training and {p.dtype for p in twin.parameters()} == {torch.float32}
-    assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+    assert not copied.training and {p.dtype for p in copied.parameters()} == {torch.float32}
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         assert torch.equal(ours, theirs.float())
-    assert torch.equal(twin.model.rotary_emb.inv_freq, exact)
+    assert torch.equal(copied.model.rotary_emb.inv_freq, exact)
     assert not torch.equal(model.model.rotary_emb.inv_freq.float(), exact)
 
 
@@ -226,7 +227,7 @@ def test_large_graph_keeps_its_weights_beside_it(qwen3, tmp_path):
 
 def test_large_files_are_published_with_their_data(qwen3, no_tracing, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        exporters, "save_graph", lambda graph, file: save_graph(graph, file, max_single_file_bytes=10_000)
+        writer, "save_graph", lambda graph, file: save_graph(graph, file, max_single_file_bytes=10_000)
     )
     result = export_onnx(qwen3.model, tmp_path, quantization=QuantizationConfig(weights=["int4"]), quiet=True)
     names = ["model.onnx", "model.onnx_data", "model_q4.onnx", "model_q4.onnx_data"]
@@ -240,7 +241,7 @@ def test_a_wrong_weight_fails_the_export_and_leaves_nothing(qwen3, monkeypatch, 
     damaged = qwen3.graph.graph.initializers[name].const_value.numpy().copy()
     damaged[0] *= 1.05
     wrong.graph.initializers[name].const_value = ir.tensor(damaged, name=name)
-    monkeypatch.setattr(exporters, "export_float_graph", lambda twin, opset, fuse: wrong.clone())
+    monkeypatch.setattr(exporters, "export_float_graph", lambda model, opset, fuse: wrong.clone())
     with pytest.raises(ExportError, match=r"model\.onnx is 0\.\d+: its logits differ from PyTorch's.*<= 0\.0001"):
         export_onnx(qwen3.model, tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []
@@ -279,14 +280,14 @@ def test_offloaded_weights_are_refused():
     model = tiny_model("llama", 1)
     model.model.layers[0].mlp.up_proj.to("meta")
     with pytest.raises(ExportError, match=r"model is 'model\.layers\.0\.mlp\.up_proj\.weight': 1 of its weights"):
-        float32_twin(model)
+        float32_copy(model)
 
 
 def test_weights_of_another_shape_than_the_configuration_are_refused():
     model = tiny_model("llama", 2)
     model.config.num_hidden_layers = 1
     with pytest.raises(ExportError, match="its weights are not those that its configuration describes"):
-        float32_twin(model)
+        float32_copy(model)
 
 
 def test_what_torch_cannot_trace_is_reported(monkeypatch):
@@ -295,7 +296,7 @@ def test_what_torch_cannot_trace_is_reported(monkeypatch):
 
     monkeypatch.setattr(torch.onnx, "export", fail)
     with pytest.raises(ExportError, match=r"LlamaForCausalLM.*cannot trace it \(unsupported operator\)"):
-        export_float_graph(float32_twin(tiny_model("llama", 1)), 21)
+        export_float_graph(float32_copy(tiny_model("llama", 1)), 21)
     assert gc.isenabled()
 
 
@@ -325,4 +326,4 @@ def test_training_bfloat16_model_is_exported_in_float32(tmp_path):
     result = export_onnx(model, tmp_path, quiet=True)
     assert state_of(model) == before
     assert result.files[0].max_relative_error < 1e-5
-    check_padded_and_cached(tmp_path / "onnx/model.onnx", float32_twin(model))
+    check_padded_and_cached(tmp_path / "onnx/model.onnx", float32_copy(model))

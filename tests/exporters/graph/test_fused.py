@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoX
 from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph import fused as onnx_fused
 from optimum_clp.exporters.graph.file import save_graph
 from optimum_clp.exporters.graph.float_graph import export_float_graph, fold_weight_transposes
@@ -29,12 +29,12 @@ def operators(graph):
 
 
 def fused_file(model, folder):
-    twin = float32_twin(model)
-    assert fused_obstacle(twin) is None
-    graph = export_float_graph(twin, 21, fuse=True)
+    copied = float32_copy(model)
+    assert fused_obstacle(copied) is None
+    graph = export_float_graph(copied, 21, fuse=True)
     fold_weight_transposes(graph)
     (file,) = save_graph(graph, folder / "model.onnx")
-    return file, graph, twin
+    return file, graph, copied
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def fused_models(tmp_path_factory):
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_fused_graphs_say_what_pytorch_says(model_type, fused_models):
     """Left padding, different lengths, empty past, cached steps, a window: all of `reference_steps`."""
-    _, _, file, graph, twin = fused_models(model_type)
-    assert relative_error(file, reference_steps(twin)) < 1e-5
+    _, _, file, graph, copied = fused_models(model_type)
+    assert relative_error(file, reference_steps(copied)) < 1e-5
     found = operators(graph)
     norms = 9 if model_type == "qwen3" else 5
     assert found["GroupQueryAttention"] == 2 and found["RotaryEmbedding"] == 4
@@ -74,8 +74,8 @@ def test_norms_with_an_offset_soft_caps_and_partial_rotation_are_fused_too(tmp_p
     for name, config in (("gemma", gemma), ("neox", neox)):
         (tmp_path / name).mkdir()
         torch.manual_seed(0)
-        file, graph, twin = fused_file(AutoModelForCausalLM.from_config(config).eval(), tmp_path / name)
-        assert relative_error(file, reference_steps(twin)) < 1e-5
+        file, graph, copied = fused_file(AutoModelForCausalLM.from_config(config).eval(), tmp_path / name)
+        assert relative_error(file, reference_steps(copied)) < 1e-5
         assert operators(graph)["GroupQueryAttention"] == 2
     assert any(node.attributes.get_float("softcap", 0.0) == 50.0 for node in fused_graph_nodes(tmp_path / "gemma"))
 
@@ -89,7 +89,7 @@ def test_attention_of_another_kind_is_not_fused(tmp_path):
     model = AutoModelForCausalLM.from_config(
         GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
     ).eval()
-    assert fused_obstacle(float32_twin(model)) is not None
+    assert fused_obstacle(float32_copy(model)) is not None
     result = export_onnx(model, tmp_path, quantization=QuantizationConfig(weights=[], method="rtn"), quiet=True)
     assert result.files[0].max_relative_error < 1e-5
     assert "GroupQueryAttention" not in operators(ir.load(tmp_path / "onnx/model.onnx"))
@@ -129,12 +129,12 @@ def test_nothing_is_left_in_transformers(tmp_path):
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    twin = float32_twin(tiny_model("llama", 2))
-    with pytest.raises(RuntimeError, match="planted"), attention_by(twin, FusedAttention(symbolic=False)):
+    copied = float32_copy(tiny_model("llama", 2))
+    with pytest.raises(RuntimeError, match="planted"), attention_by(copied, FusedAttention(symbolic=False)):
         raise RuntimeError("planted")
     assert onnx_fused._NAME not in ALL_ATTENTION_FUNCTIONS
     assert onnx_fused._NAME not in ALL_MASK_ATTENTION_FUNCTIONS
-    assert twin.config._attn_implementation == "sdpa"
+    assert copied.config._attn_implementation == "sdpa"
 
 
 def test_only_root_mean_square_norms_are_taken_for_one():

@@ -12,7 +12,7 @@ from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.errors import ExportError
 from optimum_clp.exporters.check import FileCheck
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.file import save_graph
 from optimum_clp.exporters.graph.float_graph import export_float_graph, fold_weight_transposes
 from optimum_clp.exporters.graph.logits import choose_positions
@@ -66,11 +66,11 @@ def test_kept_logits_are_the_last_of_all(name, tmp_path):
         np.testing.assert_array_equal(logits(opened, num_logits_to_keep=0), every)
 
 
-@pytest.mark.parametrize("form", ["contrib", "qdq"])
-def test_the_default_is_the_exports(form, tmp_path):
+@pytest.mark.parametrize("format", ["contrib", "qdq"])
+def test_the_default_is_the_exports(format, tmp_path):
     model = onnx_test_model("llama", tied=True, num_layers=1)
     quantization = QuantizationConfig(method="rtn")
-    export_onnx(model, tmp_path, ExportConfig(format=form, logits_to_keep=1), quantization, quiet=True)
+    export_onnx(model, tmp_path, ExportConfig(format=format, logits_to_keep=1), quantization, quiet=True)
     for file in FILES:
         opened = session(tmp_path / "onnx" / file)
         # onnxruntime-genai sets memory aside by the declared size
@@ -94,7 +94,7 @@ def test_a_head_of_another_kind_is_left_alone():
 
 @pytest.mark.parametrize("fault", ["values", "positions"])
 def test_the_check_sees_a_wrong_choice(fault, tmp_path):
-    model = float32_twin(onnx_test_model("llama", tied=True, num_layers=1))
+    model = float32_copy(onnx_test_model("llama", tied=True, num_layers=1))
     graph = export_float_graph(model, 21)
     assert choose_positions(graph, 0)
     (kept,) = [node for node in graph.graph if node.name == f"{LOGITS_TO_KEEP}_slice"]

@@ -16,11 +16,12 @@ from zoo import ZOO
 
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.float32_copy import float32_twin
+from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.count import QuantizedNodes, bits_per_weight, expected_nodes
 from optimum_clp.exporters.graph.float_graph import export_float_graph
 from optimum_clp.exporters.graph.quantize import graph_matrices, quantize_graph
-from optimum_clp.exporters.rounding.matrices import from_integers, round_to_nearest
+from optimum_clp.exporters.rounding.matrices import from_integers
+from optimum_clp.exporters.rounding.nearest import round_to_nearest
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.runtime.session import open_session
 
@@ -39,15 +40,15 @@ def traced(kind):
         model = onnx_test_model("llama", tied=True, num_layers=1, intermediate_size=51, **sizes)
     else:
         model = small_zoo_model(next(tiny for tiny in ZOO if tiny.name == kind))
-    twin = float32_twin(model)
-    return twin, export_float_graph(twin, opset=21)
+    copied = float32_copy(model)
+    return copied, export_float_graph(copied, opset=21)
 
 
-def quantized_file(graph, bits, form, folder, **options):
+def quantized_file(graph, bits, format, folder, **options):
     options = {"block_size": 32, "accuracy_level": 1, "quantize_embeddings": True} | options
     quantized = graph.clone()
-    found = quantize_graph(quantized, bits, form=form, **options)
-    file = folder / f"{form}.onnx"
+    found = quantize_graph(quantized, bits, format=format, **options)
+    file = folder / f"{format}.onnx"
     ir.save(quantized, file)
     return file, found, bits_per_weight(graph, quantized)
 

@@ -11,7 +11,8 @@ from tiny_models import tiny_model
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph.scales import store_scales_in_16_bits
-from optimum_clp.exporters.rounding.matrices import FeedbackRounding, round_to_nearest
+from optimum_clp.exporters.rounding.gptq import FeedbackRounding
+from optimum_clp.exporters.rounding.nearest import round_to_nearest
 from optimum_clp.runtime.session import open_session
 
 
@@ -21,10 +22,10 @@ def floats_of(file):
     return {kind: [t.name for t in tensors if t.data_type == kind and "scales" in t.name] for kind in (1, 10)}
 
 
-@pytest.mark.parametrize("form", ["contrib", "qdq"])
-def test_a_weight_takes_four_and_a_half_bits(form, tmp_path):
+@pytest.mark.parametrize("format", ["contrib", "qdq"])
+def test_a_weight_takes_four_and_a_half_bits(format, tmp_path):
     quantization = QuantizationConfig(method="rtn", group_size=32)
-    result = export_onnx(tiny_model("llama", 2), tmp_path, ExportConfig(format=form), quantization, quiet=True)
+    result = export_onnx(tiny_model("llama", 2), tmp_path, ExportConfig(format=format), quantization, quiet=True)
     int8, int4 = result.files[1:]
     # widths of 32, 56 and 64, and the blocks of the second are filled up (not in "qdq")
     assert 4.5 <= int4.bits_per_weight < 4.8 and 8.5 <= int8.bits_per_weight < 9.1

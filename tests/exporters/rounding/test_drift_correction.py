@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from optimum_clp.exporters.rounding import drift_correction
-from optimum_clp.exporters.rounding.drift_correction import InputMoments, corrected_weights
+from optimum_clp.exporters.rounding.drift_correction import InputGrams, corrected_weights
 
 INPUTS, OUTPUTS = 24, 10
 
@@ -24,15 +24,15 @@ def pairs(tokens, noise, seed, explained=True):
     return floats + inputs @ mixing if explained else floats, inputs
 
 
-def moments_of(floats, inputs):
+def sums_of(floats, inputs):
     halves = [slice(0, None, 2), slice(1, None, 2)]
     grams = [torch.from_numpy(inputs[half].T @ inputs[half]).float() for half in halves]
     drifts = [torch.from_numpy((floats[half] - inputs[half]).T @ inputs[half]).float() for half in halves]
-    return InputMoments(tuple(grams), tuple(drifts))
+    return InputGrams(tuple(grams), tuple(drifts))
 
 
-def corrected(weight, moments):
-    (found,) = corrected_weights([weight], moments)
+def corrected(weight, sums):
+    (found,) = corrected_weights([weight], sums)
     return found
 
 
@@ -45,7 +45,7 @@ def test_the_change_is_that_of_ridge_regression(piece, monkeypatch):
     monkeypatch.setattr(drift_correction, "_PIECE", piece)
     weight = random_weight()
     floats, inputs = pairs(4000, 0.001, seed=2)
-    found = corrected(weight, moments_of(floats, inputs))
+    found = corrected(weight, sums_of(floats, inputs))
     # much text and little noise: the smallest ridge; solved here as a least-squares problem with rows for the ridge
     ridge = np.sqrt(0.01 * np.square(inputs).sum() / INPUTS) * np.eye(INPUTS)
     targets = np.concatenate([(floats - inputs) @ weight.T, np.zeros((INPUTS, OUTPUTS))])
@@ -57,7 +57,7 @@ def test_the_change_is_that_of_ridge_regression(piece, monkeypatch):
 @pytest.mark.parametrize("tokens", [40, 400, 4000])
 def test_products_on_other_text_are_nearer_to_those_of_the_float_model(tokens):
     weight = random_weight()
-    found = corrected(weight, moments_of(*pairs(tokens, 0.3, seed=3)))
+    found = corrected(weight, sums_of(*pairs(tokens, 0.3, seed=3)))
     floats, inputs = pairs(4000, 0.3, seed=4)
     assert error(found, weight, floats, inputs) < (0.97 if tokens == 40 else 0.9) * error(
         weight, weight, floats, inputs
@@ -67,7 +67,7 @@ def test_products_on_other_text_are_nearer_to_those_of_the_float_model(tokens):
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_is_not_learned(seed):
     weight = random_weight()
-    found = corrected(weight, moments_of(*pairs(40, 0.3, seed=10 + seed, explained=False)))
+    found = corrected(weight, sums_of(*pairs(40, 0.3, seed=10 + seed, explained=False)))
     floats, inputs = pairs(4000, 0.3, seed=20 + seed, explained=False)
     # plain least squares on so few tokens has 1.5 times the error
     assert error(found, weight, floats, inputs) < 1.05 * error(weight, weight, floats, inputs)
@@ -76,23 +76,23 @@ def test_noise_is_not_learned(seed):
 def test_nothing_changes_where_there_is_nothing_to_compare_with():
     weight = random_weight()
     floats, inputs = pairs(40, 0.3, seed=5)
-    moments = moments_of(floats, inputs)
-    assert corrected(weight, InputMoments((moments.grams[0],))) is weight
+    sums = sums_of(floats, inputs)
+    assert corrected(weight, InputGrams((sums.grams[0],))) is weight
     # a single row of text has no other half
     empty = torch.zeros(INPUTS, INPUTS)
-    assert corrected(weight, InputMoments((moments.grams[0], empty), (moments.drifts[0], empty))) is weight
+    assert corrected(weight, InputGrams((sums.grams[0], empty), (sums.drifts[0], empty))) is weight
     # nothing has been quantized below
-    assert corrected(weight, moments_of(inputs, inputs)) is weight
+    assert corrected(weight, sums_of(inputs, inputs)) is weight
 
 
 def test_several_weights_are_corrected_as_each_alone():
-    first, moments = random_weight(), moments_of(*pairs(400, 0.3, seed=8))
+    first, sums = random_weight(), sums_of(*pairs(400, 0.3, seed=8))
     second = np.random.default_rng(9).standard_normal((3, INPUTS)).astype(np.float32)
     # without a drift of its own inputs, the third has nothing to gain and stays
     third = np.zeros((2, INPUTS), np.float32)
-    together = corrected_weights([first, second, third], copy.deepcopy(moments))
+    together = corrected_weights([first, second, third], copy.deepcopy(sums))
     for weight, found in zip((first, second), together, strict=False):
-        np.testing.assert_array_equal(found, corrected(weight, copy.deepcopy(moments)))
+        np.testing.assert_array_equal(found, corrected(weight, copy.deepcopy(sums)))
         assert not np.array_equal(found, weight)
     assert together[2] is third
 
@@ -100,15 +100,15 @@ def test_several_weights_are_corrected_as_each_alone():
 @pytest.mark.parametrize("explained", [True, False])
 def test_some_rows_say_which_ridge_is_best_for_all(explained, monkeypatch):
     weight = np.random.default_rng(11).standard_normal((300, INPUTS)).astype(np.float32)
-    moments = moments_of(*pairs(60, 0.3, seed=12, explained=explained))
-    whole = corrected(weight, copy.deepcopy(moments))
+    sums = sums_of(*pairs(60, 0.3, seed=12, explained=explained))
+    whole = corrected(weight, copy.deepcopy(sums))
     monkeypatch.setattr(drift_correction, "_JUDGED_ROWS", 40)
-    np.testing.assert_array_equal(corrected(weight, moments), whole)
+    np.testing.assert_array_equal(corrected(weight, sums), whole)
 
 
 def test_sums_are_those_of_the_text():
     floats, inputs = (torch.from_numpy(x).float().reshape(4, 15, INPUTS) for x in pairs(60, 0.1, seed=6))
-    found = InputMoments.zeros(INPUTS, matched=True)
+    found = InputGrams.zeros(INPUTS, matched=True)
     for batch in (slice(0, 2), slice(2, 4)):
         found.add(inputs[batch], floats[batch])
     for half in (0, 1):
@@ -127,7 +127,7 @@ def test_sums_are_those_of_the_text():
 
 def test_drifts_are_given_up_where_tokens_cannot_be_matched():
     floats, inputs = (torch.from_numpy(x).float().reshape(4, 15, INPUTS) for x in pairs(60, 0.1, seed=6))
-    found, never = InputMoments.zeros(INPUTS, matched=True), InputMoments.zeros(INPUTS, matched=False)
+    found, never = InputGrams.zeros(INPUTS, matched=True), InputGrams.zeros(INPUTS, matched=False)
     found.add(inputs[:2], floats[:2])
     found.add(inputs[2:].reshape(-1, INPUTS))
     never.add(inputs)

@@ -1,10 +1,14 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import BloomConfig, GenerationConfig, LlamaConfig
 
-from optimum_clp.exporters.runtimes.genai import genai_config, genai_obstacle, write_genai_config
-from optimum_clp.exporters.runtimes.transformers_js import write_transformers_js_config
+from optimum_clp.exporters.export import write_runtime_configs
+from optimum_clp.exporters.result import ExportedFile, ExportResult
+from optimum_clp.exporters.runtimes.genai import Genai, genai_config, genai_obstacle
+from optimum_clp.exporters.runtimes.transformers_js import TransformersJs
+from optimum_clp.precisions import PRECISIONS
 
 TOKENS = {"input_ids": ("batch", "length"), "attention_mask": ("batch", "total"), "position_ids": ("batch", "length")}
 FILE = "onnx/model_q4.onnx"
@@ -23,6 +27,19 @@ def llama(**settings):
     shape = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 7, "vocab_size": 97}
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     return LlamaConfig(**{**shape, **tokens, "max_position_embeddings": 64, **settings})
+
+
+def result(*weights, inputs=None, **settings):
+    """An export of files of these kinds."""
+    files = [
+        ExportedFile(f"onnx/{PRECISIONS[name].onnx_file}", name, 1, 0, 0, PRECISIONS[name].bits, 0.0, 0.0)
+        for name in weights
+    ]
+    return ExportResult(21, tuple(files), {}, inputs or {}, **settings)
+
+
+def model(config, generation_config=None):
+    return SimpleNamespace(config=config, generation_config=generation_config)
 
 
 def test_what_the_file_has_comes_from_the_file():
@@ -72,26 +89,32 @@ def test_a_shared_cache_is_used_up_to_a_gibibyte(context_length, expected):
 def test_layers_may_differ_but_keys_and_values_may_not(tmp_path):
     different = inputs((4, 8, 8), (2, 16, 16))
     assert genai_obstacle(different) is None
-    assert write_genai_config(tmp_path, llama(), None, different, FILE, False) is None
+    exported = result("float32", "int4", "int8", inputs=different, appends_in_place=True, session_entries={"a": "b"})
+    assert Genai().obstacle(model(llama()), exported) is None
+    Genai().write(tmp_path, model(llama()), exported)
     assert json.loads((tmp_path / "genai_config.json").read_text()) == genai_config(
-        llama(), None, different, FILE, False
+        llama(), None, different, FILE, True, {"a": "b"}
     )
 
 
 @pytest.mark.parametrize("values", [(2, 16, 8), (2, 8, 16)])
 def test_values_of_another_size_than_keys_get_no_file(tmp_path, values):
-    reason = write_genai_config(tmp_path, llama(), None, inputs((2, 8, 8), values), FILE, False)
-    assert "entry 1" in reason and not (tmp_path / "genai_config.json").exists()
+    exported = result("int4", inputs=inputs((2, 8, 8), values))
+    assert "entry 1" in Genai().obstacle(model(llama()), exported)
+    (tmp_path / "config.json").write_text("{}")
+    obstacles = write_runtime_configs(tmp_path, model(llama()), exported)
+    assert obstacles == {"genai": Genai().obstacle(model(llama()), exported), "transformers_js": None}
+    assert not (tmp_path / "genai_config.json").exists()
 
 
 def test_transformers_js_is_told_the_default_file_and_the_data_files(tmp_path):
     (tmp_path / "onnx").mkdir()
     stale = {"use_external_data_format": True, "kv_cache_dtype": "float16"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "transformers.js_config": stale}))
-    write_transformers_js_config(tmp_path, "int4")
+    TransformersJs().write(tmp_path, model(llama()), result("float32", "int8", "int4"))
     config = json.loads((tmp_path / "config.json").read_text())
     assert config == {"model_type": "llama", "transformers.js_config": {"dtype": "q4"}}
     (tmp_path / "onnx" / "model.onnx_data").touch()
-    write_transformers_js_config(tmp_path, "float32")
+    TransformersJs().write(tmp_path, model(llama()), result("float32"))
     config = json.loads((tmp_path / "config.json").read_text())["transformers.js_config"]
     assert config == {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}

@@ -86,14 +86,14 @@ print(json.dumps(found))
 """
 
 
-def write_folder(model, tokenizer, folder, form="contrib", logits_to_keep=0, **quantization):
+def write_folder(model, tokenizer, folder, format="contrib", logits_to_keep=0, **quantization):
     """The folder of `CLPPruner.export`, without its records."""
     save_configs(model, folder)
     save_tokenizer(tokenizer, folder)
-    export = ExportConfig(format=form, logits_to_keep=logits_to_keep)
+    export = ExportConfig(format=format, logits_to_keep=logits_to_keep)
     settings = export, QuantizationConfig(method="rtn", **quantization)
     result = export_onnx(model, folder, *settings, quiet=True)
-    assert write_runtime_configs(folder, model, result) is None
+    assert set(write_runtime_configs(folder, model, result).values()) == {None}
 
 
 @functools.cache

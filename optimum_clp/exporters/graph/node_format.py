@@ -26,7 +26,7 @@ class StoredMatrix:
         block_size (`int`): Weights that share a scale.
         rows (`int`): Output features, or tokens of the embedding.
         columns (`int`): Input features, or the width of the embedding.
-        is_table (`bool`): Whether tokens are looked up in it; it may serve the head too.
+        is_embedding (`bool`): Whether tokens are looked up in it; it may serve the head too.
     """
 
     name: str
@@ -37,7 +37,7 @@ class StoredMatrix:
     block_size: int
     rows: int
     columns: int
-    is_table: bool
+    is_embedding: bool
 
     @property
     def blocks(self) -> int:
@@ -61,15 +61,15 @@ def slice_columns(store: Store, name: str, value: ir.Value, columns: int) -> ir.
     return ir.node("Slice", [value, *stored], name=f"{name}_slice")
 
 
-class NodeForm(Protocol):
+class NodeFormat(Protocol):
     """A format's way to write products and look-ups with integers."""
 
-    def layout(self, matrix: RoundedMatrix, is_table: bool) -> Layout:
+    def layout(self, matrix: RoundedMatrix, is_embedding: bool) -> Layout:
         """What is stored for a matrix.
 
         Args:
             matrix ([`RoundedMatrix`]): Integers and scales.
-            is_table (`bool`): Whether tokens are looked up in it.
+            is_embedding (`bool`): Whether tokens are looked up in it.
         """
 
     def product(self, name: str, inputs: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:

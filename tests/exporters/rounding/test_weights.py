@@ -18,12 +18,14 @@ from optimum_clp.errors import ConfigurationError, QuantizationError
 from optimum_clp.exporters import export as exporters
 from optimum_clp.exporters.experts import unrolled_experts
 from optimum_clp.exporters.export import export_onnx
-from optimum_clp.exporters.graph.quantize import GraphMatrix, graph_matrices, quantize_graph
+from optimum_clp.exporters.graph.quantize import graph_matrices, quantize_graph
 from optimum_clp.exporters.obstacle import onnx_obstacle
-from optimum_clp.exporters.rounding.activation_moments import visit_layers, weight_names
 from optimum_clp.exporters.rounding.bit_plan import plan_bits, rounding_costs
-from optimum_clp.exporters.rounding.matrices import round_half_quadratic, round_to_nearest
-from optimum_clp.exporters.rounding.methods import round_weights
+from optimum_clp.exporters.rounding.half_quadratic import round_half_quadratic
+from optimum_clp.exporters.rounding.input_grams import visit_layers, weight_names
+from optimum_clp.exporters.rounding.matrices import GraphMatrix
+from optimum_clp.exporters.rounding.nearest import round_to_nearest
+from optimum_clp.exporters.rounding.weights import round_weights
 from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
 from optimum_clp.runtime.session import open_session
 
@@ -61,9 +63,9 @@ def shrunken(weights, share):
     return [lambda rows=slice(None), weight=known.weight: weight[rows] * np.float32(share) for known in weights]
 
 
-def gram_of(moments):
+def gram_of(sums):
     """Over all tokens."""
-    return sum(gram.double() for gram in moments.grams).numpy()
+    return sum(gram.double() for gram in sums.grams).numpy()
 
 
 QWEN2_LEVELS = (
@@ -75,17 +77,17 @@ QWEN2_LEVELS = (
 
 
 @pytest.mark.parametrize("batch_size", [4, 8])
-def test_moments_are_those_of_the_modules_below_as_they_were_replaced(batch_size):
+def test_grams_are_those_of_the_modules_below_as_they_were_replaced(batch_size):
     model, visited, groups = tiny_model("qwen2", num_layers=3), {}, []
     before = state_of(model)
     changed = tiny_model("qwen2", num_layers=3)
 
-    def quantize(weights, moments, tied):
+    def quantize(weights, sums, tied):
         for known in weights:
             (name,) = known.names
             assert not tied and known.weight.dtype == np.float32
             np.testing.assert_array_equal(known.weight, model.get_parameter(name).detach().numpy())
-            visited[name] = moments
+            visited[name] = sums
         groups.append([known.names[0].rpartition(".")[0].rpartition(".")[2] for known in weights])
         return shrunken(weights, 0.9)
 
@@ -120,8 +122,8 @@ def test_moments_are_those_of_the_modules_below_as_they_were_replaced(batch_size
 def test_the_table_of_a_tied_model_comes_first_with_what_enters_its_head():
     calls = []
 
-    def quantize(weights, moments, tied):
-        calls.append(([known.names for known in weights], tied, moments))
+    def quantize(weights, sums, tied):
+        calls.append(([known.names for known in weights], tied, sums))
         return shrunken(weights, 0.9)
 
     model = tiny_model("llama", num_layers=2, tie_word_embeddings=True)
@@ -140,7 +142,7 @@ def test_the_table_of_a_tied_model_comes_first_with_what_enters_its_head():
 
 
 @pytest.mark.parametrize("batch_size", [8, 1])
-def test_experts_have_moments_of_the_tokens_that_reach_them(batch_size):
+def test_experts_have_grams_of_the_tokens_that_reach_them(batch_size):
     if batch_size == 1 and transformers.__version__.startswith("4."):
         pytest.skip("transformers 4 calls no expert without tokens, and its Mixtral has no ONNX file")
     (tiny,) = [tiny for tiny in ZOO if tiny.name == "mixtral"]
@@ -148,19 +150,19 @@ def test_experts_have_moments_of_the_tokens_that_reach_them(batch_size):
     # one by one, few tokens reach few experts
     tokens = TOKENS if batch_size == 8 else TOKENS.reshape(-1, 1)[:64]
 
-    def quantize(weights, moments, tied):
-        found.update({known.names[0]: moments for known in weights})
+    def quantize(weights, sums, tied):
+        found.update({known.names[0]: sums for known in weights})
         return shrunken(weights, 0.9)
 
     with unrolled_experts(model):
         names = [name for names in weight_names(model).values() for name in names]
     visit_layers(model, tokens, names, quantize, batch_size=batch_size, quiet=True)
-    experts = {name: moments for name, moments in found.items() if ".experts." in name}
+    experts = {name: sums for name, sums in found.items() if ".experts." in name}
     # of the two matrices that read an expert's tokens, transformers 4 keeps `w1` and `w3`, and 5 one for both
-    first = {name: moments for name, moments in experts.items() if ".up." in name or ".w1." in name}
+    first = {name: sums for name, sums in experts.items() if ".up." in name or ".w1." in name}
     assert len(first) == model.config.num_local_experts
     # tokens may go elsewhere in the quantized model, so there is nothing to compare with
-    assert all(moments.drifts is None and len(moments.grams) == 1 for moments in experts.values())
+    assert all(sums.drifts is None and len(sums.grams) == 1 for sums in experts.values())
     assert found["model.layers.0.self_attn.o_proj.weight"].drifts is not None
     # each token reaches so many experts with what leaves the norm behind the attention as it is quantized
     with torch.no_grad():
@@ -171,7 +173,7 @@ def test_experts_have_moments_of_the_tokens_that_reach_them(batch_size):
     model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda _, __, output: seen.append(output))
     with torch.no_grad():
         model(input_ids=tokens)
-    total = sum(np.trace(gram_of(moments)) for moments in first.values())
+    total = sum(np.trace(gram_of(sums)) for sums in first.values())
     expected = model.config.num_experts_per_tok * float(seen[0].double().square().sum())
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 
@@ -182,7 +184,7 @@ def test_states_that_are_not_finite_are_told():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.inf
     names = [f"{name}.weight" for name in linear_names(model)]
     with pytest.raises(QuantizationError, match=r"weight is 'model\.layers\.1\.mlp\.down_proj\.weight': .*not finite"):
-        visit_layers(model, TOKENS, names, lambda weights, moments, tied: shrunken(weights, 1), quiet=True)
+        visit_layers(model, TOKENS, names, lambda weights, sums, tied: shrunken(weights, 1), quiet=True)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -344,11 +346,11 @@ def test_quanto_int4_file_says_what_quanto_says(hidden_size, intermediate_size, 
     assert (result.files[1].num_quantized_matmuls, result.files[1].num_quantized_embeddings) == (7, 0)
 
 
-@pytest.mark.parametrize("form", ["contrib", "qdq"])
-def test_hqq_file_says_what_the_rounded_matrices_say(form, no_tracing, tmp_path):
+@pytest.mark.parametrize("format", ["contrib", "qdq"])
+def test_hqq_file_says_what_the_rounded_matrices_say(format, no_tracing, tmp_path):
     model = traced_qwen3().model
     config = QuantizationConfig(weights=["int4"], method="hqq", accuracy_level=1, quantize_embeddings=False)
-    result = export_onnx(model, tmp_path, ExportConfig(format=form), config, quiet=True)
+    result = export_onnx(model, tmp_path, ExportConfig(format=format), config, quiet=True)
     assert result.files[1].bits_per_weight >= 5
     rounded = copy.deepcopy(model)
     with torch.no_grad():
@@ -414,8 +416,8 @@ def test_every_matrix_of_every_architecture_is_visited(tiny):
     model, visited = small_zoo_model(tiny), {}
     model = copy.deepcopy(model).float()
 
-    def quantize(weights, moments, tied):
-        visited.update({known.names[0]: moments for known in weights})
+    def quantize(weights, sums, tied):
+        visited.update({known.names[0]: sums for known in weights})
         return shrunken(weights, 0.98)
 
     with unrolled_experts(model):
@@ -427,5 +429,5 @@ def test_every_matrix_of_every_architecture_is_visited(tiny):
     # a tower for pictures, experts that no token reaches, and a router that multiplies by its weight in its own way
     apart = ("vision", ".experts.", ".router.")
     assert not [name for name in missed if not any(part in name for part in apart)]
-    with_drifts = [name for name, moments in visited.items() if moments is not None and moments.drifts is not None]
+    with_drifts = [name for name, sums in visited.items() if sums is not None and sums.drifts is not None]
     assert len(with_drifts) >= sum("o_proj" in name for name in visited)

@@ -1,4 +1,4 @@
-"""What enters each linear module on calibration text, as moments, while the modules below are quantized one after another."""
+"""What enters each linear module on calibration text, as Gram matrices, while the modules below are quantized one after another."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,8 @@ from ...progress import progress_bar
 from ..experts import unrolled_experts
 from ..freed_memory import return_freed_memory
 from .dependency_levels import dependency_levels
-from .drift_correction import InputMoments
+from .drift_correction import InputGrams
+from .nearest import NEAREST
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Dequantize(Protocol):
         """All rows or some, float32 `[rows, inputs]`."""
 
 
-Quantize = Callable[[Sequence[NamedWeight], InputMoments | None, bool], Sequence[Dequantize]]
-# Tokens of the float model that say what enters a head whose table is the embedding's too.
-_TABLE_TOKENS = 4096
+Quantize = Callable[[Sequence[NamedWeight], InputGrams | None, bool], Sequence[Dequantize]]
+# Tokens of the float model that say what enters a head that is the embedding too.
+_TIED_TOKENS = 4096
 
 
 def linear_matrix(module: nn.Module) -> Tensor | None:
@@ -89,9 +90,9 @@ def visit_layers(
         model (`PreTrainedModel`): In float32 on the CPU, in evaluation mode; left as it was.
         tokens (`Tensor`): int64 `[rows, length]`, without padding.
         wanted (`Collection[str]`): The weights to visit, each by one of its names.
-        quantize (`Callable`): Takes [`NamedWeight`]s of modules that are given the same input; its [`InputMoments`], which
-            belong to the callee; and whether it is the table of head and embedding. Returns for each a [`Dequantize`] that makes
-            the weight to go on with. An embedding of its own comes without moments. A table that serves both comes first,
+        quantize (`Callable`): Takes [`NamedWeight`]s of modules that are given the same input; its [`InputGrams`], which
+            belong to the callee; and whether it is head and embedding at once. Returns for each a [`Dequantize`] that makes
+            the weight to go on with. An embedding of its own comes without them. One that is the head too comes first,
             with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bar.
@@ -119,54 +120,54 @@ class _Visitor:
     def run(self, quiet: bool) -> None:
         floats: list[Tensor | None] = [None] * len(self.batches)
         with progress_bar(len(self.stack) + 1, "Calibrating the quantization", quiet) as bar:
-            states = self._embedded(self._table())
+            states = self._embedded(self._rounded_embedding())
             for index, layer in enumerate(self.stack.layers):
                 replaced: dict[nn.Module, Dequantize] = {}
                 modules = [module for module in layer.modules() if self._is_wanted(module)]
                 levels = self._levels(index, modules, floats[0]) if modules else []
                 for level in levels:
                     return_freed_memory()
-                    replaced |= self._rounded(self._moments(index, level, floats, states, replaced, level[-1]))
+                    replaced |= self._rounded(self._grams(index, level, floats, states, replaced, level[-1]))
                 floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
                 with _replaced_weights(replaced):
                     states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
-                self._rounded(self._moments(len(self.stack), [self.head], floats, states, {}, self.head))
+                self._rounded(self._grams(len(self.stack), [self.head], floats, states, {}, self.head))
             bar.update()
 
     def _is_wanted(self, module: nn.Module | None) -> bool:
         return module is not None and linear_matrix(module) is not None and id(module.weight) in self.names
 
-    def _table(self) -> Dequantize | None:
+    def _rounded_embedding(self) -> Dequantize | None:
         """The embedding, as `quantize` makes it; `None` if it is not wanted."""
         weight: Any = self.embedding.weight
         names = self.names.get(id(weight))
         if names is None:
             return None
-        moments = None
+        sums = None
         tied = self._is_wanted(self.head) and self.head.weight is weight
         if tied:
-            found = _Moments([self.head])
-            rows = -(-_TABLE_TOKENS // self.batches[0].shape[1])
+            found = _Grams([self.head])
+            rows = -(-_TIED_TOKENS // self.batches[0].shape[1])
             for batch in torch.cat(self.batches)[:rows].split(len(self.batches[0])):
                 with _recorded([self.head]) as inputs, stopped_before(self.head):
                     self.model(input_ids=batch, use_cache=False)
                 found.add({}, inputs, batch)
-            ((_, moments),) = found.taken()
-            _check_finite(names, moments)
-        (table,) = self.quantize([NamedWeight(names, weight.detach().numpy())], moments, tied)
-        return table
+            ((_, sums),) = found.taken()
+            _check_finite(names, sums)
+        (rounded,) = self.quantize([NamedWeight(names, weight.detach().numpy())], sums, tied)
+        return rounded
 
-    def _embedded(self, table: Dequantize | None) -> list[Tensor | None]:
+    def _embedded(self, embedding: Dequantize | None) -> list[Tensor | None]:
         """What enters the first layer, `[rows, length, hidden]`, with another embedding; `None` without one."""
-        if table is None:
+        if embedding is None:
             return [None] * len(self.batches)
         states: list[Tensor | None] = []
         looked_up = torch.cat(self.batches).unique().numpy()
-        # memory of zeros that is never written to is not taken: of a large table it is a few rows that are
+        # memory of zeros that is never written to is not taken: of a large embedding it is a few rows that are
         weight = np.zeros(self.embedding.weight.shape, dtype=np.float32)
-        weight[looked_up] = table(looked_up)
+        weight[looked_up] = embedding(looked_up)
         with _replaced_weights({self.embedding: lambda rows=slice(None): weight[rows]}):
             for batch in self.batches:
                 with recorded_inputs(self.stack.layers, [0]) as found, stopped_before(self.stack.layers[0]):
@@ -178,7 +179,7 @@ class _Visitor:
         batch, layer = self.batches[0], self.stack.layers[index]
         return dependency_levels(layer, modules, lambda: self._run(index, batch, state))
 
-    def _moments(
+    def _grams(
         self,
         index: int,
         modules: Sequence[nn.Module],
@@ -186,21 +187,21 @@ class _Visitor:
         states: Sequence[Tensor | None],
         replaced: dict[nn.Module, Dequantize],
         last: nn.Module,
-    ) -> "_Moments":
-        """Moments of modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
-        moments = _Moments(modules)
+    ) -> "_Grams":
+        """Gram matrices of what enters modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
+        grams = _Grams(modules)
         for batch, before, state in zip(self.batches, floats, states, strict=True):
             with _recorded(modules) as expected, stopped_before(last):
                 self._run(index, batch, before)
             with _replaced_weights(replaced), _recorded(modules) as inputs, stopped_before(last):
                 self._run(index, batch, state)
-            moments.add(expected, inputs, batch)
-        return moments
+            grams.add(expected, inputs, batch)
+        return grams
 
-    def _rounded(self, moments: "_Moments") -> dict[nn.Module, Dequantize]:
-        """What `quantize` makes of the modules that `moments` are of."""
+    def _rounded(self, grams: "_Grams") -> dict[nn.Module, Dequantize]:
+        """What `quantize` makes of the modules that `grams` are of."""
         found: dict[nn.Module, Dequantize] = {}
-        for modules, sums in moments.taken():
+        for modules, sums in grams.taken():
             matrices = [cast(Tensor, linear_matrix(module)).numpy() for module in modules]
             names = [self.names[id(module.weight)] for module in modules]
             weights = [NamedWeight(*pair) for pair in zip(names, matrices, strict=True)]
@@ -227,12 +228,12 @@ class _Visitor:
         return seen[-1].detach() if seen else None
 
 
-class _Moments:
+class _Grams:
     """Sums over tokens for several modules; modules that are given the same tensor share them."""
 
     def __init__(self, modules: Sequence[nn.Module]):
         self.owners: dict[nn.Module, nn.Module | None] = dict.fromkeys(modules)
-        self.found: dict[nn.Module, InputMoments] = {}
+        self.found: dict[nn.Module, InputGrams] = {}
 
     def add(
         self, floats: dict[nn.Module, list[Tensor]], inputs: dict[nn.Module, list[Tensor]], tokens: Tensor
@@ -252,7 +253,7 @@ class _Moments:
         # a module that was given every token once, in both models, has drifts
         matched = [tensor.numel() for tensor in (*floats, *inputs)] == [rows * length * width] * 2
         if module not in self.found:
-            self.found[module] = InputMoments.zeros(width, matched=matched)
+            self.found[module] = InputGrams.zeros(width, matched=matched)
         sums = self.found[module]
         if matched:
             floats = [tensor.reshape(rows, length, width).float() for tensor in floats]
@@ -260,7 +261,7 @@ class _Moments:
         else:
             sums.add(torch.cat([tensor.reshape(-1, width) for tensor in inputs]).float())
 
-    def taken(self) -> Iterator[tuple[list[nn.Module], InputMoments]]:
+    def taken(self) -> Iterator[tuple[list[nn.Module], InputGrams]]:
         """Modules that share sums, and the sums, which are not held here any more; not modules that no token reached."""
         owners = list(self.found)
         for owner in owners:
@@ -275,11 +276,11 @@ def _place(tensor: Tensor) -> tuple:
     return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
 
 
-def _check_finite(names: list[str], moments: InputMoments | None) -> None:
+def _check_finite(names: list[str], sums: InputGrams | None) -> None:
     # no other number is larger than the diagonal's, and a look at all of them would take the matrix once more
-    if moments is not None and not all(gram.diagonal().isfinite().all() for gram in moments.grams):
+    if sums is not None and not all(gram.diagonal().isfinite().all() for gram in sums.grams):
         rule = "what enters it on the calibration text is not finite"
-        raise QuantizationError.of("weight", names[0], rule, 'Check the weights, or use the method "rtn"')
+        raise QuantizationError.of("weight", names[0], rule, f'Check the weights, or use the method "{NEAREST}"')
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""Rounding to nearest: the integers that are closest to the weights, at the best of a few scales."""
+
+import numpy as np
+
+from .matrices import LARGEST_NARROW, RoundedMatrix, fits_16_bits, in_blocks, narrowed, pack, reciprocal, row_pieces
+from .method import RoundedWeights, RoundingMethod, RoundingProblem
+
+# the name to advise where another method cannot be used
+NEAREST = "rtn"
+# Shares of the largest weight that are tried as the end of the int4 range beside 1, which ONNX Runtime's tool takes.
+_INT4_RANGES = (0.95, 0.9, 0.85, 0.8)
+
+
+class ToNearest(RoundingMethod):
+    """Every matrix by [`round_to_nearest`]."""
+
+    def round(self, problem: RoundingProblem) -> RoundedWeights:
+        return RoundedWeights()
+
+
+def round_to_nearest(weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:
+    """[`quantize_blocks`] as a [`RoundedMatrix`].
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        [`RoundedMatrix`]
+    """
+    return RoundedMatrix(*quantize_blocks(weight, bits, block_size), bits, weight.shape[1])
+
+
+def quantize_blocks(weight: np.ndarray, bits: int, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Quantize a matrix to unsigned integers with one scale for each block of a row.
+
+    A weight is `(integer - 2**(bits - 1)) * scale`. The scale maps the block's largest weight to the integer range's
+    longer end; in 4 bits also somewhat smaller scales are tried and the one with the least squared error is taken. Scales
+    are rounded to float16 before weights are divided by them, unless the matrix has scales that do not fit there.
+
+    Args:
+        weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
+        bits (`int`): 4 or 8.
+        block_size (`int`): Weights that share a scale, even.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: Integers, uint8 of shape `[rows, blocks * block_size * bits / 8]`, the lower
+        half of a byte first where `bits` is 4; and scales, float32 of shape `[rows, blocks]`. The last block is filled
+        up with zeros.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    integers = np.empty((rows, blocks * block_size * bits // 8), dtype=np.uint8)
+    scales = np.empty((rows, blocks), dtype=np.float32)
+    parts = row_pieces(rows, blocks * block_size)
+    for part in parts:
+        scales[part] = np.abs(in_blocks(weight[part], blocks, block_size)).max(-1) / 2 ** (bits - 1)
+    narrow = fits_16_bits(scales)
+    for part in parts:
+        codes, scales[part] = round_blocks(in_blocks(weight[part], blocks, block_size), bits, narrow)
+        integers[part] = pack(codes, bits)
+    return integers, scales
+
+
+def round_blocks(weight: np.ndarray, bits: int, narrow: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (uint8, the shape of `weight`) and scales (its shape without the last axis) of `[..., size]`."""
+    half = 2 ** (bits - 1)
+    largest = np.take_along_axis(weight, np.abs(weight).argmax(-1, keepdims=True), -1)
+    best_codes, best_scale, best_error = _round_to(weight, largest * np.float32(-1 / half), half, narrow)
+    for share in _INT4_RANGES if bits == 4 else ():
+        codes, scale, error = _round_to(weight, largest * np.float32(-share / half), half, narrow)
+        better = error < best_error
+        np.copyto(best_codes, codes, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_error, error, where=better)
+    return (best_codes + half).astype(np.uint8), best_scale[..., 0]
+
+
+def _round_to(
+    weight: np.ndarray, scale: np.ndarray, half: int, narrow: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Signed codes of `weight` at `scale`, the scale itself as it is stored, and the squared error of each block."""
+    if narrow:
+        # feedback may move a block's weights out of float16's range: its row is then rounded to nearest
+        scale = narrowed(np.clip(scale, -LARGEST_NARROW, LARGEST_NARROW))
+    codes = np.clip(np.rint(weight * reciprocal(scale)), -half, half - 1)
+    return codes, scale, np.square(codes * scale - weight).sum(-1, keepdims=True)

@@ -1,0 +1,87 @@
+"""The weights of an ONNX file, rounded as `quantization.method` and `quantization.bits_per_weight` say."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...configuration.stages import QuantizationConfig
+from ...doors import ROUNDINGS
+from ...errors import ConfigurationError
+from ...precisions import INT4, PRECISIONS
+from .bit_plan import plan_bits, rounding_costs
+from .matrices import GraphMatrix
+from .method import RoundedWeights, RoundingMethod, RoundingProblem
+from .nearest import NEAREST
+
+
+def rounding_method(quantization: QuantizationConfig) -> RoundingMethod:
+    """The method that a configuration names."""
+    return ROUNDINGS.get(quantization.method)()
+
+
+def needs_calibration(quantization: QuantizationConfig) -> bool:
+    """Whether any file of the configuration is rounded by looking at calibration text if there is any."""
+    return _has_budget(quantization) or _reads_text(quantization)
+
+
+def check_calibration(quantization: QuantizationConfig, calibration: Tensor | None) -> None:
+    """Check that there is calibration text where nothing can be done without it.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    asks = rounding_method(quantization).needs_text and _reads_text(quantization)
+    if (asks or _has_budget(quantization)) and (calibration is None or not calibration.numel()):
+        name = "method" if asks else "bits_per_weight"
+        rule = "it looks at what the model computes on calibration text, and none was given"
+        remedy = f'Give calibration, int64 rows of tokens; or use the method "{NEAREST}" without bits_per_weight'
+        raise ConfigurationError.of(f"quantization.{name}", getattr(quantization, name), rule, remedy)
+
+
+def round_weights(
+    model: PreTrainedModel,
+    bits: int,
+    matrices: Mapping[str, GraphMatrix],
+    quantization: QuantizationConfig,
+    calibration: Tensor | None,
+    *,
+    seed: int = 0,
+    quiet: bool = False,
+) -> RoundedWeights:
+    """Round the weights of a model by the method of the configuration, within its budget.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; left as it was.
+        bits (`int`): 4 or 8.
+        matrices (`Mapping[str, GraphMatrix]`): What the graph stores in integers.
+        quantization ([`QuantizationConfig`]): Method, group size, budget.
+        calibration (`Tensor` or `None`): int64 `[rows, length]`, see [`needs_calibration`].
+        seed (`int`): Of the sensitivities of a budget.
+        quiet (`bool`): No progress bar.
+
+    Returns:
+        [`RoundedWeights`]: With the weights that the budget gives 8 bits.
+
+    Raises:
+        QuantizationError: If the budget is too small, or the model's hidden states are not finite.
+    """
+    block_size = quantization.group_size
+    in_8_bits: tuple[str, ...] = ()
+    if bits == INT4.bits and quantization.bits_per_weight is not None:
+        assert calibration is not None
+        costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
+        in_8_bits = plan_bits(matrices, costs, block_size, quantization.bits_per_weight)
+    problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet)
+    return dataclasses.replace(rounding_method(quantization).round(problem), in_8_bits=in_8_bits)
+
+
+def _reads_text(quantization: QuantizationConfig) -> bool:
+    """Whether the method looks at text for any of the files."""
+    bits = {PRECISIONS[name].bits for name in quantization.weights}
+    return not bits.isdisjoint(rounding_method(quantization).text_bits)
+
+
+def _has_budget(quantization: QuantizationConfig) -> bool:
+    return INT4.name in quantization.weights and quantization.bits_per_weight is not None
