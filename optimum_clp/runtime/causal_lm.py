@@ -163,70 +163,71 @@ class OnnxCausalLM(GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-            raise ModelError.of(
-                "logits_to_keep",
-                logits_to_keep,
-                "it must be a number of positions, the last ones, at least 0",
-                "Give 0 for the logits of all positions, and choose among them",
-            )
+        _check_logits_to_keep(logits_to_keep)
         cache = self._cache(past_key_values)
         past_length = 0 if cache is None else cache.get_seq_length()
         batch, length = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past_length + length, dtype=torch.long)
-        if attention_mask.shape != (batch, past_length + length):
-            raise ModelError.of(
-                "attention_mask",
-                tuple(attention_mask.shape),
-                f"its shape must be {(batch, past_length + length)}: rows, cached tokens + new tokens",
-                "Extend the mask by one column for each new token",
-            )
+        mask = _full_mask(attention_mask, batch, past_length + length)
         if position_ids is None:
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
+        tokens = (input_ids, mask, position_ids.expand(batch, -1))
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
         if self._is_fused and batch > 1 and length > 1 and past_length > 0:
-            positions = position_ids.expand(batch, -1)
-            output = self._token_by_token(input_ids, attention_mask, positions, cache, use_cache)
-            assert output.logits is not None
-            output.logits = output.logits[:, -logits_to_keep:]
-            return output
-        feeds = dict(zip(TOKEN_INPUTS, (input_ids, attention_mask, position_ids.expand(batch, -1)), strict=True))
+            logits, cache = self._token_by_token(*tokens, cache, use_cache)
+        else:
+            logits, cache = self._whole(tokens, cache, past_length, use_cache, logits_to_keep)
+        # a no-op where the file has chosen
+        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache)
+
+    def _whole(
+        self,
+        tokens: tuple[Tensor, Tensor, Tensor],
+        cache: DynamicCache | None,
+        past_length: int,
+        use_cache: bool,
+        logits_to_keep: int,
+    ) -> tuple[Tensor, DynamicCache | None]:
+        """All tokens in one run of the session: logits, and the cache with them if it is asked for."""
+        batch, length = tokens[0].shape
         layers: Sequence[DynamicLayer]
-        feeds = {n: t.to("cpu", torch.long).contiguous() for n, t in feeds.items() if n in self._token_inputs}
+        feeds = {
+            name: tensor.to("cpu", torch.long).contiguous()
+            for name, tensor in zip(TOKEN_INPUTS, tokens, strict=True)
+            if name in self._token_inputs
+        }
         if self._chooses_positions:
             feeds[LOGITS_TO_KEEP] = torch.tensor(logits_to_keep)
         if use_cache and self._appends_in_place:
             layers = roomy = self._layers_with_room(cache, batch, past_length, length)
-            memory = [states for layer in roomy for states in (layer.key_memory, layer.value_memory)]
-            feeds |= zip(self._past_names, memory, strict=True)
-            (logits,) = self._run(feeds, ["logits"], dict(zip(self._present_names, memory, strict=True)))
-            for layer in roomy:
-                layer.show(past_length + length)
+            logits = self._run_in_place(feeds, roomy, past_length + length)
         else:
             feeds |= self._past(cache, batch, past_length)
             logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
             layers = [cache_layer(*present[i : i + 2]) for i in range(0, len(present), 2)]
-        if use_cache:
-            cache = DynamicCache() if cache is None else cache
-            cache.layers[:] = layers
-        # a no-op where the file has chosen
-        logits = logits[:, -logits_to_keep:]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        if not use_cache:
+            return logits, None
+        cache = DynamicCache() if cache is None else cache
+        cache.layers[:] = layers
+        return logits, cache
+
+    def _run_in_place(self, feeds: dict[str, Tensor], layers: Sequence[LayerWithRoom], length: int) -> Tensor:
+        """Logits, while keys and values are written behind the past; the cache then has `length` tokens."""
+        memory = [states for layer in layers for states in (layer.key_memory, layer.value_memory)]
+        past = dict(zip(self._past_names, memory, strict=True))
+        present = dict(zip(self._present_names, memory, strict=True))
+        (logits,) = self._run(feeds | past, ["logits"], present)
+        for layer in layers:
+            layer.show(length)
+        return logits
 
     def _token_by_token(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        position_ids: Tensor,
-        cache: Any,
-        use_cache: bool,
-    ) -> CausalLMOutputWithPast:
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, use_cache: bool
+    ) -> tuple[Tensor, DynamicCache | None]:
         """ONNX Runtime's attention takes several tokens after a past in batches of one row only."""
         length, logits = input_ids.shape[1], list[Tensor]()
         past_length = attention_mask.shape[1] - length
-        if cache is not None and not use_cache:
+        if not use_cache:
             # the caller's cache is not to be extended
             layers, cache = cache.layers, DynamicCache()
             cache.layers[:] = [cache_layer(layer.keys, layer.values) for layer in layers]
@@ -241,7 +242,7 @@ class OnnxCausalLM(GenerationMixin):
             cache = output.past_key_values
             assert output.logits is not None
             logits.append(output.logits)
-        return CausalLMOutputWithPast(logits=torch.cat(logits, 1), past_key_values=cache if use_cache else None)
+        return torch.cat(logits, 1), cache if use_cache else None
 
     def can_generate(self) -> bool:
         """`True`; asked by transformers."""
@@ -316,6 +317,30 @@ class OnnxCausalLM(GenerationMixin):
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         return [shared_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
+
+
+def _check_logits_to_keep(logits_to_keep: Any) -> None:
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
+        raise ModelError.of(
+            "logits_to_keep",
+            logits_to_keep,
+            "it must be a number of positions, the last ones, at least 0",
+            "Give 0 for the logits of all positions, and choose among them",
+        )
+
+
+def _full_mask(mask: Tensor | None, batch: int, length: int) -> Tensor:
+    """The mask that was given, if it covers cached and new tokens, or one of ones."""
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.long)
+    if mask.shape != (batch, length):
+        raise ModelError.of(
+            "attention_mask",
+            tuple(mask.shape),
+            f"its shape must be {(batch, length)}: rows, cached tokens + new tokens",
+            "Extend the mask by one column for each new token",
+        )
+    return mask
 
 
 def _check_files(folder: Path, file: Path) -> None:
