@@ -121,7 +121,8 @@ def _export_into(session: Session, folder: Path) -> None:
         quiet=session.quiet,
     )
     obstacles = write_runtime_configs(folder, model, result)
-    session.report.export = {**result.to_dict(), "genai_obstacle": obstacles["genai"]}
+    result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles)
+    session.report.export = result.to_dict()
 
 
 def _quantization_rows(session: Session) -> torch.Tensor | None:

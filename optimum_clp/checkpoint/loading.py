@@ -13,6 +13,7 @@ from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from ..doors import ARCHITECTURES
 from ..errors import CLPError
 from .errors import load_error, model_error, quanto_error
 from .files import (
@@ -114,6 +115,7 @@ def load_config(
 
     Raises:
         ModelError: If there is none, it cannot be read, or it is not a dense causal language model's.
+        ConfigurationError: If another package adds this model type and cannot be imported.
     """
     name, hub = os.fspath(path), {"revision": revision, "token": token}
     if os.path.isdir(name):
@@ -121,6 +123,9 @@ def load_config(
     else:
         _refuse_local_looking(name)
         raw = _hub_config(name, hub)
+    if raw.get("model_type") in ARCHITECTURES:
+        # the package that adds a model type tells transformers of its classes when it is imported
+        ARCHITECTURES.get(raw["model_type"])
     check_config(name, raw, trust_remote_code)
     # transformers 4 does not know rope_parameters
     rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}

@@ -10,6 +10,8 @@ from typing import Any
 
 from ..configuration.settings import Setting
 from ..configuration.stages import all_settings
+from ..doors import ARCHITECTURES, RUNTIMES
+from ..registry import Registry
 
 # which stages run: options of their own, beside those of the stages
 STAGE_SWITCHES = ("tuning.enabled", "export.enabled", "quantization.quanto")
@@ -51,7 +53,8 @@ def segment(text: str) -> tuple[int, int]:
 
 def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     """`--model` and how it is loaded."""
-    group = parser.add_argument_group("model")
+    added = f"Also models of the type {_listed(ARCHITECTURES)}." if len(ARCHITECTURES) else None
+    group = parser.add_argument_group("model", added)
     group.add_argument("--model", required=True, metavar="MODEL", help=help_text)
     group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, if it does not lie beside the model")
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
@@ -136,7 +139,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Options of `ExportConfig`."""
-    _add_stage(parser.add_argument_group("ONNX export"), "export")
+    beside = f"Beside the files is written what runtimes read, {_listed(RUNTIMES)}."
+    _add_stage(parser.add_argument_group("ONNX export", beside), "export")
 
 
 def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> None:
@@ -177,6 +181,11 @@ def _add(group, *names: str) -> None:
         elif rule.several:
             options = {"action": SeveralAction, "names": rule.choices, "nargs": "+", "metavar": setting.metavar}
         group.add_argument(setting.flag, dest=setting.name, help=_help(setting), **options)
+
+
+def _listed(registry: Registry) -> str:
+    """What a registry has: `name: what it says; ...`."""
+    return "; ".join(f"{name}: {registry.says(name)}" for name in registry)
 
 
 def _help(setting: Setting) -> str:

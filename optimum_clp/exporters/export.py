@@ -210,7 +210,7 @@ class _QuantizedFiles:
         pack_projections(graph)
         store_scales_in_16_bits(graph, self.graph)
         bits = bits_per_weight(self.graph, graph)
-        self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits)
+        self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits, rounding=rounded.method)
         # the integers of one file are gone before those of the next are made
         drop_weights(graph)
 

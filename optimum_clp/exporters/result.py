@@ -29,6 +29,7 @@ class ExportedFile:
             the filling of rows; 32 in the float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
+        rounding (`str` or `None`): Name of the method that has rounded the weights; `None` in the float file.
     """
 
     file: Annotated[str, Key("Relative to the output folder.")]
@@ -48,6 +49,9 @@ class ExportedFile:
     ]
     max_relative_error: Annotated[float, Key("max|difference| / max|logit| against PyTorch in float32.", minimum=0)]
     seconds: Annotated[float, Key(minimum=0)]
+    rounding: Annotated[
+        str | None, Key("Method that has rounded the weights; null in the float file.", added=True)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,9 @@ class ExportResult:
             report.
         session_entries (`Mapping[str, str]`): Configuration entries of an ONNX Runtime session that runs the quantized
             files as they were checked; not in the report.
-        genai_obstacle (`str` or `None`): Why there is no `genai_config.json`, see [`write_runtime_configs`].
+        genai_obstacle (`str` or `None`): Why there is no `genai_config.json`: `runtimes["genai"]`, by the key of older reports.
+        runtimes (`Mapping[str, str | None]`): For each runtime of the registry why nothing was written for it, see
+            [`~exporters.export.write_runtime_configs`]; `None` where something was.
     """
 
     opset: Annotated[int, Key(minimum=1)]
@@ -76,6 +82,10 @@ class ExportResult:
     appends_in_place: Annotated[bool, Key(reported=False)] = False
     session_entries: Annotated[Mapping[str, str], Key(reported=False)] = field(default_factory=dict)
     genai_obstacle: Annotated[str | None, Key("Why there is no genai_config.json.", added=True)] = None
+    runtimes: Annotated[
+        Mapping[str, str | None],
+        Key("For each runtime, why nothing was written for it; null where something was.", added=True),
+    ] = field(default_factory=dict)
 
     @property
     def smallest(self) -> ExportedFile:

@@ -38,6 +38,7 @@ class FileWriter:
         nodes: QuantizedNodes | None = None,
         bits_per_weight: float | None = None,
         tolerance: float | None = None,
+        rounding: str | None = None,
     ) -> None:
         """Write and check one graph.
 
@@ -48,6 +49,7 @@ class FileWriter:
             nodes ([`~exporters.graph.count.QuantizedNodes`], *optional*): The quantized ones; none if not given.
             bits_per_weight (`float`, *optional*): Those of the weights as stored; those of `precision` if not given.
             tolerance (`float`, *optional*): Of the relative error; if not given, finite logits are enough.
+            rounding (`str`, *optional*): Name of the method that has rounded the weights.
 
         Raises:
             ExportError: If the file does not run, or its error is above the tolerance.
@@ -67,6 +69,7 @@ class FileWriter:
                 bits_per_weight=float(precision.bits) if bits_per_weight is None else bits_per_weight,
                 max_relative_error=error,
                 seconds=time.perf_counter() - started,
+                rounding=rounding,
             )
         )
 

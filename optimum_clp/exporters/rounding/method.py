@@ -52,12 +52,14 @@ class RoundedWeights:
         only (`tuple[Tensor, ...]`, *optional*): The model's weights that are quantized, if it is not all of them; these are
             then all in `matrices`.
         in_8_bits (`tuple[str, ...]`): Weights of an int4 file that get 8 bits; a method leaves it alone.
+        method (`str`, *optional*): Name of the method that has rounded, where the choice was left to another one.
     """
 
     matrices: dict[str, RoundedMatrix] = field(default_factory=dict)
     rounding: Rounding | None = None
     only: tuple[Tensor, ...] | None = None
     in_8_bits: tuple[str, ...] = ()
+    method: str | None = None
 
 
 class RoundingMethod(Protocol):

@@ -62,7 +62,7 @@ def round_weights(
         quiet (`bool`): No progress bar.
 
     Returns:
-        [`RoundedWeights`]: With the weights that the budget gives 8 bits.
+        [`RoundedWeights`]: With the weights that the budget gives 8 bits, and the name of the method that has rounded.
 
     Raises:
         QuantizationError: If the budget is too small, or the model's hidden states are not finite.
@@ -74,7 +74,8 @@ def round_weights(
         costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
         in_8_bits = plan_bits(matrices, costs, block_size, quantization.bits_per_weight)
     problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet)
-    return dataclasses.replace(rounding_method(quantization).round(problem), in_8_bits=in_8_bits)
+    rounded = rounding_method(quantization).round(problem)
+    return dataclasses.replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
 
 
 def _reads_text(quantization: QuantizationConfig) -> bool:

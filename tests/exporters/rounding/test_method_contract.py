@@ -1,4 +1,4 @@
-"""The contract of a rounding method, for every name in the registry; another package can hold its own method to it."""
+"""The contract of a rounding method, for every name in the registry: the built-in ones, and those of other packages that are installed."""
 
 import functools
 from types import SimpleNamespace
@@ -24,8 +24,7 @@ from optimum_clp.exporters.rounding.weights import needs_calibration, round_weig
 from optimum_clp.planning.footprint import onnx_weight_bytes
 from optimum_clp.precisions import INT4, PRECISIONS, QUANTIZED
 
-# what other packages have added is theirs to test
-METHODS = [name for name in ROUNDINGS if ROUNDINGS.row(name).package is None]
+METHODS = list(ROUNDINGS)
 TEXTS = {"a text": random_tokens(6, 20, seed=1), "another": random_tokens(6, 20, seed=2), "none": None}
 # a tied weight is in the graph under one of its names
 EMBEDDING = "lm_head.weight"
