@@ -117,7 +117,9 @@ class _OutputErrors:
         self.totals = dict.fromkeys(self.modules.values(), 0.0)
 
     def hooks(self) -> dict[nn.Module, Callable]:
-        return {m: self._embedding_hook if m is self.embedding else self._linear_hook for m in self.modules}
+        linear = {module: self._linear_hook for module in self.modules if module is not self.embedding}
+        # also where it stays in float: gradients begin there
+        return {self.embedding: self._embedding_hook, **linear}
 
     def _error(self, module: nn.Module) -> tuple[str, Tensor, Tensor]:
         weight: Any = module.weight
@@ -149,7 +151,8 @@ class _OutputErrors:
             scale = (output.detach() * rows).sum() / rows.square().sum()
             self.totals[name] += _squared(gradient * scale * error[args[0]])
 
-        output.register_hook(backward)
+        if module in self.modules:
+            output.register_hook(backward)
         return output
 
 

@@ -280,6 +280,16 @@ def test_costs_are_near_the_divergence_of_each_matrix_alone():
     assert np.corrcoef(order)[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_costs_are_the_same_beside_an_embedding_that_stays_in_float(tied):
+    model = onnx_test_model("llama", tied=tied, num_layers=1)
+    names = [name for name, parameter in model.named_parameters() if parameter.dim() == 2]
+    others = [name for name in names if name != "model.embed_tokens.weight"]
+    costs = rounding_costs(model, TOKENS, names, 16, quiet=True)
+    assert rounding_costs(model, TOKENS, others, 16, quiet=True) == {name: costs[name] for name in others}
+    assert min(costs.values()) > 0
+
+
 def test_plan_spends_the_budget_on_what_costs_most():
     matrices = {
         "small": GraphMatrix(16, 32),
