@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_clp import processes
-from optimum_clp.commands.session import execute
+from optimum_clp.commands.running import execute
 
 LAUNCH = [
     sys.executable,

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ..version import __version__
 from . import evaluate, export, prune, quantize, search, tune
-from .session import execute
+from .running import execute
 
 DESCRIPTION = "Continuous layer pruning of causal language models: search, cut, tune, quantize, export to ONNX."
 COMMANDS: dict[str, ModuleType] = {

@@ -7,7 +7,7 @@ from ..errors import ConfigurationError
 from ..report.report import REPORT_NAME
 from ..report.tables import Column, record_cells, text_table
 from . import arguments
-from .session import Answer, load_pruner, read_config
+from .running import Answer, load_pruner, read_config
 
 HELP = "measure perplexity and task accuracy, and with --reference the KL to the dense model"
 USAGE = "--model MODEL [--file ONNX] [--reference DENSE] [--dataset TEXT] [--tasks NAME=FILE ...] [options]"

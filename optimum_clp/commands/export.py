@@ -4,7 +4,7 @@ import argparse
 
 from ..report.tables import format_bytes, text_table
 from . import arguments
-from .session import Answer, load_cut_pruner, required_output
+from .running import Answer, load_cut_pruner, required_output
 
 HELP = "write the cut model as ONNX files: float, int8, int4"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"

@@ -7,7 +7,7 @@ from types import ModuleType
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .clp import COMMANDS, DESCRIPTION, fill_parser
-from .session import execute
+from .running import execute
 
 
 class _Subcommand(BaseOptimumCLICommand):

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
-from .session import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
+from .running import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"

@@ -5,7 +5,7 @@ import argparse
 from ..configuration.stages import WEIGHTS
 from ..report.tables import format_bytes
 from . import arguments
-from .session import Answer, load_cut_pruner, required_output
+from .running import Answer, load_cut_pruner, required_output
 
 HELP = "write an optimum-quanto checkpoint of the cut model (ONNX files are made by `export`)"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report.tables import cell, is_known, text_table
 from . import arguments
-from .session import Answer, load_pruner, output_folder, read_config
+from .running import Answer, load_pruner, output_folder, read_config
 
 HELP = "find the layers to remove, and remove nothing"
 USAGE = "--model MODEL [options] [OUTPUT]"

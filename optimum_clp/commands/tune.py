@@ -5,7 +5,7 @@ from typing import Any
 
 from ..report.tables import cell
 from . import arguments
-from .session import Answer, load_cut_pruner, required_output
+from .running import Answer, load_cut_pruner, required_output
 
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"

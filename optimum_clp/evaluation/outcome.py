@@ -89,7 +89,7 @@ def measure_outcome(
     Returns:
         `dict`: The `evaluation` section of the report.
     """
-    table = Measurements(tokens, text, dense, batch_size=batch_size, quiet=quiet)
+    measurements = Measurements(tokens, text, dense, batch_size=batch_size, quiet=quiet)
     models: dict[str, PreTrainedModel] = {}
     if dense is not None:
         models["dense"] = dense
@@ -98,13 +98,13 @@ def measure_outcome(
     models["tuned" if tuned else "cut"] = pruned
     makers: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        table.add_model(name, model)
+        measurements.add_model(name, model)
         makers[name] = partial(_given, model)
     for entry in export["files"] if export else ():
-        table.add_file(folder, entry, pruned)
+        measurements.add_file(folder, entry, pruned)
         makers[PRECISIONS[entry["weights"]].row_name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
-    table.add_speed(makers)
-    return table.to_dict()
+    measurements.add_speed(makers)
+    return measurements.to_dict()
 
 
 class Measurements:

@@ -211,31 +211,31 @@ def run_without_head(model: PreTrainedModel, tokens: Tensor, attention_mask: Ten
     base(input_ids=tokens.to(model.device), **options)
 
 
-def layer_forms(model: PreTrainedModel) -> tuple[int | None, ...]:
+def output_lengths(model: PreTrainedModel) -> tuple[int | None, ...]:
     """What each decoder layer returns: `None` for a tensor, the length of a tuple otherwise.
 
     It differs between architectures and between versions of transformers, so it is seen in a forward pass of one token.
     """
     layers = decoder_layers(model)
-    forms: dict[int, int | None] = {}
+    lengths: dict[int, int | None] = {}
 
     def noting(index: int) -> AfterForward:
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            forms[index] = len(output) if isinstance(output, (tuple, list)) else None
+            lengths[index] = len(output) if isinstance(output, (tuple, list)) else None
 
         return note
 
     hooks = [(layer, noting(index)) for index, layer in enumerate(layers)]
     with torch.no_grad(), evaluation_mode(model), hooked(after=hooks):
         run_without_head(model, torch.zeros(1, 1, dtype=torch.long))
-    return tuple(forms[index] for index in range(len(layers)))
+    return tuple(lengths[index] for index in range(len(layers)))
 
 
-def hand_on(form: int | None, value: Tensor | None = None):
+def hand_on(length: int | None, value: Tensor | None = None):
     """A layer's forward that computes nothing.
 
     Args:
-        form (`int` or `None`): What the layer returns, from [`layer_forms`].
+        length (`int` or `None`): What the layer returns, from [`output_lengths`].
         value (`Tensor`, *optional*): What it hands on; its input if not given.
 
     Returns:
@@ -245,7 +245,7 @@ def hand_on(form: int | None, value: Tensor | None = None):
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = layer_input(args, kwargs)
         hidden = hidden if value is None else value.to(hidden.device)
-        return hidden if form is None else (hidden, *[None] * (form - 1))
+        return hidden if length is None else (hidden, *[None] * (length - 1))
 
     return forward
 

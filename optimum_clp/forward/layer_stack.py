@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, find_architecture
-from .hooks import hand_on, hooked, layer_forms, mixed_with_input, replaced_forward, replaced_output
+from .hooks import hand_on, hooked, mixed_with_input, output_lengths, replaced_forward, replaced_output
 
 
 class LayerStack:
@@ -29,7 +29,7 @@ class LayerStack:
 
     def __init__(self, model: PreTrainedModel):
         self.layers = decoder_layers(model)
-        self._forms = layer_forms(model)
+        self._output_lengths = output_lengths(model)
         self._threads_state = find_architecture(model.config).threads_state
         self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
 
@@ -56,7 +56,7 @@ class LayerStack:
                 stack.enter_context(replaced_output(self.layers[first - 1], hidden))
             else:
                 for index in range(first):
-                    forward = hand_on(self._forms[index], hidden if index == first - 1 else None)
+                    forward = hand_on(self._output_lengths[index], hidden if index == first - 1 else None)
                     stack.enter_context(replaced_forward(self.layers[index], forward))
             yield
 
@@ -99,7 +99,7 @@ class LayerStack:
                 stack.enter_context(self.resumed(first, hidden))
             for index in range(first, len(gate)):
                 if gate[index] == 0 and not self._threads_state:
-                    stack.enter_context(replaced_forward(self.layers[index], hand_on(self._forms[index])))
+                    stack.enter_context(replaced_forward(self.layers[index], hand_on(self._output_lengths[index])))
                 elif gate[index] != 1:
                     stack.enter_context(hooked(after=[(self.layers[index], mixed_with_input(gate[index]))]))
             yield
@@ -118,7 +118,7 @@ class LayerStack:
         given: list[Tensor] = []
 
         def last(*args: Any, **kwargs: Any) -> Any:
-            return hand_on(self._forms[-1], given[0])(*args, **kwargs)
+            return hand_on(self._output_lengths[-1], given[0])(*args, **kwargs)
 
         def logits(hidden: Tensor) -> Tensor:
             given[:] = [hidden]
@@ -130,7 +130,7 @@ class LayerStack:
                 given.clear()
 
         with ExitStack() as stack:
-            for layer, form in zip(self.layers[:-1], self._forms[:-1], strict=True):
-                stack.enter_context(replaced_forward(layer, hand_on(form)))
+            for layer, length in zip(self.layers[:-1], self._output_lengths[:-1], strict=True):
+                stack.enter_context(replaced_forward(layer, hand_on(length)))
             stack.enter_context(replaced_forward(self.layers[-1], last))
             yield logits

@@ -203,7 +203,7 @@ def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
     matrix (`sdpa`; `eager` does), a gated MLP. With `b` bytes in a number, width `H`, query, key and value widths `q`,
     `k`, `v` and MLP width `I`, a frozen layer keeps `8 (H + 1) + b (2q + k + v + 3I)`, and a trained one
     `b (4H + q + I)` more, the inputs of its weights. Other layers go by the same rule over their modules: a norm keeps
-    its input, in each block of linear layers the last keeps its input and the others their output. Neither masks nor
+    its input, in each sublayer of linear layers the last keeps its input and the others their output. Neither masks nor
     sparse experts are understood: the figure is rough there.
 
     Args:
@@ -214,12 +214,12 @@ def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
     Returns:
         `int`: Bytes for each token.
     """
-    norms, blocks = list(_norm_widths(layer)), list(_linear_blocks(layer))
+    norms, sublayers = list(_norm_widths(layer)), list(_sublayers(layer))
     total = sum(map(norm_activations, norms))
-    for linears in blocks:
+    for linears in sublayers:
         total += itemsize * (linears[-1].in_features + sum(linear.out_features for linear in linears[:-1]))
     if trained:
-        total += itemsize * (2 * sum(norms) + sum(linears[-1].in_features for linears in blocks))
+        total += itemsize * (2 * sum(norms) + sum(linears[-1].in_features for linears in sublayers))
     return total
 
 
@@ -248,7 +248,7 @@ def _norm_widths(layer: nn.Module) -> Iterator[int]:
             yield projection.out_features if isinstance(projection, nn.Linear) else own[0].numel()
 
 
-def _linear_blocks(layer: nn.Module) -> Iterator[list[nn.Linear]]:
+def _sublayers(layer: nn.Module) -> Iterator[list[nn.Linear]]:
     """The linear layers of each submodule that holds some directly, in the order of their declaration."""
     for module in layer.modules():
         linears = [child for child in module.children() if isinstance(child, nn.Linear)]

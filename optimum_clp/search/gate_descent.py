@@ -63,7 +63,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
     end = objective.spent + problem.budget
     trajectory: list[GateStep] = []
 
-    def look(step: int, starts: Sequence[float], steepness: float, share: float) -> list[float]:
+    def losses_at(step: int, starts: Sequence[float], steepness: float, share: float) -> list[float]:
         gates = [snapped(concave_gate(s, length, objective.num_layers, steepness)) for s in starts]
         taken = rows.take(affordable_rows(objective, gates, share * problem.budget))
         losses = objective.mean_kl(gates, taken, "Gate search")
@@ -75,7 +75,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
     places = places_along(room, length)
     spacing = places[1] - places[0] if len(places) > 1 else 1.0
     steepness = min(FINAL_STEEPNESS, problem.config.initial_steepness / length)
-    losses = look(0, places, steepness, SWEEP_SHARE)
+    losses = losses_at(0, places, steepness, SWEEP_SHARE)
     ranked = [s for _, s in sorted(zip(losses, places, strict=True))]
     starts = _valleys_first(places, losses)[:STARTS]
     widths = radii(spacing / 2)
@@ -83,7 +83,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
         # the sides are as wide as the region that is looked at
         steepness *= 2 if step > 1 else 1
         sides = [min(float(room), max(0.0, s + side * radius)) for s in starts for side in (-1, 0, 1)]
-        losses = look(step, sides, min(FINAL_STEEPNESS, steepness), DESCENT_SHARE / len(widths))
+        losses = losses_at(step, sides, min(FINAL_STEEPNESS, steepness), DESCENT_SHARE / len(widths))
         moved = []
         for i, s in enumerate(starts):
             three = losses[3 * i : 3 * i + 3]
@@ -94,7 +94,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
     centres = [float(round(s)) for s in starts[:SETTLING_STARTS]]
     for step in range(len(widths) + 1, len(widths) + 1 + SETTLING_ROUNDS):
         window = sorted({c + i for c in centres for i in (-2, -1, 0, 1, 2) if 0 <= c + i <= room})
-        losses = look(step, window, FINAL_STEEPNESS, SETTLING_SHARE / SETTLING_ROUNDS)
+        losses = losses_at(step, window, FINAL_STEEPNESS, SETTLING_SHARE / SETTLING_ROUNDS)
         settled |= zip(window, losses, strict=True)
         lowest = [min((w for w in window if abs(w - c) <= 2), key=settled.__getitem__) for c in centres]
         if all(abs(low - c) < 2 or low in (0, room) for low, c in zip(lowest, centres, strict=True)):

@@ -230,19 +230,19 @@ class Objective:
         sums = torch.zeros(3, len(finals), rows, dtype=torch.float64)
         with self.stack.head(self.model) as head:
             for where in self._memory.pieces(rows, length):
-                teacher = head(dense[where]).float().log_softmax(-1)
-                probabilities = teacher.exp()
-                label = labels[where].to(teacher.device)[..., None]
-                entropy = -teacher.gather(-1, label)[..., 0]
+                dense_log = head(dense[where]).float().log_softmax(-1)
+                probabilities = dense_log.exp()
+                label = labels[where].to(dense_log.device)[..., None]
+                entropy = -dense_log.gather(-1, label)[..., 0]
                 sums[2, :, where[0]] += (entropy.cpu() * predicted[where]).double().sum(1)
                 for index, final in enumerate(finals):
-                    student = head(final[where]).float().log_softmax(-1)
-                    entropy = -student.gather(-1, label)[..., 0]
-                    kl = torch.sub(teacher, student, out=student).mul_(probabilities).sum(-1)
-                    del student
+                    cut_log = head(final[where]).float().log_softmax(-1)
+                    entropy = -cut_log.gather(-1, label)[..., 0]
+                    kl = torch.sub(dense_log, cut_log, out=cut_log).mul_(probabilities).sum(-1)
+                    del cut_log
                     sums[0, index, where[0]] += (kl.cpu() * weights[where]).double().sum(1)
                     sums[1, index, where[0]] += (entropy.cpu() * predicted[where]).double().sum(1)
-                del teacher, probabilities
+                del dense_log, probabilities
         counts = torch.stack([weights.sum(1), predicted.sum(1), predicted.sum(1)]).double().clamp(min=1)[:, None]
         kl, loss, dense_loss = sums / counts
         return {"kl": kl, "loss": loss, "dense_loss": dense_loss[0]}

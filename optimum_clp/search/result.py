@@ -61,7 +61,7 @@ class ScoredCut:
 
 @dataclass(frozen=True)
 class GateStep:
-    """One look at the gate on its way.
+    """One step of the gate on its way.
 
     Args:
         step (`int`): 0 for the sweep along the stack, then counted up.

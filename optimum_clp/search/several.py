@@ -74,7 +74,7 @@ def _gate(problem: SearchProblem, valleys: Valleys, steepness: float) -> Gate:
 
 def _best_sums(problem: SearchProblem) -> list[Cut]:
     """Cuts of one to `num_segments` segments by the sum of what single valleys cost, the cheapest first."""
-    table = _cost_of_single_valleys(problem)
+    costs = _cost_of_single_valleys(problem)
     # best[r]: the cheapest ways to have removed r layers below the layer at hand, the one below it kept
     Ways = list[tuple[float, Cut]]
     total = problem.num_removed
@@ -85,7 +85,7 @@ def _best_sums(problem: SearchProblem) -> list[Cut]:
             _keep(best, layer + 1, removed, ways)
             for length in range(1, min(total - removed, problem.num_layers - layer) + 1):
                 longer = [
-                    (cost + table[length][layer], (*cut, LayerSegment(layer, layer + length)))
+                    (cost + costs[length][layer], (*cut, LayerSegment(layer, layer + length)))
                     for cost, cut in ways
                     if len(cut) < problem.num_segments
                 ]
@@ -120,19 +120,19 @@ def _cost_of_single_valleys(problem: SearchProblem) -> list[list[float]]:
     rows = problem.rows.take(affordable_rows(problem.objective, gates, _MAP_SHARE * problem.budget))
     found = problem.objective.mean_kl(gates, rows, "Map of single valleys")
     measured = dict(zip(pairs, found, strict=True))
-    table = [[0.0] * (depth + 1)]
+    costs = [[0.0] * (depth + 1)]
     for length in range(1, total + 1):
         above = next(n for n in lengths if n >= length)
         below = max((n for n in lengths if n <= length), default=above)
         share = (length - below) / (above - below) if above > below else 0.0
-        table.append(
+        costs.append(
             [
                 (1 - share) * _between([(s, measured[below, s]) for s in places[below]], start)
                 + share * _between([(s, measured[above, s]) for s in places[above]], start)
                 for start in range(depth - length + 1)
             ]
         )
-    return table
+    return costs
 
 
 def _between(points: list[tuple[float, float]], x: float) -> float:

@@ -26,7 +26,7 @@ from ..architecture.lookup import (
     within_context,
 )
 from ..errors import CutError
-from ..forward.hooks import evaluation_mode, hand_on, layer_forms, replaced_forward, run_without_head
+from ..forward.hooks import evaluation_mode, hand_on, output_lengths, replaced_forward, run_without_head
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""
@@ -99,22 +99,22 @@ def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
     old_modules = dict(dense.named_modules(remove_duplicate=False))
     expected = {n for n in old_modules if _survives(n, path, kept)}
     for name, module in cut.named_modules(remove_duplicate=False):
-        twin_name = old_name(path, kept, name)
-        twin = old_modules.get(twin_name)
-        expected.discard(twin_name)
+        dense_name = old_name(path, kept, name)
+        counterpart = old_modules.get(dense_name)
+        expected.discard(dense_name)
         where = _shown(path, name)
-        if twin is None:
+        if counterpart is None:
             yield where, type(module).__name__, None
-        elif type(module) is not type(twin):
-            yield f"class of {where}", type(module).__name__, type(twin).__name__
+        elif type(module) is not type(counterpart):
+            yield f"class of {where}", type(module).__name__, type(counterpart).__name__
         elif name.startswith(path + "."):
             index = int(name[len(path) + 1 :].partition(".")[0])
-            for attribute, is_, should in _attribute_differences(module, twin):
+            for attribute, is_, should in _attribute_differences(module, counterpart):
                 should = _new_index(old_modules, path, name, index, attribute, should)
                 if is_ != should and not _of_all_layers(is_, should, kept, before):
                     yield f"{where}.{attribute}", is_, should
         else:
-            for attribute, is_, should in _attribute_differences(module, twin):
+            for attribute, is_, should in _attribute_differences(module, counterpart):
                 if attribute.endswith("layer_idx") and isinstance(should, int):
                     should = sum(i < should for i in kept)  # a border between layers
                 is_count = (is_, should) == (len(kept), before)
@@ -168,9 +168,9 @@ def _new_index(modules: dict[str, nn.Module], path: str, name: str, index: int, 
     return getattr(here, attribute, index)
 
 
-def _attribute_differences(module: nn.Module, twin: nn.Module) -> Iterator[Difference]:
+def _attribute_differences(module: nn.Module, counterpart: nn.Module) -> Iterator[Difference]:
     """Plain values (numbers, strings, and lists and mappings of them) that two modules of one class do not share."""
-    for attribute, value in vars(twin).items():
+    for attribute, value in vars(counterpart).items():
         if attribute.startswith("_") or attribute in _BOOKKEEPING or not _is_plain(value):
             continue
         found = getattr(module, attribute, None)
@@ -208,9 +208,9 @@ def _tensor_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
 
 def _argument_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
     ids = torch.zeros(1, _probe_length(dense), dtype=torch.long)
-    forms = layer_forms(dense)
-    old = _layer_arguments(dense, ids, forms)
-    new = _layer_arguments(cut, ids, [forms[i] for i in kept])
+    lengths = output_lengths(dense)
+    old = _layer_arguments(dense, ids, lengths)
+    new = _layer_arguments(cut, ids, [lengths[i] for i in kept])
     for j, i in enumerate(kept):
         for what, is_, should in _value_differences(new[j], old[i], "argument"):
             # a layer may be told its index
@@ -225,13 +225,13 @@ def _probe_length(model: PreTrainedModel) -> int:
     return max(1, within_context(min(window + 8, _LONGEST_PROBE), model.config))
 
 
-def _layer_arguments(model: PreTrainedModel, ids: Tensor, forms: Sequence[int | None]) -> list[tuple]:
+def _layer_arguments(model: PreTrainedModel, ids: Tensor, lengths: Sequence[int | None]) -> list[tuple]:
     """What each layer is called with; no layer is computed, each hands its input on."""
     layers = decoder_layers(model)
     seen: list[tuple] = [()] * len(layers)
 
     def recorder(index: int):
-        skip = hand_on(forms[index])
+        skip = hand_on(lengths[index])
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             seen[index] = (args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
