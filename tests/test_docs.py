@@ -12,20 +12,6 @@ PACKAGE = ROOT / "optimum_clp"
 BASES = (ROOT, PACKAGE, PACKAGE / "exporters", ROOT / "tests", ROOT / "benchmarks")
 # installed elsewhere under this name
 OF_OTHERS = {"optimum/commands/register/register_clp.py"}
-# of branches that are not merged yet: to be removed then
-COMING = {
-    "optimum_clp/resume.py",
-    "search/recipe.py",
-    "tuning/recipe.py",
-    "exporters/rounding/method.py",
-    "exporters/runtimes/runtime.py",
-    "rounding/input_grams.py",
-    "rounding/method.py",
-    "runtimes/runtime.py",
-    "optimum_clp/tuning/losses.py",
-    "tuning/losses.py",
-    "tuning/starts.py",
-}
 # dotted names that are no modules: entry-point groups, metadata of files
 GROUPS = {f"optimum_clp.{kind}" for kind in ("accuracy_level", "attention", "strategies", "losses", "starts")}
 GROUPS |= {f"optimum_clp.{kind}" for kind in ("roundings", "runtimes", "architectures")}
@@ -66,9 +52,7 @@ def broken_links(page, text):
 def missing_files(text):
     """Paths of Python files in backticks, with a folder, that are nowhere."""
     paths = re.findall(r"`((?:[\w.-]+/)+\w+\.py)`", _FENCE.sub("", text))
-    return [
-        path for path in paths if path not in OF_OTHERS | COMING and not any((base / path).is_file() for base in BASES)
-    ]
+    return [path for path in paths if path not in OF_OTHERS and not any((base / path).is_file() for base in BASES)]
 
 
 def missing_names(text):
