@@ -17,6 +17,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,13 @@ def main() -> int:
     parser.add_argument("--text", required=True, help="text for the recipes that are given some")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
     parser.add_argument("--expect", type=Path, help="JSON file of an earlier run to compare with")
+    parser.add_argument(
+        "--added", nargs="+", default=[], metavar="KEY", help="keys of JSON files that came later, and are left out"
+    )
     args = parser.parse_args()
     found = {}
     for name in RECIPES:
-        found[name] = run(name, args.model, args.text)
+        found[name] = run(name, args.model, args.text, args.added)
         args.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     if args.expect is None:
         return 0
@@ -86,14 +90,14 @@ def main() -> int:
     return 1 if different else 0
 
 
-def run(name: str, model: str, text: str) -> dict[str, str]:
+def run(name: str, model: str, text: str, added: Sequence[str] = ()) -> dict[str, str]:
     """Prune a model by a recipe, and hash every file of the output folder."""
     with tempfile.TemporaryDirectory() as parent:
         output = Path(parent) / "output"
         pruner = CLPPruner.from_pretrained(model, quiet=True)
         pruner.prune(configuration(name, text, f"{parent}/cache"), output)
         files = sorted(file for file in output.rglob("*") if file.is_file() and file.name != "README.md")
-        return {str(file.relative_to(output)): digest(file) for file in files}
+        return {str(file.relative_to(output)): digest(file, added) for file in files}
 
 
 def differences(expected: dict[str, dict[str, str]], found: dict[str, dict[str, str]]) -> list[str]:
@@ -106,13 +110,13 @@ def differences(expected: dict[str, dict[str, str]], found: dict[str, dict[str, 
     return lines
 
 
-def digest(file: Path) -> str:
-    """The hash of a file, of a JSON file without what is volatile in it."""
+def digest(file: Path, added: Sequence[str] = ()) -> str:
+    """The hash of a file, of a JSON file without what is volatile in it and without keys that came later."""
     content = file.read_bytes()
     if file.suffix == ".onnx":
         content = graph_content(file)
     if file.suffix == ".json":
-        content = json.dumps(lasting(json.loads(content)), sort_keys=True).encode()
+        content = json.dumps(lasting(json.loads(content), added), sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -127,11 +131,12 @@ def graph_content(file: Path) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
-def lasting(value: Any) -> Any:
-    """A JSON value without the keys that have a word of [`VOLATILE`]."""
+def lasting(value: Any, added: Sequence[str] = ()) -> Any:
+    """A JSON value without the keys that have a word of [`VOLATILE`], or are `added`."""
     if isinstance(value, dict):
-        return {k: lasting(v) for k, v in value.items() if not any(word in k for word in VOLATILE)}
-    return [lasting(item) for item in value] if isinstance(value, list) else value
+        kept = {k: v for k, v in value.items() if k not in added and not any(word in k for word in VOLATILE)}
+        return {k: lasting(v, added) for k, v in kept.items()}
+    return [lasting(item, added) for item in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":
