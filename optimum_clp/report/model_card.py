@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from ..doors import STARTS
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .report import CLPReport
 from .tables import Column, cell, describe_loss, format_bytes, format_count, markdown_table, record_cells
@@ -241,7 +242,7 @@ def _recovery(report: CLPReport, folder: Path) -> str:
     init = tuning.get("init")
     if init and init["kept"]:
         text += (
-            f"They started from a closed-form solution for their output projections ({init['method'].replace('_', ' ')}), "
+            f"They started from {_start(init)}, "
             f"which took the validation loss from {cell(init['loss_before'], '.4f')} to {cell(init['loss_after'], '.4f')}. "
         )
     before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
@@ -252,6 +253,14 @@ def _recovery(report: CLPReport, folder: Path) -> str:
             f"The validation loss went from {before:.4f} to {after:.4f} nats per token (step {tuning['best_step']})."
         )
     return "\n\n".join(["## Recovery", text, *_picture(folder, TUNING_PLOT, "Losses while tuning")])
+
+
+def _start(init: dict[str, Any]) -> str:
+    """What the trained layers started from; all starts of this package are closed-form, another one is called by its name."""
+    name = init["method"]
+    if name in STARTS and STARTS.row(name).package is None:
+        return f"a closed-form solution for their output projections ({name.replace('_', ' ')})"
+    return f"the start `{name}`"
 
 
 def _measurements(report: CLPReport) -> str:

@@ -172,9 +172,12 @@ def test_a_closed_form_start_is_told(tmp_path):
     }  # fmt: skip
     text = write(report, tmp_path)
     assert "output projections (least squares), which took the validation loss from 0.4100 to 0.1700." in text
+    assert "They started from a closed-form solution for their output projections" in text
     assert "tokens of corpus.txt and text that the dense model wrote itself." in text
+    report.tuning["init"]["method"] = "of_another_package"
+    assert "They started from the start `of_another_package`, which took" in write(report, tmp_path)
     report.tuning["init"]["kept"] = False
-    assert "closed-form" not in write(report, tmp_path)
+    assert "started from" not in write(report, tmp_path)
 
 
 def test_tuning_that_did_not_help_is_told(tmp_path):
