@@ -1,6 +1,7 @@
 """What keeps a model from becoming an ONNX file, found before any work: from its structure and one short forward pass."""
 
 import inspect
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..architecture.lookup import text_config
 from ..errors import Problem
-from ..forward.hooks import evaluation_mode
+from ..forward.hooks import evaluation_mode, hooked
 from .experts import experts_modules
 
 # The rotary frequencies of these types depend on the length of the text, which a traced graph would freeze.
@@ -120,17 +121,18 @@ class _Watch(TorchDispatchMode):
         self.path: list[str] = []
         self.exempt = set(experts_modules(model))
         self.found: list[str] = []
-        self.hooks: list[Any] = []
+        self.hooks = ExitStack()
 
     def __enter__(self):
+        enter, leave = [], []
         for name, module in self.model.named_modules():
-            self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)))
-            self.hooks.append(module.register_forward_hook(self._leave, always_call=True))
+            enter.append((module, lambda *_, name=name: self.path.append(name)))
+            leave.append((module, self._leave))
+        self.hooks.enter_context(hooked(enter, leave, always_call=True))
         return super().__enter__()
 
     def __exit__(self, *error):
-        for hook in self.hooks:
-            hook.remove()
+        self.hooks.close()
         return super().__exit__(*error)
 
     def _leave(self, *_):

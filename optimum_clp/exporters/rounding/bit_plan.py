@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...errors import QuantizationError
+from ...forward.hooks import hooked
 from ...progress import progress_bar
 from ..experts import unrolled_experts
 from .input_grams import linear_matrix, weight_names
@@ -87,8 +88,7 @@ def rounding_costs(
     generator = torch.Generator().manual_seed(seed)
     with unrolled_experts(model), torch.enable_grad(), ExitStack() as stack:
         watch = _OutputErrors(model, names, block_size)
-        for module, hook in watch.hooks().items():
-            stack.callback(module.register_forward_hook(hook).remove)
+        stack.enter_context(hooked(after=watch.hooks().items()))
         bar = stack.enter_context(progress_bar(len(rows), "Sensitivity of the weights", quiet))
         for row in rows:
             log_probabilities = model(input_ids=row[None], use_cache=False).logits[0].float().log_softmax(-1)
@@ -130,7 +130,7 @@ class _OutputErrors:
             self.rounded[name] = round_to_nearest(matrix.numpy(), 4, self.block_size)
         return name, matrix, torch.from_numpy(self.rounded[name].dequantize()) - matrix
 
-    def _linear_hook(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _linear_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         inputs = args[0].detach()
 
         def backward(gradient: Tensor) -> None:
@@ -140,7 +140,7 @@ class _OutputErrors:
         if output.requires_grad:
             output.register_hook(backward)
 
-    def _embedding_hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def _embedding_hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
         # no weight requires a gradient: from here on everything does
         output = output.detach().requires_grad_().clone()
 

@@ -1,13 +1,12 @@
 """Which modules of a layer depend on which others, seen in the graph that autograd keeps of one forward pass."""
 
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...forward.hooks import layer_input
+from ...forward.hooks import hooked, layer_input
 
 
 def dependency_levels(
@@ -43,18 +42,15 @@ def dependency_levels(
                 nodes.extend(parent for parent, _ in node.next_functions)
         return highest
 
-    def before(module: nn.Module, args: tuple) -> None:
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         level = max(level_of(args[0]), levels.pop(module, 0))
         levels[module] = level
 
-    def after(module: nn.Module, args: tuple, output: Tensor) -> None:
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
         behind[output.grad_fn] = levels[module] + 1
 
-    with torch.enable_grad(), ExitStack() as stack:
-        stack.callback(layer.register_forward_pre_hook(_follow, with_kwargs=True).remove)
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(before).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+    entered = [(layer, _follow), *((module, before) for module in modules)]
+    with torch.enable_grad(), hooked(entered, [(module, after) for module in modules]):
         run()
     return [
         found

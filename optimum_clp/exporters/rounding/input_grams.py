@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import QuantizationError
-from ...forward.hooks import layer_hidden, recorded_inputs, replaced_input, run_without_head, stopped_before
+from ...forward.hooks import (
+    hooked,
+    recorded_inputs,
+    recorded_outputs,
+    replaced_input,
+    run_without_head,
+    stopped_before,
+)
 from ...forward.layer_stack import LayerStack
 from ...progress import progress_bar
 from ..experts import unrolled_experts
@@ -212,7 +219,7 @@ class _Visitor:
     def _run(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor | None:
         """What leaves a layer, `[rows, length, hidden]`; `state` has entered it. Nothing if the pass ends within the layer, and
         for the number of layers, which stands for the head."""
-        seen: list[Tensor] = []
+        seen: dict[int, Tensor] = {}
         with ExitStack() as stack:
             if state is not None:
                 resumed = self.stack.resumed(index, state) if index else replaced_input(self.stack.layers[0], state)
@@ -220,12 +227,11 @@ class _Visitor:
             if index == len(self.stack):
                 self.model(input_ids=batch, use_cache=False)
                 return None
-            layer = self.stack.layers[index]
-            stack.callback(layer.register_forward_hook(lambda _, __, out: seen.append(layer_hidden(out))).remove)
+            seen = stack.enter_context(recorded_outputs(self.stack.layers, [index]))
             if index + 1 < len(self.stack):
                 stack.enter_context(stopped_before(self.stack.layers[index + 1]))
             run_without_head(self.model, batch)
-        return seen[-1].detach() if seen else None
+        return seen[index].detach() if seen else None
 
 
 class _Grams:
@@ -288,12 +294,10 @@ def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Ten
     """Collect what enters modules, call by call."""
     found: dict[nn.Module, list[Tensor]] = {}
 
-    def record(module: nn.Module, args: tuple) -> None:
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.setdefault(module, []).append(args[0].detach())
 
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(record).remove)
+    with hooked((module, record) for module in modules):
         yield found
 
 
@@ -302,16 +306,14 @@ def _replaced_weights(weights: dict[nn.Module, Dequantize]) -> Iterator[None]:
     """Inside the block modules have other weights, `[outputs, inputs]`, which exist while a module is called."""
     before = {module: module.weight for module in weights}
 
-    def replace(module: nn.Module, args: tuple) -> None:
+    def replace(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         weight = torch.from_numpy(weights[module]())
         module.weight = nn.Parameter(weight.T if isinstance(module, Conv1D) else weight, requires_grad=False)
 
-    def put_back(module: nn.Module, args: tuple, output: Any) -> None:
+    def put_back(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         module.weight = cast(nn.Parameter, before[module])
 
-    with ExitStack() as stack:
-        for module in weights:
-            stack.callback(module.register_forward_pre_hook(replace).remove)
-            # also after an exception
-            stack.callback(module.register_forward_hook(put_back, always_call=True).remove)
+    put = [(module, put_back) for module in weights]
+    # put back also after an exception
+    with hooked([(module, replace) for module in weights], put, always_call=True):
         yield
