@@ -22,7 +22,7 @@ from optimum_clp.calibration.rows import load_calibration, tokenize_dataset
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.search import search_segments
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import endpoint_layers
 from optimum_clp.tuning.endpoints import tune_layers
 

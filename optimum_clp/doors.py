@@ -3,6 +3,8 @@
 How another package adds one is in `CONTRIBUTING.md`.
 """
 
+from typing import Any
+
 from .registry import Registry
 
 # `search.strategy`: a `Strategy` of `search.problem`
@@ -80,3 +82,21 @@ RUNTIMES.register(
 
 # model types beyond those of `architecture.table`: an `Architecture` of that module
 ARCHITECTURES = Registry("architecture", "optimum_clp.architectures")
+
+
+def load_chosen(config: Any) -> None:
+    """Import what a recipe names, so that a package that cannot be imported is told of before any work.
+
+    Args:
+        config ([`CLPConfig`]): Whose names are valid.
+
+    Raises:
+        ConfigurationError: If another package adds one of the names and cannot be imported.
+    """
+    STRATEGIES.get(config.search.strategy)
+    if config.tuning.enabled:
+        STARTS.get(config.tuning.init)
+        for name in config.tuning.loss_weights():
+            LOSSES.get(name)
+    if config.export.enabled and config.quantization.weights:
+        ROUNDINGS.get(config.quantization.method)

@@ -17,6 +17,7 @@ from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
+from .precisions import PRECISIONS
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.model_card import write_model_card
@@ -104,8 +105,10 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
 def _quantize_into(session: Session, folder: Path) -> None:
     model, kinds = session.cut_model(), session.config.quantization.weights
     session.report.quantization = [
-        save_quantized(model, session.tokenizer, folder / f"quanto-{weights}", weights, quiet=session.quiet).to_dict()
-        for weights in kinds
+        save_quantized(
+            model, session.tokenizer, folder / PRECISIONS[name].quanto_folder, name, quiet=session.quiet
+        ).to_dict()
+        for name in kinds
     ]
 
 

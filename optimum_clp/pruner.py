@@ -24,13 +24,13 @@ from .resume import remove_folder
 from .search.recipe import layers_to_remove, search_by_recipe
 from .search.result import SearchResult
 from .segments import LayerSegment
-from .session import Session, open_session, session_attribute
+from .session import Session, SessionAttributes, open_session
 from .surgery.cut import cut_model
 from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
 
 
-class CLPPruner(OptimumQuantizer):
+class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
     `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
@@ -48,9 +48,6 @@ class CLPPruner(OptimumQuantizer):
     Attributes:
         model, pruned_model, tokenizer, config, report, segments: As above.
     """
-
-    model, tokenizer, config, report = map(session_attribute, ("model", "tokenizer", "config", "report"))
-    pruned_model, segments, quiet = map(session_attribute, ("pruned_model", "segments", "quiet"))
 
     def __init__(
         self,
@@ -151,7 +148,7 @@ class CLPPruner(OptimumQuantizer):
         chosen = self._session.segments_to_cut(segments)
         self._session.forget("cut")
         self._session.set_cut(cut_model(self._session.dense(), chosen), chosen)
-        return self.pruned_model
+        return self._session.cut_model()
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
@@ -257,10 +254,10 @@ class CLPPruner(OptimumQuantizer):
             ConfigurationError: If `task_limit` is below 1, or `file_name` has no folder.
         """
         session, loaded = self._session, [load_task(name, source) for name, source in (tasks or {}).items()]
-        options = {"batch_size": self.config.search.batch_size, "task_limit": task_limit, "quiet": self.quiet}
+        sizes: dict[str, Any] = {"batch_size": self.config.search.batch_size, "task_limit": task_limit}
         model, dense = session.measured_model(file_name), session.reference(reference)
         rows = None if text is None and loaded else session.rows(text, model)
-        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **options)
+        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **sizes, quiet=self.quiet)
 
     def prune(
         self,

@@ -3,11 +3,12 @@
 What has come out so far lies beside them, with the one rule of what a new outcome makes void.
 """
 
+import copy
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ from .architecture.lookup import find_architecture, num_layers, within_context
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint.loading import load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
+from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
@@ -72,10 +74,11 @@ class Session:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
     def use(self, config: CLPConfig | None) -> CLPConfig:
-        """Replace the recipe by `config`, if there is one, and check it."""
+        """Replace the recipe by `config`, if there is one; check it, and import what it names."""
         if config is not None:
             self.config = config
         self.config.validate()
+        load_chosen(self.config)
         return self.config
 
     def forget(self, step: str) -> None:
@@ -230,9 +233,27 @@ class Session:
         return given if isinstance(given, PreTrainedModel) else load_model(given, quiet=self.quiet)
 
 
-def session_attribute(name: str) -> Any:
-    """A property of a class that has a `_session`: what that session's attribute of this name is."""
+def _of_session(name: str) -> Any:
     return property(lambda self: getattr(self._session, name), lambda self, value: setattr(self._session, name, value))
+
+
+class SessionAttributes:
+    """The attributes of a class that works on a session: they are the session's, and a copy has a session of its own."""
+
+    _session: Session
+    model: PreTrainedModel | None = _of_session("model")
+    pruned_model: PreTrainedModel | None = _of_session("pruned_model")
+    tokenizer: Any = _of_session("tokenizer")
+    config: CLPConfig = _of_session("config")
+    report: CLPReport = _of_session("report")
+    segments: tuple[LayerSegment, ...] | None = _of_session("segments")
+    quiet: bool = _of_session("quiet")
+
+    def __copy__(self) -> Self:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._session = copy.copy(self._session)
+        return other
 
 
 def open_session(

@@ -30,7 +30,7 @@ from optimum_clp.configuration.stages import SearchConfig, TuningConfig
 from optimum_clp.errors import CutError
 from optimum_clp.forward.hooks import recorded_inputs
 from optimum_clp.forward.layer_stack import LayerStack
-from optimum_clp.search import search_segments
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard

@@ -89,6 +89,19 @@ def test_tests_and_benchmarks_do_not_import_each_other():
         assert not found & {"tests", *own}, short(path)
 
 
+def test_hooks_of_modules_are_registered_in_one_place():
+    found = [short(path) for path in sources("optimum_clp") if "register_forward" in path.read_text(encoding="utf-8")]
+    assert found == ["optimum_clp/forward/hooks.py"]
+
+
+def test_a_package_is_described_by_its_docstring_alone():
+    """One public page, `optimum_clp`; no other `__init__` has names of its own or of others."""
+    for path in sources("optimum_clp"):
+        if path.name == "__init__.py" and path.parent != ROOT / "optimum_clp":
+            (only,) = ast.parse(path.read_text(encoding="utf-8")).body
+            assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant), short(path)
+
+
 def test_no_private_name_is_imported():
     found = []
     for path in sources("optimum_clp", "benchmarks"):

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import subprocess
@@ -13,8 +14,10 @@ from tiny_models import make_identity, random_tokens, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
+from optimum_clp.doors import LOSSES, ROUNDINGS, STARTS, STRATEGIES
 from optimum_clp.errors import ConfigurationError, ModelError, OutputError, TuningError
 from optimum_clp.exporters.result import ExportResult
+from optimum_clp.registry import Row
 from optimum_clp.report.report import CLPReport
 
 
@@ -289,6 +292,10 @@ def test_quantize_writes_a_quanto_folder(exported, tmp_path, monkeypatch):
     folder = pruner.quantize(tmp_path / "q", weights="int8")
     assert load_quantized(folder).config.num_hidden_layers == 2
     assert pruner.report.quantization[0]["weights"] == "int8"
+    # also a cut that was never saved
+    unsaved = CLPPruner(tiny_model(), quiet=True)
+    unsaved.cut([(2, 4)])
+    assert load_quantized(unsaved.quantize(tmp_path / "unsaved", weights="int8")).config.num_hidden_layers == 4
     with pytest.raises(ConfigurationError, match="file_prefix is 'x': quanto checkpoints have fixed file names"):
         pruner.quantize(tmp_path / "q2", "x")
     exported = CLPReport.load(pruner.export(tmp_path / "onnx"))
@@ -405,3 +412,28 @@ def test_onnx_files_are_written_measured_and_evaluated_by_the_same_code(exported
     with pytest.raises(Exception, match="an ONNX file alone has no test rows"):
         found.evaluate()
     assert AutoTokenizer.from_pretrained(exported.out)("w5 w6")["input_ids"] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("registry", "settings"),
+    [
+        (STRATEGIES, {"search": {"strategy": "broken"}}),
+        (LOSSES, {"tuning": {"loss": {"kd": 0.5, "broken": 0.5}}}),
+        (STARTS, {"tuning": {"init": "broken"}}),
+        (ROUNDINGS, {"quantization": {"method": "broken"}}),
+    ],
+    ids=lambda value: value.kind if hasattr(value, "kind") else "",
+)
+def test_a_package_that_cannot_be_imported_is_told_before_any_work(registry, settings, monkeypatch):
+    monkeypatch.setattr(registry, "_added", {"broken": Row("no_such_module:thing", package="broken-package")})
+    monkeypatch.setattr("optimum_clp.session.load_calibration", lambda *args, **options: pytest.fail("work was done"))
+    with pytest.raises(ConfigurationError, match="the package broken-package adds it as no_such_module:thing"):
+        CLPPruner(tiny_model(), quiet=True).prune(CLPConfig(0.34, **settings))
+
+
+def test_a_copy_has_a_session_of_its_own():
+    pruner = CLPPruner(tiny_model(), quiet=True)
+    other = copy.copy(pruner)
+    other.config, other.segments = CLPConfig(0.5), (LayerSegment(1, 2),)
+    assert (pruner.config.pruning_ratio, pruner.segments) == (0.2, None)
+    assert other.model is pruner.model

@@ -37,7 +37,7 @@ from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.search import search_segments
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import number_of_layers_to_remove
 
 HERE = Path(__file__).parent

@@ -19,8 +19,8 @@ from benchmarks.search.compare import HELD_OUT_ROWS, LENGTHS
 from optimum_clp import SearchConfig
 from optimum_clp.calibration.rows import tokenize_dataset
 from optimum_clp.report.environment import environment_info
-from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import candidate_segments, number_of_layers_to_remove
 
 TOKENS = (512, 2048, 8192, 16384)

@@ -26,8 +26,8 @@ from optimum_clp.architecture.lookup import allowed_segments
 from optimum_clp.calibration.rows import tokenize_dataset
 from optimum_clp.evaluation.live_memory import LiveTensorBytes
 from optimum_clp.report.environment import environment_info
-from optimum_clp.search import search_segments
 from optimum_clp.search.objective import Objective, gate_of
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import number_of_layers_to_remove
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)

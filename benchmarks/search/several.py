@@ -18,11 +18,11 @@ from benchmarks.search.compare import RATIOS, ROWS, Setting, distinct_counts, lo
 from optimum_clp import SearchConfig
 from optimum_clp.errors import SearchError
 from optimum_clp.report.environment import environment_info
-from optimum_clp.search import search_segments, search_within_budget
 from optimum_clp.search.enumeration import number_of_cuts
 from optimum_clp.search.objective import Objective
 from optimum_clp.search.problem import cut_of
 from optimum_clp.search.scoreboard import Scoreboard
+from optimum_clp.search.segment_search import search_segments, search_within_budget
 
 INCREASES = (0.25, 1.0)
 VALIDATION_ROWS = 24

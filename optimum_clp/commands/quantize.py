@@ -2,7 +2,7 @@
 
 import argparse
 
-from ..configuration.stages import WEIGHTS
+from ..precisions import QUANTIZED
 from ..report.tables import format_bytes
 from . import arguments
 from .running import Answer, load_cut_pruner, required_output
@@ -15,7 +15,7 @@ EXAMPLE = "optimum-clp quantize --model qwen3-0.6b-clp20 --weights int8 qwen3-0.
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `quantize`."""
     arguments.add_output(parser, "folder to write; read it with optimum-clp, not with AutoModel")
-    parser.add_argument("--weights", choices=WEIGHTS, default="int8", help="default: int8")
+    parser.add_argument("--weights", choices=QUANTIZED, default="int8", help="default: int8")
     arguments.add_segment(parser)
     arguments.add_model(parser, "dense model, with --segment; or a folder that `prune` or `tune` wrote")
     arguments.add_recipe(parser)

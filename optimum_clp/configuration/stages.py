@@ -6,6 +6,7 @@ What is chosen by name from `doors` may be another package's; names that are lis
 import dataclasses
 
 from ..doors import LOSSES, ROUNDINGS, STARTS, STRATEGIES
+from ..precisions import QUANTIZED
 from .rules import (
     between,
     boolean,
@@ -22,8 +23,6 @@ from .rules import (
     text,
 )
 from .settings import Setting, documented, setting, settings_of
-
-WEIGHTS = ("int8", "int4")
 
 
 @documented
@@ -236,8 +235,8 @@ class QuantizationConfig:
     """
 
     weights: list[str] = setting(
-        list(WEIGHTS),
-        several_of(*WEIGHTS),
+        list(QUANTIZED),
+        several_of(*QUANTIZED),
         "precisions that get a quantized ONNX file, beside the float one",
     )
     method: str = setting(

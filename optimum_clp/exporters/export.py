@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
-from ..errors import ExportError
+from ..errors import ConfigurationError, ExportError
 from ..precisions import FLOAT32, PRECISIONS, Precision
 from ..progress import progress_bar
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
@@ -117,11 +117,17 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
         result ([`ExportResult`]): From [`export_onnx`].
 
     Returns:
-        `dict[str, str | None]`: For each runtime why nothing was written for it, or `None`.
+        `dict[str, str | None]`: For each runtime why nothing was written for it (a package that cannot be imported is such a
+        reason), or `None`.
     """
     obstacles: dict[str, str | None] = {}
     for name in RUNTIMES:
-        runtime: Runtime = RUNTIMES.get(name)()
+        try:
+            runtime: Runtime = RUNTIMES.get(name)()
+        except ConfigurationError as error:
+            # nobody has asked for an installed package's runtime: it costs its own files, not the run
+            obstacles[name] = error.problems[0].rule
+            continue
         obstacles[name] = runtime.obstacle(model, result)
         if obstacles[name] is None:
             runtime.write(folder, model, result)

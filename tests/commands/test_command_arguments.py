@@ -8,8 +8,9 @@ from optimum_clp.commands.clp import COMMANDS, build_parser
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.configuration.rules import integer
 from optimum_clp.configuration.settings import Setting
-from optimum_clp.configuration.stages import STAGES, WEIGHTS, all_settings
+from optimum_clp.configuration.stages import STAGES, all_settings
 from optimum_clp.doors import STRATEGIES
+from optimum_clp.precisions import QUANTIZED
 from optimum_clp.registry import Row
 
 
@@ -190,7 +191,7 @@ def test_defaults_in_the_help_are_those_of_the_configuration():
         elif default is not None:
             assert type(default)(shown.group(1)) == default, action.option_strings
     assert without == {"max_perplexity_increase", "min_retention"}
-    assert config.quantization.weights == list(WEIGHTS)
+    assert config.quantization.weights == list(QUANTIZED)
     help_text = next(
         a.help
         for a in build_parser()._subparsers._group_actions[0].choices["prune"]._actions

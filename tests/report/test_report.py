@@ -20,7 +20,7 @@ from optimum_clp.report.environment import environment_info
 from optimum_clp.report.report import SCHEMA_VERSION, CLPReport
 from optimum_clp.report.section import to_section
 from optimum_clp.report_schema import report_schema
-from optimum_clp.search import GateStep, ScoredCut, SearchResult, TriedLength
+from optimum_clp.search.result import GateStep, ScoredCut, SearchResult, TriedLength
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.surgery.description import describe_cut, describe_dense

@@ -12,8 +12,8 @@ from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 
 from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.resume import Journal, cache_file
-from optimum_clp.search import search_segments, search_within_budget
 from optimum_clp.search.objective import Objective
+from optimum_clp.search.segment_search import search_segments, search_within_budget
 
 
 class Interrupted(Exception):
@@ -138,7 +138,7 @@ WORKER = """
 import json, os, sys, torch, torch.distributed as dist, traceback
 from searches import settings
 from tiny_models import random_tokens, tiny_model
-from optimum_clp.search import search_segments
+from optimum_clp.search.segment_search import search_segments
 
 
 def search(rank, folder):

@@ -9,7 +9,7 @@ from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.errors import ConfigurationError, SearchError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.planning.plan import plan_pruning
-from optimum_clp.search import search_within_budget
+from optimum_clp.search.segment_search import search_within_budget
 from optimum_clp.segments import LayerSegment, candidate_segments
 from optimum_clp.surgery.cut import cut_model
 

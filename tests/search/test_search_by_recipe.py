@@ -5,8 +5,8 @@ from tiny_models import random_tokens, tiny_model
 
 from optimum_clp import CLPConfig
 from optimum_clp.errors import ConfigurationError
-from optimum_clp.search import search_segments, search_within_budget
 from optimum_clp.search.recipe import layers_to_remove, search_by_recipe
+from optimum_clp.search.segment_search import search_segments, search_within_budget
 
 TOKENS, VALIDATION = random_tokens(6, 16), random_tokens(3, 16, seed=1)
 

@@ -8,10 +8,10 @@ from optimum_clp.errors import SearchError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
-from optimum_clp.search import search_segments
 from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import LayerSegment, candidate_segments
 from optimum_clp.surgery.cut import cut_model
 

@@ -9,8 +9,8 @@ from zoo import ZOO, zoo_model
 
 from optimum_clp.architecture.lookup import cut_obstacle
 from optimum_clp.errors import ModelError, SearchError
-from optimum_clp.search import search_segments
 from optimum_clp.search.enumeration import every_cut, number_of_cuts
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.search.several import _best_sums, _feasible, _integers_near
 from optimum_clp.segments import LayerSegment, kept_layers
 

@@ -9,8 +9,8 @@ from tiny_models import random_tokens, tiny_model
 from zoo import ZOO, zoo_model
 
 from optimum_clp.doors import STRATEGIES
-from optimum_clp.search import search_segments
 from optimum_clp.search.problem import SearchOutcome
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import LayerSegment, check_segments, endpoint_layers
 
 # these may take single layers from anywhere, however many segments were asked for

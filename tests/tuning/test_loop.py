@@ -133,7 +133,11 @@ def check_together(alone, together):
 
 @pytest.mark.parametrize("engine", LAUNCH)
 def test_two_processes_give_what_one_gives(tmp_path, work, alone, engine):
-    check_together(alone, work(tmp_path, "together", engine=engine, checkpoint_seconds=0))
+    if engine == "ddp":  # as users start it
+        together = launched(tmp_path, "together", engine, checkpoint_seconds=0)
+    else:
+        together = work(tmp_path, "together", engine=engine, checkpoint_seconds=0)
+    check_together(alone, together)
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from optimum_clp.exporters.graph.fused import FusedAttention, attention_by, fuse
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.runtime.comparison import relative_error
 
-SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 3, "max_position_embeddings": 128}
 
 
 def operators(graph):
@@ -39,12 +39,12 @@ def fused_file(model, folder):
 
 @pytest.fixture(scope="module")
 def fused_models(tmp_path_factory):
-    """By its type, a model of two layers with its fused file: made once. Qwen's second layer has a window."""
+    """By its type, a model of three layers with its fused file: made once. Qwen's last layers have a window."""
 
     @functools.cache
     def made(model_type):
         folder, window = tmp_path_factory.mktemp(model_type), {"max_window_layers": 1} if "qwen" in model_type else {}
-        model = tiny_model(model_type, num_layers=2, **window)
+        model = tiny_model(model_type, num_layers=3, **window)
         model.config.save_pretrained(folder)
         (folder / "onnx").mkdir()
         return model, folder, *fused_file(model, folder / "onnx")
@@ -58,10 +58,10 @@ def test_fused_graphs_say_what_pytorch_says(model_type, fused_models):
     _, _, file, graph, copied = fused_models(model_type)
     assert relative_error(file, reference_steps(copied)) < 1e-5
     found = operators(graph)
-    norms = 9 if model_type == "qwen3" else 5
-    assert found["GroupQueryAttention"] == 2 and found["RotaryEmbedding"] == 4
-    assert found["SkipSimplifiedLayerNormalization"] == 4
-    assert found["SimplifiedLayerNormalization"] == norms - 4
+    norms = 13 if model_type == "qwen3" else 7
+    assert found["GroupQueryAttention"] == 3 and found["RotaryEmbedding"] == 6
+    assert found["SkipSimplifiedLayerNormalization"] == 6
+    assert found["SimplifiedLayerNormalization"] == norms - 6
     assert not {"Softmax", "Pow", "ReduceMean", "Neg"} & set(found)
     # heads are taken apart nowhere: what is transposed is the head's weight and the rotary table of a few tokens
     assert found["Transpose"] <= 3
@@ -76,7 +76,7 @@ def test_norms_with_an_offset_soft_caps_and_partial_rotation_are_fused_too(tmp_p
         torch.manual_seed(0)
         file, graph, copied = fused_file(AutoModelForCausalLM.from_config(config).eval(), tmp_path / name)
         assert relative_error(file, reference_steps(copied)) < 1e-5
-        assert operators(graph)["GroupQueryAttention"] == 2
+        assert operators(graph)["GroupQueryAttention"] == 3
     assert any(node.attributes.get_float("softcap", 0.0) == 50.0 for node in fused_graph_nodes(tmp_path / "gemma"))
 
 
@@ -87,7 +87,7 @@ def fused_graph_nodes(folder):
 def test_attention_of_another_kind_is_not_fused(tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+        GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
     ).eval()
     assert fused_obstacle(float32_copy(model)) is not None
     result = export_onnx(model, tmp_path, quantization=QuantizationConfig(weights=[], method="rtn"), quiet=True)
@@ -103,7 +103,7 @@ def test_a_fused_graph_that_differs_is_replaced_by_the_plain_one(tmp_path, monke
 
     monkeypatch.setattr(FusedAttention, "_operator", staticmethod(wrong))
     quantization = QuantizationConfig(weights=[], method="rtn")
-    result = export_onnx(tiny_model("llama", 1), tmp_path, quantization=quantization, quiet=True)
+    result = export_onnx(tiny_model("llama", 2), tmp_path, quantization=quantization, quiet=True)
     assert len(result.files) == 1 and result.files[0].max_relative_error < 1e-5
     assert "GroupQueryAttention" not in operators(ir.load(tmp_path / "onnx/model.onnx"))
 

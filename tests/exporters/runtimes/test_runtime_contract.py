@@ -10,7 +10,7 @@ from optimum_clp.doors import RUNTIMES
 from optimum_clp.exporters import export as exporters
 from optimum_clp.exporters.export import write_runtime_configs
 from optimum_clp.exporters.result import ExportResult
-from optimum_clp.registry import Registry
+from optimum_clp.registry import Registry, Row
 
 NAMES = list(RUNTIMES)
 every_runtime = pytest.mark.parametrize("name", NAMES)
@@ -116,3 +116,10 @@ def test_a_runtime_of_another_package_is_asked_and_writes(folder, monkeypatch):
     assert write_runtime_configs(folder, model, result) == {"foreign": None}
     assert written(folder, before) == {"foreign.json"}
     assert json.loads((folder / "foreign.json").read_text()) == {"file": "onnx/model_q4.onnx"}
+
+
+def test_a_package_that_cannot_be_imported_costs_its_own_files_alone(folder, monkeypatch):
+    monkeypatch.setattr(RUNTIMES, "_added", {"broken": Row("no_such_module:thing", package="broken-package")})
+    obstacles = write_runtime_configs(folder, exported_llama().model, exported_llama().result)
+    assert "the package broken-package adds it as no_such_module:thing" in obstacles.pop("broken")
+    assert set(obstacles.values()) == {None} and (folder / "genai_config.json").is_file()
