@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from ..doors import STARTS
+from ..doors import STARTS, STRATEGIES
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .report import CLPReport
 from .tables import Column, cell, describe_loss, format_bytes, format_count, markdown_table, record_cells
@@ -167,7 +167,8 @@ def _removed(report: CLPReport, folder: Path) -> str:
 def _choice(report: CLPReport, search: dict[str, Any]) -> str:
     """How the layers were chosen, what their removal costs, and how sure the choice is."""
     used = search.get("used_strategy") or search["strategy"]
-    way = _WAYS.get(used, f"by strategy `{used}`")
+    says = STRATEGIES.says(used) if used in STRATEGIES else ""
+    way = _WAYS.get(used) or f"by strategy `{used}`{f' ({says})' if says else ''}"
     if used != search["strategy"]:
         way += f" (strategy `{search['strategy']}` took `{used}`)"
     scored, segments = search["scored"], search["segments"]

@@ -4,6 +4,7 @@ from unittest import mock
 import pytest
 
 from optimum_clp import CalibrationConfig, CLPConfig, TuningConfig
+from optimum_clp.doors import LOSSES
 from optimum_clp.errors import ConfigurationError
 
 
@@ -131,7 +132,7 @@ def test_every_mistake_is_reported_at_once():
     assert "serch is {}: this version of CLPConfig has no such key. Did you mean 'search'?" in text
     assert "tuning.epoch is 3: TuningConfig has no such key. Did you mean 'epochs'?" in text
     assert "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded" in text
-    assert "tuning.loss is 'mse': it must be 'kd', 'ce', 'hidden', or weights" in text
+    assert f"tuning.loss is 'mse': it must be {', '.join(map(repr, LOSSES))}, or weights" in text
     assert "quantization.group_size is 48: it must be one of 16, 32, 64, 128, 256" in text
 
 

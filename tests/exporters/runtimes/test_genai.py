@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import BloomConfig, GenerationConfig, LlamaConfig
 
+from optimum_clp.doors import RUNTIMES
 from optimum_clp.exporters.export import write_runtime_configs
 from optimum_clp.exporters.result import ExportedFile, ExportResult
 from optimum_clp.exporters.runtimes.genai import Genai, genai_config, genai_obstacle
@@ -103,7 +104,8 @@ def test_values_of_another_size_than_keys_get_no_file(tmp_path, values):
     assert "entry 1" in Genai().obstacle(model(llama()), exported)
     (tmp_path / "config.json").write_text("{}")
     obstacles = write_runtime_configs(tmp_path, model(llama()), exported)
-    assert obstacles == {"genai": Genai().obstacle(model(llama()), exported), "transformers_js": None}
+    assert obstacles == {name: RUNTIMES.get(name)().obstacle(model(llama()), exported) for name in RUNTIMES}
+    assert obstacles["transformers_js"] is None
     assert not (tmp_path / "genai_config.json").exists()
 
 
