@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .calibration.rows import load_calibration
+from .calibration.sources import describe
 from .checkpoint.output import check_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .errors import ExportError, QuantizationError
@@ -143,10 +144,12 @@ def _quantization_rows(session: Session) -> torch.Tensor | None:
 
 def _measure(session: Session, folder: Path) -> None:
     data, seed, report = session.calibration(), session.config.seed, session.report
+    dataset = session.config.calibration.dataset
     written = f"text that the dense model wrote (seed {seed + 1}; calibrated on seed {seed})"
     report.evaluation = measure_outcome(
         data.test,
-        f"the test split of {data.source}" if data.statistics is None else written,
+        # whoever wrote some of the train rows, test rows are the dataset's where there is one
+        written if dataset is None else f"the test split of {describe(dataset)}",
         dense=session.model,
         pruned=session.cut_model(),
         segments=session.segments or (),

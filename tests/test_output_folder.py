@@ -36,6 +36,15 @@ def test_a_folder_speaks_of_its_own_files_alone(session, tmp_path):
     assert {"clp_config.json", "README.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
+def test_the_text_that_was_measured_on_is_named(session, tmp_path):
+    write_run(session, tmp_path / "own")
+    assert "text that the dense model wrote (seed 1;" in session.report.measured_on()
+    # half of the train rows are still written by the dense model, but no test row
+    session.config.calibration.dataset = [" ".join(f"w{3 + i % 90}" for i in range(400))]
+    write_run(session, tmp_path / "given")
+    assert "Measured on the test split of list of 1 strings, 14 tokens" in session.report.measured_on()
+
+
 def test_an_export_has_no_weights_of_pytorch(session, tmp_path, monkeypatch):
     result = ExportResult(21, (), {"length": None, "checked": "none"})
     monkeypatch.setattr("optimum_clp.output_folder.export_onnx", lambda *args, **options: result)
