@@ -39,12 +39,14 @@ def test_bfloat16_is_no_obstacle():
     assert onnx_obstacle(tiny_model("qwen3", 2).to(torch.bfloat16)) is None
 
 
-@pytest.mark.parametrize("name", ["mamba", "openai-gpt"])
-def test_models_without_keys_and_values(name, tmp_path):
+# transformers 5.24 calls Mamba's states a cache too
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("mamba", "it gives no key-value cache|its cache holds more"), ("openai-gpt", "it gives no key-v")],
+)
+def test_models_without_keys_and_values(name, reason, tmp_path):
     model = member(name)
-    with pytest.raises(
-        ExportError, match="it gives no key-value cache.*inputs and outputs of their own. Use the PyTo"
-    ):
+    with pytest.raises(ExportError, match=f"({reason}).*inputs and outputs of their own.*Use the PyTo"):
         export_onnx(model, tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []
 

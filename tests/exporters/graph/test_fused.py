@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPTNeoXConfig
 
 from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
@@ -86,9 +86,7 @@ def fused_graph_nodes(folder):
 
 def test_attention_of_another_kind_is_not_fused(tmp_path):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        GPTJConfig(vocab_size=97, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
-    ).eval()
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=97, hidden_size=32, n_layer=1, n_head=4)).eval()
     assert fused_obstacle(float32_copy(model)) is not None
     result = export_onnx(model, tmp_path, quantization=QuantizationConfig(weights=[], method="rtn"), quiet=True)
     assert result.files[0].max_relative_error < 1e-5
