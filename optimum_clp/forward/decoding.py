@@ -24,14 +24,12 @@ def cache_argument(model: Any) -> str | None:
     return next((name for name in _NAMES if name in parameters), None)
 
 
-def given_cache(model: Any, cache: Any) -> dict[str, Any]:
-    """`cache` as the keyword argument of a call of `model`.
-
-    A model whose `forward` does not name it (a wrapper with `**kwargs`) is given it under transformers' own name.
-    """
+def cache_keyword(model: Any) -> str:
+    """The keyword under which to give a model its cache: [`cache_argument`], or, for a `forward` that names none (a
+    wrapper with `**kwargs`), transformers' own."""
     name = cache_argument(model) or cache_argument(GenerationMixin.prepare_inputs_for_generation)
     assert name is not None
-    return {name: cache}
+    return name
 
 
 def cache_of(output: Any) -> Any:
@@ -44,7 +42,8 @@ def takes_back_its_cache(model: Any) -> bool:
     """Whether a plain call gives a cache, and a call that is given it continues the text.
 
     Not so for models with states under another name (Mamba before transformers 5.24), and for some whose cache only
-    `generate()` can make (Jamba in transformers 4). Those are decoded by running the whole text for every token. Three tokens are run three times.
+    `generate()` can make (Jamba in transformers 4). Those are decoded by running the whole text for every token. Three
+    tokens are run three times.
 
     Args:
         model: Called with `input_ids`; returns an object with `.logits`. In evaluation mode.
@@ -60,7 +59,8 @@ def takes_back_its_cache(model: Any) -> bool:
             cache = cache_of(model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True))
             if cache is None:
                 return False
-            last = model(input_ids=ids[:, 2:], attention_mask=mask, use_cache=True, **given_cache(model, cache)).logits
+            given = {cache_keyword(model): cache}
+            last = model(input_ids=ids[:, 2:], attention_mask=mask, use_cache=True, **given).logits
             whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     # a cache of another kind fails in as many ways as there are models
     except Exception:

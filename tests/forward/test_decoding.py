@@ -16,7 +16,7 @@ from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.graph.float_graph import export_float_graph
 from optimum_clp.exporters.graph.fused import fused_obstacle
 from optimum_clp.exporters.obstacle import onnx_obstacle
-from optimum_clp.forward.decoding import cache_argument, cache_of, given_cache, takes_back_its_cache
+from optimum_clp.forward.decoding import cache_argument, cache_keyword, cache_of, takes_back_its_cache
 
 
 def member(name):
@@ -85,8 +85,8 @@ def named(request, llama):
 def test_either_name_of_the_cache_is_found(named):
     name = "cache" if isinstance(named, NewerLlama) else "past_key_values"
     cache = DynamicCache()
-    assert cache_argument(named) == name and given_cache(named, cache) == {name: cache}
-    output = named(random_tokens(1, 3), **given_cache(named, cache), use_cache=True)
+    assert cache_argument(named) == cache_keyword(named) == name
+    output = named(random_tokens(1, 3), **{name: cache}, use_cache=True)
     assert cache_of(output) is cache and cache.get_seq_length() == 3
     assert takes_back_its_cache(named) is True
 

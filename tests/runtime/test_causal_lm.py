@@ -357,8 +357,8 @@ def test_cache_of_another_kind_is_refused(onnx_model):
 
 def test_cache_has_the_names_of_all_versions(onnx_model, pytorch):
     ids, caches = random_tokens(1, 7, seed=8), [DynamicCache(), DynamicCache()]
-    for new in (ids[:, :4], ids[:, 4:]):
-        old, new = (onnx_model(new, **{n: c}) for n, c in zip(("past_key_values", "cache"), caches, strict=True))
+    for part in (ids[:, :4], ids[:, 4:]):
+        old, new = onnx_model(part, past_key_values=caches[0]), onnx_model(part, cache=caches[1])
         assert torch.equal(old.logits, new.logits)
     # the field that transformers' own output has, and no other
     expected = pytorch(ids, use_cache=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ...errors import ExportError
-from ...forward.decoding import cache_argument, cache_of
+from ...forward.decoding import cache_keyword, cache_of
 from ...runtime.names import FUSED_ATTENTION, cache_names
 from ..experts import unrolled_experts
 from ..obstacle import key_value_layers, takes_position_ids
@@ -33,9 +33,7 @@ class _FlatCacheModel(nn.Module):
         super().__init__()
         self.causal_lm = model
         self.inputs = inputs
-        argument = cache_argument(model)
-        assert argument is not None  # onnx_obstacle has looked
-        self.cache_argument = argument
+        self.cache_keyword = cache_keyword(model)
         self.attention = attention
 
     def forward(self, *tensors):
@@ -44,11 +42,11 @@ class _FlatCacheModel(nn.Module):
         if self.attention is not None:
             past_length = named["attention_mask"].shape[1] - named["input_ids"].shape[1]
             cache = self.attention.begin(list(past), past_length)
-            output = self.causal_lm(**named, **{self.cache_argument: cache}, use_cache=True)
+            output = self.causal_lm(**named, **{self.cache_keyword: cache}, use_cache=True)
             present = self.attention.present
             return output.logits, *(states for index in sorted(present) for states in present[index])
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-        output = self.causal_lm(**named, **{self.cache_argument: cache}, use_cache=True)
+        output = self.causal_lm(**named, **{self.cache_keyword: cache}, use_cache=True)
         layers = key_value_layers(cache_of(output))
         return output.logits, *(states for layer in layers for states in (layer.keys, layer.values))
 

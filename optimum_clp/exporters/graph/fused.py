@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...forward.decoding import cache_of, given_cache
+from ...forward.decoding import cache_keyword, cache_of
 from ..obstacle import key_value_layers, takes_position_ids
 
 _NAME = "optimum_clp_group_query_attention"
@@ -149,7 +149,7 @@ def fused_obstacle(model: PreTrainedModel) -> str | None:
                     input_ids=ids[:, 2:],
                     attention_mask=mask,
                     use_cache=True,
-                    **given_cache(model, attention.begin(past, 2)),
+                    **{cache_keyword(model): attention.begin(past, 2)},
                     **rest,
                 ).logits
     except Exception as error:  # whatever a model does when its cache or attention is another
