@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
 from ..errors import CalibrationError
-from ..forward.decoding import takes_back_its_cache
+from ..forward.decoding import cache_keyword, cache_of, takes_back_its_cache
 from ..forward.hooks import evaluation_mode
 from ..progress import progress_bar
 from ..resume import weights_fingerprint
@@ -146,14 +146,14 @@ def _write_batch(
     tokens[:, 0] = _first_tokens(uniforms[:, 0], rules)
     losses = torch.zeros(rows, dtype=torch.float64)
     ends = torch.tensor(rules.ends, dtype=torch.int64)
-    cache = None
+    cache, keyword = None, cache_keyword(model)
     bar.update(rows)
     with evaluation_mode(model):
         for position in range(1, length):
             current = tokens[:, position - 1]
             if cached:
-                output = model(input_ids=current[:, None].to(device), past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(input_ids=current[:, None].to(device), use_cache=True, **{keyword: cache})
+                cache = cache_of(output)
             else:
                 output = model(input_ids=tokens[:, :position].to(device), use_cache=False)
             logits = output.logits[:, -1].float()

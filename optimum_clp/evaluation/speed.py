@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward.decoding import takes_back_its_cache
+from ..forward.decoding import cache_keyword, cache_of, takes_back_its_cache
 from ..progress import progress_bar
 
 
@@ -76,7 +76,7 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int, cached: bool) -> tuple[
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    text = ids
+    text, keyword = ids, cache_keyword(model)
     start = now()
     out = model(input_ids=ids, attention_mask=mask, use_cache=cached)
     middle = now()
@@ -84,7 +84,7 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int, cached: bool) -> tuple[
         ids = out.logits[:, -1:].argmax(-1)
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         if cached:
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{keyword: cache_of(out)})
         else:
             text = torch.cat([text, ids], dim=1)
             out = model(input_ids=text, attention_mask=mask, use_cache=False)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError
+from ..forward.decoding import cache_keyword, cache_of
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .graph.float_graph import input_names
@@ -196,8 +197,8 @@ def _text_steps(
         with torch.no_grad():
             # XGLM of transformers 4 adds to the positions in place, and takes no view of them
             given = {name: inputs[name].clone(memory_format=torch.contiguous_format) for name in names}
-            output = model(**given, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = model(**given, **{cache_keyword(model): cache}, use_cache=True)
+        cache = cache_of(output)
         arrays = {name: np.ascontiguousarray(value.numpy()) for name, value in inputs.items()}
         steps.append(ReferenceStep(**arrays, logits=output.logits[:, -(kept or size) :].float().numpy().copy()))
     return steps

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from ..architecture.lookup import text_config
 from ..errors import Problem
+from ..forward.decoding import cache_argument, cache_of
 from ..forward.hooks import evaluation_mode, hooked
 from .experts import experts_modules
 
@@ -39,12 +40,12 @@ def onnx_obstacle(model: PreTrainedModel) -> Problem | None:
     rope = _length_dependent_rope(model)
     if rope is not None:
         return rope
-    if "past_key_values" not in inspect.signature(model.forward).parameters:
+    if cache_argument(model) is None:
         return _no_cache(model)
     ids = torch.tensor([[3, 2]], device=next(model.get_input_embeddings().parameters()).device)
     try:
         with evaluation_mode(model), torch.no_grad(), _Watch(model) as watch:
-            cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+            cache = cache_of(model(input_ids=ids, use_cache=True))
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return Problem("model", type(model).__name__, f"it cannot run two tokens with a cache ({reason})", _PYTORCH)

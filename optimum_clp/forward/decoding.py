@@ -1,15 +1,49 @@
-"""Whether a model can be decoded step by step with nothing but what its own call hands out."""
+"""A model's cache: what it is called, and whether it is enough to decode step by step."""
 
+import inspect
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
+
+# of the argument of `forward` and the field of its output: since transformers 5.24, and before it. A model's own code may
+# keep the old name, so the version does not tell
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_argument(model: Any) -> str | None:
+    """The name under which a model takes its cache.
+
+    Args:
+        model: With a method `forward`, or itself a function.
+
+    Returns:
+        `str` or `None`: A parameter of `forward`; `None` if it has no such parameter.
+    """
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return next((name for name in _NAMES if name in parameters), None)
+
+
+def cache_keyword(model: Any) -> str:
+    """The keyword under which to give a model its cache: [`cache_argument`], or, for a `forward` that names none (a
+    wrapper with `**kwargs`), transformers' own."""
+    name = cache_argument(model) or cache_argument(GenerationMixin.prepare_inputs_for_generation)
+    assert name is not None
+    return name
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model's call has returned, or `None`."""
+    # the first name that there is, also with None: newer outputs warn when they are asked for the older name
+    return next((getattr(output, name) for name in _NAMES if hasattr(output, name)), None)
 
 
 def takes_back_its_cache(model: Any) -> bool:
-    """Whether a plain call gives `past_key_values`, and a call that is given them continues the text.
+    """Whether a plain call gives a cache, and a call that is given it continues the text.
 
-    Not so for models with other states (Mamba), and for some whose cache only `generate()` can make (Jamba in
-    transformers 4). Those are decoded by running the whole text for every token. Three tokens are run three times.
+    Not so for models with states under another name (Mamba before transformers 5.24), and for some whose cache only
+    `generate()` can make (Jamba in transformers 4). Those are decoded by running the whole text for every token. Three
+    tokens are run three times.
 
     Args:
         model: Called with `input_ids`; returns an object with `.logits`. In evaluation mode.
@@ -22,10 +56,11 @@ def takes_back_its_cache(model: Any) -> bool:
     mask = torch.ones_like(ids)
     try:
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True).past_key_values
+            cache = cache_of(model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True))
             if cache is None:
                 return False
-            last = model(input_ids=ids[:, 2:], attention_mask=mask, past_key_values=cache, use_cache=True).logits
+            given = {cache_keyword(model): cache}
+            last = model(input_ids=ids[:, 2:], attention_mask=mask, use_cache=True, **given).logits
             whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     # a cache of another kind fails in as many ways as there are models
     except Exception:

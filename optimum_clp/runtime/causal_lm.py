@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ class OnnxCausalLM(GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
+        cache: DynamicCache | None = None,
     ) -> CausalLMOutputWithPast:
         """Run the model.
 
@@ -143,20 +145,22 @@ class OnnxCausalLM(GenerationMixin):
             position_ids (`Tensor` of shape `[batch, length]`, *optional*): By default counted along the mask; not used
                 by a file that has no such input.
             past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
-            use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if
-                `past_key_values` is given.
+            use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if one is
+                given.
             inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states: What `generate()`
                 passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
             logits_to_keep (`int`): Positions that get logits, the last ones, at least 0; 0 for all. `generate()` asks for
                 1, which saves most of the head's work on a prompt.
+            cache ([`~transformers.DynamicCache`], *optional*): `past_key_values` under its name since transformers 5.24.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape
-            `[batch, min(length, logits_to_keep) or length, vocabulary]`, float32 on the CPU, and `past_key_values`.
+            `[batch, min(length, logits_to_keep) or length, vocabulary]`, float32 on the CPU, and the cache, as
+            `cache` or, before transformers 5.24, as `past_key_values`.
 
         Raises:
-            ModelError: If the mask does not fit, the cache is of another kind, or something is asked for that the file
-                does not have.
+            ModelError: If the mask does not fit, the cache is of another kind or given under both names, or something is
+                asked for that the file does not have.
         """
         _refuse(
             inputs_embeds=inputs_embeds,
@@ -164,7 +168,7 @@ class OnnxCausalLM(GenerationMixin):
             output_hidden_states=output_hidden_states,
         )
         _check_logits_to_keep(logits_to_keep)
-        cache = self._cache(past_key_values)
+        cache = self._cache(past_key_values, cache)
         past_length = 0 if cache is None else cache.get_seq_length()
         batch, length = input_ids.shape
         mask = _full_mask(attention_mask, batch, past_length + length)
@@ -174,11 +178,12 @@ class OnnxCausalLM(GenerationMixin):
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
         if self._is_fused and batch > 1 and length > 1 and past_length > 0:
-            logits, cache = self._token_by_token(*tokens, cache, use_cache)
+            logits, cache = self._token_by_token(tokens, cache, past_length, use_cache)
         else:
             logits, cache = self._whole(tokens, cache, past_length, use_cache, logits_to_keep)
+        named: dict[str, Any] = {_cache_field(): cache}
         # a no-op where the file has chosen
-        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], **named)
 
     def _whole(
         self,
@@ -222,27 +227,21 @@ class OnnxCausalLM(GenerationMixin):
         return logits
 
     def _token_by_token(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, cache: Any, use_cache: bool
+        self, tokens: tuple[Tensor, Tensor, Tensor], cache: Any, past_length: int, use_cache: bool
     ) -> tuple[Tensor, DynamicCache | None]:
         """ONNX Runtime's attention takes several tokens after a past in batches of one row only."""
-        length, logits = input_ids.shape[1], list[Tensor]()
-        past_length = attention_mask.shape[1] - length
+        input_ids, mask, position_ids = tokens
+        pieces = list[Tensor]()
         if not use_cache:
             # the caller's cache is not to be extended
             layers, cache = cache.layers, DynamicCache()
             cache.layers[:] = [cache_layer(layer.keys, layer.values) for layer in layers]
-        for index in range(length):
-            output = self.forward(
-                input_ids[:, index : index + 1],
-                attention_mask[:, : past_length + index + 1],
-                position_ids[:, index : index + 1],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            assert output.logits is not None
-            logits.append(output.logits)
-        return torch.cat(logits, 1), cache if use_cache else None
+        for index in range(input_ids.shape[1]):
+            past, one = past_length + index, slice(index, index + 1)
+            token = (input_ids[:, one], mask[:, : past + 1], position_ids[:, one])
+            logits, cache = self._whole(token, cache, past, use_cache=True, logits_to_keep=0)
+            pieces.append(logits)
+        return torch.cat(pieces, 1), cache if use_cache else None
 
     def can_generate(self) -> bool:
         """`True`; asked by transformers."""
@@ -256,7 +255,14 @@ class OnnxCausalLM(GenerationMixin):
         """Empty; asked by transformers, which switches the kernels of mixture-of-experts models."""
         return {}
 
-    def _cache(self, cache: Any) -> DynamicCache | None:
+    def _cache(self, past_key_values: Any, cache: Any) -> DynamicCache | None:
+        """The cache that was given, under either name."""
+        name = "cache" if past_key_values is None else "past_key_values"
+        if past_key_values is not None and cache is not None:
+            raise ModelError.of(
+                "cache", type(cache).__name__, "past_key_values is given too, and is the same", "Give one of them"
+            )
+        cache = cache if past_key_values is None else past_key_values
         plain = cache is None or (
             isinstance(cache, DynamicCache)
             # a sliding layer is fine while it is empty: generate() makes such a cache from the configuration
@@ -264,10 +270,10 @@ class OnnxCausalLM(GenerationMixin):
         )
         if not plain:
             raise ModelError.of(
-                "past_key_values",
+                name,
                 type(cache).__name__,
                 "ONNX Runtime takes the whole past of each layer, as a plain DynamicCache() holds it",
-                "Pass the past_key_values of an earlier output, or none, and no cache_implementation",
+                "Pass the cache of an earlier output, or none, and no cache_implementation",
             )
         return cache
 
@@ -317,6 +323,12 @@ class OnnxCausalLM(GenerationMixin):
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         return [shared_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
+
+
+def _cache_field() -> str:
+    """What transformers' outputs call their cache, which `generate()` reads: `past_key_values` before 5.24."""
+    names = {field.name for field in fields(CausalLMOutputWithPast)}
+    return "cache" if "cache" in names else "past_key_values"
 
 
 def _check_logits_to_keep(logits_to_keep: Any) -> None:

@@ -1,5 +1,6 @@
 """What is said before an export starts. Every message is matched here; no model is traced."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -42,9 +43,10 @@ def test_bfloat16_is_no_obstacle():
 @pytest.mark.parametrize("name", ["mamba", "openai-gpt"])
 def test_models_without_keys_and_values(name, tmp_path):
     model = member(name)
-    with pytest.raises(
-        ExportError, match="it gives no key-value cache.*inputs and outputs of their own. Use the PyTo"
-    ):
+    # transformers 5.24 calls Mamba's states a cache too
+    named = "cache" in inspect.signature(model.forward).parameters
+    reason = "its cache holds more than the keys and values" if named else "it gives no key-value cache"
+    with pytest.raises(ExportError, match=f"{reason}.*inputs and outputs of their own.*Use the PyTo"):
         export_onnx(model, tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []
 

@@ -350,8 +350,23 @@ def test_mask_of_another_length_is_refused(onnx_model):
 
 def test_cache_of_another_kind_is_refused(onnx_model):
     cache = StaticCache(config=onnx_model.config, max_cache_len=16)
-    with pytest.raises(ModelError, match="past_key_values is 'StaticCache'"):
-        onnx_model(random_tokens(1, 3), past_key_values=cache)
+    for name in ("past_key_values", "cache"):
+        with pytest.raises(ModelError, match=f"{name} is 'StaticCache'.*Pass the cache of an earlier output"):
+            onnx_model(random_tokens(1, 3), **{name: cache})
+
+
+def test_cache_has_the_names_of_all_versions(onnx_model, pytorch):
+    ids, caches = random_tokens(1, 7, seed=8), [DynamicCache(), DynamicCache()]
+    for part in (ids[:, :4], ids[:, 4:]):
+        old, new = onnx_model(part, past_key_values=caches[0]), onnx_model(part, cache=caches[1])
+        assert torch.equal(old.logits, new.logits)
+    # the field that transformers' own output has, and no other
+    expected = pytorch(ids, use_cache=True)
+    assert list(new.keys()) == list(expected.keys())
+    torch.testing.assert_close(new.logits, expected.logits[:, 4:].detach(), rtol=1e-4, atol=1e-4)
+    assert [cache.get_seq_length() for cache in caches] == [7, 7]
+    with pytest.raises(ModelError, match="cache is 'DynamicCache': past_key_values is given too.*Give one of them"):
+        onnx_model(ids, past_key_values=caches[0], cache=caches[1])
 
 
 @pytest.mark.parametrize(

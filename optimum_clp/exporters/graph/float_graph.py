@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ...errors import ExportError
+from ...forward.decoding import cache_keyword, cache_of
 from ...runtime.names import FUSED_ATTENTION, cache_names
 from ..experts import unrolled_experts
 from ..obstacle import key_value_layers, takes_position_ids
@@ -32,6 +33,7 @@ class _FlatCacheModel(nn.Module):
         super().__init__()
         self.causal_lm = model
         self.inputs = inputs
+        self.cache_keyword = cache_keyword(model)
         self.attention = attention
 
     def forward(self, *tensors):
@@ -40,12 +42,12 @@ class _FlatCacheModel(nn.Module):
         if self.attention is not None:
             past_length = named["attention_mask"].shape[1] - named["input_ids"].shape[1]
             cache = self.attention.begin(list(past), past_length)
-            output = self.causal_lm(**named, past_key_values=cache, use_cache=True)
+            output = self.causal_lm(**named, **{self.cache_keyword: cache}, use_cache=True)
             present = self.attention.present
             return output.logits, *(states for index in sorted(present) for states in present[index])
         cache = DynamicCache([(past[i], past[i + 1]) for i in range(0, len(past), 2)])
-        output = self.causal_lm(**named, past_key_values=cache, use_cache=True)
-        layers = key_value_layers(output.past_key_values)
+        output = self.causal_lm(**named, **{self.cache_keyword: cache}, use_cache=True)
+        layers = key_value_layers(cache_of(output))
         return output.logits, *(states for layer in layers for states in (layer.keys, layer.values))
 
 
@@ -185,7 +187,7 @@ def _sample(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[tuple, tupl
     tokens = {0: "batch_size", 1: "sequence_length"}
     mask = {0: "batch_size", 1: "total_sequence_length"}
     inputs, shapes = [input_ids, attention_mask, position_ids][: len(names)], [tokens, mask, tokens][: len(names)]
-    for layer in key_value_layers(model(input_ids=input_ids, use_cache=True).past_key_values):
+    for layer in key_value_layers(cache_of(model(input_ids=input_ids, use_cache=True))):
         assert layer.keys is not None and layer.values is not None
         for states in (layer.keys, layer.values):
             inputs.append(torch.zeros(batch, states.shape[1], past_length, states.shape[3]))

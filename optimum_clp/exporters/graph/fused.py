@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ...forward.decoding import cache_keyword, cache_of
 from ..obstacle import key_value_layers, takes_position_ids
 
 _NAME = "optimum_clp_group_query_attention"
@@ -140,15 +141,15 @@ def fused_obstacle(model: PreTrainedModel) -> str | None:
             options = {"position_ids": positions} if takes_position_ids(model) else {}
             expected = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, 2:]
             first = {name: value[:, :2] for name, value in options.items()}
-            cache = model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True, **first).past_key_values
+            cache = cache_of(model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True, **first))
             past = [cast(Tensor, s) for layer in key_value_layers(cache) for s in (layer.keys, layer.values)]
             rest = {name: value[:, 2:] for name, value in options.items()}
             with attention_by(model, attention):
                 found = model(
                     input_ids=ids[:, 2:],
                     attention_mask=mask,
-                    past_key_values=attention.begin(past, 2),
                     use_cache=True,
+                    **{cache_keyword(model): attention.begin(past, 2)},
                     **rest,
                 ).logits
     except Exception as error:  # whatever a model does when its cache or attention is another

@@ -2,13 +2,14 @@
 
 import collections
 import functools
+import inspect
 
 import onnx_ir as ir
 import pytest
 import torch
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GPTJConfig, GPTNeoXConfig
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPTJConfig, GPTJForCausalLM, GPTNeoXConfig
 
 from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.check import reference_steps
@@ -84,11 +85,16 @@ def fused_graph_nodes(folder):
     return [n for n in ir.load(folder / "model.onnx").graph if n.op_type == "GroupQueryAttention"]
 
 
-def test_attention_of_another_kind_is_not_fused(tmp_path):
+NOT_FUSED = {"bloom": BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)}
+if "past_key_values" in inspect.signature(GPTJForCausalLM.forward).parameters:
+    # since transformers 5.24 its attention goes through the interface that is fused
+    NOT_FUSED["gptj"] = GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+
+
+@pytest.mark.parametrize("name", NOT_FUSED)
+def test_attention_of_another_kind_is_not_fused(name, tmp_path):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
-    ).eval()
+    model = AutoModelForCausalLM.from_config(NOT_FUSED[name]).eval()
     assert fused_obstacle(float32_copy(model)) is not None
     result = export_onnx(model, tmp_path, quantization=QuantizationConfig(weights=[], method="rtn"), quiet=True)
     assert result.files[0].max_relative_error < 1e-5
