@@ -21,8 +21,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo
 
-# two processes of one thread each: small models gain nothing from more threads
-PYTEST := -m pytest -n 2 --dist loadgroup
+# two processes of one thread each: small models gain nothing from more threads. Files stay whole, so that what a file's
+# tests share is made once (xdist 3.8's loadgroup says the same and does nothing with pytest 9.2)
+PYTEST := -m pytest -n 2 --dist loadfile
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(PY) $(PYTEST)
@@ -50,8 +51,8 @@ test-across: $(STAMP) $(VENV4)/.installed
 ARCHITECTURES := tests/test_contract.py tests/test_quantization_architectures.py tests/exporters/test_onnx_architectures.py
 architectures: export OMP_NUM_THREADS = 1
 architectures: $(STAMP) $(VENV4)/.installed
-	$(PY) $(PYTEST) -m "slow or not slow" --record-architectures $(ARCHITECTURES)
-	$(VENV4)/bin/python $(PYTEST) -m "slow or not slow" --record-architectures $(ARCHITECTURES)
+	$(PY) $(PYTEST) --dist load -m "slow or not slow" --record-architectures $(ARCHITECTURES)
+	$(VENV4)/bin/python $(PYTEST) --dist load -m "slow or not slow" --record-architectures $(ARCHITECTURES)
 	PYTHONPATH=. $(PY) tests/architecture_record.py
 
 lint: $(STAMP)

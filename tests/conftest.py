@@ -18,14 +18,6 @@ def pytest_configure(config):
         config.pluginmanager.register(_Recorder())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Under `--dist loadgroup`: the tests of one file share a process, those of one architecture in the contract suite."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 class _Recorder:
     """Writes the property `architecture`, `[name, column, text]`, of every test that passed to the record at the end."""
 

@@ -110,7 +110,7 @@ def generates_alike(model):
 
 def case(tiny, tied):
     name = {None: tiny.name, True: f"{tiny.name}-tied", False: f"{tiny.name}-untied"}[tied]
-    return pytest.param(tiny, tied, id=name, marks=pytest.mark.xdist_group(tiny.name))
+    return pytest.param(tiny, tied, id=name)
 
 
 def cases():
@@ -118,7 +118,7 @@ def cases():
 
 
 def once():
-    return [pytest.param(tiny, id=tiny.name, marks=pytest.mark.xdist_group(tiny.name)) for tiny in ZOO]
+    return [pytest.param(tiny, id=tiny.name) for tiny in ZOO]
 
 
 class TestContract:

@@ -15,7 +15,7 @@ from optimum_clp.quantization import load_quantized, quanto_obstacle, save_quant
 
 
 def members():
-    return [pytest.param(tiny, id=tiny.name, marks=pytest.mark.xdist_group(tiny.name)) for tiny in ZOO]
+    return [pytest.param(tiny, id=tiny.name) for tiny in ZOO]
 
 
 def quantized_by_quanto(model, weights):

@@ -23,7 +23,7 @@ WRONG_IN_TRANSFORMERS_4 = ("doge",)
 
 
 def members():
-    return [pytest.param(tiny, id=tiny.name, marks=pytest.mark.xdist_group(tiny.name)) for tiny in ZOO]
+    return [pytest.param(tiny, id=tiny.name) for tiny in ZOO]
 
 
 def check_against_each_row_alone(folder, model):
