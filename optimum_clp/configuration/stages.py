@@ -174,7 +174,16 @@ class TuningConfig:
     train_final_norm: bool = setting(False, boolean(), "also train the norm behind the last layer")
     train_head: bool = setting(False, boolean(), "also train the head, if it is not tied to the embedding")
     learning_rate: float | None = setting(None, or_none(positive()), "peak rate of AdamW", unset="0.1 / hidden size")
-    epochs: int = setting(4, integer(1), "passes over the train split")
+    epochs: int = setting(4, integer(1), "passes over the train split with the loss")
+    hidden_epochs: int = setting(
+        0,
+        integer(0),
+        "passes over the train split before these, in which only hidden states are compared",
+        more="Nothing above the cut runs in them, so they are several times cheaper.",
+    )
+    hidden_learning_rate: float | None = setting(
+        None, or_none(positive()), "peak rate of AdamW in these passes", unset="0.1 / hidden size"
+    )
     batch_size: int = setting(
         8,
         integer(1),

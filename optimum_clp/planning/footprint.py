@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
-from ..forward.losses import CHUNK_TOKENS
+from ..forward.losses import chunk_tokens
 from ..precisions import INT4, PRECISIONS, QUANTIZED
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
@@ -232,7 +232,7 @@ def logit_bytes(tokens: int, vocabulary: int, itemsize: int, config: TuningConfi
     """
     needs = [loss.needs & {LOGITS, TEACHER_LOGITS} for _, loss in weighted_losses(config.loss_weights()).values()]
     distributions, logits = sum(map(len, needs)), len(frozenset().union(*needs))
-    chunk = 3 * min(tokens, CHUNK_TOKENS)
+    chunk = 3 * min(tokens, chunk_tokens(vocabulary))
     return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
 
 

@@ -29,6 +29,9 @@ class TrainingState:
 
     Args:
         step (`int`): Optimizer steps taken.
+        stage (`int`): Stages that have ended.
+        stage_step (`int`): Steps taken in the one after them.
+        stage_steps (`list[int]`): Steps that each ended one has taken.
         best_step (`int`): Step of the weights that are kept.
         stale (`int`): Evaluations since then.
         history (`list[TuningStep]`): All evaluations.
@@ -38,6 +41,9 @@ class TrainingState:
     """
 
     step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    stage_steps: list[int] = field(default_factory=list)
     best_step: int = 0
     stale: int = 0
     history: list[TuningStep] = field(default_factory=list)

@@ -26,17 +26,13 @@ from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
 from .accelerator import tuning_accelerator
 from .loop import TrainingLoop
-from .losses import STATES, weighted_losses
+from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
 from .rows import TuningRows, cached_rows, spread, target_state
+from .stages import stages_of
 from .starts import Start, StartProblem
 from .student import EndpointStudent
 from .trained_modules import TrainedModules, check_layers
-
-
-def default_learning_rate(hidden_size: int) -> float:
-    """`0.1 / hidden_size`: 8e-4 at width 128, 2.4e-5 at 4096; wider layers take smaller steps."""
-    return 0.1 / hidden_size
 
 
 def tune_layers(
@@ -97,7 +93,7 @@ def tune_layers(
             float("nan"),
             f"it must stay finite, and at step {result.steps} it did not; the weights of step {result.best_step} "
             f"(validation loss {result.best_validation_loss:.4f}) were kept",
-            f"Lower tuning.learning_rate (now {result.learning_rate:.3g}), or check the text and the weights",
+            f"Lower {tuning.rate_of(result)}, or check the text and the weights",
             result=result,
         )
     return result
@@ -122,22 +118,28 @@ class _Tuning:
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
-        self.losses = weighted_losses(config.loss_weights())
-        self.weights = {name: weight for name, weight in config.loss_weights().items() if weight}
+        self.stages = stages_of(config, text_config(model.config).hidden_size)
+        self.weights = dict(self.stages[-1].loss)
         self.start_targets, self.loss_targets = self._targets(len(decoder_layers(dense)))
-        self.learning_rate = config.learning_rate or default_learning_rate(text_config(model.config).hidden_size)
 
     def _targets(self, depth: int) -> tuple[dict[int, int], dict[int, int]]:
         """The dense layers whose inputs the start and the losses compare some layers' outputs with."""
         kept = range(depth) if self.kept is None else self.kept
         for_start = self.start.targets(kept, self.layers, depth)
-        needing = [name for name, (_, loss) in self.losses.items() if STATES in loss.needs]
+        losses = {name: loss for stage in self.stages for name, (_, loss) in weighted_losses(stage.loss).items()}
+        needing = [name for name, loss in losses.items() if STATES in loss.needs]
         for_losses = {i: target_state(kept, i, depth) for i in self.layers} if needing else {}
         needing += [self.config.init] if for_start else []
         if needing and self.kept is None:
             rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
             raise ConfigurationError.of("kept", None, rule, "Give the dense model's index of each layer of the model")
         return for_start, for_losses
+
+    def rate_of(self, result: TuningResult) -> str:
+        """The setting of the stage that was run last, with its value."""
+        assert result.stages is not None
+        setting = "learning_rate" if len(result.stages) == len(self.stages) else "hidden_learning_rate"
+        return f"tuning.{setting} (now {result.stages[-1].learning_rate:.3g})"
 
     def run(self, train: Tensor, validation: Tensor, kinds: Sequence[str], begin: float) -> TuningResult:
         """Cache, start, train, and put the best weights into the model."""
@@ -201,10 +203,11 @@ class _Tuning:
         if result is None:
             return None, None
         student = EndpointStudent(self.model, layers, self.layers[0], self.weights, scales)
-        found = _evaluated(student, rows[1], size)
+        logits = TEACHER_LOGITS in needs_of(self.weights)
+        found = _evaluated(student, rows[1], size, logits)
         after = _weights(layers)
         _load(layers, before)
-        untuned = _evaluated(student, rows[1], size)
+        untuned = _evaluated(student, rows[1], size, logits)
         kept = improves(found, [untuned], untuned.by_kind)
         if kept:
             _load(layers, after)
@@ -223,7 +226,7 @@ class _Tuning:
             student,
             *rows,
             self.config,
-            learning_rate=self.learning_rate,
+            stages=self.stages,
             seed=self.seed,
             folder=self.folder,
             checkpoints=self.resumable,
@@ -242,7 +245,8 @@ class _Tuning:
             loss=self.weights,
             init=init,
             num_trainable=sum(p.numel() for p in self.trained.parameters),
-            learning_rate=self.learning_rate,
+            learning_rate=self.stages[-1].learning_rate,
+            stages=loop.records(),
             steps=state.step,
             best_step=state.best_step,
             initial_validation_loss=initial,
@@ -258,10 +262,10 @@ class _Tuning:
 
 
 @torch.no_grad()
-def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int) -> TuningStep:
+def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int, logits: bool) -> TuningStep:
     """The loss over all rows."""
     parts = torch.arange(len(rows)).split(batch_size)
-    losses = [student(**rows.batch(part, student.needs_teacher_logits)).double().cpu() for part in parts]
+    losses = [student(**rows.batch(part, logits)).double().cpu() for part in parts]
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 

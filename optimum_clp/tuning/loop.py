@@ -5,7 +5,7 @@ untested. A global batch is the same rows whatever the number of processes and o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
 from .master_adamw import MasterAdamW
+from .losses import TEACHER_LOGITS, needs_of
 from .result import TuningStep, improves
 from .rows import TuningRows
+from .stages import Stage, StageRecord
 from .student import EndpointStudent
 
 
@@ -32,8 +34,8 @@ class TrainingLoop:
         student ([`EndpointStudent`]): What is trained; all its parameters require gradients.
         train ([`TuningRows`]): Rows to train on.
         validation ([`TuningRows`]): Rows that choose the weights.
-        config ([`TuningConfig`]): Loss and schedule.
-        learning_rate (`float`): Peak rate.
+        config ([`TuningConfig`]): Batches, patience, checkpoints.
+        stages (`Sequence[Stage]`): What is done, in this order; the loss of the last one judges the weights of all.
         seed (`int`): Of the order of the rows.
         folder (`Path`): For the best weights, and for checkpoints.
         checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
@@ -50,7 +52,7 @@ class TrainingLoop:
         validation: TuningRows,
         config: TuningConfig,
         *,
-        learning_rate: float,
+        stages: Sequence[Stage],
         seed: int,
         folder: Path,
         checkpoints: bool,
@@ -59,19 +61,17 @@ class TrainingLoop:
     ):
         self.accelerator, self.config, self.quiet = accelerator, config, quiet
         self.train, self.validation = train, validation
-        self.needs_logits = student.needs_teacher_logits
-        self.learning_rate, self.seed = learning_rate, seed
-        self.folder, self.start = folder, start
+        self.stages, self.judge = stages, stages[-1].loss
+        self.seed, self.folder, self.start = seed, folder, start
         self.batch_size = min(config.batch_size, len(train))
         self.micro_batch = micro_batch_size(
             self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes
         )
         self.per_epoch = len(train) // self.batch_size
-        self.total = self.per_epoch * config.epochs
+        self.total = sum(map(self._steps, stages))
         make = torch.optim.AdamW if shards_weights(accelerator) else MasterAdamW
-        optimizer = make(
-            list(student.parameters()), lr=learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-        )
+        rate = stages[0].learning_rate
+        optimizer = make(list(student.parameters()), lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.state = TrainingState()
         self._order: tuple[int, Tensor] | None = None
@@ -84,29 +84,53 @@ class TrainingLoop:
         self._start_trackers()
         if self._checkpoints is not None:
             self.state = self._checkpoints.resume() or self.state
-        evaluate_every = max(1, self.per_epoch // self.config.evaluations_per_epoch)
         with progress_bar(self.total, "Endpoint tuning", self.quiet or not self.accelerator.is_main_process) as bar:
             bar.update(self.state.step)
             if not self.state.history and not self._evaluate(0.0):
                 self.state.stopped = "nan"
-            while self.state.stopped is None and self.state.step < self.total:
-                rate = self._set_rate()
-                if not self._train_step():
-                    self.state.stopped = "nan"
-                    break
-                bar.update(1)
-                if self.state.step % evaluate_every == 0 or self.state.step == self.total:
-                    if not self._evaluate(rate):
-                        self.state.stopped = "nan"
-                    elif self.state.stale >= self.config.patience:
-                        self.state.stopped = "patience"
-                if self._checkpoints is not None and self._checkpoints.save_if_due(self.state):
-                    self._best.drop_others(self.state.best_step)
+            while self.state.stopped is None and self.state.stage < len(self.stages):
+                self._run_stage(self.stages[self.state.stage], bar)
         self.state.stopped = self.state.stopped or "finished"
         # not end_training(): it would also end the process group, which may be the caller's
         for tracker in self.accelerator.trackers:
             tracker.finish()
         return self.state
+
+    def _run_stage(self, stage: Stage, bar: Any) -> None:
+        """Train to the end of a stage, or until its patience runs out."""
+        state, steps = self.state, self._steps(stage)
+        every = max(1, steps // stage.evaluations)
+        while state.stopped is None and state.stage_step < steps:
+            rate = self._set_rate(stage, steps)
+            if not self._train_step():
+                state.stopped = "nan"
+                return
+            bar.update(1)
+            last = state.stage_step == steps
+            if state.stage_step % every == 0 or last:
+                if not self._evaluate(rate):
+                    state.stopped = "nan"
+                elif state.stale >= self.config.patience and not last:
+                    bar.update(steps - state.stage_step)
+                    break
+            if self._checkpoints is not None and not last and self._checkpoints.save_if_due(state):
+                self._best.drop_others(state.best_step)
+        self._end_stage(stage, steps)
+
+    def _end_stage(self, stage: Stage, steps: int) -> None:
+        state = self.state
+        if state.stopped is None and state.stage_step < steps and state.stage == len(self.stages) - 1:
+            state.stopped = "patience"
+        state.stage_steps.append(state.stage_step)
+        state.stage += 1
+        state.stage_step = state.stale = 0
+        # moments of one loss say nothing about another
+        self.optimizer.state.clear()
+        if self._checkpoints is not None and self._checkpoints.save_if_due(state):
+            self._best.drop_others(state.best_step)
+
+    def _steps(self, stage: Stage) -> int:
+        return self.per_epoch * stage.epochs
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """The state dict of the student with the best validation loss, on the CPU; `None` in all processes but the first."""
@@ -119,16 +143,26 @@ class TrainingLoop:
         done = state.step - (state.stopped == "nan" and not math.isfinite(state.last_loss))
         return done * self.batch_size * self.train.outputs.tokens.shape[1]
 
-    def _set_rate(self) -> float:
-        warmup = max(1, round(self.config.warmup_ratio * self.total))
-        step = self.state.step
+    def records(self) -> tuple[StageRecord, ...]:
+        """What each stage has done that was begun."""
+        tokens = self.batch_size * self.train.outputs.tokens.shape[1]
+        done = [*self.state.stage_steps]
+        if self.state.stage < len(self.stages):
+            done.append(self.state.stage_step)
+        return tuple(
+            StageRecord(dict(stage.loss), steps, stage.learning_rate, steps * tokens)
+            for stage, steps in zip(self.stages, done, strict=False)
+        )
+
+    def _set_rate(self, stage: Stage, steps: int) -> float:
+        warmup, step = max(1, round(self.config.warmup_ratio * steps)), self.state.stage_step
         if step < warmup:
             share = (step + 1) / warmup
         else:
-            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.total - warmup)))
+            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * share
-        return self.learning_rate * share
+            group["lr"] = stage.learning_rate * share
+        return stage.learning_rate * share
 
     def _rows(self, step: int) -> Tensor:
         """The rows of a global batch, int64 `[batch]`; what does not fill the last batch of an epoch is left out."""
@@ -142,28 +176,33 @@ class TrainingLoop:
 
     def _train_step(self) -> bool:
         """One optimizer step; false if the loss or its gradient is not finite, and then no weight has changed."""
-        accelerator = self.accelerator
+        accelerator, stage = self.accelerator, self.stages[self.state.stage]
         parts = self._rows(self.state.step).split(self.micro_batch)
+        logits = TEACHER_LOGITS in needs_of(stage.loss)
         total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(self.student):
-                loss = self.student(**self.train.batch(part, self.needs_logits)).mean()
+                loss = self.student(**self.train.batch(part, logits), weights=stage.loss).mean()
                 total += loss.item()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
                     # in float16 a step that overflows is skipped, and the scale of the loss is lowered
                     if accelerator.scaler is None and not math.isfinite(_number(norm)):
-                        self.state.step += 1
+                        self._count_step()
                         self.state.last_loss = math.nan
                         self.optimizer.zero_grad(set_to_none=True)
                         return False
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
-        self.state.step += 1
+        self._count_step()
         self.state.last_loss = total / self.config.gradient_accumulation_steps
         self.state.losses.append(self.state.last_loss)
         return True
+
+    def _count_step(self) -> None:
+        self.state.step += 1
+        self.state.stage_step += 1
 
     def _evaluate(self, rate: float) -> bool:
         """Take the validation loss and keep the weights if they are the best; false if it is not finite."""
@@ -171,6 +210,8 @@ class TrainingLoop:
         losses = self._validation_losses()
         total = torch.tensor(sum(state.losses), dtype=torch.float64, device=accelerator.device)
         trained = accelerator.reduce(total, "mean").item() / len(state.losses) if state.losses else None
+        stage = self.stages[state.stage].loss if state.step else self.judge
+        trained = trained if stage == self.judge else None  # another loss is in another unit
         found = TuningStep.of_rows(losses, self.validation.kinds, state.step, trained, rate)
         loss = found.validation_loss
         better = not state.history or improves(found, state.history, self.start)
@@ -193,12 +234,13 @@ class TrainingLoop:
         accelerator = self.accelerator
         losses = torch.zeros(len(self.validation), dtype=torch.float64)
         parts = torch.arange(len(self.validation)).split(self.micro_batch)
+        logits = TEACHER_LOGITS in needs_of(self.judge)
         with torch.no_grad():
             # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
             for number in range(0, len(parts), accelerator.num_processes):
                 mine = number + accelerator.process_index
                 rows = parts[mine if mine < len(parts) else 0]
-                found = self.student(**self.validation.batch(rows, self.needs_logits))
+                found = self.student(**self.validation.batch(rows, logits), weights=self.judge)
                 if mine < len(parts):
                     losses[rows] = found.double().cpu()
         return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()

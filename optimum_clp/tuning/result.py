@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..report.section import Key, to_section
 from .closed_form import ClosedFormStep
+from .stages import StageRecord
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class TuningResult:
         loss (`dict[str, float]`): Weights of the losses.
         init (`dict` or `None`): The closed-form start, a [`StartRecord`].
         num_trainable (`int`): Trained parameters.
-        learning_rate (`float`): Peak rate.
+        learning_rate (`float`): Peak rate of the last stage.
+        stages (`tuple[StageRecord, ...]`): What each stage did.
         steps (`int`): Optimizer steps that were taken.
         best_step (`int`): Step of the weights that were kept; 0 for those before the first step.
         initial_validation_loss (`float`): Of the untuned cut.
@@ -77,12 +79,16 @@ class TuningResult:
         tuple[Annotated[int, Key(minimum=0)], ...], Key("Trained layers, in the cut model's numbering.", unique=True)
     ]
     modules: Annotated[tuple[str, ...], Key("Trained modules beside the layers: final norm, head.")]
-    loss: Annotated[dict[str, Annotated[float, Key(minimum=0, finite=True)]], Key("Weight of each loss.", min_items=1)]
+    loss: Annotated[
+        dict[str, Annotated[float, Key(minimum=0, finite=True)]],
+        Key("Weight of each loss of the last stage, which judges the weights of all.", min_items=1),
+    ]
     init: Annotated[dict[str, Any] | None, Key("The closed-form start; null without one.", shape=StartRecord)] = field(
         compare=False
     )
     num_trainable: Annotated[int, Key("Trained parameters.", minimum=1)]
-    learning_rate: Annotated[float, Key("Peak rate.", exclusive_minimum=0, finite=True)]
+    learning_rate: Annotated[float, Key("Peak rate of the last stage.", exclusive_minimum=0, finite=True)]
+    stages: Annotated[tuple[StageRecord, ...] | None, Key("In the order in which they were run.", sparse=True)]
     steps: Annotated[int, Key(minimum=0)]
     best_step: Annotated[int, Key(minimum=0)]
     initial_validation_loss: float

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..forward.hooks import recorded_outputs, run_without_head, stopped_before
 from ..forward.layer_stack import LayerStack
-from .losses import LOGITS, STATES, TEACHER_LOGITS, LossBatch, needs_of, weighted_losses
+from .losses import LOGITS, STATES, LossBatch, weighted_losses
 
 
 class EndpointStudent(nn.Module):
@@ -23,7 +23,7 @@ class EndpointStudent(nn.Module):
         model (`PreTrainedModel`): The cut model, which holds `trained`.
         trained (`Iterable[nn.Module]`): The modules that are trained.
         first (`int`): The first layer that runs.
-        weights (`dict[str, float]`): Of the losses, by name.
+        weights (`dict[str, float]`): Of the losses, by name, where a call names no others.
         scales (`dict[int, float]`): For losses that look at hidden states: the layers whose output they are given, with
             the mean squared deviation of their targets from the targets' mean.
     """
@@ -44,44 +44,47 @@ class EndpointStudent(nn.Module):
         self._around = (model, LayerStack(model))
         self.first = first
         self.losses = tuple(weighted_losses(weights).values())
-        self.needs = needs_of(weights)
-        self.scales = dict(scales or {}) if STATES in self.needs else {}
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        """Whether a loss looks at the dense model's logits."""
-        return TEACHER_LOGITS in self.needs
+        self.scales = dict(scales or {})
 
     def forward(
-        self, tokens: Tensor, hidden: Tensor, teacher_logits: Tensor | None, targets: Mapping[int, Tensor]
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        teacher_logits: Tensor | None,
+        targets: Mapping[int, Tensor],
+        weights: Mapping[str, float] | None = None,
     ) -> Tensor:
         """The weighted loss of each row.
 
         Args:
             tokens (`Tensor`): int64 `[batch, length]`.
             hidden (`Tensor`): `[batch, length, hidden]`: what enters the first layer that runs.
-            teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; see [`~EndpointStudent.needs_teacher_logits`].
+            teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
             targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `scales`.
+            weights (`dict[str, float]`, *optional*): Of the losses, instead of the student's own.
 
         Returns:
             `Tensor`: float32 `[batch]`.
         """
         stack = self._around[1]
-        with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, self.scales) as states:
-            logits = self._logits(tokens)
-        batch = LossBatch(tokens, logits, teacher_logits, states, targets, self.scales)
+        losses = self.losses if weights is None else weighted_losses(weights).values()
+        needs = frozenset().union(*(loss.needs for _, loss in losses))
+        scales = self.scales if STATES in needs else {}
+        with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, scales) as states:
+            logits = self._logits(tokens, LOGITS in needs, scales)
+        batch = LossBatch(tokens, logits, teacher_logits, states, targets, scales)
         total = torch.zeros(len(tokens), device=tokens.device)
-        for weight, loss in self.losses:
+        for weight, loss in losses:
             for part in loss(batch.only(loss.needs)).reshape(-1, len(tokens)):
                 total = total + weight * part
         return total
 
-    def _logits(self, tokens: Tensor) -> Tensor | None:
+    def _logits(self, tokens: Tensor, needed: bool, scales: Iterable[int]) -> Tensor | None:
         """Run the model; to the last layer that is looked at only, and without logits, if no loss needs these."""
         model, stack = self._around
-        if LOGITS in self.needs:
+        if needed:
             return model(input_ids=tokens, use_cache=False).logits
-        behind = max(self.scales, default=-1) + 1
+        behind = max(scales, default=-1) + 1
         with stopped_before(stack.layers[behind]) if behind < len(stack) else nullcontext():
             run_without_head(model, tokens)
         return None

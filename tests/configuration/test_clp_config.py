@@ -64,6 +64,8 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "train_head": False,
                 "learning_rate": None,
                 "epochs": 4,
+                "hidden_epochs": 0,
+                "hidden_learning_rate": None,
                 "batch_size": 8,
                 "gradient_accumulation_steps": 1,
                 "mixed_precision": None,

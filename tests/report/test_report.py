@@ -25,6 +25,7 @@ from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.surgery.description import describe_cut, describe_dense
 from optimum_clp.tuning.closed_form import ClosedFormResult, ClosedFormStep
+from optimum_clp.tuning.stages import StageRecord
 from optimum_clp.tuning.result import TuningResult, TuningStep
 
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "clp_report.schema.json"
@@ -121,6 +122,7 @@ def test_sections_that_the_stages_write_fit_the_schema(tmp_path):
         init={**solved.to_dict(), "kept": True, "loss_before": 0.5, "loss_after": 0.45},
         num_trainable=10,
         learning_rate=1e-3,
+        stages=(StageRecord({"kd": 1.0}, 3, 1e-3, 48),),
         steps=3,
         best_step=3,
         initial_validation_loss=0.5,

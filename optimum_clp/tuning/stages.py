@@ -1,0 +1,70 @@
+"""The stages of a tuning, one after the other: what is cheap for a token comes before what is dear.
+
+Every stage trains the same layers on the same rows. They differ in the loss, and so in how much of the two models runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from ..configuration.stages import TuningConfig
+from ..report.section import Key
+
+HIDDEN = "hidden"
+# so often is a stage of hidden states judged: nothing above the cut runs in it, and a judgement runs all of that
+_JUDGEMENTS_OF_HIDDEN = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some passes over the train rows with one loss; the rate rises, and falls to 0 along a cosine.
+
+    Args:
+        loss (`dict[str, float]`): Weights of the losses that a step lowers, by name.
+        epochs (`int`): Passes over the rows, at least 1.
+        learning_rate (`float`): Peak rate of AdamW.
+        evaluations (`int`): How often the weights are judged, evenly, at least 1; at the end in any case.
+    """
+
+    loss: Mapping[str, float]
+    epochs: int
+    learning_rate: float
+    evaluations: int
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage did.
+
+    Args:
+        loss (`dict[str, float]`): Weights of its losses.
+        steps (`int`): Optimizer steps that were taken.
+        learning_rate (`float`): Peak rate.
+        num_tokens (`int`): Tokens that were trained on, repeats counted.
+    """
+
+    loss: Annotated[dict[str, Annotated[float, Key(minimum=0, finite=True)]], Key("Weight of each loss.", min_items=1)]
+    steps: Annotated[int, Key(minimum=0)]
+    learning_rate: Annotated[float, Key("Peak rate.", exclusive_minimum=0, finite=True)]
+    num_tokens: Annotated[int, Key("Repeats counted.", minimum=0)]
+
+
+def stages_of(config: TuningConfig, hidden_size: int) -> tuple[Stage, ...]:
+    """The stages that a recipe asks for: hidden states alone, then its loss, which also judges all weights.
+
+    Args:
+        config ([`TuningConfig`]): Epochs, rates and loss.
+        hidden_size (`int`): Of the model.
+    """
+    rate = config.learning_rate or default_learning_rate(hidden_size)
+    loss = {name: weight for name, weight in config.loss_weights().items() if weight}
+    stages: Sequence[Stage] = ()
+    if config.hidden_epochs:
+        hidden_rate = config.hidden_learning_rate or default_learning_rate(hidden_size)
+        stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, _JUDGEMENTS_OF_HIDDEN),)
+    return (*stages, Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch))
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """`0.1 / hidden_size`: 8e-4 at width 128, 2.4e-5 at 4096; wider layers take smaller steps."""
+    return 0.1 / hidden_size

@@ -1,0 +1,120 @@
+"""Stages of a tuning: hidden states first, then the loss that judges the weights of both."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+from optimum_clp.configuration.stages import TuningConfig
+from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.losses import kl_divergence
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.loop import TrainingLoop
+from optimum_clp.tuning.stages import default_learning_rate, stages_of
+
+DENSE = tiny_model()
+SETTINGS = {"init": "none", "epochs": 2, "hidden_epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "patience": 99}
+TRAIN, VALIDATION = random_tokens(16, 20, seed=1), random_tokens(4, 20, seed=2)
+
+
+def tuned(folder=None, **settings):
+    cut = cut_model(DENSE, [LayerSegment(2, 4)])
+    config = TuningConfig(**{**SETTINGS, "hidden_learning_rate": 3e-3, **settings})
+    result = tune_layers(cut, DENSE, (1, 2), TRAIN, VALIDATION, config, kept=[0, 1, 4, 5], folder=folder, quiet=True)
+    return cut, result
+
+
+def divergence(model):
+    """From the dense model, on the validation rows, as the loss `kd` is defined."""
+    outputs = DenseOutputs(DENSE, VALIDATION, quiet=True)
+    with torch.no_grad():
+        return kl_divergence(outputs.logits(slice(None)), model(VALIDATION).logits).mean().item()
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return tuned(checkpoint_seconds=0)
+
+
+def test_both_stages_are_run_and_judged_by_the_loss_of_the_last(whole):
+    cut, result = whole
+    assert [(dict(s.loss), s.steps, s.learning_rate) for s in result.stages] == [
+        ({"hidden": 1.0}, 12, 3e-3),
+        ({"kd": 1.0}, 8, 1e-3),
+    ]
+    assert [s.num_tokens for s in result.stages] == [12 * 4 * 20, 8 * 4 * 20]
+    assert (result.steps, result.num_tokens, result.loss) == (20, 20 * 4 * 20, {"kd": 1.0})
+    steps = [entry.step for entry in result.history]
+    assert steps == [0, 3, 6, 9, 12, 14, 16, 18, 20]
+    # the train loss of hidden states is in another unit, and is left out
+    assert [entry.train_loss is not None for entry in result.history] == [s > 12 for s in steps]
+    assert result.initial_validation_loss == pytest.approx(divergence(cut_model(DENSE, [LayerSegment(2, 4)])), rel=1e-4)
+    assert result.best_validation_loss == pytest.approx(divergence(cut), rel=1e-4)
+
+
+def test_the_rate_of_each_stage_rises_and_falls(whole):
+    rates = {entry.step: entry.learning_rate for entry in whole[1].history}
+    assert rates[3] > rates[6] > rates[9] > rates[12] > 0
+    assert rates[14] > rates[16] > rates[18] > rates[20] > 0
+    assert rates[12] < rates[14]
+    assert rates[3] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 1 / 11)))
+
+
+def test_in_the_first_stage_nothing_above_the_cut_runs(monkeypatch):
+    heads = []
+    forward = type(DENSE.lm_head).forward
+    step = TrainingLoop._train_step
+
+    def counting(module, x):
+        if module.weight.shape[0] == DENSE.config.vocab_size:
+            heads.append(x.shape)
+        return forward(module, x)
+
+    def watched(loop):
+        before, stage = len(heads), loop.state.stage
+        done = step(loop)
+        seen[stage].append(len(heads) - before)
+        return done
+
+    seen = {0: [], 1: []}
+    monkeypatch.setattr(type(DENSE.lm_head), "forward", counting)
+    monkeypatch.setattr(TrainingLoop, "_train_step", watched)
+    tuned()
+    assert set(seen[0]) == {0} and min(seen[1]) >= 1
+
+
+@pytest.mark.parametrize("stop_at", [5, 11, 12, 13, 19])
+def test_a_run_that_fails_in_any_stage_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch, whole):
+    step = TrainingLoop._train_step
+
+    def failing(loop):
+        if loop.state.step == stop_at:
+            raise RuntimeError("planted")
+        return step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", failing)
+    with pytest.raises(RuntimeError, match="planted"):
+        tuned(tmp_path, checkpoint_seconds=0)
+    monkeypatch.undo()
+    resumed, again = tuned(tmp_path, checkpoint_seconds=0)
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), resumed.parameters(), strict=True))
+    assert again == whole[1]
+
+
+def test_a_stage_that_no_longer_helps_gives_way_to_the_next():
+    # a rate at which every step harms: the stage of hidden states ends early, and the other one is run
+    _, result = tuned(hidden_learning_rate=0.3, patience=2, learning_rate=1e-12)
+    first, second = result.stages
+    assert (first.steps, second.steps) == (6, 4)
+    assert (result.stopped, result.best_step) == ("patience", 0)
+    assert not result.improved
+
+
+def test_without_hidden_epochs_there_is_one_stage():
+    config = TuningConfig(epochs=3, evaluations_per_epoch=2)
+    (stage,) = stages_of(config, 4096)
+    assert (stage.loss, stage.epochs, stage.evaluations) == ({"kd": 1.0}, 3, 6)
+    assert stage.learning_rate == default_learning_rate(4096)
