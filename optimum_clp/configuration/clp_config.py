@@ -58,6 +58,7 @@ class CLPConfig(BaseConfig):
         num_segments: int = PlainSettings.num_segments,
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
+        budget: str | float | None = PlainSettings.budget,
         seed: int = PlainSettings.seed,
         calibration: CalibrationConfig | dict | None = None,
         search: SearchConfig | dict | None = None,
@@ -72,6 +73,7 @@ class CLPConfig(BaseConfig):
             "num_segments": num_segments,
             "max_perplexity_increase": max_perplexity_increase,
             "min_retention": min_retention,
+            "budget": budget,
             "seed": seed,
             "calibration": calibration,
             "search": search,
@@ -85,6 +87,7 @@ class CLPConfig(BaseConfig):
         self.num_segments = num_segments
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention
+        self.budget = budget
         self.seed = seed
         self.calibration: CalibrationConfig = values["calibration"]
         self.search: SearchConfig = values["search"]

@@ -7,6 +7,7 @@ import dataclasses
 
 from ..doors import LOSSES, ROUNDINGS, STARTS, STRATEGIES
 from ..precisions import QUANTIZED
+from .durations import duration
 from .rules import (
     between,
     boolean,
@@ -62,6 +63,15 @@ class PlainSettings:
         or_none(between(0, 1, open_ends=True)),
         "the same budget as dense perplexity over the cut model's, such as 0.9",
         metavar="SHARE",
+    )
+    budget: str | float | None = setting(
+        None,
+        or_none(duration()),
+        "time for search, text and tuning together: 90 (seconds), 20min, 1h30min",
+        more="Short pilots say how long healing takes here, and how much text the rest of the time buys; `tuning.forecast` "
+        "of the report says what more would bring.",
+        metavar="TIME",
+        unset="as long as `calibration.train_sequences` rows take",
     )
     seed: int = setting(0, integer(0), "seed of everything random")
 

@@ -51,7 +51,9 @@ def test_both_stages_are_run_and_judged_by_the_loss_of_the_last(whole):
     assert steps == [0, 3, 6, 9, 12, 14, 16, 18, 20]
     # the train loss of hidden states is in another unit, and is left out
     assert [entry.train_loss is not None for entry in result.history] == [s > 12 for s in steps]
-    assert result.initial_validation_loss == pytest.approx(divergence(cut_model(DENSE, [LayerSegment(2, 4)])), rel=1e-4)
+    assert result.initial_validation_loss == pytest.approx(
+        divergence(cut_model(DENSE, [LayerSegment(2, 4)])), rel=1e-4
+    )
     assert result.best_validation_loss == pytest.approx(divergence(cut), rel=1e-4)
 
 
