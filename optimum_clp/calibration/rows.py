@@ -20,9 +20,10 @@ from ..errors import CalibrationError
 from ..report.section import to_section
 from ..resume import weights_fingerprint
 from .sample_cache import Sample
-from .self_written import embedding_weight, sample_text
+from .self_written import sample_text
 from .sources import Passage, describe, read_passages
 from .summary import CalibrationSummary, TextStatistics
+from .writing import embedding_weight
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13

@@ -381,7 +381,7 @@ def test_the_weights_are_read_once_for_both_samples(model, tmp_path, monkeypatch
         return resume.weights_fingerprint(*arguments)
 
     monkeypatch.setattr("optimum_clp.calibration.rows.weights_fingerprint", counted)
-    monkeypatch.setattr("optimum_clp.calibration.self_written.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.calibration.writing.weights_fingerprint", counted)
     load_calibration(config_for(None, cache_dir=str(tmp_path)), None, model, seed=0, quiet=True)
     assert len(calls) == 1
     assert len(list((tmp_path / "optimum_clp").iterdir())) == 2
