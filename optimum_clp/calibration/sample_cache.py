@@ -46,6 +46,10 @@ class Sample:
         roles = None if self.roles is None or other.roles is None else torch.cat([self.roles, other.roles])
         return Sample(torch.cat([self.tokens, other.tokens]), torch.cat([self.losses, other.losses]), roles)
 
+    def first(self, rows: int) -> "Sample":
+        """The first rows."""
+        return Sample(self.tokens[:rows], self.losses[:rows], None if self.roles is None else self.roles[:rows])
+
 
 def sample_file(
     model: PreTrainedModel,

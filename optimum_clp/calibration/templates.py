@@ -83,6 +83,18 @@ def split_template(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int
     )
 
 
+def first_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[tuple[int, ...]]:
+    """The tokens of each of some first words of the user, as they are behind the template's opening.
+
+    Raises:
+        CalibrationError: As [`split_template`].
+    """
+    rendered = _Rendered(tokenizer)
+    opening = rendered.texts.opening
+    before = len(_shared_start([rendered.tokens(opening + word) for word in _WORDS]))
+    return [tuple(rendered.tokens(opening + said)[before:]) for said in words]
+
+
 @dataclass(frozen=True)
 class _Texts:
     """The template's pieces as text; `question` is `None` where a conversation has one turn."""

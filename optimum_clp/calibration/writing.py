@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import CalibrationError
 from ..forward.decoding import cache_keyword, cache_of, fast_decoding, last_logits_only, takes_back_its_cache
@@ -126,9 +126,7 @@ def _stream(seed: int, row: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _write_batch(
-    writing: Writing, scripts: Sequence[Script], uniforms: Tensor, cached: bool, bar: Any
-) -> Sample:
+def _write_batch(writing: Writing, scripts: Sequence[Script], uniforms: Tensor, cached: bool, bar: Any) -> Sample:
     """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
     # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
     rows, length = uniforms.shape

@@ -53,7 +53,12 @@ class EndpointStudent(nn.Module):
         return TEACHER_LOGITS in self.needs
 
     def forward(
-        self, tokens: Tensor, hidden: Tensor, teacher_logits: Tensor | None, targets: Mapping[int, Tensor]
+        self,
+        tokens: Tensor,
+        hidden: Tensor,
+        teacher_logits: Tensor | None,
+        targets: Mapping[int, Tensor],
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss of each row.
 
@@ -62,6 +67,7 @@ class EndpointStudent(nn.Module):
             hidden (`Tensor`): `[batch, length, hidden]`: what enters the first layer that runs.
             teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; see [`~EndpointStudent.needs_teacher_logits`].
             targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `scales`.
+            mask (`Tensor` or `None`): bool `[batch, length]`: tokens that are to be learnt; `None` for all.
 
         Returns:
             `Tensor`: float32 `[batch]`.
@@ -69,7 +75,7 @@ class EndpointStudent(nn.Module):
         stack = self._around[1]
         with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, self.scales) as states:
             logits = self._logits(tokens)
-        batch = LossBatch(tokens, logits, teacher_logits, states, targets, self.scales)
+        batch = LossBatch(tokens, logits, teacher_logits, states, targets, self.scales, mask)
         total = torch.zeros(len(tokens), device=tokens.device)
         for weight, loss in self.losses:
             for part in loss(batch.only(loss.needs)).reshape(-1, len(tokens)):
