@@ -207,10 +207,10 @@ class _Talk:
         yield from self._forced(template.opening)
         yield from self._forced(words, USER)
         for turn in range(1, turns + 1):
-            said = yield from self._asked()
-            if said is None:
+            rest = yield from self._asked()
+            if rest is None:
                 return
-            yield from self._forced(template.answer[said:])
+            yield from self._forced(rest)
             after = template.closing if turn == turns or template.question is None else template.question
             end = yield from self._answered()
             if end is not None and end != next(iter(after), None):
@@ -225,16 +225,17 @@ class _Talk:
         words = self.words[int(rest / self.share * len(self.words))] if self.words and rest < self.share else ()
         return (turns if self.template.question is not None else 1), words
 
-    def _asked(self) -> Generator[Wish, int, int | None]:
-        """The user's words; how many of the template's next tokens were written with them, or `None` if all has ended."""
-        end, written = self.template.question_end, []
+    def _asked(self) -> Generator[Wish, int, Sequence[int] | None]:
+        """The user's words; what remains of the template's tokens behind them, or `None` if the text has ended."""
+        end = self.template.question_end
+        written: list[int] = []
         while len(written) < self.limits.question:
             written.append((yield from self._drawn(USER)))
             if tuple(written[-len(end) :]) == end:
-                return len(end)
+                return self.template.answer_rest
             if written[-1] in self.template.ends:
                 return None
-        return 0
+        return self.template.answer
 
     def _answered(self) -> Generator[Wish, int, int | None]:
         """The assistant's words; the token that ended them, or `None` if they had to be ended."""

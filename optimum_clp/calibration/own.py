@@ -110,8 +110,9 @@ class _Writer:
         return sample_conversations(self.model, self.tokenizer, openings=OPENINGS, openings_share=share, **options)
 
     def rows(self, sample: Sample) -> TextRows:
-        masked = self.config.mask == "assistant" and sample.roles is not None
-        mask = sample.roles == ASSISTANT if masked else None
+        mask = None
+        if self.config.mask == "assistant" and sample.roles is not None:
+            mask = sample.roles == ASSISTANT
         return TextRows(sample.tokens, (self.kind,) * len(sample.tokens), mask)
 
 

@@ -127,7 +127,9 @@ def load_calibration(
     names += ["self-written"] if sum(own) else []
     # rows are a view of one tensor; clones let the splits be freed one by one
     return CalibrationData(
-        *(split.tokens.clone() for split in (train, validation, test)),
+        train.tokens.clone(),
+        validation.tokens.clone(),
+        test.tokens.clone(),
         source=" and ".join(names),
         statistics=statistics,
         validation_kinds=validation.kinds,

@@ -31,7 +31,9 @@ class ChatTemplate:
         question (`tuple[int, ...]` or `None`): From the assistant's words to the user's next ones; `None` if a
             conversation cannot go on after what the assistant wrote, as where the template takes its thoughts out.
         closing (`tuple[int, ...]`): After the assistant's last words.
-        question_end (`tuple[int, ...]`): The first tokens of `answer`: who writes them has ended the user's words.
+        question_end (`tuple[int, ...]`): Tokens of `answer`: who writes them has ended the user's words. Its first special
+            token alone, if there is one: what stands before it may melt into the words.
+        answer_rest (`tuple[int, ...]`): What then remains of `answer`.
         answer_ends (`tuple[int, ...]`): Each of these tokens ends what the assistant writes.
         ends (`tuple[int, ...]`): Those of the model that end any text.
     """
@@ -41,6 +43,7 @@ class ChatTemplate:
     question: tuple[int, ...] | None
     closing: tuple[int, ...]
     question_end: tuple[int, ...]
+    answer_rest: tuple[int, ...]
     answer_ends: tuple[int, ...]
     ends: tuple[int, ...]
 
@@ -71,13 +74,16 @@ def split_template(tokenizer: PreTrainedTokenizerBase | None, ends: Sequence[int
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     own = tokenizer.eos_token_id
     all_ends = tuple(sorted({*ends, *([] if own is None else [own])}))
-    first_special = next((i for i, token in enumerate(answer) if token in special), _LONGEST_END - 1)
+    # where the tokens begin and end that tell the end of the question
+    begin = next((i for i, token in enumerate(answer) if token in special), None)
+    begin, end = (0, _LONGEST_END) if begin is None else (begin, begin + 1)
     return ChatTemplate(
         opening=tuple(start),
         answer=tuple(answer),
         question=None if question is None else tuple(question),
         closing=tuple(closing),
-        question_end=tuple(answer[: min(first_special + 1, _LONGEST_END)]),
+        question_end=tuple(answer[begin:end]),
+        answer_rest=tuple(answer[end:]),
         answer_ends=tuple(sorted({*all_ends, *(token for token in closing[:1] if token in special)})),
         ends=all_ends,
     )

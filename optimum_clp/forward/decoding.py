@@ -14,6 +14,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 # of the argument of `forward` and the field of its output: since transformers 5.24, and before it. A model's own code may
 # keep the old name, so the version does not tell
 _NAMES = ("cache", "past_key_values")
+# what attention may be given that does not change what one new token of a full row sees
+_HARMLESS = frozenset(
+    {"is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions"}
+)
 
 
 def cache_argument(model: Any) -> str | None:
@@ -104,10 +108,6 @@ def fast_decoding(model: Any) -> Iterator[None]:
     # not register(), which cannot be undone
     with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, {name: attention}):
         yield
-
-
-# what attention may be given that does not change what one new token of a full row sees
-_HARMLESS = {"is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions"}
 
 
 def _decodes(query: Tensor, key: Tensor) -> bool:

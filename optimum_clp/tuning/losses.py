@@ -94,9 +94,7 @@ def row_means(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return values.mean(-1)
     counted = mask[:, 1:].to(values)
-    # not a product alone: what does not count may be infinite
-    summed = values[:, : counted.shape[1]].masked_fill(counted == 0, 0).sum(-1)
-    return summed / counted.sum(-1).clamp(min=1)
+    return (values[:, : counted.shape[1]] * counted).sum(-1) / counted.sum(-1).clamp(min=1)
 
 
 class Distillation:
