@@ -174,6 +174,7 @@ class Session:
                 self.config.seed,
                 self.quiet,
                 fingerprint=self.fingerprint() if writes else None,
+                dense=self.dense,
             )
             self._text = source, data
         self.report.calibration = self._text[1].to_dict()
@@ -209,7 +210,8 @@ class Session:
             "layers": endpoint_layers(segments, num_layers(self.dense().config), config.tuning.endpoint_width),
             "segments": list(map(str, segments)),
         }
-        models, rows = (self.dense(), self.cut_model()), (data.train, data.validation)
+        masks = [mask for mask in (data.train_mask, data.validation_mask) if mask is not None]
+        models, rows = (self.dense(), self.cut_model()), (data.train, data.validation, *masks)
         return tuning_folder(*models, self.fingerprint(), recipe, rows, config.calibration.cache_dir, self.quiet)
 
     def measured_model(self, file_name: str | None) -> Any:

@@ -34,10 +34,21 @@ class Sample:
         tokens (`torch.Tensor`): int64 `[rows, sequence_length]`, on the CPU.
         losses (`torch.Tensor`): float64 `[rows]`: mean cross-entropy of the model over the `sequence_length - 1`
             predicted tokens of each row, in nats, at temperature 1.
+        roles (`torch.Tensor` or `None`): uint8 like `tokens`, for conversations: who says each token.
     """
 
     tokens: torch.Tensor
     losses: torch.Tensor
+    roles: torch.Tensor | None = None
+
+    def followed_by(self, other: "Sample") -> "Sample":
+        """The rows of both."""
+        roles = None if self.roles is None or other.roles is None else torch.cat([self.roles, other.roles])
+        return Sample(torch.cat([self.tokens, other.tokens]), torch.cat([self.losses, other.losses]), roles)
+
+    def first(self, rows: int) -> "Sample":
+        """The first rows."""
+        return Sample(self.tokens[:rows], self.losses[:rows], None if self.roles is None else self.roles[:rows])
 
 
 def sample_file(
@@ -54,15 +65,19 @@ def sample_file(
     return cache_file("self_written", contents, cache_dir, ".safetensors")
 
 
-def load_sample(file: Path | None, num_sequences: int, sequence_length: int, batch_size: int) -> Sample:
-    """What an earlier run has written, in whole batches; no rows if there is nothing."""
-    nothing = Sample(torch.empty(0, sequence_length, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+def load_sample(
+    file: Path | None, num_sequences: int, sequence_length: int, batch_size: int, *, roles: bool = False
+) -> Sample:
+    """What an earlier run has written, in whole batches; no rows if there is nothing. With or without roles."""
+    none = torch.empty(0, sequence_length, dtype=torch.int64)
+    nothing = Sample(none, torch.empty(0, dtype=torch.float64), none.byte() if roles else None)
     if file is None or not os.path.exists(file):
         return nothing
     try:
         with safe_open(file, "pt") as stored:
             checksum = stored.metadata()["sha256"]
-            sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone())
+            told = stored.get_tensor("roles").clone() if roles else None
+            sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone(), told)
         rows, length = sample.tokens.shape
         if _checksum(sample) != checksum or length != sequence_length:
             raise ValueError("the contents do not match the checksum")
@@ -82,6 +97,8 @@ def save_sample(file: Path | None, sample: Sample) -> Path | None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         contents = {"tokens": sample.tokens.int(), "losses": sample.losses}
+        if sample.roles is not None:
+            contents["roles"] = sample.roles
         save_file(contents, temporary, metadata={"sha256": _checksum(sample)})
         os.replace(temporary, file)
     except Exception as error:
@@ -95,4 +112,6 @@ def save_sample(file: Path | None, sample: Sample) -> Path | None:
 def _checksum(sample: Sample) -> str:
     checksum = hashlib.sha256(sample.tokens.long().contiguous().numpy().data)
     checksum.update(sample.losses.contiguous().numpy().data)
+    if sample.roles is not None:
+        checksum.update(sample.roles.contiguous().numpy().data)
     return checksum.hexdigest()

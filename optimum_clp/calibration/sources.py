@@ -3,6 +3,7 @@
 Local files are read directly, not through `datasets`, which would leave a converted copy of each in the user's cache.
 """
 
+import csv
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -11,23 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
+from .chats import COLUMNS, Message, chat_columns, messages_of
 
-FILE_TYPES = (".txt", ".json", ".jsonl", ".parquet")
+FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of text.
+    """A stretch of text, or a conversation.
 
     Args:
-        text (`str`): Not blank.
+        text (`str`): Not blank; of a conversation, what is said.
         opens (`bool`): A document begins with it.
         closes (`bool`): A document ends with it.
+        messages (`tuple[dict, ...]`): Of a conversation, with `role` and `content`; empty for text.
     """
 
     text: str
     opens: bool = True
     closes: bool = True
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,9 @@ def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, 
         elif path.suffix.lower() in (".json", ".jsonl"):
             rows = _json_rows(path, shown, name)
             yield from _documents(_texts(rows, shown, text_column, name))
+        elif path.suffix.lower() == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as lines:
+                yield from _documents(_texts(csv.DictReader(lines), shown, text_column, name))
         else:
             with path.open(encoding="utf-8-sig") as lines:
                 yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
@@ -193,9 +200,11 @@ def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterat
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_column not in file.schema_arrow.names:
-                raise _missing_column(name, shown, text_column, file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=256, columns=[text_column]):
+            there = file.schema_arrow.names
+            columns = [text_column] if text_column in there else chat_columns(there)
+            if not columns:
+                raise _missing_column(name, shown, text_column, there)
+            for batch in file.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise CalibrationError.of(
@@ -203,13 +212,18 @@ def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterat
         ) from error
 
 
-def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[str]:
+def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[str | list[Message]]:
     for number, row in enumerate(rows, 1):
         text = row
         if isinstance(row, dict):
-            if text_column not in row:
-                raise _missing_column(name, shown, text_column, list(row))
-            text = row[text_column]
+            text = row.get(text_column)
+            if text_column not in row or isinstance(text, (list, tuple)):
+                # the column that is named may itself hold the messages
+                columns = row if text_column not in row else {"messages": text}
+                if not chat_columns(columns):
+                    raise _missing_column(name, shown, text_column, list(row))
+                yield messages_of(columns, shown, name, number)
+                continue
         if text is None:
             continue
         if not isinstance(text, str):
@@ -218,8 +232,12 @@ def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iter
         yield text
 
 
-def _documents(texts: Iterable[str]) -> Iterator[Passage]:
-    return (Passage(text) for text in texts if text.strip())
+def _documents(texts: Iterable[str | list[Message]]) -> Iterator[Passage]:
+    for text in texts:
+        if not isinstance(text, str):
+            yield Passage("\n".join(message["content"] for message in text), messages=tuple(text))
+        elif text.strip():
+            yield Passage(text)
 
 
 def _parse_name(dataset: str, evaluation: bool) -> HubDataset:
@@ -244,7 +262,7 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
         texts = _texts(rows, shown, text_column, name)
         if source.running_text:
             # joined as published perplexities on WikiText join it
-            yield from _running_text((text + "\n\n" for text in texts), piece_characters)
+            yield from _running_text((f"{text}\n\n" for text in texts), piece_characters)
         else:
             yield from _documents(texts)
     except CalibrationError:
@@ -276,4 +294,5 @@ def _invalid_json(name: str, shown: str, line: int, message: str) -> Calibration
 
 def _missing_column(name: str, shown: str, text_column: str, columns: list) -> CalibrationError:
     rule = f"it has no column {text_column!r}; its columns are {', '.join(map(repr, columns)) or 'none'}"
-    return CalibrationError.of(name, shown, rule, "Name the column with the text in calibration.text_column")
+    remedy = f"Name the column with the text in calibration.text_column, or give conversations ({', '.join(COLUMNS)})"
+    return CalibrationError.of(name, shown, rule, remedy)

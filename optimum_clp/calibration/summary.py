@@ -6,6 +6,19 @@ from typing import Annotated, TypedDict
 from ..report.section import Key
 
 
+class ConversationStatistics(TypedDict):
+    """Of the conversations that the dense model wrote to train on."""
+
+    questions: Annotated[int, Key("The user's turns, begun or whole.", minimum=0)]
+    distinct_openings_share: Annotated[
+        float, Key("Distinct first 8 tokens of the questions over all questions.", minimum=0, maximum=1)
+    ]
+    answers: Annotated[int, Key("The assistant's turns that the end of a row has not cut off.", minimum=0)]
+    ended_share: Annotated[
+        float, Key("Of these, the share that ended by itself; the others were ended.", minimum=0, maximum=1)
+    ]
+
+
 class TextStatistics(TypedDict):
     """Of the training rows that the dense model wrote."""
 
@@ -13,6 +26,9 @@ class TextStatistics(TypedDict):
     dense_perplexity: Annotated[float, Key(minimum=0)]
     seed: Annotated[int, Key(minimum=0)]
     temperature: Annotated[float, Key("Of the sampling.", exclusive_minimum=0, finite=True)]
+    conversations: Annotated[
+        ConversationStatistics | None, Key("Null if it wrote none through a chat template.", added=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -25,3 +41,7 @@ class CalibrationSummary:
     validation_sequences: Annotated[int, Key(minimum=1)]
     test_sequences: Annotated[int, Key(minimum=1)]
     statistics: Annotated[TextStatistics | None, Key("Only for text that the dense model wrote.")]
+    train_kinds: Annotated[dict[str, int], Key("Rows of each kind: given, plain, conversations.", added=True)]
+    validation_kinds: Annotated[dict[str, int], Key("The same of the rows that choose the weights.", added=True)]
+    test_kinds: Annotated[dict[str, int], Key("The same of the rows that are measured on.", added=True)]
+    mask: Annotated[str, Key("Tokens that are learnt.", choices=("all", "assistant"), added=True)] = "all"

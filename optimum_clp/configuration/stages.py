@@ -88,8 +88,9 @@ class CalibrationConfig:
     dataset: str | list[str] | None = setting(
         None,
         or_none(source_of_text()),
-        "the text: a .txt, .json, .jsonl or .parquet file, a dataset as id[:config[:split]], wikitext2 or c4",
-        more="In Python also a list of strings.",
+        "the text: a .txt, .json, .jsonl, .csv or .parquet file, a dataset as id[:config[:split]], wikitext2 or c4",
+        more="In Python also a list of strings. Rows without `text_column` may be conversations (`messages`, ShareGPT, Alpaca, "
+        "`prompt` and `completion`), or a `prompt` alone, which the dense model answers.",
         metavar="TEXT",
         unset="the dense model writes its own",
     )
@@ -99,6 +100,23 @@ class CalibrationConfig:
         "with a text: share of the rows to tune on that the dense model writes itself",
         more="Of the train and validation rows, so that healing on one kind of text does not harm the others. Test rows "
         "are the dataset's.",
+    )
+    conversation_share: float = setting(
+        0.5,
+        between(0, 1),
+        "share of the self-written rows that are conversations, where the tokenizer has a chat template",
+        more="0 writes plain text alone.",
+    )
+    openings_share: float = setting(
+        0.5,
+        between(0, 1),
+        "share of the self-written conversations that begin with first words of many kinds",
+        more="The model goes on from them. Left alone it asks for advice nearly always.",
+    )
+    mask: str = setting(
+        "all",
+        one_of({"all": "every one", "assistant": "in conversations the assistant's alone"}),
+        "tokens that tuning learns from",
     )
     text_column: str = setting("text", text(), "column that holds the text, where the source has columns")
     sequence_length: int = setting(256, integer(8), "tokens in a row", more="Limited by the model's own context.")

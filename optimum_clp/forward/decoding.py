@@ -1,14 +1,23 @@
-"""A model's cache: what it is called, and whether it is enough to decode step by step."""
+"""Decoding step by step: what a model's cache is called, whether it is enough, and a step that does not slow down."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 from transformers import GenerationMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # of the argument of `forward` and the field of its output: since transformers 5.24, and before it. A model's own code may
 # keep the old name, so the version does not tell
 _NAMES = ("cache", "past_key_values")
+# what attention may be given that does not change what one new token of a full row sees
+_HARMLESS = frozenset(
+    {"is_causal", "sliding_window", "position_ids", "cache_position", "use_cache", "output_attentions"}
+)
 
 
 def cache_argument(model: Any) -> str | None:
@@ -70,3 +79,46 @@ def takes_back_its_cache(model: Any) -> bool:
     difference = (last[:, -1] - whole[:, -1]).abs().max()
     # 16 bits round to 1e-2; a step that has forgotten the text before is off by its own size
     return bool(difference <= 0.05 * whole[:, -1].abs().max())
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """The argument that lets a model's call make the logits of the last position alone; empty if it has none."""
+    parameters = inspect.signature(getattr(model, "forward", model)).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+
+
+@contextmanager
+def fast_decoding(model: Any) -> Iterator[None]:
+    """Let attention of one new token on the CPU in 16 bits be two matrix products, until the block ends.
+
+    PyTorch's fused attention is slow there: 11 ms against 0.6 ms for a layer of 128 rows, 120 tokens, 9 heads of 64 over
+    3 of keys in bfloat16 (PyTorch 2.13, one thread), and it becomes most of a step. The products round as transformers'
+    own `eager` attention does: scores to 16 bits, softmax in float32. All else goes where it went: float32, several new
+    tokens, masks, other devices, models whose attention is not transformers' `sdpa`.
+    """
+    name = "sdpa"
+    original = ALL_ATTENTION_FUNCTIONS[name]
+
+    def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+        plain = set(kwargs) <= _HARMLESS or all(kwargs[k] is None for k in set(kwargs) - _HARMLESS)
+        if attention_mask is not None or not _decodes(query, key) or not plain:
+            return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return _grouped_attention(query, key, value, scaling), None
+
+    # not register(), which cannot be undone
+    with mock.patch.dict(ALL_ATTENTION_FUNCTIONS._local_mapping, {name: attention}):
+        yield
+
+
+def _decodes(query: Tensor, key: Tensor) -> bool:
+    one = query.shape[2] == 1 and query.shape[1] % key.shape[1] == 0
+    return one and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+
+
+def _grouped_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one query `[rows, heads, 1, size]`; heads that share keys are one matrix. `[rows, 1, heads, size]`."""
+    rows, heads, _, size = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], size)
+    scores = grouped @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+    return mixed.reshape(rows, 1, heads, value.shape[-1])

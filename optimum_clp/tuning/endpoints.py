@@ -45,6 +45,7 @@ def tune_layers(
     *,
     kept: Sequence[int] | None = None,
     validation_kinds: Sequence[str] = (),
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
     seed: int = 0,
     folder: Path | None = None,
     quiet: bool = False,
@@ -67,6 +68,8 @@ def tune_layers(
             or a loss that compares hidden states.
         validation_kinds (`Sequence[str]`): What kind of text each validation row is. Weights are kept only if no kind is
             worse off than with the untuned cut.
+        masks (`tuple[Tensor | None, Tensor | None]`): Of train and validation rows: bool `[rows, length]`, the tokens that are
+            to be learnt; `None` for all. The closed-form start solves for all of them.
         seed (`int`): Of the order of the rows.
         folder (`Path`, *optional*): For checkpoints, best weights and hidden states that memory does not hold; a run that
             was interrupted goes on from the last checkpoint there. It belongs to these arguments alone. Without it
@@ -86,7 +89,7 @@ def tune_layers(
     check_layers(layers, model)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         tuning = _Tuning(model, dense, sorted(layers), kept, config, seed, Path(place), folder is not None, quiet)
-        result = tuning.run(train, validation, validation_kinds, begin)
+        result = tuning.run(train, validation, validation_kinds, masks, begin)
     if result.stopped == "nan":
         raise TuningError.of(
             "tuning loss",
@@ -141,7 +144,14 @@ class _Tuning:
         setting = "learning_rate" if len(result.stages) == len(self.stages) else "hidden_learning_rate"
         return f"tuning.{setting} (now {result.stages[-1].learning_rate:.3g})"
 
-    def run(self, train: Tensor, validation: Tensor, kinds: Sequence[str], begin: float) -> TuningResult:
+    def run(
+        self,
+        train: Tensor,
+        validation: Tensor,
+        kinds: Sequence[str],
+        masks: tuple[Tensor | None, Tensor | None],
+        begin: float,
+    ) -> TuningResult:
         """Cache, start, train, and put the best weights into the model."""
         trained = self.trained
         trained.own_storage()
@@ -152,7 +162,7 @@ class _Tuning:
         ):
             start = time.perf_counter()
             store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
-            rows = self._rows(train, (), store), self._rows(validation, kinds, store)
+            rows = self._rows(train, (), masks[0], store), self._rows(validation, kinds, masks[1], store)
             cache_seconds = time.perf_counter() - start
             scales = {i: spread(states) for i, states in rows[0].targets.items()}
             init, by_kind = self._started(rows, scales, store)
@@ -170,7 +180,7 @@ class _Tuning:
             trained.take_over(best)
             return self._result(loop, init, begin, cache_seconds)
 
-    def _rows(self, tokens: Tensor, kinds: Sequence[str], store: StateStore) -> TuningRows:
+    def _rows(self, tokens: Tensor, kinds: Sequence[str], mask: Tensor | None, store: StateStore) -> TuningRows:
         """Some rows, with all states of the dense model that are compared with; those of the losses are its targets."""
         rows = cached_rows(
             self.model,
@@ -181,6 +191,7 @@ class _Tuning:
             batch_size=self.config.batch_size,
             store=store,
             kinds=kinds,
+            mask=mask,
             quiet=self.quiet,
         )
         return rows.with_targets(self.loss_targets)

@@ -30,6 +30,8 @@ class LossBatch:
             the cut model, with gradient; for `"states"`, as the two below.
         targets (`dict[int, Tensor]` or `None`): What should leave them: the dense model's states, of the same shape.
         scales (`dict[int, float]` or `None`): Mean squared deviation of all targets of a layer from their mean.
+        mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt, `None` for all. What a position says
+            counts if the token *after* it, which it predicts, is one of them: see [`row_means`].
     """
 
     tokens: Tensor
@@ -38,6 +40,7 @@ class LossBatch:
     states: Mapping[int, Tensor] | None = None
     targets: Mapping[int, Tensor] | None = None
     scales: Mapping[int, float] | None = None
+    mask: Tensor | None = None
 
     def only(self, needs: frozenset[str]) -> "LossBatch":
         """The batch without what is not needed."""
@@ -75,6 +78,25 @@ class Loss(Protocol):
         ...
 
 
+def row_means(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of each row over the positions that count.
+
+    Position `t` predicts token `t + 1`, and counts if that token is in the mask; so the last position, whose token is not
+    in the row, counts only without a mask. A row without such a token has the mean 0.
+
+    Args:
+        values (`Tensor`): `[rows, length]`, or `[rows, length - 1]` without the last position.
+        mask (`Tensor` or `None`): bool `[rows, length]`, of tokens.
+
+    Returns:
+        `Tensor`: `[rows]`.
+    """
+    if mask is None:
+        return values.mean(-1)
+    counted = mask[:, 1:].to(values)
+    return (values[:, : counted.shape[1]] * counted).sum(-1) / counted.sum(-1).clamp(min=1)
+
+
 class Distillation:
     """`kd`: the mean over all tokens of `KL(dense || cut)`, in nats."""
 
@@ -82,7 +104,7 @@ class Distillation:
 
     def __call__(self, batch: LossBatch) -> Tensor:
         assert batch.logits is not None and batch.teacher_logits is not None
-        return kl_divergence(batch.teacher_logits, batch.logits).mean(-1)
+        return row_means(kl_divergence(batch.teacher_logits, batch.logits), batch.mask)
 
 
 class CrossEntropy:
@@ -92,7 +114,7 @@ class CrossEntropy:
 
     def __call__(self, batch: LossBatch) -> Tensor:
         assert batch.logits is not None
-        return next_token_cross_entropy(batch.logits, batch.tokens).mean(-1)
+        return row_means(next_token_cross_entropy(batch.logits, batch.tokens), batch.mask)
 
 
 class HiddenStates:
@@ -108,7 +130,10 @@ class HiddenStates:
         parts = []
         for index, scale in batch.scales.items():
             states = batch.states[index].float()
-            error = (states - batch.targets[index].detach().to(states)).square().mean((1, 2))
+            square = (states - batch.targets[index].detach().to(states)).square()
+            mask = None if batch.mask is None else batch.mask.to(states.device)
+            # without a mask one mean, which rounds as it always has
+            error = square.mean((1, 2)) if mask is None else row_means(square.mean(-1), mask)
             parts.append((error / (scale * len(batch.scales))).to(batch.tokens.device))
         return torch.stack(parts)
 

@@ -46,6 +46,7 @@ def tune_by_recipe(
         recipe.tuning,
         kept=kept_layers(segments, depth),
         validation_kinds=data.validation_kinds,
+        masks=(data.train_mask, data.validation_mask),
         seed=recipe.seed,
         folder=folder,
         quiet=quiet,

@@ -23,12 +23,14 @@ class TuningRows:
         targets (`dict[int, Tensor]`): For some layers of the cut model, what should leave them: the states that enter a
             layer of the dense model, or leave its last one.
         kinds (`Sequence[str]`): What kind of text each row is; empty if that does not matter.
+        mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt; `None` for all.
     """
 
     outputs: DenseOutputs
     inputs: Tensor
     targets: Mapping[int, Tensor] = field(default_factory=dict)
     kinds: Sequence[str] = ()
+    mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.outputs.tokens)
@@ -50,6 +52,7 @@ class TuningRows:
             "hidden": self.inputs[rows].to(device),
             "teacher_logits": self.outputs.logits(rows) if logits else None,
             "targets": {i: states[rows].to(device) for i, states in self.targets.items()},
+            "mask": None if self.mask is None else self.mask[rows].to(device),
         }
 
 
@@ -77,6 +80,7 @@ def cached_rows(
     batch_size: int,
     store: StateStore,
     kinds: Sequence[str] = (),
+    mask: Tensor | None = None,
     quiet: bool = False,
 ) -> TuningRows:
     """Run the dense model over some rows; in a group of processes each takes its share.
@@ -90,6 +94,7 @@ def cached_rows(
         batch_size (`int`): Rows in one forward pass.
         store ([`StateStore`]): Where the states lie.
         kinds (`Sequence[str]`): What kind of text each row is.
+        mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt; `None` for all.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -101,10 +106,10 @@ def cached_rows(
         wanted = {*states, *([first] if same else [])}
         outputs = DenseOutputs(dense, tokens, inputs_of=sorted(wanted), **options)
         if same:
-            return TuningRows(outputs, outputs.hidden[first], kinds=kinds)
+            return TuningRows(outputs, outputs.hidden[first], kinds=kinds, mask=mask)
         # lower layers are not the dense model's: what enters the first endpoint is the model's own
         own = DenseOutputs(model, tokens, inputs_of=[first], **options)
-        return TuningRows(outputs, own.hidden[first], kinds=kinds)
+        return TuningRows(outputs, own.hidden[first], kinds=kinds, mask=mask)
 
 
 def spread(states: Tensor) -> float:

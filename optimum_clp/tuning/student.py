@@ -53,6 +53,7 @@ class EndpointStudent(nn.Module):
         teacher_logits: Tensor | None,
         targets: Mapping[int, Tensor],
         weights: Mapping[str, float] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The weighted loss of each row.
 
@@ -62,6 +63,7 @@ class EndpointStudent(nn.Module):
             teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
             targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `scales`.
             weights (`dict[str, float]`, *optional*): Of the losses, instead of the student's own.
+            mask (`Tensor` or `None`): bool `[batch, length]`: tokens that are to be learnt; `None` for all.
 
         Returns:
             `Tensor`: float32 `[batch]`.
@@ -72,7 +74,7 @@ class EndpointStudent(nn.Module):
         scales = self.scales if STATES in needs else {}
         with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, scales) as states:
             logits = self._logits(tokens, LOGITS in needs, scales)
-        batch = LossBatch(tokens, logits, teacher_logits, states, targets, scales)
+        batch = LossBatch(tokens, logits, teacher_logits, states, targets, scales, mask)
         total = torch.zeros(len(tokens), device=tokens.device)
         for weight, loss in losses:
             for part in loss(batch.only(loss.needs)).reshape(-1, len(tokens)):

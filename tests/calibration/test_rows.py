@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_clp import resume
-from optimum_clp.calibration.rows import CalibrationData, distinct_ngram_share, load_calibration, tokenize_dataset
+from optimum_clp.calibration.own import distinct_ngram_share
+from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.configuration.stages import CalibrationConfig
 from optimum_clp.errors import CalibrationError
 
@@ -202,6 +203,10 @@ def test_rows_are_no_longer_than_the_models_context(tokenizer, model):
         "validation_sequences": 5,
         "test_sequences": 5,
         "statistics": None,
+        "train_kinds": {"given": 20},
+        "validation_kinds": {"given": 5},
+        "test_kinds": {"given": 5},
+        "mask": "all",
     }
 
 
@@ -259,7 +264,9 @@ def test_a_missing_file_is_not_looked_up_on_the_hub(tokenizer, monkeypatch, path
 
 
 def test_a_folder_is_refused(tokenizer, tmp_path):
-    with pytest.raises(CalibrationError, match=r"it is a folder. Give one file \(.txt, .json, .jsonl, .parquet\)"):
+    with pytest.raises(
+        CalibrationError, match=r"it is a folder. Give one file \(.txt, .json, .jsonl, .csv, .parquet\)"
+    ):
         tokenize_dataset(str(tmp_path), tokenizer, sequence_length=8)
 
 
@@ -366,6 +373,7 @@ def test_self_written_text_needs_no_tokenizer(model, tmp_path):
         "dense_perplexity": pytest.approx(math.exp(loss), rel=1e-4),
         "seed": 4,
         "temperature": 0.9,
+        "conversations": None,
     }
     json.dumps(data.to_dict())
     assert len(torch.unique(torch.cat(splits(data)), dim=0)) == 30
@@ -380,8 +388,8 @@ def test_the_weights_are_read_once_for_both_samples(model, tmp_path, monkeypatch
         calls.append(arguments)
         return resume.weights_fingerprint(*arguments)
 
-    monkeypatch.setattr("optimum_clp.calibration.rows.weights_fingerprint", counted)
-    monkeypatch.setattr("optimum_clp.calibration.self_written.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.calibration.own.weights_fingerprint", counted)
+    monkeypatch.setattr("optimum_clp.calibration.writing.weights_fingerprint", counted)
     load_calibration(config_for(None, cache_dir=str(tmp_path)), None, model, seed=0, quiet=True)
     assert len(calls) == 1
     assert len(list((tmp_path / "optimum_clp").iterdir())) == 2
@@ -426,7 +434,10 @@ def test_given_and_self_written_rows_are_mixed(tokenizer, model, tmp_path, share
     rows = {tuple(row) for row in data.train.tolist()}
     own = {tuple(row) for row in written.train.tolist()}
     assert own <= rows and len(own) == train
-    assert data.validation_kinds == ("given",) * (5 - validation) + ("self-written",) * validation
+    assert data.validation_kinds == ("given",) * (5 - validation) + ("plain",) * validation
+    assert (
+        sorted(data.train_kinds) == ["given"] * (20 - train) + ["plain"] * train and data.test_kinds == ("given",) * 5
+    )
     assert torch.equal(data.validation[5 - validation :], written.validation)
     assert data.source.endswith(" and self-written") and data.statistics["seed"] == 0
     # what is measured on is given text, and none of it is trained on

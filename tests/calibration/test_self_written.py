@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from optimum_clp import resume
-from optimum_clp.calibration import self_written
+from optimum_clp.calibration import writing
 from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.errors import CalibrationError
 
@@ -227,18 +227,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(write, forward_calls, monke
     whole = write(model, 10, cache_dir=tmp_path / "whole")
     assert len(forward_calls) == PROBE + 3 * 23
     forward_calls.clear()
-    original = self_written._write_batch
+    original = writing._write_batch
 
     def interrupted(*arguments):
         if len(forward_calls) >= PROBE + 2 * 23:
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(self_written, "_SAVE_INTERVAL", 0.0)
-    monkeypatch.setattr(self_written, "_write_batch", interrupted)
+    monkeypatch.setattr(writing, "_SAVE_INTERVAL", 0.0)
+    monkeypatch.setattr(writing, "_write_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write(model, 10)
-    monkeypatch.setattr(self_written, "_write_batch", original)
+    monkeypatch.setattr(writing, "_write_batch", original)
     forward_calls.clear()
     assert torch.equal(write(model, 10), whole)
     assert len(forward_calls) == PROBE + 23

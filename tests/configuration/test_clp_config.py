@@ -32,6 +32,9 @@ def test_the_recipe_has_these_keys_and_defaults():
             {
                 "dataset": None,
                 "self_written_share": 0.5,
+                "conversation_share": 0.5,
+                "openings_share": 0.5,
+                "mask": "all",
                 "text_column": "text",
                 "sequence_length": 256,
                 "train_sequences": 192,

@@ -8,6 +8,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 from transformers import LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from zoo import ZOO, zoo_model
 
 from optimum_clp.calibration.self_written import sample_text
@@ -16,7 +17,15 @@ from optimum_clp.exporters.check import reference_steps
 from optimum_clp.exporters.graph.float_graph import export_float_graph
 from optimum_clp.exporters.graph.fused import fused_obstacle
 from optimum_clp.exporters.obstacle import onnx_obstacle
-from optimum_clp.forward.decoding import cache_argument, cache_keyword, cache_of, takes_back_its_cache
+from optimum_clp.forward import decoding
+from optimum_clp.forward.decoding import (
+    cache_argument,
+    cache_keyword,
+    cache_of,
+    fast_decoding,
+    last_logits_only,
+    takes_back_its_cache,
+)
 
 
 def member(name):
@@ -137,3 +146,46 @@ def test_text_written_without_a_cache_follows_the_model(tmp_path):
         logits[:, :-1].transpose(1, 2), sample.tokens[:, 1:], reduction="none"
     ).mean(1)
     torch.testing.assert_close(sample.losses.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral"])
+def test_a_fast_step_in_16_bits_is_a_step(model_type):
+    model, ids = tiny_model(model_type).bfloat16(), random_tokens(3, 10)
+    with torch.no_grad(), fast_decoding(model):
+        cache = None
+        given = {cache_keyword(model): cache}
+        steps = []
+        for position in range(10):
+            output = model(input_ids=ids[:, position : position + 1], use_cache=True, **given)
+            given = {cache_keyword(model): cache_of(output)}
+            steps.append(output.logits[:, 0])
+    with torch.no_grad():
+        expected = model.float()(input_ids=ids).logits
+    difference = (torch.stack(steps, 1).float() - expected).abs().max()
+    assert difference < 0.05 * expected.abs().max()
+
+
+def test_a_fast_step_is_taken_in_16_bits_alone_and_ends_with_the_block(monkeypatch):
+    seen = []
+    grouped = decoding._grouped_attention
+    monkeypatch.setattr(decoding, "_grouped_attention", lambda *a: seen.append(a[0].dtype) or grouped(*a))
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    model, ids = tiny_model("llama", 2), random_tokens(2, 1)
+    with torch.no_grad(), fast_decoding(model):
+        plain = model(input_ids=ids).logits
+        assert not seen
+        model.bfloat16()(input_ids=ids)
+        assert seen == [torch.bfloat16] * 2
+        model(input_ids=random_tokens(2, 3))
+        assert len(seen) == 2
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    with pytest.raises(ZeroDivisionError), fast_decoding(model):
+        raise ZeroDivisionError
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+    with torch.no_grad():
+        assert torch.equal(tiny_model("llama", 2)(input_ids=ids).logits, plain)
+
+
+def test_only_the_last_logits_are_asked_for_where_they_can_be():
+    assert last_logits_only(tiny_model("llama", 1)) == {"logits_to_keep": 1}
+    assert last_logits_only(lambda input_ids: None) == {}

@@ -4,6 +4,7 @@ A new built-in loss gets a row in `PLAIN`: its formula, written plainly.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,45 @@ def test_a_loss_needs_what_it_says_and_is_given_nothing_else(name):
 def test_what_compares_with_the_dense_model_is_0_where_nothing_differs(name):
     assert loss_of(name, batch_of(same=True)).tolist() == pytest.approx([0] * ROWS, abs=1e-6)
     assert (loss_of(name, batch_of()) > 0.1).all()
+
+
+def plain_masked(name, batch):
+    """Row by row over the positions whose next token is in the mask."""
+    found = []
+    for row in range(ROWS):
+        places = [t for t in range(LENGTH - 1) if batch.mask[row, t + 1]]
+        logits, teacher = (x[row].double().log_softmax(-1) for x in (batch.logits, batch.teacher_logits))
+        of = {
+            "kd": lambda t, s=logits, d=teacher: (d[t].exp() * (d[t] - s[t])).sum(),
+            "ce": lambda t, s=logits, r=row: -s[t, batch.tokens[r, t + 1]],
+            "hidden": lambda t, r=row: (
+                sum(
+                    (batch.states[i][r, t] - batch.targets[i][r, t]).double().square().mean() / SCALES[i]
+                    for i in SCALES
+                )
+                / len(SCALES)
+            ),
+        }[name]
+        found.append(sum((of(t) for t in places), torch.zeros((), dtype=torch.float64)) / max(len(places), 1))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_mask_leaves_the_positions_before_its_tokens(name):
+    mask = torch.rand(ROWS, LENGTH, generator=torch.Generator().manual_seed(4)) < 0.4
+    mask[2] = False
+    mask[3] = True
+    batch = replace(batch_of(), mask=mask)
+    found = loss_of(name, batch)
+    torch.testing.assert_close(found.double(), plain_masked(name, batch), rtol=1e-5, atol=1e-6)
+    assert found[2] == 0
+    found.sum().backward()
+    for value in [batch.logits] if name != "hidden" else batch.states.values():
+        # the last position predicts no token of the row
+        assert not value.grad[2].any() and not value.grad[:, -1].any()
+    # all tokens but the first are what cross-entropy counts anyway
+    if name == "ce":
+        torch.testing.assert_close(found[3], loss_of("ce", replace(batch, mask=None))[3])
 
 
 def test_every_loss_of_this_package_has_a_row_here():

@@ -1,0 +1,202 @@
+"""Rows that a model writes token by token: drawn, or forced by the script of each row.
+
+Each row has a random stream of its own (seed and row index), and a token is the inverse of the cumulative distribution
+at the next number of that stream. So a row does not depend on how many others are written, or on the global generator.
+What is written is kept on disk, batch by batch: a second run reads it, and an interrupted one goes on from there.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..errors import CalibrationError
+from ..forward.decoding import cache_keyword, cache_of, fast_decoding, last_logits_only, takes_back_its_cache
+from ..forward.hooks import evaluation_mode
+from ..progress import progress_bar
+from ..resume import weights_fingerprint
+from .sample_cache import Sample, load_sample, sample_file, save_sample
+
+# seconds of writing that an interruption may cost, beside the batch that it falls into
+_SAVE_INTERVAL = 10.0
+
+
+class Wish(NamedTuple):
+    """What a script wants at the next position.
+
+    Args:
+        token (`int` or `None`): This token; `None` for one that the model draws.
+        role (`int`): What is kept beside the token: 0 for what nobody said, else who says it.
+    """
+
+    token: int | None
+    role: int = 0
+
+
+# one row's script: yields what it wants, is sent the token that was written
+Script = Generator[Wish, int, None]
+ANYTHING = Wish(None)
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How rows are written.
+
+    Args:
+        model (`PreTrainedModel`): Left as it is, its training mode included.
+        num_sequences (`int`): Rows to write, at least 1.
+        sequence_length (`int`): Tokens in a row.
+        seed (`int`): Same seed and batch size, same tokens; the global random state is not touched.
+        temperature (`float`): Above 0; 1 is the model's own distribution.
+        batch_size (`int`): Rows written at once.
+        vocabulary (`int`): Ids from here on are never drawn.
+        roles (`bool`): Keep the scripts' roles beside the tokens.
+        cache_dir (`str`, `os.PathLike` or `None`): What is written is kept here, in a folder `optimum_clp`; `None`
+            for Hugging Face's cache folder (`HF_HOME`).
+        fingerprint (`str` or `None`): Of the weights, if [`weights_fingerprint`] was taken before.
+        quiet (`bool`): No progress bar.
+    """
+
+    model: PreTrainedModel
+    num_sequences: int
+    sequence_length: int
+    seed: int
+    temperature: float
+    batch_size: int
+    vocabulary: int
+    roles: bool = False
+    cache_dir: str | os.PathLike | None = None
+    fingerprint: str | None = None
+    quiet: bool = False
+
+    def parameters(self) -> dict[str, Any]:
+        """What the text depends on beside the weights and the scripts."""
+        names = ("num_sequences", "sequence_length", "seed", "temperature", "batch_size")
+        return {name: getattr(self, name) for name in names}
+
+
+def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], parameters: dict[str, Any]) -> Sample:
+    """Write all rows, or read what an earlier run wrote.
+
+    Args:
+        writing ([`Writing`]): How.
+        script (`Callable`): Makes a row's script of its index and its random numbers, float64 `[sequence_length]`; a
+            number at a position where a token is forced is the script's to use.
+        parameters (`dict`): JSON-ready: [`~Writing.parameters`] and all that the scripts depend on.
+
+    Raises:
+        CalibrationError: If the model's logits are not finite.
+    """
+    model, total, length = writing.model, writing.num_sequences, writing.sequence_length
+    fingerprint = writing.fingerprint or weights_fingerprint(model, writing.quiet)
+    file = sample_file(model, fingerprint, parameters, writing.cache_dir)
+    sample = load_sample(file, total, length, writing.batch_size, roles=writing.roles)
+    saved = time.monotonic()
+    with evaluation_mode(model):
+        cached = len(sample.tokens) < total and takes_back_its_cache(model)
+    with progress_bar(total * length, "Writing calibration text", writing.quiet) as bar:
+        bar.update(len(sample.tokens) * length)
+        while (done := len(sample.tokens)) < total:
+            uniforms = torch.stack(
+                [_stream(writing.seed, row, length) for row in range(done, min(done + writing.batch_size, total))]
+            )
+            scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
+            sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
+            if len(sample.tokens) == total or time.monotonic() - saved >= _SAVE_INTERVAL:
+                file, saved = save_sample(file, sample), time.monotonic()
+    return sample
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The token embedding, `[vocabulary, hidden]`, padding of the vocabulary included."""
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def _stream(seed: int, row: int, length: int) -> Tensor:
+    """The random numbers of one row: float64 `[length]` in [0, 1)."""
+    digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _write_batch(writing: Writing, scripts: Sequence[Script], uniforms: Tensor, cached: bool, bar: Any) -> Sample:
+    """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
+    # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
+    rows, length = uniforms.shape
+    tokens = torch.empty(rows, length, dtype=torch.int64)
+    roles = torch.zeros(rows, length, dtype=torch.uint8)
+    losses = torch.zeros(rows, dtype=torch.float64)
+    wishes = [next(script) for script in scripts]
+    with evaluation_mode(writing.model), fast_decoding(writing.model):
+        steps = _Steps(writing.model, rows, cached)
+        for position in range(length):
+            forced = torch.tensor([-1 if wish.token is None else wish.token for wish in wishes])
+            written = forced
+            if position:
+                logits = steps.next_logits(tokens[:, :position])
+                written = _written(logits, forced, uniforms[:, position], writing)
+                losses += _loss(logits, written)
+            tokens[:, position] = written
+            roles[:, position] = torch.tensor([wish.role for wish in wishes], dtype=torch.uint8)
+            wishes = [script.send(token) for script, token in zip(scripts, written.tolist(), strict=True)]
+            bar.update(rows)
+    return Sample(tokens, losses / max(length - 1, 1), roles if writing.roles else None)
+
+
+class _Steps:
+    """The logits after a text that grows by a token for every call.
+
+    With `cached` a call is one step of the model; without, it is a pass over all tokens before it.
+    """
+
+    def __init__(self, model: PreTrainedModel, rows: int, cached: bool):
+        self.model, self.rows, self.cached = model, rows, cached
+        self.device = embedding_weight(model).device
+        self.keyword, self.last_only = cache_keyword(model), last_logits_only(model)
+        self.cache: Any = None
+
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """Logits `[rows, vocabulary]`, in the model's dtype, of what follows int64 `[rows, position]`."""
+        if self.cached:
+            given = tokens[:, -1:].to(self.device)
+            output = self.model(input_ids=given, use_cache=True, **{self.keyword: self.cache})
+            self.cache = cache_of(output)
+        else:
+            output = self.model(input_ids=tokens.to(self.device), use_cache=False, **self.last_only)
+        return output.logits[:, -1]
+
+
+def _written(logits: Tensor, forced: Tensor, uniforms: Tensor, writing: Writing) -> Tensor:
+    """The next token of each row, int64 `[rows]` on the CPU: the forced one, or (-1) one that is drawn."""
+    free = (forced < 0).nonzero()[:, 0]
+    if not len(free):
+        return forced
+    chosen = logits if len(free) == len(forced) else logits[free.to(logits.device)]
+    drawn = _draw(chosen[:, : writing.vocabulary].float() / writing.temperature, uniforms[free].to(logits.device))
+    return forced.index_put((free,), drawn.cpu())
+
+
+def _loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    logits = logits.float()
+    chosen = logits.gather(1, tokens[:, None].to(logits.device))[:, 0]
+    return (logits.logsumexp(-1) - chosen).double().cpu()
+
+
+def _draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Token ids int64 `[rows]`: the cumulative distribution of float32 `logits` inverted at `uniforms`."""
+    cumulative = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    if not torch.isfinite(total).all():
+        remedy = "Load it in bfloat16 or float32, and check its weights for NaN"
+        raise CalibrationError.of("model", "NaN", "its logits must be finite to write text", remedy)
+    # right=True skips tokens of probability 0; the clamp is for a product that rounds up to the total
+    index = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True)
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(index, last)[:, 0]
