@@ -44,6 +44,7 @@ class CalibrationData:
         source (`str`): Where the text comes from, in a few words.
         statistics ([`TextStatistics`] or `None`): For self-written text.
         validation_kinds (`tuple[str, ...]`): For each validation row `"given"` or `"self-written"`.
+        test_kinds (`tuple[str, ...]`): Of the test rows; empty where they are all of one kind.
     """
 
     train: torch.Tensor
@@ -52,6 +53,7 @@ class CalibrationData:
     source: str
     statistics: TextStatistics | None = None
     validation_kinds: tuple[str, ...] = ()
+    test_kinds: tuple[str, ...] = ()
 
     @property
     def sequence_length(self) -> int:

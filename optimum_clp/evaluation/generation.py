@@ -161,6 +161,23 @@ def measure_generation(
     )
 
 
+def check_prompts(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase | None, num_prompts: int, limit: int | None
+) -> None:
+    """Say before any work what [`measure_generation`] would say of given prompts.
+
+    Args:
+        prompts (`Sequence[Prompt]`): What to ask.
+        tokenizer (`PreTrainedTokenizerBase` or `None`): The model's.
+        num_prompts (`int`): How many are used.
+        limit (`int` or `None`): Of the context, in tokens.
+
+    Raises:
+        ConfigurationError: If they cannot be put to this model.
+    """
+    _questions(prompts, tokenizer, None, num_prompts, limit)
+
+
 def _made(model: Any) -> Any:
     return model if hasattr(model, "config") else model()
 
