@@ -1,5 +1,6 @@
 """The rows of the report's table: what each model or file weighs, says and takes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,7 +174,11 @@ class Measurements:
     def retention(self) -> dict[str, float | None]:
         """For each row's name dense perplexity over its own; `None` without a dense model."""
         dense = next((row.perplexity for row in self.rows if row.name == "dense"), None)
-        return {row.name: None if dense is None else dense / row.perplexity for row in self.rows}
+        if dense is None:
+            return {row.name: None for row in self.rows}
+        shares = {row.name: dense / row.perplexity for row in self.rows}
+        # a perplexity beyond all numbers, or none at all, keeps nothing
+        return {name: share if math.isfinite(share) else 0.0 for name, share in shares.items()}
 
     def to_dict(self, found: Deployment | None = None) -> dict[str, Any]:
         """The `evaluation` section of the report, with what else was found."""

@@ -206,7 +206,7 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
         "evaluate --model cut --file onnx/model_q4.onnx --dataset d.txt --sequence-length 32 --reference dense --json"
     )
     assert main(line.split()) == 0
-    options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None}
+    options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None, "generation": None}
     assert pruner.calls[-1] == ("evaluate", "d.txt", options)
     assert pruner.calls[0][2]["file_name"] == "onnx/model_q4.onnx"
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
@@ -233,7 +233,7 @@ def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
     line = "evaluate --model m --tasks lambada=words.jsonl piqa=piqa.jsonl --task-limit 5 --reference dense"
     assert main(line.split()) == 0
     tasks = {"lambada": "words.jsonl", "piqa": "piqa.jsonl"}
-    options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5}
+    options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5, "generation": None}
     assert pruner.calls[-1] == ("evaluate", None, options)
     assert capsys.readouterr().out == (
         "task     examples  accuracy  std. error   plain  chance  perplexity   dense\n"
@@ -260,8 +260,16 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
     [
         ("t=gone.jsonl", "task t is 'gone.jsonl': it cannot be read (No such file or directory)"),
         ("t=bad.jsonl", "task t is 'bad.jsonl': line 1 has the keys ['query']"),
-        ("t=piqa.jsonl t=words.jsonl", "--tasks is 't t': a name is given twice. Give each task its own name."),
-        ("t=piqa.jsonl --task-limit 0", "--task-limit is 0: it must be at least 1."),
+        (
+            "t=piqa.jsonl t=words.jsonl",
+            "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of NAME=FILE, each name once. "
+            "Give for example ['piqa=piqa.jsonl'].",
+        ),
+        ("t=piqa.jsonl --task-limit 0", "evaluation.task_limit is 0: it must be a whole number at least 1, or None."),
+        (
+            "t=piqa.jsonl --prompts gone.jsonl",
+            "prompts is 'gone.jsonl': it cannot be read (No such file or directory).",
+        ),
         ("--task-limit 3", "--task-limit is 3: there is no task to limit. Give --tasks."),
     ],
 )
