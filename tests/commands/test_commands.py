@@ -223,6 +223,34 @@ def test_evaluate_of_another_model_needs_a_text(pruner, capsys):
     assert "--dataset is None: m has no clp_report.json" in error_of(capsys)
 
 
+@pytest.mark.parametrize(("met", "status"), [(False, 4), (True, 0)])
+def test_prune_exits_with_4_where_the_model_falls_short(met, status, pruner, monkeypatch, capsys):
+    def prune(self, config=None, save_directory=None, *, overwrite=False):
+        self._stage("prune", config, save_directory, overwrite=overwrite)
+        entry = {"name": "retention", "required": 0.9, "reached": 0.8, "row": "tuned", "met": met}
+        self.report = example_report()
+        self.report.evaluation["requirements"] = [entry]
+
+    monkeypatch.setattr(pruner, "prune", prune)
+    assert main("prune --model m --require-retention 0.9 --push-to-hub me/m out".split()) == status
+    assert pruner.calls[1][1].evaluation.require_retention == 0.9
+    out = capsys.readouterr().out
+    assert ("Not uploaded: it falls short of what was required." in out) is not met
+    assert ("push_to_hub" in names(pruner)) is met
+    assert ("Falls short: retention 0.800 (tuned), at least 0.9 was required." in out) is not met
+
+
+def test_a_task_list_may_stand_before_the_output_folder(pruner, tmp_path):
+    assert main("prune --model m --tasks a=a.jsonl b=b.jsonl out".split()) == 0
+    config, folder = pruner.calls[1][1:3]
+    assert config.evaluation.task_files() == {"a": "a.jsonl", "b": "b.jsonl"} and folder == tmp_path / "out"
+
+
+def test_what_is_required_must_be_measured(pruner, capsys):
+    assert main("prune --model m --require-generation 0.8 --no-generation out".split()) == 1
+    assert "evaluation.require_generation is 0.8: generation is not measured. Leave it out" in error_of(capsys)
+
+
 def write_tasks(folder):
     (folder / "words.jsonl").write_text('{"context": "a b", "continuation": "c"}\n')
     (folder / "piqa.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 1}\n')
