@@ -14,6 +14,7 @@ from .calibration.sources import describe
 from .checkpoint.output import check_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .errors import ExportError, QuantizationError
+from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
@@ -35,12 +36,15 @@ def check_writable(session: Session) -> None:
     Raises:
         QuantizationError: If there is to be a quanto checkpoint, and this architecture has none.
         ExportError: If there is to be an ONNX file, and this architecture has none.
+        CalibrationError, ConfigurationError: If a text, a task or a prompt of the evaluation cannot be read, or be put to
+            this model.
     """
     config = session.config
     if config.quantization.quanto and (problem := quanto_obstacle(session.dense())) is not None:
         raise QuantizationError(problem)
     if config.export.enabled and (problem := onnx_obstacle(session.dense())) is not None:
         raise ExportError(problem)
+    _deployment_checks(session)
 
 
 def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -147,9 +151,10 @@ def _measure(session: Session, folder: Path) -> None:
     dataset = session.config.calibration.dataset
     written = f"text that the dense model wrote (seed {seed + 1}; calibrated on seed {seed})"
     report.evaluation = measure_outcome(
-        data.test,
+        data,
         # whoever wrote some of the train rows, test rows are the dataset's where there is one
         written if dataset is None else f"the test split of {describe(dataset)}",
+        checks=_deployment_checks(session),
         dense=session.model,
         pruned=session.cut_model(),
         segments=session.segments or (),
@@ -159,6 +164,10 @@ def _measure(session: Session, folder: Path) -> None:
         batch_size=session.config.search.batch_size,
         quiet=session.quiet,
     )
+
+
+def _deployment_checks(session: Session) -> DeploymentChecks:
+    return DeploymentChecks(session.config, session.tokenizer, session.cut_or_dense_config(), session.quiet)
 
 
 def _write_records(session: Session, folder: Path, name: str) -> None:

@@ -231,33 +231,36 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         file_name: str | None = None,
         tasks: Mapping[str, str | os.PathLike | list[dict[str, Any]]] | None = None,
         task_limit: int | None = None,
+        generation: bool | None = None,
     ) -> dict[str, Any]:
-        """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, or on tasks, or on both.
+        """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, on tasks, and by what it says.
 
         Args:
             text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
                 nor tasks are given.
-            reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model, for KL, agreement and
-                retention; the pruner's own dense model if it is loaded.
+            reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model; the pruner's if it is loaded.
             file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
             tasks (`Mapping[str, str | os.PathLike | list[dict]]`, *optional*): For each task's name a JSON lines file or
                 its rows, see [`load_task`]. Needs a tokenizer.
             task_limit (`int`, *optional*): Only so many examples of each task, from the start; at least 1.
+            generation (`bool`, *optional*): Let it answer, see [`measure_generation`]; if not given, as the recipe says,
+                and not where only tasks are measured.
 
         Returns:
-            `dict`: `perplexity`, `loss`, `num_tokens`, `kl`, `top1_agreement`, `retention` (dense perplexity divided by
-            this one's), as in [`Evaluation`], unless only tasks are measured; `tasks` if there are any: for each name the
-            values of [`TaskScore`], and with a dense model `dense_accuracy` and `retention`.
+            `dict`: Figures of [`Evaluation`], unless only tasks are measured; for each name in `tasks` the values of
+            [`TaskScore`], with a dense model `dense_accuracy` and `retention`; `generation`, with a dense model `verdict`.
 
         Raises:
             CalibrationError: If the text or a task cannot be read or tokenized.
-            ConfigurationError: If `task_limit` is below 1, or `file_name` has no folder.
+            ConfigurationError: If `task_limit` is below 1, `file_name` has no folder, or the prompts cannot be used.
         """
         session, loaded = self._session, [load_task(name, source) for name, source in (tasks or {}).items()]
-        sizes: dict[str, Any] = {"batch_size": self.config.search.batch_size, "task_limit": task_limit}
         model, dense = session.measured_model(file_name), session.reference(reference)
         rows = None if text is None and loaded else session.rows(text, model)
-        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **sizes, quiet=self.quiet)
+        asked = (rows is not None and self.config.evaluation.generation) if generation is None else generation
+        options: dict[str, Any] = {"batch_size": self.config.search.batch_size, "task_limit": task_limit}
+        options |= {"generation": self.config if asked else None, "quiet": self.quiet}
+        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **options)
 
     def prune(
         self,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
@@ -130,6 +130,10 @@ class Session:
                 "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
             )
         return self.pruned_model
+
+    def cut_or_dense_config(self) -> PretrainedConfig:
+        """The config of whichever model is at hand: both take the same texts."""
+        return (self.pruned_model or self.dense()).config
 
     def segments_to_cut(self, given: Iterable[LayerSegment] | None) -> tuple[LayerSegment, ...]:
         """`given`, or else what the search has found, checked against the dense model.

@@ -22,6 +22,7 @@ def session(tmp_path, monkeypatch):
     monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
     sizes = {"train_sequences": 4, "validation_sequences": 2, "test_sequences": 2, "sequence_length": 8}
     config = CLPConfig(calibration={**sizes, "cache_dir": str(tmp_path / "cache")}, export={"enabled": False})
+    config.evaluation.max_new_tokens = 4
     dense = tiny_model()
     session = Session(dense, tiny_tokenizer(), config, quiet=True)
     session.set_cut(cut_model(dense, SEGMENTS), SEGMENTS)

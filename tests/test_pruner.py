@@ -34,6 +34,7 @@ def recipe(tmp_path, **overrides):
         "search": {"num_sequences": 8},
         "tuning": {"epochs": 1, "batch_size": 4, "learning_rate": 3e-3},
         "export": {"enabled": False},
+        "evaluation": {"max_new_tokens": 4},
     }
     for key, value in overrides.items():
         values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value

@@ -14,30 +14,45 @@ from ..doors import ARCHITECTURES, RUNTIMES
 from ..registry import Registry
 
 # which stages run: options of their own, beside those of the stages
+NAMED_FILE = "NAME=FILE, such as piqa=piqa.jsonl"
 STAGE_SWITCHES = ("tuning.enabled", "export.enabled", "quantization.quanto")
 
 
 class SeveralAction(argparse.Action):
-    """`--weights int8 int4 OUTPUT` and `--weights int8,int4 OUTPUT`.
+    """`--weights int8 int4 OUTPUT`, `--weights int8,int4 OUTPUT` and `--tasks a=a.jsonl b=b.jsonl OUTPUT`.
 
-    argparse gives everything that follows to the option; a last word that is none of the choices is the output folder.
+    argparse gives everything that follows to the option; a last word that is none of its values is the output folder.
+
+    Args:
+        names (`Iterable[str]`): What there is to choose from; without any, values are `NAME=FILE`.
     """
 
-    def __init__(self, *args, names: Iterable[str], **options):
+    def __init__(self, *args, names: Iterable[str] = (), **options):
         super().__init__(*args, **options)
         self.names = tuple(names)
 
     def __call__(self, parser, namespace, values, option_string=None):
         words: list[str] = list(values)
         chosen: list[str] = []
-        while words and set(words[0].split(",")) <= set(self.names):
-            chosen += words.pop(0).split(",")
-        if not chosen or len(words) > 1 or (words and getattr(namespace, "output", None)):
-            unknown = words[-1] if chosen and getattr(namespace, "output", None) else words[0]
-            raise argparse.ArgumentError(self, f"invalid choice: {unknown!r} (choose from {', '.join(self.names)})")
+        while words and (parts := self._values(words[0])):
+            chosen += parts
+            del words[0]
+        has_output = getattr(namespace, "output", None) or not hasattr(namespace, "output_required")
+        if not chosen or len(words) > 1 or (words and has_output):
+            unknown = words[-1] if chosen and has_output else words[0]
+            said = f"invalid choice: {unknown!r} (choose from {', '.join(self.names)})"
+            raise argparse.ArgumentError(self, said if self.names else f"{unknown!r} is not {NAMED_FILE}")
         setattr(namespace, self.dest, chosen)
         if words:
             namespace.output = words[0]
+
+    def _values(self, word: str) -> list[str]:
+        """What a word stands for; nothing if it is none of the option's."""
+        if not self.names:
+            name, _, file = word.partition("=")
+            return [word] if name and file else []
+        parts = word.split(",")
+        return parts if set(parts) <= set(self.names) else []
 
 
 def segment(text: str) -> tuple[int, int]:
@@ -141,6 +156,17 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     """Options of `ExportConfig`."""
     beside = f"Beside the files is written what runtimes read, {_listed(RUNTIMES)}."
     _add_stage(parser.add_argument_group("ONNX export", beside), "export")
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """Options of `EvaluationConfig`, for commands that write a whole folder."""
+    _add_stage(parser.add_argument_group("evaluation"), "evaluation")
+
+
+def add_measures(parser: argparse.ArgumentParser) -> None:
+    """Those of them that measure one model."""
+    names = ("generation", "prompts", "num_prompts", "max_new_tokens", "tasks", "task_limit")
+    _add(parser.add_argument_group("evaluation"), *(f"evaluation.{name}" for name in names))
 
 
 def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> None:

@@ -1,15 +1,19 @@
 """`evaluate`: measure a model or one of its ONNX files on a text, on tasks, or on both."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
+from ..report.generation import generation_text
 from ..report.report import REPORT_NAME
 from ..report.tables import Column, record_cells, text_table
 from . import arguments
 from .running import Answer, load_pruner, read_config
 
-HELP = "measure perplexity and task accuracy, and with --reference the KL to the dense model"
+if TYPE_CHECKING:
+    from ..configuration.clp_config import CLPConfig
+
+HELP = "measure perplexity, generation and task accuracy, and with --reference the distance to the dense model"
 USAGE = "--model MODEL [--file ONNX] [--reference DENSE] [--dataset TEXT] [--tasks NAME=FILE ...] [options]"
 EXAMPLE = (
     "optimum-clp evaluate --model qwen3-0.6b-clp20 --file onnx/model_q4.onnx --dataset test.txt "
@@ -21,46 +25,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `evaluate`."""
     parser.add_argument("--file", metavar="ONNX", help="measure this file of the folder, such as onnx/model_q4.onnx")
     parser.add_argument("--reference", metavar="DENSE", help="dense model, for KL and top-1 agreement")
-    parser.add_argument(
-        "--tasks",
-        nargs="+",
-        type=task_file,
-        metavar="NAME=FILE",
-        help="zero-shot accuracy on JSON lines files, such as piqa=piqa.jsonl; without --dataset only that is measured",
-    )
-    parser.add_argument("--task-limit", type=int, metavar="N", help="only the first N examples of each task")
     arguments.add_printing(parser)
     arguments.add_model(parser, "any causal language model, or a folder that optimum-clp wrote")
     arguments.add_recipe(parser)
     arguments.add_calibration(parser)
-
-
-def task_file(text: str) -> tuple[str, str]:
-    """`NAME=FILE` as two strings."""
-    name, _, file = text.partition("=")
-    if not name or not file:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, such as piqa=piqa.jsonl")
-    return name, file
+    arguments.add_measures(parser)
 
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `evaluate`; the answer is what was measured."""
-    read_config(args)  # a mistake in the options is reported before the model is loaded
-    tasks = _checked_tasks(args.tasks or [], args.task_limit)
+    _check_tasks(read_config(args))  # a mistake in the options is reported before the model is loaded
     pruner = load_pruner(args, args.file)
     pruner.config = read_config(args, pruner.config)
+    # what a folder's recipe measured when it was written is not asked for here
+    named = getattr(args, "evaluation.tasks") is not None or args.config is not None
+    tasks = pruner.config.evaluation.task_files() if named else {}
     text = getattr(args, "calibration.dataset")
     if text is None and args.config is not None:
         text = pruner.config.calibration.dataset
     if text is None and not tasks and not pruner.report.calibration:
         rule = f"{args.model} has no {REPORT_NAME} that says which text it was measured on"
         raise ConfigurationError.of("--dataset", text, rule, "Name the text to measure on, or give --tasks")
-    result = pruner.evaluate(text, reference=args.reference, tasks=tasks or None, task_limit=args.task_limit)
+    result = pruner.evaluate(
+        text,
+        reference=args.reference,
+        tasks=tasks or None,
+        task_limit=pruner.config.evaluation.task_limit if tasks else None,
+        generation=getattr(args, "evaluation.generation"),
+    )
     result = {key: value for key, value in result.items() if value is not None}
-    figures = {key: value for key, value in result.items() if key != "tasks"}
+    figures = {key: value for key, value in result.items() if key not in ("tasks", "generation", "verdict")}
     parts = [
         text_table([(key, _figure(value)) for key, value in figures.items()], "l"),
         task_table(result.get("tasks", {})),
+        generation_text(result.get("generation"), [result["verdict"]] if "verdict" in result else []),
     ]
     return result, "\n\n".join(filter(None, parts))
 
@@ -77,22 +75,21 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     return text_table(record_cells(list(tasks.values()), _COLUMNS)) if tasks else ""
 
 
-def _checked_tasks(given: list[tuple[str, str]], limit: int | None) -> dict[str, str]:
-    """Each task's file; all of them are read once, so that a bad one is reported before the model is loaded."""
-    tasks = dict(given)
-    if limit is not None and limit < 1:
-        raise ConfigurationError.of("--task-limit", limit, "it must be at least 1", "Leave it out to measure all")
-    if limit is not None and not tasks:
-        raise ConfigurationError.of("--task-limit", limit, "there is no task to limit", "Give --tasks")
-    if len(tasks) < len(given):
-        shown = " ".join(name for name, _ in given)
-        raise ConfigurationError.of("--tasks", shown, "a name is given twice", "Give each task its own name")
+def _check_tasks(config: "CLPConfig") -> None:
+    """Read all tasks and prompts once, so that a bad one is reported before the model is loaded."""
+    evaluation = config.evaluation
+    tasks = evaluation.task_files()
+    if evaluation.task_limit is not None and not tasks:
+        raise ConfigurationError.of("--task-limit", evaluation.task_limit, "there is no task to limit", "Give --tasks")
     if tasks:
         from ..evaluation.tasks import load_task
 
         for name, file in tasks.items():
             load_task(name, file)
-    return tasks
+    if evaluation.prompts is not None:
+        from ..evaluation.prompts import load_prompts
+
+        load_prompts(evaluation.prompts)
 
 
 def _figure(value: object) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
-from .running import Answer, load_dense_config, load_pruner, output_folder, read_config, required_output
+from .running import Answer, exit_status, load_dense_config, load_pruner, output_folder, read_config, required_output
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_tuning(parser)
     arguments.add_quantization(parser)
     arguments.add_export(parser)
+    arguments.add_evaluation(parser)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -38,11 +39,13 @@ def run(args: argparse.Namespace) -> Answer:
     config = read_config(args)
     pruner = load_pruner(args)
     pruner.prune(config, output, overwrite=args.overwrite)
-    where = f"Written to {args.output}."
-    if args.push_to_hub:
+    where, status = f"Written to {args.output}.", exit_status(pruner.report)
+    if args.push_to_hub and status:
+        where += " Not uploaded: it falls short of what was required."
+    elif args.push_to_hub:
         pruner.push_to_hub(args.push_to_hub)
         where += f" Uploaded to {args.push_to_hub}."
-    return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip()
+    return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 
 
 def _dry_run(args: argparse.Namespace) -> Answer:

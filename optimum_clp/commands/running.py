@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
     from ..configuration.clp_config import CLPConfig
     from ..pruner import CLPPruner
+    from ..report.report import CLPReport
 
-Answer = tuple[dict[str, Any], str]
-"""What a command returns: the result as JSON-ready values, and as text."""
+Answer = tuple[dict[str, Any], str] | tuple[dict[str, Any], str, int]
+"""What a command returns: the result as JSON-ready values, and as text; and an exit status that is not 0."""
+FELL_SHORT = 4
 
 
 def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespace) -> int:
@@ -34,7 +36,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         args (`argparse.Namespace`): Its arguments, with `json`, `quiet` and `debug`.
 
     Returns:
-        `int`: Exit status: 0, 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
+        `int`: Exit status: the command's own (0, or 4 if the model falls short of what was required), 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
 
     Raises:
         SystemExit: With status 2, if the output folder is missing and the command needs one.
@@ -44,13 +46,13 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         args.usage_error("the following arguments are required: OUTPUT")
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
-            result, text = run(args)
+            result, text, *status = run(args)
         from ..processes import was_launched_first
 
         if not was_launched_first():
-            return 0  # one of several processes: the first one answers
+            return max(status, default=0)  # one of several processes: the first one answers
         print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)
-        return 0
+        return max(status, default=0)
     except KeyboardInterrupt:
         print("optimum-clp: interrupted", file=sys.stderr)
         return 130
@@ -59,6 +61,12 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
             traceback.print_exc()
         print(f"optimum-clp: error: {_message(error)}", file=sys.stderr)
         return 1
+
+
+def exit_status(report: "CLPReport") -> int:
+    """4 if the model that was written falls short of what the recipe requires, else 0."""
+    required = (report.evaluation or {}).get("requirements", ())
+    return 0 if all(entry["met"] for entry in required) else FELL_SHORT
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..report.tables import cell
 from . import arguments
-from .running import Answer, load_cut_pruner, required_output
+from .running import Answer, exit_status, load_cut_pruner, required_output
 
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_stage_switches(parser, tuning=False)
     arguments.add_calibration(parser)
     arguments.add_tuning(parser)
+    arguments.add_evaluation(parser)
 
 
 def run(args: argparse.Namespace) -> Answer:
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> Answer:
     pruner.tune(pruner.config)
     pruner.save_pretrained(output, overwrite=args.overwrite)
     result = pruner.report.to_dict()
-    return result, f"{_outcome(result['tuning'])}\nWritten to {args.output}."
+    text = f"{_outcome(result['tuning'])}\nWritten to {args.output}."
+    return result, text, exit_status(pruner.report)
 
 
 def _outcome(tuning: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from .settings import documented
 from .stages import (
     STAGES,
     CalibrationConfig,
+    EvaluationConfig,
     ExportConfig,
     PlainSettings,
     QuantizationConfig,
@@ -38,6 +39,7 @@ class CLPConfig(BaseConfig):
         tuning ([`TuningConfig`] or `dict`): Cutoff endpoint tuning.
         quantization ([`QuantizationConfig`] or `dict`): int8 and int4 files.
         export ([`ExportConfig`] or `dict`): ONNX.
+        evaluation ([`EvaluationConfig`] or `dict`): What is measured at the end, and what it must reach.
         calibration_dataset: Short for `calibration.dataset`.
 
     Raises:
@@ -65,6 +67,7 @@ class CLPConfig(BaseConfig):
         tuning: TuningConfig | dict | None = None,
         quantization: QuantizationConfig | dict | None = None,
         export: ExportConfig | dict | None = None,
+        evaluation: EvaluationConfig | dict | None = None,
         calibration_dataset: str | list[str] | None = None,
         **unknown: Any,
     ):
@@ -80,6 +83,7 @@ class CLPConfig(BaseConfig):
             "tuning": tuning,
             "quantization": quantization,
             "export": export,
+            "evaluation": evaluation,
             "calibration_dataset": calibration_dataset,
         }
         values = checked_values({**given, **unknown})
@@ -94,6 +98,7 @@ class CLPConfig(BaseConfig):
         self.tuning: TuningConfig = values["tuning"]
         self.quantization: QuantizationConfig = values["quantization"]
         self.export: ExportConfig = values["export"]
+        self.evaluation: EvaluationConfig = values["evaluation"]
 
     def validate(self) -> None:
         """Check every value again, for a configuration that was changed after it was made.

@@ -134,6 +134,26 @@ def some_names(kind: str, example: str) -> Rule:
     return Rule(holds, f"it must be a list of {kind}", f"Give for example {[example]}", lambda word: word.split(","))
 
 
+def named_files(example: str) -> Rule:
+    """A list of strings `NAME=FILE`, each name once, such as `example`."""
+
+    def holds(value: Any) -> bool:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+            return False
+        parts = [word.partition("=") for word in value]
+        names = {name for name, _, _ in parts}
+        return len(names) == len(parts) and all(name and file for name, _, file in parts)
+
+    # a file's name may have a comma: words are given one by one
+    return Rule(
+        holds,
+        "it must be a list of NAME=FILE, each name once",
+        f"Give for example {[example]}",
+        lambda word: [word],
+        several=True,
+    )
+
+
 def source_of_text() -> Rule:
     """A file, the name of a dataset, or a list of strings."""
 

@@ -13,6 +13,7 @@ from .rules import (
     boolean,
     integer,
     name_or_weights,
+    named_files,
     not_negative,
     one_of,
     or_auto,
@@ -346,12 +347,81 @@ class ExportConfig:
     )
 
 
+@documented
+@dataclasses.dataclass
+class EvaluationConfig:
+    """What is measured of the models and files that a run leaves, beside perplexity, KL and speed on the test rows.
+
+    Args:
+        {settings}
+    """
+
+    generation: bool = setting(
+        True,
+        boolean(),
+        "measure what the models say: answers to prompts, or text that goes on",
+        more="Needed for a verdict (`docs/generation.md`).",
+    )
+    prompts: str | None = setting(
+        None,
+        or_none(text()),
+        "what a chat model is asked: JSON lines with messages or prompt, and kind and answer if they are to be checked",
+        metavar="FILE",
+        unset="64 short ones that come with the package",
+    )
+    num_prompts: int = setting(32, integer(1), "prompts that are answered, as many of each kind as can be")
+    max_new_tokens: int = setting(
+        128,
+        integer(1),
+        "tokens of an answer, at most",
+        more="An answer of fewer than 64 tokens cannot be seen to loop.",
+    )
+    texts: list[str] = setting(
+        [],
+        some_names("texts", "c4"),
+        "other held-out texts, each measured apart: files or datasets, such as c4,wikitext2",
+        more="As many rows of each as there are test rows.",
+        metavar="TEXTS",
+        unset="none",
+    )
+    tasks: list[str] = setting(
+        [],
+        named_files("piqa=piqa.jsonl"),
+        "zero-shot accuracy on JSON lines files, such as piqa=piqa.jsonl",
+        metavar="NAME=FILE",
+        unset="none",
+    )
+    task_limit: int | None = setting(
+        None, or_none(integer(1)), "only the first N examples of each task", unset="all of them"
+    )
+    require_retention: float | None = setting(
+        None,
+        or_none(between(0, 1)),
+        "exit with status 4 if dense perplexity over the smaller model's is below this, such as 0.9",
+        more="Holds for the model and each of its ONNX files; the folder is kept, and report and card say it.",
+        metavar="SHARE",
+        unset="none",
+    )
+    require_generation: float | None = setting(
+        None,
+        or_none(between(0, 1)),
+        "the same for the share of generation that is kept, such as 0.8",
+        metavar="SHARE",
+        unset="none",
+    )
+
+    def task_files(self) -> dict[str, str]:
+        """For each task's name its file."""
+        return {name: file for name, _, file in (word.partition("=") for word in self.tasks)}
+
+
 STAGES: dict[str, type] = {
     "calibration": CalibrationConfig,
     "search": SearchConfig,
     "tuning": TuningConfig,
     "quantization": QuantizationConfig,
     "export": ExportConfig,
+    "evaluation": EvaluationConfig,
 }
 
 

@@ -58,7 +58,7 @@ def value_problems(values: Mapping[str, Any]) -> list[Problem]:
             staged += setting.rule.problems(name, getattr(values[stage], key))
         else:
             plain += setting.rule.problems(name, values[name])
-    return [*plain, *_quality_problems(values), *_size_problems(values), *staged]
+    return [*plain, *_quality_problems(values), *_size_problems(values), *_requirement_problems(values), *staged]
 
 
 def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
@@ -84,6 +84,15 @@ def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
         return []
     remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
     return [Problem("quantization.bits_per_weight", bits, obstacle, remedy)]
+
+
+def _requirement_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What is required must be measured."""
+    evaluation = values["evaluation"]
+    if evaluation.require_generation is None or evaluation.generation:
+        return []
+    rule, remedy = "generation is not measured", "Leave it out, or set evaluation.generation to True"
+    return [Problem("evaluation.require_generation", evaluation.require_generation, rule, remedy)]
 
 
 def _nearest(key: str, valid: list[str]) -> str:

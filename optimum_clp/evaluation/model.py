@@ -5,7 +5,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration.clp_config import CLPConfig
 from ..forward.dense_outputs import DenseOutputs
+from ..report.section import to_section
+from .deployment import verdicts
+from .generation import measure_generation
+from .prompts import load_prompts
 from .tasks import Task, evaluate_tasks
 from .tokens import evaluate_tokens
 
@@ -19,6 +24,7 @@ def evaluate_model(
     *,
     batch_size: int = 8,
     task_limit: int | None = None,
+    generation: CLPConfig | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure a model, beside the dense one where there is one.
@@ -31,15 +37,16 @@ def evaluate_model(
         tokenizer (`PreTrainedTokenizerBase` or `None`): Needed for tasks.
         batch_size (`int`): Rows in one forward pass.
         task_limit (`int`, *optional*): Only so many examples of each task; at least 1.
+        generation ([`CLPConfig`], *optional*): Also let the model answer, as this recipe's `evaluation` says.
         quiet (`bool`): No progress bars.
 
     Returns:
         `dict`: What [`Evaluation`] says of the rows, if there are any; `tasks` as [`evaluate_tasks`] gives it, if there are
-        any.
+        any; `generation` as in [`GenerationOutcome`], and with a dense model a `verdict`, as in [`Verdict`].
 
     Raises:
         CalibrationError: If a task cannot be tokenized.
-        ConfigurationError: If `task_limit` is below 1.
+        ConfigurationError: If `task_limit` is below 1, or the prompts cannot be read or put to this model.
     """
     measured: dict[str, Any] = {}
     if rows is not None:
@@ -48,4 +55,32 @@ def evaluate_model(
     if tasks:
         options: dict[str, Any] = {"batch_size": batch_size, "limit": task_limit, "quiet": quiet}
         measured["tasks"] = evaluate_tasks(model, dense, tokenizer, tasks, **options)
+    if generation is not None:
+        measured |= _generation(model, dense, rows, tokenizer, generation, measured.get("retention"), quiet)
     return measured
+
+
+def _generation(
+    model: Any,
+    dense: PreTrainedModel | None,
+    rows: Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: CLPConfig,
+    retention: float | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    settings = config.evaluation
+    found = measure_generation(
+        {} if model is dense else {"model": model},
+        dense,
+        tokenizer,
+        None if settings.prompts is None else load_prompts(settings.prompts),
+        text_rows=rows,
+        num_prompts=settings.num_prompts,
+        max_new_tokens=settings.max_new_tokens,
+        seed=config.seed,
+        batch_size=config.calibration.generation_batch_size,
+        quiet=quiet,
+    )
+    judged = verdicts(found, {"model": retention})
+    return {"generation": to_section(found)} | ({"verdict": to_section(judged[0])} if judged else {})

@@ -1,5 +1,6 @@
 """The rows of the report's table: what each model or file weighs, says and takes."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import num_layers
+from ..calibration.rows import CalibrationData
 from ..forward.dense_outputs import DenseOutputs
 from ..precisions import PRECISIONS
 from ..report.section import Key, to_section
@@ -17,8 +19,19 @@ from ..runtime.causal_lm import OnnxCausalLM
 from ..segments import LayerSegment
 from ..surgery.cut import cut_model
 from ..surgery.sizes import count_bytes, count_parameters
+from .deployment import (
+    Deployment,
+    DeploymentChecks,
+    Requirement,
+    TaskFigures,
+    TextFigures,
+    requirements,
+    verdicts,
+)
+from .generation import GenerationOutcome
 from .speed import measure_speed
 from .tokens import evaluate_tokens
+from .verdict import Verdict
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32
@@ -57,12 +70,18 @@ class Outcome:
 
     text: Annotated[str, Key("What was measured on.")]
     rows: tuple[MeasuredRow, ...]
+    texts: Annotated[tuple[TextFigures, ...], Key("Other texts, and kinds of the test rows apart.", sparse=True)] = ()
+    tasks: Annotated[tuple[TaskFigures, ...], Key("Zero-shot tasks.", sparse=True)] = ()
+    generation: Annotated[GenerationOutcome | None, Key("What the models say.", sparse=True)] = None
+    verdicts: Annotated[tuple[Verdict, ...], Key("What each model or file is good for.", sparse=True)] = ()
+    requirements: Annotated[tuple[Requirement, ...], Key("What had to be reached.", sparse=True)] = ()
 
 
 def measure_outcome(
-    tokens: Tensor,
+    data: CalibrationData,
     text: str,
     *,
+    checks: DeploymentChecks,
     dense: PreTrainedModel | None,
     pruned: PreTrainedModel,
     segments: Iterable[LayerSegment],
@@ -75,8 +94,9 @@ def measure_outcome(
     """Measure everything that a run leaves: dense, cut and tuned model, and each ONNX file.
 
     Args:
-        tokens (`Tensor`): int64 `[rows, length]`, the test rows.
+        data ([`CalibrationData`]): The text; its test rows are measured on.
         text (`str`): What they are, in a few words.
+        checks ([`DeploymentChecks`]): What else is measured.
         dense (`PreTrainedModel` or `None`): The dense model; without it there are no rows `dense` and `cut`, and no KL.
         pruned (`PreTrainedModel`): The cut model, tuned or not.
         segments (`Iterable[LayerSegment]`): What was cut.
@@ -89,7 +109,7 @@ def measure_outcome(
     Returns:
         `dict`: The `evaluation` section of the report.
     """
-    measurements = Measurements(tokens, text, dense, batch_size=batch_size, quiet=quiet)
+    measurements = Measurements(data.test, text, dense, batch_size=batch_size, quiet=quiet)
     models: dict[str, PreTrainedModel] = {}
     if dense is not None:
         models["dense"] = dense
@@ -104,7 +124,12 @@ def measure_outcome(
         measurements.add_file(folder, entry, pruned)
         makers[PRECISIONS[entry["weights"]].row_name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
     measurements.add_speed(makers)
-    return measurements.to_dict()
+    found = checks.measure(makers, dense, data)
+    retention = measurements.retention()
+    judged = verdicts(found.generation, retention)
+    return measurements.to_dict(
+        replace(found, verdicts=judged, requirements=requirements(checks.config, judged, retention))
+    )
 
 
 class Measurements:
@@ -146,9 +171,18 @@ class Measurements:
             for row in self.rows
         ]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The `evaluation` section of the report."""
-        return to_section(Outcome(self.text, tuple(self.rows)))
+    def retention(self) -> dict[str, float | None]:
+        """For each row's name dense perplexity over its own; `None` without a dense model."""
+        dense = next((row.perplexity for row in self.rows if row.name == "dense"), None)
+        if dense is None:
+            return {row.name: None for row in self.rows}
+        shares = {row.name: dense / row.perplexity for row in self.rows}
+        # a perplexity beyond all numbers, or none at all, keeps nothing
+        return {name: share if math.isfinite(share) else 0.0 for name, share in shares.items()}
+
+    def to_dict(self, found: Deployment | None = None) -> dict[str, Any]:
+        """The `evaluation` section of the report, with what else was found."""
+        return to_section(Outcome(self.text, tuple(self.rows), **vars(found or Deployment())))
 
     def _add(self, name: str, runtime: str, model: Any, layers: int, parameters: int, size: int) -> None:
         found = evaluate_tokens(

@@ -79,6 +79,10 @@ def _public_config(config: CLPConfig) -> CLPConfig:
     elif isinstance(dataset, (list, tuple)):
         public.calibration.dataset = [f"({len(dataset)} strings, not published)"]
     public.calibration.cache_dir = None
+    evaluation = public.evaluation
+    evaluation.prompts = evaluation.prompts and Path(evaluation.prompts).name
+    evaluation.texts = [Path(text).name if os.path.exists(text) else text for text in evaluation.texts]
+    evaluation.tasks = [f"{name}={Path(file).name}" for name, file in evaluation.task_files().items()]
     return public
 
 

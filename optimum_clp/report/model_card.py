@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..doors import STARTS, STRATEGIES
+from .generation import answers_markdown, generation_text, requirement_line
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
+from .recognition import recognition_tables
 from .report import CLPReport
 from .tables import Column, cell, describe_loss, format_bytes, format_count, markdown_table, record_cells
 
@@ -67,6 +69,7 @@ def write_model_card(
         _removed(report, folder),
         _recovery(report, folder),
         _measurements(report),
+        _in_use(report),
         _files(report, folder),
         _usage(report, model_name, folder),
         _limitations(report, config),
@@ -282,6 +285,26 @@ def _measurements(report: CLPReport) -> str:
     return f"## Measurements\n\n{table}\n\n{'; '.join(legend)}. KL is in nats per token."
 
 
+def _in_use(report: CLPReport) -> str:
+    """Recognition and generation, never one alone, and what follows from both."""
+    evaluation = report.to_dict()["evaluation"] or {}
+    generation = evaluation.get("generation")
+    parts = [markdown_table(table, "llr") for table in recognition_tables(evaluation)]
+    parts.append(generation_text(generation, evaluation.get("verdicts", ()), markdown=True))
+    parts += map(requirement_line, evaluation.get("requirements", ()))
+    if answers := answers_markdown(generation):
+        parts += ["How some greedy answers begin:", answers]
+    parts = [part for part in parts if part]
+    if not parts:
+        return ""
+    unsaid = (
+        []
+        if generation
+        else ["What the model says when it writes was not measured: loops and wrong answers would not show."]
+    )
+    return "\n\n".join(["## In use", *unsaid, *parts])
+
+
 def _files(report: CLPReport, folder: Path) -> str:
     files: list[dict[str, Any]] = [{"file": path.name, "bytes": path.stat().st_size} for path in _weights(folder)]
     files += (report.to_dict()["export"] or {}).get("files", [])
@@ -334,10 +357,7 @@ def _code(*lines: str) -> str:
 def _limitations(report: CLPReport, config: "CLPConfig") -> str:
     items = []
     if report.evaluation:
-        items.append(
-            "Everything that was measured is in the table above, on that text alone. Other text, longer contexts, "
-            "benchmark tasks and safety behaviour were not measured."
-        )
+        items.append(_unmeasured(report.evaluation))
     else:
         items.append("Nothing was measured on held-out text.")
     if (report.calibration or {}).get("statistics"):
@@ -354,6 +374,17 @@ def _limitations(report: CLPReport, config: "CLPConfig") -> str:
             "(accuracy level 4), which is fast and adds an error of its own."
         )
     return "\n".join(["## Limitations", "", *(f"- {item}" for item in items)])
+
+
+def _unmeasured(evaluation: dict[str, Any]) -> str:
+    unsaid = ["longer contexts", "safety behaviour"]
+    unsaid[:0] = [] if evaluation.get("tasks") else ["benchmark tasks"]
+    unsaid[:0] = [] if evaluation.get("texts") else ["other text"]
+    measured = "everything that was measured is in the tables above"
+    if not any(evaluation.get(part) for part in ("tasks", "texts", "generation")):
+        measured = "everything that was measured is in the table above, on that text alone"
+    said = f"{', '.join(unsaid[:-1])} and {unsaid[-1]} were not measured."
+    return f"{measured.capitalize()}. {said.capitalize()}"
 
 
 def _reproduction(report: CLPReport, config: "CLPConfig") -> str:

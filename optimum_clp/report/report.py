@@ -16,6 +16,8 @@ from typing import Annotated, Any
 
 from ..errors import ConfigurationError
 from ..version import __version__
+from .generation import generation_text, requirement_line
+from .recognition import recognition_tables
 from .section import Key, json_ready
 from .tables import Column, format_bytes, format_count, markdown_table, record_cells, text_table
 
@@ -165,7 +167,15 @@ class CLPReport:
         cells = record_cells(rows, (Column("name", "" if markdown else "model"), *_COLUMNS))
         if markdown:
             return f"{markdown_table(cells, 'lr')}\n\n{self.measured_on()}"
-        return f"{text_table(cells, ruled=True)}\n{self.measured_on()}"
+        return f"{text_table(cells, ruled=True)}\n{self.measured_on()}{self._in_use()}"
+
+    def _in_use(self) -> str:
+        """What else was measured, and what follows from it, for a terminal; empty if nothing was."""
+        evaluation = self.evaluation or {}
+        generation = generation_text(evaluation.get("generation"), evaluation.get("verdicts", ()))
+        required = "\n".join(map(requirement_line, evaluation.get("requirements", ())))
+        tables = (text_table(table, ruled=True) for table in recognition_tables(evaluation))
+        return "".join(f"\n\n{part}" for part in (*tables, generation, required) if part)
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""

@@ -79,7 +79,9 @@ def test_every_option_reaches_the_configuration():
         "--num-rescored 3 --loss ce --endpoint-width 2 --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
-        "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 out"
+        "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 "
+        "--no-generation --prompts p.jsonl --num-prompts 3 --max-new-tokens 9 --texts c4,other.txt --task-limit 5 "
+        "--require-retention 0.9 --tasks piqa=p.jsonl arc=a.jsonl out"
     )
     config = CLPConfig.from_dict(values(line))
     default = CLPConfig()
@@ -90,7 +92,13 @@ def test_every_option_reaches_the_configuration():
         for key, value in vars(getattr(config, stage)).items()
         if value == getattr(getattr(default, stage), key)
     }
-    assert unchanged == set()
+    # what is required must be measured
+    assert unchanged == {"evaluation.require_generation"}
+    assert values("prune --model m --require-generation 0.8 out")["evaluation"] == {"require_generation": 0.8}
+    assert config.evaluation.tasks == ["piqa=p.jsonl", "arc=a.jsonl"] and config.evaluation.texts == [
+        "c4",
+        "other.txt",
+    ]
 
 
 def test_how_many_layers_go_can_be_left_to_a_quality_budget():

@@ -206,7 +206,7 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
         "evaluate --model cut --file onnx/model_q4.onnx --dataset d.txt --sequence-length 32 --reference dense --json"
     )
     assert main(line.split()) == 0
-    options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None}
+    options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None, "generation": None}
     assert pruner.calls[-1] == ("evaluate", "d.txt", options)
     assert pruner.calls[0][2]["file_name"] == "onnx/model_q4.onnx"
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
@@ -223,6 +223,34 @@ def test_evaluate_of_another_model_needs_a_text(pruner, capsys):
     assert "--dataset is None: m has no clp_report.json" in error_of(capsys)
 
 
+@pytest.mark.parametrize(("met", "status"), [(False, 4), (True, 0)])
+def test_prune_exits_with_4_where_the_model_falls_short(met, status, pruner, monkeypatch, capsys):
+    def prune(self, config=None, save_directory=None, *, overwrite=False):
+        self._stage("prune", config, save_directory, overwrite=overwrite)
+        entry = {"name": "retention", "required": 0.9, "reached": 0.8, "row": "tuned", "met": met}
+        self.report = example_report()
+        self.report.evaluation["requirements"] = [entry]
+
+    monkeypatch.setattr(pruner, "prune", prune)
+    assert main("prune --model m --require-retention 0.9 --push-to-hub me/m out".split()) == status
+    assert pruner.calls[1][1].evaluation.require_retention == 0.9
+    out = capsys.readouterr().out
+    assert ("Not uploaded: it falls short of what was required." in out) is not met
+    assert ("push_to_hub" in names(pruner)) is met
+    assert ("Falls short: retention 0.800 (tuned), at least 0.9 was required." in out) is not met
+
+
+def test_a_task_list_may_stand_before_the_output_folder(pruner, tmp_path):
+    assert main("prune --model m --tasks a=a.jsonl b=b.jsonl out".split()) == 0
+    config, folder = pruner.calls[1][1:3]
+    assert config.evaluation.task_files() == {"a": "a.jsonl", "b": "b.jsonl"} and folder == tmp_path / "out"
+
+
+def test_what_is_required_must_be_measured(pruner, capsys):
+    assert main("prune --model m --require-generation 0.8 --no-generation out".split()) == 1
+    assert "evaluation.require_generation is 0.8: generation is not measured. Leave it out" in error_of(capsys)
+
+
 def write_tasks(folder):
     (folder / "words.jsonl").write_text('{"context": "a b", "continuation": "c"}\n')
     (folder / "piqa.jsonl").write_text('{"query": "q", "choices": ["a", "b"], "gold": 1}\n')
@@ -233,7 +261,7 @@ def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
     line = "evaluate --model m --tasks lambada=words.jsonl piqa=piqa.jsonl --task-limit 5 --reference dense"
     assert main(line.split()) == 0
     tasks = {"lambada": "words.jsonl", "piqa": "piqa.jsonl"}
-    options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5}
+    options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5, "generation": None}
     assert pruner.calls[-1] == ("evaluate", None, options)
     assert capsys.readouterr().out == (
         "task     examples  accuracy  std. error   plain  chance  perplexity   dense\n"
@@ -260,8 +288,16 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
     [
         ("t=gone.jsonl", "task t is 'gone.jsonl': it cannot be read (No such file or directory)"),
         ("t=bad.jsonl", "task t is 'bad.jsonl': line 1 has the keys ['query']"),
-        ("t=piqa.jsonl t=words.jsonl", "--tasks is 't t': a name is given twice. Give each task its own name."),
-        ("t=piqa.jsonl --task-limit 0", "--task-limit is 0: it must be at least 1."),
+        (
+            "t=piqa.jsonl t=words.jsonl",
+            "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of NAME=FILE, each name once. "
+            "Give for example ['piqa=piqa.jsonl'].",
+        ),
+        ("t=piqa.jsonl --task-limit 0", "evaluation.task_limit is 0: it must be a whole number at least 1, or None."),
+        (
+            "t=piqa.jsonl --prompts gone.jsonl",
+            "prompts is 'gone.jsonl': it cannot be read (No such file or directory).",
+        ),
         ("--task-limit 3", "--task-limit is 3: there is no task to limit. Give --tasks."),
     ],
 )

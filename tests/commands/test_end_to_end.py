@@ -15,7 +15,7 @@ FAST = (
     "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "
     "--search-sequences 4 --quiet"
 )
-TUNING = "--epochs 1 --batch-size 4"
+TUNING = "--epochs 1 --batch-size 4 --max-new-tokens 4"
 
 
 @pytest.fixture

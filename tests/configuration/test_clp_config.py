@@ -100,6 +100,20 @@ def test_the_recipe_has_these_keys_and_defaults():
             "export",
             {"enabled": True, "format": "contrib", "opset": 21, "tolerance": 1e-4, "logits_to_keep": 0},
         ),
+        (
+            "evaluation",
+            {
+                "generation": True,
+                "prompts": None,
+                "num_prompts": 32,
+                "max_new_tokens": 128,
+                "texts": [],
+                "tasks": [],
+                "task_limit": None,
+                "require_retention": None,
+                "require_generation": None,
+            },
+        ),
     ]
 
 

@@ -70,6 +70,12 @@ def registry():
             "it must be a list of 'int8', 'int4', each at most once. Choose for example ['int4'].",
         ),
         (
+            rules.named_files("a=a.jsonl"),
+            [[], ["a=a.jsonl"], ("a=x,y", "b=x=y")],
+            [["a"], ["=x"], ["a="], ["a=x", "a=y"], "a=x", [1]],
+            "it must be a list of NAME=FILE, each name once. Give for example ['a=a.jsonl'].",
+        ),
+        (
             rules.some_names("loggers' names", "wandb"),
             [[], ["wandb", "other"]],
             [[""], "wandb", [1]],
