@@ -19,6 +19,7 @@ from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
 from .master_adamw import MasterAdamW
+from .overparametrization import Annealing
 from .result import TuningStep, improves
 from .rows import TuningRows
 from .student import EndpointStudent
@@ -37,6 +38,7 @@ class TrainingLoop:
         seed (`int`): Of the order of the rows.
         folder (`Path`): For the best weights, and for checkpoints.
         checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
+        annealing ([`Annealing`], *optional*): Of an activation that the student has until it is gone; patience begins then.
         start (`dict[str, float]`, *optional*): The untuned cut's validation loss on each kind of text, which the kept
             weights must not exceed.
         quiet (`bool`): No progress bar.
@@ -54,6 +56,7 @@ class TrainingLoop:
         seed: int,
         folder: Path,
         checkpoints: bool,
+        annealing: Annealing | None = None,
         start: Mapping[str, float] | None = None,
         quiet: bool,
     ):
@@ -62,6 +65,7 @@ class TrainingLoop:
         self.needs_logits = student.needs_teacher_logits
         self.learning_rate, self.seed = learning_rate, seed
         self.folder, self.start = folder, start
+        self.annealing = annealing
         self.batch_size = min(config.batch_size, len(train))
         self.micro_batch = micro_batch_size(
             self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes
@@ -91,6 +95,8 @@ class TrainingLoop:
                 self.state.stopped = "nan"
             while self.state.stopped is None and self.state.step < self.total:
                 rate = self._set_rate()
+                if self.annealing is not None:
+                    self.annealing.at(self.state.step / self.total)
                 if not self._train_step():
                     self.state.stopped = "nan"
                     break
@@ -184,7 +190,7 @@ class TrainingLoop:
         if better:
             self._best.save(self.student, state.step)
             state.best_step, state.stale = state.step, 0
-        else:
+        elif self.annealing is None or not self.annealing.share:
             state.stale += 1
         return math.isfinite(loss)
 
