@@ -128,6 +128,14 @@ def projections(model: nn.Module, layers: Sequence[nn.Module]) -> list[tuple[int
     ]
 
 
+def new_sizes(module: nn.Module, given: Factors = EVERYWHERE) -> list[int]:
+    """Numbers of elements of `W` and `D`, as far as a projection gets them; the module may be on the meta device."""
+    weight = cast(Tensor, module.weight)
+    outputs, inputs = reversed(weight.shape) if isinstance(module, Conv1D) else weight.shape
+    wide = {"output": outputs, "input": inputs}.get(given.side or "")
+    return [weight.numel()] * given.added + ([wide**2] if wide else [])
+
+
 @contextmanager
 def overparametrized(
     model: nn.Module,
@@ -155,8 +163,9 @@ def overparametrized(
     chosen = [(module, given) for module, given in chosen if given.added or given.side]
     weights = [cast(nn.Parameter, module.weight) for module, _ in chosen]
     required = [weight.requires_grad for weight in weights]
-    for module, given in chosen:
-        _register(module, given)
+    for weight, (module, given) in zip(weights, chosen, strict=True):
+        parametrize.register_parametrization(module, "weight", _product(module, given))
+        weight.requires_grad_(weight.requires_grad and not given.frozen)
     bent = [(module, _bending(annealing)) for module, given in chosen if given.side] if annealing else []
     try:
         with hooked(after=bent):
@@ -193,14 +202,10 @@ def plain_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _register(module: nn.Module, given: Factors) -> None:
-    weight = cast(nn.Parameter, module.weight)
+def _product(module: nn.Module, given: Factors) -> Product:
     # a Conv1D has its weight the other way round
     first, last = ("input", "output") if isinstance(module, Conv1D) else ("output", "input")
-    product = Product(weight, given.added, left=given.side == first, right=given.side == last)
-    parametrize.register_parametrization(module, "weight", product)
-    if given.frozen:
-        weight.requires_grad_(False)
+    return Product(cast(Tensor, module.weight), given.added, left=given.side == first, right=given.side == last)
 
 
 def _is_product(module: nn.Module) -> bool:
@@ -210,7 +215,7 @@ def _is_product(module: nn.Module) -> bool:
 
 
 def _bending(annealing: Annealing) -> AfterForward:
-    """A hook that adds to a projection's output what an activation before `D`, or behind it on the input's side, changes."""
+    """A hook that computes a projection anew, with an activation behind the factor that comes first."""
 
     def bend(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         if not annealing.share or not torch.is_grad_enabled():
@@ -218,19 +223,22 @@ def _bending(annealing: Annealing) -> AfterForward:
         parameters = cast(Any, module).parametrizations.weight
         product, entered = parameters[0], next(iter((*args, *kwargs.values())))
         weight = multiplied(parameters.original, product.added)
-        factors = product.left, product.right
+        outputs, inputs = product.left, product.right
         if isinstance(module, Conv1D):
             weight = weight.T
-            factors = tuple(None if factor is None else factor.T for factor in reversed(factors))
-        outputs, inputs = factors
+            outputs, inputs = (None if factor is None else factor.T for factor in (inputs, outputs))
+        # of what the module has put out nothing is used, so no gradient goes through the product
         if inputs is None:
-            difference = _silu_less_identity(F.linear(entered, weight))
-            return output + annealing.share * (difference + F.linear(difference, outputs))
-        difference = _silu_less_identity(entered + F.linear(entered, inputs))
-        return output + annealing.share * F.linear(difference, weight)
+            between = _activated(F.linear(entered, weight), annealing.share)
+            left = between + F.linear(between, outputs)
+        else:
+            between = _activated(entered + F.linear(entered, inputs), annealing.share)
+            left = F.linear(between, weight)
+        bias = cast(Tensor | None, module.bias)
+        return left if bias is None else left + bias
 
     return bend
 
 
-def _silu_less_identity(values: Tensor) -> Tensor:
-    return F.silu(values) - values
+def _activated(values: Tensor, share: float) -> Tensor:
+    return torch.lerp(values, F.silu(values), share)

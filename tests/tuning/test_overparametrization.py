@@ -19,6 +19,7 @@ from optimum_clp.tuning.overparametrization import (
     Annealing,
     Factors,
     merge,
+    new_sizes,
     overparametrized,
     plain_weights,
     projections,
@@ -96,12 +97,14 @@ def test_a_projection_computes_the_formula(kind, share, side):
     module = (nn.Linear(5, 7) if kind is nn.Linear else Conv1D(7, 5)).double()
     layer, entered, annealing = nn.ModuleList([module]), torch.randn(4, 5).double(), Annealing()
     nn.init.normal_(module.bias)
+    module_before = copy.deepcopy(module)
     with overparametrized(layer, [layer], annealing, lambda place, name: Factors(side=side)):
         disturb([layer])
         annealing.share = share
         found = module(entered)
         original, added, factor, where = matrices(module)
         assert where == side
+        assert sorted(new_sizes(module_before, Factors(side=side))) == sorted([added.numel(), factor.numel()])
 
         def activated(x):
             return share * x / (1 + torch.exp(-x)) + (1 - share) * x
