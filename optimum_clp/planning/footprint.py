@@ -206,12 +206,12 @@ def _trained_parameters(
     if config.overparametrization == "none":
         return own, learnt, 0
     chosen = [module for _, _, module in projections(dense, layers)]
-    frozen = {id(module.weight) for module in chosen}
+    frozen = {id(weight): weight for weight in (cast(Tensor, module.weight) for module in chosen)}
     learnt = [(p.numel(), p.element_size()) for p in parameters.values() if id(p) not in frozen]
-    new = [(numel, cast(Any, m).weight.element_size()) for m in chosen for numel in new_sizes(m)]
+    learnt += (new := [(n, cast(Tensor, m.weight).element_size()) for m in chosen for n in new_sizes(m)])
     # the sum `P + W` and the product
-    kept = sum(2 * m.weight.numel() * m.weight.element_size() for m in map(lambda m: cast(Any, m), chosen))
-    return own + sum(numel * size for numel, size in new), learnt + new, kept
+    kept = sum(2 * weight.nbytes for weight in frozen.values())
+    return own + sum(numel * size for numel, size in new), learnt, kept
 
 
 def norm_activations(width: int) -> int:

@@ -7,10 +7,10 @@ learns; it is annealed, and the last fifth of the steps is without.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Factors:
     """
 
     added: bool = True
-    side: str | None = "output"
+    side: Literal["output", "input"] | None = "output"
     frozen: bool = True
 
 
@@ -79,6 +79,10 @@ class Product(nn.Module):
         added (`bool`): Whether there is `W`.
         left, right (`bool`): On which sides of the matrix, as it is stored, there is a factor.
     """
+
+    added: Tensor | None
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(self, weight: Tensor, added: bool, left: bool, right: bool):
         super().__init__()
@@ -177,7 +181,7 @@ def overparametrized(
             weight.requires_grad_(before)
 
 
-def merge(layers: Sequence[nn.Module]) -> None:
+def merge(layers: Iterable[nn.Module]) -> None:
     """Make plain weights of what [`overparametrized`] has made of the projections of some layers, if it is still there."""
     for layer in layers:
         for module in layer.modules():

@@ -71,9 +71,10 @@ def matrices(module):
 
 
 @pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_and_unmerged_give_the_same_bits(name, side):
-    model, tokens = MODELS[name]().double(), random_tokens(3, 16)
+def test_merged_and_unmerged_give_the_same_bits(name, dtype, side):
+    model, tokens = MODELS[name]().to(dtype), random_tokens(3, 16)
     layers, annealing = layers_of(model), Annealing()
     before, types = model(tokens).logits, [type(m) for m in model.modules()]
     with overparametrized(model, layers, annealing, lambda place, name: Factors(side=side)):
