@@ -200,6 +200,17 @@ class TuningConfig:
         more='In Python weights are a `dict`: `{"kd": 0.9, "ce": 0.1}`.',
     )
     endpoint_width: int = setting(1, integer(1), "layers trained on each side of the cut")
+    overparametrization: str = setting(
+        "none",
+        one_of(
+            {
+                "none": "the layers' own",
+                "linear": "D (P + W) for each linear projection P (OverRep)",
+                "annealed": "the same, with an activation that is gone before the end",
+            }
+        ),
+        "parameters of the trained layers while they are trained, one plain weight afterwards",
+    )
     train_final_norm: bool = setting(False, boolean(), "also train the norm behind the last layer")
     train_head: bool = setting(False, boolean(), "also train the head, if it is not tied to the embedding")
     learning_rate: float | None = setting(None, or_none(positive()), "peak rate of AdamW", unset="0.1 / hidden size")

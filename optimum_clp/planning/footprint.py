@@ -20,6 +20,7 @@ from ..forward.losses import chunk_tokens
 from ..precisions import INT4, PRECISIONS, QUANTIZED
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
+from ..tuning.overparametrization import new_sizes, projections
 from ..tuning.rows import target_state
 
 _FLOAT32, _FLOAT16 = 4, 2
@@ -36,7 +37,7 @@ class TuningMemory:
 
     Args:
         weights (`int`): The dense model, which the cut one shares.
-        endpoints (`int`): The trained layers' own storage, in the model's dtype.
+        endpoints (`int`): The trained layers' own storage, in the model's dtype, and what `overparametrization` adds to it.
         closed_form (`int`): The sums of the closed-form start, and what enters the layers behind the first one, which are
             gone before the first step (estimate).
         masters (`int`): float32 master weights; 0 for a float32 model, which is its own master.
@@ -161,10 +162,9 @@ def tuning_memory(
     """
     layers, embedding = decoder_layers(dense), cast(Any, dense.get_input_embeddings())
     hidden, itemsize = text_config(dense.config).hidden_size, dense.dtype.itemsize
-    trained = list({id(p): p for i in endpoints for p in layers[kept[i]].parameters()}.values())
-    own = sum(p.numel() * p.element_size() for p in trained)
-    in_float32 = sum(p.numel() for p in trained) * _FLOAT32
-    rounded = [p.numel() for p in trained if p.element_size() != _FLOAT32]
+    own, learnt, products = _trained_parameters(dense, [layers[kept[i]] for i in endpoints], config)
+    in_float32 = sum(numel for numel, _ in learnt) * _FLOAT32
+    rounded = [numel for numel, size in learnt if size != _FLOAT32]
     rows = train_rows + validation_rows
     start = STARTS.get(config.init)()
     solved = start.targets(kept, endpoints, len(layers)).values()
@@ -183,12 +183,35 @@ def tuning_memory(
         endpoints=own,
         closed_form=start.held_bytes([layers[kept[i]] for i in endpoints], hidden) + moved,
         masters=sum(rounded) * _FLOAT32,
-        gradients=own + max(rounded, default=0) * _FLOAT32,
+        gradients=sum(numel * size for numel, size in learnt) + max(rounded, default=0) * _FLOAT32,
         moments=2 * in_float32,
         caches=rows * sequence_length * _TOKEN + cached,
-        activations=tokens * (saved + norm_activations(hidden)),
+        activations=tokens * (saved + norm_activations(hidden)) + products,
         logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
     )
+
+
+def _trained_parameters(
+    dense: PreTrainedModel, layers: Sequence[nn.Module], config: TuningConfig
+) -> tuple[int, list[tuple[int, int]], int]:
+    """What the trained layers hold.
+
+    Returns:
+        `tuple[int, list[tuple[int, int]], int]`: Bytes of all their parameters; numbers and bytes of a number in each that has
+        a gradient; an estimate of the bytes that autograd keeps of the products that they are made of, whatever the tokens.
+    """
+    parameters = {id(p): p for layer in layers for p in layer.parameters()}
+    learnt = [(p.numel(), p.element_size()) for p in parameters.values()]
+    own = sum(numel * size for numel, size in learnt)
+    if config.overparametrization == "none":
+        return own, learnt, 0
+    chosen = [module for _, _, module in projections(dense, layers)]
+    frozen = {id(weight): weight for weight in (cast(Tensor, module.weight) for module in chosen)}
+    learnt = [(p.numel(), p.element_size()) for p in parameters.values() if id(p) not in frozen]
+    learnt += (new := [(n, cast(Tensor, m.weight).element_size()) for m in chosen for n in new_sizes(m)])
+    # the sum `P + W` and the product
+    kept = sum(2 * weight.nbytes for weight in frozen.values())
+    return own + sum(numel * size for numel, size in new), learnt, kept
 
 
 def norm_activations(width: int) -> int:

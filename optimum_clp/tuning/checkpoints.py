@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..processes import broadcast
+from .overparametrization import plain_weights
 from .result import TuningStep
 
 _PROGRESS = "progress.json"
@@ -74,9 +75,10 @@ class BestWeights:
         self.accelerator, self.folder = accelerator, folder
 
     def save(self, student: nn.Module, step: int) -> None:
-        """Keep the student's weights as those of a step."""
+        """Keep the student's weights as those of a step: what is left of products, under ordinary names."""
         weights = self.accelerator.get_state_dict(student)
         if self.accelerator.is_main_process:
+            weights = plain_weights(weights)
             temporary = self._file(step).with_suffix(".tmp")
             torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, temporary)
             os.replace(temporary, self._file(step))

@@ -241,6 +241,7 @@ class _Tuning:
             seed=self.seed,
             folder=self.folder,
             checkpoints=self.resumable,
+            annealing=self.trained.annealing,
             start=by_kind,
             quiet=self.quiet,
         )

@@ -20,6 +20,7 @@ from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
 from .master_adamw import MasterAdamW
 from .losses import TEACHER_LOGITS, needs_of
+from .overparametrization import Annealing
 from .result import TuningStep, improves
 from .rows import TuningRows
 from .stages import Stage, StageRecord
@@ -39,6 +40,7 @@ class TrainingLoop:
         seed (`int`): Of the order of the rows.
         folder (`Path`): For the best weights, and for checkpoints.
         checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
+        annealing ([`Annealing`], *optional*): Of an activation that the student has until it is gone; patience begins then.
         start (`dict[str, float]`, *optional*): The untuned cut's validation loss on each kind of text, which the kept
             weights must not exceed.
         quiet (`bool`): No progress bar.
@@ -56,6 +58,7 @@ class TrainingLoop:
         seed: int,
         folder: Path,
         checkpoints: bool,
+        annealing: Annealing | None = None,
         start: Mapping[str, float] | None = None,
         quiet: bool,
     ):
@@ -63,6 +66,7 @@ class TrainingLoop:
         self.train, self.validation = train, validation
         self.stages, self.judge = stages, stages[-1].loss
         self.seed, self.folder, self.start = seed, folder, start
+        self.annealing = annealing
         self.batch_size = min(config.batch_size, len(train))
         self.micro_batch = micro_batch_size(
             self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes
@@ -102,6 +106,8 @@ class TrainingLoop:
         every = max(1, steps // stage.evaluations)
         while state.stopped is None and state.stage_step < steps:
             rate = self._set_rate(stage, steps)
+            if self.annealing is not None:
+                self.annealing.at(state.step / self.total)
             if not self._train_step():
                 state.stopped = "nan"
                 return
@@ -225,7 +231,7 @@ class TrainingLoop:
         if better:
             self._best.save(self.student, state.step)
             state.best_step, state.stale = state.step, 0
-        else:
+        elif self.annealing is None or not self.annealing.share:
             state.stale += 1
         return math.isfinite(loss)
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..forward.layer_stack import LayerStack
 from ..processes import broadcast
 from ..surgery.cut import own_storage
 from .accelerator import shards_weights
+from .overparametrization import Annealing, merge, overparametrized
 
 
 class TrainedModules:
@@ -26,10 +27,12 @@ class TrainedModules:
     Args:
         model (`PreTrainedModel`): The cut model.
         layers (`Sequence[int]`): Layers to train, ascending.
-        config ([`TuningConfig`]): Whether the final norm and the head are trained too.
+        config ([`TuningConfig`]): Whether the final norm and the head are trained too, and whether the layers have more
+            parameters meanwhile.
 
     Attributes:
         extra (`list[str]`): Names of the modules beyond the layers.
+        annealing ([`Annealing`] or `None`): Of the activation that the layers have while they are trained, if they have one.
 
     Raises:
         ConfigurationError: If the head is to be trained and is tied to the embedding.
@@ -40,6 +43,8 @@ class TrainedModules:
         self.extra = _extra_modules(model, config)
         self.names = [*(f"{decoder_path(model)}.{i}" for i in layers), *self.extra]
         self.modules = nn.ModuleList(model.get_submodule(name) for name in self.names)
+        self.annealing = Annealing() if config.overparametrization == "annealed" else None
+        self._more = config.overparametrization != "none"
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -52,31 +57,43 @@ class TrainedModules:
 
     @contextmanager
     def handed_to(self, accelerator: Accelerator) -> Iterator[nn.ModuleList]:
-        """The modules for a training engine: the model's own, or copies in their place where it would change them."""
+        """The modules for a training engine: the model's own, or copies in their place where it would change them.
+
+        The layers have more parameters until the block ends, if the settings say so.
+        """
         if not shards_weights(accelerator):
-            yield self.modules
+            with self._overparametrized(self.modules):
+                yield self.modules
             return
         copies = copy.deepcopy(self.modules)
         try:
             for name, module in zip(self.names, copies, strict=True):
                 self.model.set_submodule(name, module)
-            yield copies
+            with self._overparametrized(copies, keep=False):
+                yield copies
         finally:
             for name, module in zip(self.names, self.modules, strict=True):
                 self.model.set_submodule(name, module)
 
     @torch.no_grad()
     def take_over(self, weights: Mapping[str, Tensor] | None) -> None:
-        """Copy weights into the modules, in every process of a group.
+        """Copy weights into the modules, in every process of a group; they are plain ones from then on.
 
         Args:
-            weights (`dict[str, Tensor]` or `None`): A state dict of [`EndpointStudent`]; `None` in all processes but the
-                first.
+            weights (`dict[str, Tensor]` or `None`): Of [`BestWeights`]; `None` in all processes but the first.
         """
+        merge(self.modules)
         device = self.model.device
         for name, tensor in self.modules.state_dict().items():
             sent = torch.empty_like(tensor, device=device) if weights is None else weights[f"trained.{name}"]
             tensor.copy_(broadcast(sent.to(device)))
+
+    def _overparametrized(self, modules: nn.ModuleList, keep: bool = True) -> AbstractContextManager[None]:
+        if not self._more:
+            return nullcontext()
+        # not what is beyond the layers: of a head, D would be as wide as the vocabulary
+        layers = list(modules)[: len(modules) - len(self.extra)]
+        return overparametrized(self.model, layers, self.annealing, keep=keep)
 
 
 def check_layers(layers: Sequence[int], model: PreTrainedModel) -> None:

@@ -63,6 +63,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "init": "least_squares",
                 "loss": "kd",
                 "endpoint_width": 1,
+                "overparametrization": "none",
                 "train_final_norm": False,
                 "train_head": False,
                 "learning_rate": None,

@@ -261,15 +261,21 @@ def held(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+def largest_of(student):
+    return max(p.numel() for p in student.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("segment", [(0, 2), (2, 4), (4, 6)])
+@pytest.mark.parametrize(
+    ("segment", "parameters"), [((0, 2), "none"), ((2, 4), "none"), ((2, 4), "linear"), ((4, 6), "none")]
+)
 @pytest.mark.parametrize("loss", ["kd", "hidden"])
-def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, monkeypatch):
+def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, parameters, monkeypatch):
     config = tiny_config("llama", 6)
     recipe = CLPConfig(
         0.34,
         calibration={"sequence_length": 24, "train_sequences": 5, "validation_sequences": 3},
-        tuning={"batch_size": 2, "epochs": 1, "loss": loss},
+        tuning={"batch_size": 2, "epochs": 1, "loss": loss, "overparametrization": parameters},
     )
     plan = plan_pruning(config, recipe, dtype=dtype)
     (predicted,) = [c.tuning for c in plan.cuts if c.segment.to_list() == list(segment)]
@@ -280,11 +286,13 @@ def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, monkeypatch)
     class Loop(TrainingLoop):
         def __init__(self, accelerator, student, *arguments, **options):
             super().__init__(accelerator, student, *arguments, **options)
-            loops.append((list(student.parameters()), [self.train, self.validation]))
+            # while they are what is trained: products are plain weights again at the end
+            loops.append((held(student.parameters()), largest_of(student), [self.train, self.validation]))
 
     class Optimizer(MasterAdamW):
         def step(self, *arguments):
-            gradients.append(held(p.grad for group in self.param_groups for p in group["params"]))
+            found = (p.grad for group in self.param_groups for p in group["params"])
+            gradients.append(held(gradient for gradient in found if gradient is not None))
             super().step(*arguments)
             optimizers.append(self)
 
@@ -295,11 +303,11 @@ def test_tuning_memory_is_that_of_the_tensors(dtype, segment, loss, monkeypatch)
     kept = kept_layers([LayerSegment(*segment)], 6)
     rows = random_tokens(5, 24), random_tokens(3, 24, seed=1)
     tune_layers(model, dense, layers, *rows, recipe.tuning, kept=kept, quiet=True)
-    (parameters, data), optimizer = loops[0], optimizers[-1]
-    assert held(parameters) == predicted.endpoints
+    (endpoints, largest, data), optimizer = loops[0], optimizers[-1]
+    assert endpoints == predicted.endpoints
     masters = [state["master"] for state in optimizer.state.values() if "master" in state]
     assert held(masters) == predicted.masters
-    largest = max(p.numel() for p in parameters) * 4 if dtype != torch.float32 else 0
+    largest = largest * 4 if dtype != torch.float32 else 0
     assert {size + largest for size in gradients} == {predicted.gradients}
     moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert held(moments) == predicted.moments

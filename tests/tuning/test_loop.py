@@ -100,13 +100,21 @@ def launched(folder, name, engine, *, stop_at=-1, **settings):
     return saved_by(folder / name, 2)
 
 
-@pytest.mark.parametrize(("stop_at", "dtype"), [(5, "bfloat16"), pytest.param(10, "float32", marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, work, stop_at, dtype):
-    whole = work(tmp_path, "whole", checkpoint_seconds=0, dtype=dtype)
-    work(tmp_path, "killed", checkpoint_seconds=0, dtype=dtype, stop_at=stop_at)
+@pytest.mark.parametrize(
+    ("stop_at", "dtype", "parameters"),
+    [
+        (5, "bfloat16", "none"),
+        pytest.param(10, "float32", "none", marks=pytest.mark.slow),
+        pytest.param(5, "bfloat16", "annealed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_was_killed_goes_on_to_the_same_weights(tmp_path, work, stop_at, dtype, parameters):
+    settings = {"checkpoint_seconds": 0, "dtype": dtype, "overparametrization": parameters}
+    whole = work(tmp_path, "whole", **settings)
+    work(tmp_path, "killed", **settings, stop_at=stop_at)
     saved = sorted(p.name for p in (tmp_path / "killed-run").glob("checkpoint-*"))
     assert saved == ([f"checkpoint-{stop_at}"] if stop_at else [])
-    resumed = work(tmp_path, "killed", checkpoint_seconds=0, dtype=dtype)
+    resumed = work(tmp_path, "killed", **settings)
     assert all(torch.equal(a, resumed["weights"][n]) for n, a in whole["weights"].items())
     assert resumed["result"]["history"] == whole["result"]["history"]
     assert resumed["result"]["best_step"] > 0
@@ -138,6 +146,12 @@ def test_two_processes_give_what_one_gives(tmp_path, work, alone, engine):
     else:
         together = work(tmp_path, "together", engine=engine, checkpoint_seconds=0)
     check_together(alone, together)
+
+
+@pytest.mark.slow
+def test_two_processes_train_products_as_one_does(tmp_path, work):
+    settings = {"checkpoint_seconds": 0, "overparametrization": "annealed", "learning_rate": 1e-3}
+    check_together(work(tmp_path, "one", **settings), work(tmp_path, "two", engine="ddp", **settings))
 
 
 @pytest.mark.slow
