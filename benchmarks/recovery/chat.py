@@ -44,7 +44,7 @@ from benchmarks.recovery.chat_model.training import Trained, train
 from benchmarks.recovery.methods import Cell
 from optimum_clp import LayerSegment, SearchConfig
 from optimum_clp.evaluation.tokens import evaluate_tokens
-from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import number_of_layers_to_remove
@@ -113,6 +113,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=Size.examples, help="of each task")
     parser.add_argument("--prompts", type=int, default=Size.prompts)
     parser.add_argument("--new-tokens", type=int, default=Size.new_tokens, help="of an answer, at most")
+    parser.add_argument("--cache-gib", type=float, default=4, help="of hidden states in main memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", help="of the weights; auto is the checkpoint's")
     args = parser.parse_args()
@@ -151,6 +152,9 @@ class Bench:
             record = run.record()
             if record is None:
                 cell = self.cell(run.ratio, run.seed)
+                if run.base in RIVALS and RIVALS[run.base].between and len(cell.endpoints) < 2:
+                    print(f"{run.name}: it needs a layer on either side of {cell.segment}", flush=True)
+                    return
                 model, record = self._healed(run, cell)
                 run.save(record)
             elif run.method == DENSE:
@@ -204,9 +208,10 @@ class Bench:
     ) -> tuple[PreTrainedModel, Trained]:
         if method == OURS:
             kinds = self.text(cell.seed).split(self.args.held_out)[1].kinds
-            return our_way.ours(cell, rate, epochs, self.args.batch, folder, kinds)
+            return our_way.ours(cell, rate, epochs, self.args.batch, folder, self.args.cache_gib, kinds)
         healing = RIVALS[method].prepare(cell)[variant]
-        return healing.model, train(healing, cell, rate, epochs, self.args.batch, folder)
+        store = StateStore(folder, self.args.cache_gib * 2**30)
+        return healing.model, train(healing, cell, rate, epochs, self.args.batch, folder, store)
 
     def _time_share(self, run: Run) -> float:
         """How much more time ours took than the method did with equal tokens."""

@@ -15,10 +15,10 @@ KD_RATE_SHARE = 0.4
 
 
 def configurations() -> list[TuningConfig]:
-    return [recipe(stage, 5e-4, 2, 8, starts) for stage in ("hidden", "kd") for starts in (True, False)]
+    return [recipe(stage, 5e-4, 2, 8, 4.0, starts) for stage in ("hidden", "kd") for starts in (True, False)]
 
 
-def recipe(stage: str, rate: float, epochs: int, batch_size: int, starts: bool) -> TuningConfig:
+def recipe(stage: str, rate: float, epochs: int, batch_size: int, memory: float, starts: bool) -> TuningConfig:
     """A stage's settings; the first one starts from the closed form."""
     return TuningConfig(
         init="least_squares" if starts else "none",
@@ -27,11 +27,12 @@ def recipe(stage: str, rate: float, epochs: int, batch_size: int, starts: bool) 
         epochs=epochs,
         batch_size=batch_size,
         evaluations_per_epoch=1,
+        cache_memory_gib=memory,
     )
 
 
 def ours(
-    cell: Cell, rate: float, epochs: float, batch_size: int, folder: Path, kinds: tuple[str, ...]
+    cell: Cell, rate: float, epochs: float, batch_size: int, folder: Path, memory: float, kinds: tuple[str, ...]
 ) -> tuple[PreTrainedModel, Trained]:
     """Closed form, then hidden states alone, then one epoch of KL; as many tokens as the rivals get.
 
@@ -41,6 +42,7 @@ def ours(
         epochs (`float`): Passes over the rows in all stages together, rounded; of a single one hidden states get none.
         batch_size (`int`): Rows in a step.
         folder (`Path`): For checkpoints; an interrupted stage goes on.
+        memory (`float`): GiB of the dense model's states in main memory.
         kinds (`tuple[str, ...]`): Of the validation rows.
     """
     model = cell.cut()
@@ -48,7 +50,7 @@ def ours(
     results = []
     for name, passes in stages:
         if passes:
-            config = recipe(name, rate, passes, batch_size, starts=not results)
+            config = recipe(name, rate, passes, batch_size, memory, starts=not results)
             results.append(_stage(model, cell, config, folder / name, kinds))
     seconds = sum(result.seconds for result in results)
     losses = [step.validation_loss for result in results for step in result.history]

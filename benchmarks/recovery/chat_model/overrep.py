@@ -2,7 +2,7 @@
 
 The blocks on both sides of a cut are trained, each linear projection `P` as `D (P + W)`, `W` from 0 and `D` from the
 identity, with an activation between the two factors that fades in and out again, so that all of it is one matrix at the
-end. What is trained is float32; the products are in the model's dtype.
+end. What is trained is float32 at least; the products are in the model's dtype.
 """
 
 import math
@@ -39,11 +39,12 @@ class OverRepLinear(nn.Module):
     def __init__(self, linear: nn.Linear, *, add: bool, multiply: bool, input_side: bool, train_base: bool):
         super().__init__()
         weight = linear.weight.detach()
-        self.base = nn.Parameter(weight.float().clone(), requires_grad=train_base)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.base = nn.Parameter(weight.to(wide, copy=True), requires_grad=train_base)
         self.bias, self.dtype, self.input_side = linear.bias, weight.dtype, input_side
         self.added = nn.Parameter(torch.zeros_like(self.base)) if add else None
         width = weight.shape[1] if input_side else weight.shape[0]
-        self.factor = nn.Parameter(torch.eye(width, device=weight.device)) if multiply else None
+        self.factor = nn.Parameter(torch.eye(width, dtype=wide, device=weight.device)) if multiply else None
         # share of the identity in the activation; 1 is no activation
         self.identity = 1.0
 
@@ -76,11 +77,12 @@ class ScaledNorm(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.scale = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
-        self.shift = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.scale = nn.Parameter(torch.zeros_like(weight, dtype=wide))
+        self.shift = nn.Parameter(torch.zeros_like(weight, dtype=wide))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight.float() * (1 + self.scale) + self.shift).to(weight.dtype)
+        return (weight * (1 + self.scale) + self.shift).to(weight.dtype)
 
 
 class OverRep:

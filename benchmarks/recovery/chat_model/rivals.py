@@ -59,11 +59,13 @@ class Rival:
         prepare (`Callable`): Of a [`Cell`]: a [`Healing`] for each of its variants, of which validation rows choose; for a
             way without gradient steps the healed model itself.
         trains (`bool`): Whether there are gradient steps.
+        between (`bool`): Whether it needs a layer on either side of the cut.
     """
 
     label: str
     prepare: Callable[[Cell], Any]
     trains: bool = True
+    between: bool = False
 
 
 class TopLogits:
@@ -117,7 +119,7 @@ def overrep_kd(cell: Cell) -> list[Healing]:
 def xmerge(cell: Cell) -> list[Healing]:
     """One block is refitted: the one behind the cut, or the one before it."""
     healings = []
-    for index in (cell.segment.start, cell.segment.start - 1):
+    for index in reversed(cell.endpoints):
         model = cell.cut()
         block = decoder_layers(model)[index]
         own_storage(block)
@@ -131,7 +133,7 @@ def layers_in_full(cell: Cell, layers: str, norm: bool = False) -> list[Healing]
     modules = [decoder_layers(model)[i] for i in indices]
     if norm:
         # behind the layers, before the head
-        modules += [m for m in model.base_model.children() if getattr(m, "weight", torch.empty(0)).dim() == 1]
+        modules += [m for m in model.base_model.children() if hasattr(m, "weight") and m.weight.dim() == 1]
     own_storage(nn.ModuleList(modules))
     return [Healing(model, modules, indices[0])]
 
@@ -181,13 +183,13 @@ def replaceme(cell: Cell) -> PreTrainedModel:
 
 RIVALS = {
     "cut": Rival("cut, untouched", lambda cell: cell.cut(), trains=False),
-    "replaceme": Rival("ReplaceMe", replaceme, trains=False),
-    "linear_patch_free": Rival("LinearPatch, untrained *", lambda cell: patched(cell)[0], trains=False),
-    "overrep": Rival("OverRep", overrep),
-    "overrep_kd": Rival("OverRep-KD", overrep_kd),
+    "replaceme": Rival("ReplaceMe", replaceme, trains=False, between=True),
+    "linear_patch_free": Rival("LinearPatch, untrained *", lambda cell: patched(cell)[0], trains=False, between=True),
+    "overrep": Rival("OverRep", overrep, between=True),
+    "overrep_kd": Rival("OverRep-KD", overrep_kd, between=True),
     "xmerge": Rival("XMerge", xmerge),
     "last3": Rival("last 3 layers + norm, KL", lambda cell: layers_in_full(cell, "last_three", norm=True)),
     "lora": Rival("LoRA, our size, KL", lora),
     "all_layers": Rival("all layers, KL", lambda cell: layers_in_full(cell, "all_layers")),
-    "linear_patch": Rival("LinearPatch, top 100 *", linear_patch_tuned),
+    "linear_patch": Rival("LinearPatch, top 100 *", linear_patch_tuned, between=True),
 }

@@ -22,8 +22,6 @@ from optimum_clp.tuning.rows import TuningRows, cached_rows, spread, target_stat
 from optimum_clp.tuning.student import EndpointStudent
 
 WARM_UP, LARGEST_NORM, SAVE_SECONDS = 0.05, 1.0, 120.0
-# of states in main memory, for each run
-MEMORY = 4 * 2**30
 
 
 @dataclass
@@ -45,7 +43,9 @@ class Trained:
     cpu_seconds: float
 
 
-def train(healing: Healing, cell: Cell, rate: float, epochs: float, batch_size: int, folder: Path) -> Trained:
+def train(
+    healing: Healing, cell: Cell, rate: float, epochs: float, batch_size: int, folder: Path, store: StateStore
+) -> Trained:
     """Take all steps of a healing, and finish it.
 
     Args:
@@ -54,13 +54,14 @@ def train(healing: Healing, cell: Cell, rate: float, epochs: float, batch_size: 
         rate (`float`): Largest learning rate.
         epochs (`float`): Passes over the rows, which need not be whole.
         batch_size (`int`): Rows in a step.
-        folder (`Path`): For the checkpoint, and for states that memory does not hold; for this run alone.
+        folder (`Path`): For the checkpoint of this run alone.
+        store ([`StateStore`]): Where the dense model's states lie.
     """
     wall, cpu = time.perf_counter(), time.process_time()
     model = healing.model
     parameters = [p for module in healing.trained for p in module.parameters() if p.requires_grad]
     with evaluation_mode(model), only_trainable(model, parameters):
-        rows = _rows(healing, cell, batch_size, StateStore(folder, MEMORY))
+        rows = _rows(healing, cell, batch_size, store)
         student = _student(healing, rows)
         optimizer = MasterAdamW(parameters, lr=rate, weight_decay=healing.weight_decay)
         steps = Steps(parameters, optimizer, folder / "training.pt")
