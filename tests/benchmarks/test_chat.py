@@ -285,6 +285,8 @@ def test_the_benchmark_runs_once_and_shows_its_tables(arguments, tmp_path, monke
     chat.main()
     shown = capsys.readouterr().out
     assert "**ours**" in shown and "XMerge, as long as ours" in shown and "XMerge, then on-policy" in shown
+    # there is no such text, and no such task
+    assert "WikiText" not in shown and "ARC-easy" not in shown
 
 
 def test_a_part_that_is_missing_is_measured_from_the_kept_weights(arguments, tmp_path, monkeypatch):

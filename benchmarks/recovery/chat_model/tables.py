@@ -46,7 +46,7 @@ def show(folder: Path) -> str:
         cut = next(iter(cells.values()))[0]["segment"]
         parts.append(f"## {100 * ratio:g} % of the layers: [{cut[0]}, {cut[1]})\n")
         parts += [_table(title, cells, columns) for title, columns in _tables().items()]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _tables() -> dict[str, dict[str, tuple[Figure, int]]]:
@@ -99,12 +99,18 @@ def _label(method: str) -> str:
 
 
 def _table(title: str, cells: dict[str, list[Record]], columns: dict[str, tuple[Figure, int]]) -> str:
-    rows = [[title, "seeds", *columns]]
+    """Nothing of what no record has."""
+    found = {
+        column: {m: _over_seeds([figure(r) for r in records], digits) for m, records in cells.items()}
+        for column, (figure, digits) in columns.items()
+    }
+    known = [column for column, figures in found.items() if any(figures.values())]
+    rows = [[title, "seeds", *known]]
     for method, records in cells.items():
-        figures = [_over_seeds([figure(r) for r in records], digits) for figure, digits in columns.values()]
+        figures = [found[column][method] for column in known]
         if any(figures):
             rows.append([_label(method), str(len(records)), *figures])
-    return markdown.table(rows)
+    return markdown.table(rows) if known else ""
 
 
 def _over_seeds(values: Sequence[float | None], digits: int) -> str:

@@ -18,7 +18,7 @@ from optimum_clp.forward.dense_outputs import StateStore
 from optimum_clp.forward.hooks import evaluation_mode, only_trainable
 from optimum_clp.progress import progress_bar
 from optimum_clp.tuning.master_adamw import MasterAdamW
-from optimum_clp.tuning.rows import TuningRows, cached_rows, spread, target_state
+from optimum_clp.tuning.rows import TuningRows, cached_rows, spread
 from optimum_clp.tuning.student import EndpointStudent
 
 WARM_UP, LARGEST_NORM, SAVE_SECONDS = 0.05, 1.0, 120.0
@@ -141,7 +141,8 @@ def row_order(num_rows: int, batch_size: int, seed: int, step: int) -> Tensor:
 def _rows(healing: Healing, cell: Cell, batch_size: int, store: StateStore) -> TuningRows:
     targets = {}
     if healing.compared is not None:
-        targets[healing.compared] = target_state(cell.kept, healing.compared, cell.depth)
+        # what enters the next layer in the dense model
+        targets[healing.compared] = [*cell.kept, cell.depth][healing.compared + 1]
     states = targets.values()
     rows = cached_rows(
         healing.model, cell.dense, cell.train, healing.first, states, batch_size=batch_size, store=store
