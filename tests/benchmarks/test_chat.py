@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks.recovery import chat
 from benchmarks.recovery.chat_model import training
+from benchmarks.recovery.chat_model.evaluation import can_generate
 from benchmarks.recovery.chat_model.on_policy import loop_start, on_policy
 from benchmarks.recovery.chat_model.ours import ours
 from benchmarks.recovery.chat_model.overrep import OverRep, OverRepLinear, identity_share
@@ -28,6 +29,7 @@ from optimum_clp.tuning.losses import LossBatch
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'w3 w4 ' if m.role == 'user' else 'w5 w6 ' }}{{ m.content }}{{ ' w7 w8 ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'w5 w6 ' }}{% endif %}"
 )
 SEGMENT = LayerSegment(2, 4)
 ROWS = random_tokens(12, 16, seed=1)
@@ -285,6 +287,7 @@ def test_the_benchmark_runs_once_and_shows_its_tables(arguments, tmp_path, monke
     chat.main()
     shown = capsys.readouterr().out
     assert "**ours**" in shown and "XMerge, as long as ours" in shown and "XMerge, then on-policy" in shown
+    assert ("first 32 agree" in shown) == can_generate()
     # there is no such text, and no such task
     assert "WikiText" not in shown and "ARC-easy" not in shown
 
