@@ -198,10 +198,16 @@ def ghosted(before: Tensor, after: Tensor) -> Tensor:
     return identity + torch.linalg.solve(x.T @ x + 1e-6 * identity, x.T @ missing)
 
 
+# by Paley's two constructions, from primes that are 3 and 1 modulo 4; with them widths such as 576, 896 and 960
+HADAMARD_ORDERS = {1: None, 12: 11, 20: 19, 28: 13, 36: 17, 60: 59}
+
+
 def hadamard(width: int) -> Tensor:
     """An orthogonal float64 matrix whose entries have one size: Paley's (or 1), doubled as by Sylvester."""
-    order = next(n for n in (1, 12, 20) if width % n == 0 and (width // n).bit_count() == 1)
-    matrix = torch.ones(1, 1, dtype=torch.float64) if order == 1 else _paley(order - 1)
+    order = next(n for n in HADAMARD_ORDERS if width % n == 0 and (width // n).bit_count() == 1)
+    prime, matrix = HADAMARD_ORDERS[order], torch.ones(1, 1, dtype=torch.float64)
+    if prime is not None:
+        matrix = _paley(prime) if prime % 4 == 3 else _paley_second(prime)
     while len(matrix) < width:
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
     return matrix / math.sqrt(width)
@@ -209,14 +215,26 @@ def hadamard(width: int) -> Tensor:
 
 def _paley(prime: int) -> Tensor:
     """Paley's Hadamard matrix of order `prime + 1`, for a prime that is 3 modulo 4."""
-    squares = {i * i % prime for i in range(1, prime)}
     matrix = torch.eye(prime + 1, dtype=torch.float64)
     matrix[0, 1:], matrix[1:, 0] = 1, -1
-    for i in range(prime):
-        for j in range(prime):
-            if i != j:
-                matrix[i + 1, j + 1] += 1 if (i - j) % prime in squares else -1
+    matrix[1:, 1:] += _residues(prime)
     return matrix
+
+
+def _paley_second(prime: int) -> Tensor:
+    """Paley's other one, of order `2 (prime + 1)`, for a prime that is 1 modulo 4."""
+    conference = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
+    conference[0, 0], conference[1:, 1:] = 0, _residues(prime)
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    diagonal = torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64)
+    return torch.kron(conference, signs) + torch.kron(torch.eye(prime + 1, dtype=torch.float64), diagonal)
+
+
+def _residues(prime: int) -> Tensor:
+    """1 where the difference of row and column is a square modulo the prime, -1 where it is none, 0 on the diagonal."""
+    squares = {i * i % prime for i in range(1, prime)}
+    signs = [[0 if i == j else 1 if (i - j) % prime in squares else -1 for j in range(prime)] for i in range(prime)]
+    return torch.tensor(signs, dtype=torch.float64)
 
 
 def tuned(cell: Cell, config: TuningConfig, *, layers: str, init: str = "none", closing: bool = False) -> Healed:

@@ -27,7 +27,7 @@ def test_a_method_heals_and_leaves_the_dense_model_alone(name):
     assert (healed.num_trained > 0) == (method.loss is not None or name == "clp_default_rate")
 
 
-@pytest.mark.parametrize("width", [1, 2, 12, 20, 32, 96])
+@pytest.mark.parametrize("width", [1, 2, 12, 20, 32, 56, 72, 96, 120, 576])
 def test_hadamard_matrices_are_orthogonal_and_of_one_size(width):
     matrix = hadamard(width)
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(width, dtype=torch.float64))
