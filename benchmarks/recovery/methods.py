@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_clp import LayerSegment, TuningConfig
-from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.architecture.lookup import decoder_layers, text_config
 from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.hooks import layer_hidden
@@ -31,6 +31,7 @@ from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
 from optimum_clp.tuning.rows import TuningRows, target_state
+from optimum_clp.tuning.stages import stages_of
 from optimum_clp.tuning.student import EndpointStudent
 
 DEFAULTS = TuningConfig()
@@ -317,14 +318,13 @@ def lora(cell: Cell, config: TuningConfig, *, rank: int | None) -> Healed:
         )
         cache_seconds = time.perf_counter() - begin
         student = EndpointStudent(model, trained, 0, config.loss_weights())
-        assert config.learning_rate is not None
         loop = TrainingLoop(
             accelerator,
             student,
             train,
             validation,
             config,
-            learning_rate=config.learning_rate,
+            stages=stages_of(config, text_config(model.config).hidden_size),
             seed=cell.seed,
             folder=Path(folder),
             checkpoints=False,

@@ -21,7 +21,8 @@ from ..precisions import INT4, PRECISIONS, QUANTIZED
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from ..tuning.overparametrization import new_sizes, projections
-from ..tuning.rows import target_state
+from ..tuning.rows import compared_layers, target_state
+from ..tuning.stages import stages_of
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
@@ -168,7 +169,8 @@ def tuning_memory(
     rows = train_rows + validation_rows
     start = STARTS.get(config.init)()
     solved = start.targets(kept, endpoints, len(layers)).values()
-    compared = endpoints if STATES in needs_of(config.loss_weights()) else ()
+    needs = frozenset().union(*(needs_of(stage.loss) for stage in stages_of(config, hidden)))
+    compared = compared_layers(endpoints) if STATES in needs else ()
     # what should leave the last layer is kept anyway
     states = {kept[endpoints[0]], len(layers), *solved, *(target_state(kept, i, len(layers)) for i in compared)}
     state = rows * sequence_length * hidden * itemsize

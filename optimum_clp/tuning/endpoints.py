@@ -8,7 +8,7 @@ teacher). Each step starts at the first endpoint, and only the endpoints have gr
 import copy
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .accelerator import tuning_accelerator
 from .loop import TrainingLoop
 from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
-from .rows import TuningRows, cached_rows, spread, target_state
+from .rows import TuningRows, cached_rows, compared_layers, target_state
 from .stages import stages_of
 from .starts import Start, StartProblem
 from .student import EndpointStudent
@@ -131,7 +131,8 @@ class _Tuning:
         for_start = self.start.targets(kept, self.layers, depth)
         losses = {name: loss for stage in self.stages for name, (_, loss) in weighted_losses(stage.loss).items()}
         needing = [name for name, loss in losses.items() if STATES in loss.needs]
-        for_losses = {i: target_state(kept, i, depth) for i in self.layers} if needing else {}
+        compared = compared_layers(self.layers) if needing else []
+        for_losses = {i: target_state(kept, i, depth) for i in compared}
         needing += [self.config.init] if for_start else []
         if needing and self.kept is None:
             rule = f"{needing[0]!r} compares with the dense model's layers, and which they are is not given"
@@ -164,10 +165,9 @@ class _Tuning:
             store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
             rows = self._rows(train, (), masks[0], store), self._rows(validation, kinds, masks[1], store)
             cache_seconds = time.perf_counter() - start
-            scales = {i: spread(states) for i, states in rows[0].targets.items()}
-            init, by_kind = self._started(rows, scales, store)
+            init, by_kind = self._started(rows, store)
             with trained.handed_to(accelerator) as modules:
-                student = EndpointStudent(self.model, modules, self.layers[0], self.weights, scales)
+                student = EndpointStudent(self.model, modules, self.layers[0], self.weights, self.loss_targets)
                 loop = self._loop(accelerator, student, rows, by_kind)
                 try:
                     loop.run()
@@ -197,7 +197,7 @@ class _Tuning:
         return rows.with_targets(self.loss_targets)
 
     def _started(
-        self, rows: tuple[TuningRows, TuningRows], scales: Mapping[int, float], store: StateStore
+        self, rows: tuple[TuningRows, TuningRows], store: StateStore
     ) -> tuple[dict[str, Any] | None, dict[str, float] | None]:
         """Apply the start, which stays if it lowers the validation loss and harms no kind of text.
 
@@ -213,7 +213,7 @@ class _Tuning:
         result = self.start.apply(problem)
         if result is None:
             return None, None
-        student = EndpointStudent(self.model, layers, self.layers[0], self.weights, scales)
+        student = EndpointStudent(self.model, layers, self.layers[0], self.weights, self.loss_targets)
         logits = TEACHER_LOGITS in needs_of(self.weights)
         found = _evaluated(student, rows[1], size, logits)
         after = _weights(layers)

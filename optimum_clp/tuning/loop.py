@@ -18,8 +18,8 @@ from ..configuration.stages import TuningConfig
 from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
-from .master_adamw import MasterAdamW
 from .losses import TEACHER_LOGITS, needs_of
+from .master_adamw import MasterAdamW
 from .overparametrization import Annealing
 from .result import TuningStep, improves
 from .rows import TuningRows

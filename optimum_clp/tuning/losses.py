@@ -26,10 +26,9 @@ class LossBatch:
         tokens (`Tensor`): int64 `[rows, length]`, full rows.
         logits (`Tensor` or `None`): The cut model's, `[rows, length, vocab]`, with gradient; for the need `"logits"`.
         teacher_logits (`Tensor` or `None`): The dense model's, of the same shape; for `"teacher_logits"`.
-        states (`dict[int, Tensor]` or `None`): What leaves each trained layer, `[rows, length, hidden]`, by its index in
-            the cut model, with gradient; for `"states"`, as the two below.
+        states (`dict[int, Tensor]` or `None`): What leaves the trained layers, `[rows, length, hidden]`, with gradient; of
+            neighbours the last one alone, by its index in the cut model. For `"states"`, as `targets`.
         targets (`dict[int, Tensor]` or `None`): What should leave them: the dense model's states, of the same shape.
-        scales (`dict[int, float]` or `None`): Mean squared deviation of all targets of a layer from their mean.
         mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt, `None` for all. What a position says
             counts if the token *after* it, which it predicts, is one of them: see [`row_means`].
     """
@@ -39,7 +38,6 @@ class LossBatch:
     teacher_logits: Tensor | None = None
     states: Mapping[int, Tensor] | None = None
     targets: Mapping[int, Tensor] | None = None
-    scales: Mapping[int, float] | None = None
     mask: Tensor | None = None
 
     def only(self, needs: frozenset[str]) -> "LossBatch":
@@ -50,7 +48,6 @@ class LossBatch:
             teacher_logits=self.teacher_logits if TEACHER_LOGITS in needs else None,
             states=self.states if STATES in needs else None,
             targets=self.targets if STATES in needs else None,
-            scales=self.scales if STATES in needs else None,
         )
 
 
@@ -118,23 +115,27 @@ class CrossEntropy:
 
 
 class HiddenStates:
-    """`hidden`: the share of the target states' variance that the cut model's states miss (1 - R^2).
+    """`hidden`: the squared distance of each token's state from the dense model's, over the square of the latter's length.
 
-    Averaged over the trained layers, each of which is a part.
+    The layers above look at a state's direction alone: they normalize it first. Without the division the few states that
+    are a hundred times as long as the others (that of a row's first token, as a rule) are nearly all of the sum.
+
+    Averaged over the layers that are compared, each of which is a part.
     """
 
     needs = frozenset({STATES})
 
     def __call__(self, batch: LossBatch) -> Tensor:
-        assert batch.states is not None and batch.targets is not None and batch.scales is not None
+        assert batch.states is not None and batch.targets is not None
         parts = []
-        for index, scale in batch.scales.items():
+        for index, target in batch.targets.items():
             states = batch.states[index].float()
-            square = (states - batch.targets[index].detach().to(states)).square()
+            target = target.detach().to(states)
+            # a state of zeros is nobody's; it must not make NaN of the rest
+            length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            error = (states - target).square().sum(-1) / length
             mask = None if batch.mask is None else batch.mask.to(states.device)
-            # without a mask one mean, which rounds as it always has
-            error = square.mean((1, 2)) if mask is None else row_means(square.mean(-1), mask)
-            parts.append((error / (scale * len(batch.scales))).to(batch.tokens.device))
+            parts.append((row_means(error, mask) / len(batch.targets)).to(batch.tokens.device))
         return torch.stack(parts)
 
 

@@ -56,6 +56,11 @@ class TuningRows:
         }
 
 
+def compared_layers(layers: Sequence[int]) -> list[int]:
+    """Of the trained layers those whose output is compared: of neighbours the last one, as the others' is their own business."""
+    return [layer for layer in layers if layer + 1 not in layers]
+
+
 def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
     """Which of the dense model's hidden states a layer of the cut model should put out.
 
@@ -110,16 +115,6 @@ def cached_rows(
         # lower layers are not the dense model's: what enters the first endpoint is the model's own
         own = DenseOutputs(model, tokens, inputs_of=[first], **options)
         return TuningRows(outputs, own.hidden[first], kinds=kinds, mask=mask)
-
-
-def spread(states: Tensor) -> float:
-    """Mean squared deviation of `[rows, length, hidden]` states from their mean over the tokens."""
-    total = square = torch.zeros(states.shape[-1], dtype=torch.float64)
-    for row in states:
-        total = total + row.double().sum(0)
-        square = square + row.double().square().sum(0)
-    count = states.shape[0] * states.shape[1]
-    return float((square / count - (total / count).square()).mean())
 
 
 def _same_below(model: PreTrainedModel, dense: PreTrainedModel, first: int) -> bool:

@@ -24,8 +24,7 @@ class EndpointStudent(nn.Module):
         trained (`Iterable[nn.Module]`): The modules that are trained.
         first (`int`): The first layer that runs.
         weights (`dict[str, float]`): Of the losses, by name, where a call names no others.
-        scales (`dict[int, float]`): For losses that look at hidden states: the layers whose output they are given, with
-            the mean squared deviation of their targets from the targets' mean.
+        compared (`Iterable[int]`): For losses that look at hidden states: the layers whose output they are given.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class EndpointStudent(nn.Module):
         trained: Iterable[nn.Module],
         first: int,
         weights: Mapping[str, float],
-        scales: Mapping[int, float] | None = None,
+        compared: Iterable[int] = (),
     ):
         super().__init__()
         self.trained = nn.ModuleList(trained)
@@ -44,7 +43,7 @@ class EndpointStudent(nn.Module):
         self._around = (model, LayerStack(model))
         self.first = first
         self.losses = tuple(weighted_losses(weights).values())
-        self.scales = dict(scales or {})
+        self.compared = tuple(compared)
 
     def forward(
         self,
@@ -61,7 +60,7 @@ class EndpointStudent(nn.Module):
             tokens (`Tensor`): int64 `[batch, length]`.
             hidden (`Tensor`): `[batch, length, hidden]`: what enters the first layer that runs.
             teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
-            targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `scales`.
+            targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `compared`.
             weights (`dict[str, float]`, *optional*): Of the losses, instead of the student's own.
             mask (`Tensor` or `None`): bool `[batch, length]`: tokens that are to be learnt; `None` for all.
 
@@ -71,22 +70,22 @@ class EndpointStudent(nn.Module):
         stack = self._around[1]
         losses = self.losses if weights is None else weighted_losses(weights).values()
         needs = frozenset().union(*(loss.needs for _, loss in losses))
-        scales = self.scales if STATES in needs else {}
-        with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, scales) as states:
-            logits = self._logits(tokens, LOGITS in needs, scales)
-        batch = LossBatch(tokens, logits, teacher_logits, states, targets, scales, mask)
+        compared = self.compared if STATES in needs else ()
+        with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, compared) as states:
+            logits = self._logits(tokens, LOGITS in needs, compared)
+        batch = LossBatch(tokens, logits, teacher_logits, states, targets, mask)
         total = torch.zeros(len(tokens), device=tokens.device)
         for weight, loss in losses:
             for part in loss(batch.only(loss.needs)).reshape(-1, len(tokens)):
                 total = total + weight * part
         return total
 
-    def _logits(self, tokens: Tensor, needed: bool, scales: Iterable[int]) -> Tensor | None:
+    def _logits(self, tokens: Tensor, needed: bool, compared: Iterable[int]) -> Tensor | None:
         """Run the model; to the last layer that is looked at only, and without logits, if no loss needs these."""
         model, stack = self._around
         if needed:
             return model(input_ids=tokens, use_cache=False).logits
-        behind = max(scales, default=-1) + 1
+        behind = max(compared, default=-1) + 1
         with stopped_before(stack.layers[behind]) if behind < len(stack) else nullcontext():
             run_without_head(model, tokens)
         return None

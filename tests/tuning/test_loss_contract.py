@@ -22,7 +22,7 @@ from optimum_clp.tuning.losses import NEEDS, LossBatch, needs_of, weighted_losse
 from optimum_clp.tuning.student import EndpointStudent
 
 ROWS, LENGTH, VOCABULARY, WIDTH = 5, 7, 11, 6
-SCALES = {1: 0.5, 3: 2.0}
+COMPARED = (1, 3)
 
 
 def plain_kd(batch):
@@ -36,7 +36,10 @@ def plain_ce(batch):
 
 
 def plain_hidden(batch):
-    errors = [(batch.states[i] - batch.targets[i]).double().square().mean((1, 2)) / SCALES[i] for i in SCALES]
+    errors = []
+    for i in COMPARED:
+        error, target = (batch.states[i] - batch.targets[i]).double(), batch.targets[i].double()
+        errors.append((error.norm(dim=-1) / target.norm(dim=-1)).square().mean(1))
     return sum(errors) / len(errors)
 
 
@@ -53,10 +56,11 @@ def batch_of(dtype=torch.float32, same=False):
     """A batch with everything in it, all of which takes gradients; `same`: the cut model is the dense one."""
     logits = [made(ROWS, LENGTH, VOCABULARY, seed=0 if same else seed, dtype=dtype) for seed in (0, 1)]
     states, targets = (
-        {i: made(ROWS, LENGTH, WIDTH, seed=i if same else i + shift, dtype=dtype) for i in SCALES} for shift in (0, 9)
+        {i: made(ROWS, LENGTH, WIDTH, seed=i if same else i + shift, dtype=dtype) for i in COMPARED}
+        for shift in (0, 9)
     )
     tokens = random_tokens(ROWS, LENGTH) % VOCABULARY
-    return LossBatch(tokens, *logits, states, targets, SCALES)
+    return LossBatch(tokens, *logits, states, targets)
 
 
 def rows_of(batch, rows):
@@ -69,7 +73,6 @@ def rows_of(batch, rows):
         batch.teacher_logits[rows],
         some(batch.states),
         some(batch.targets),
-        batch.scales,
     )
 
 
@@ -118,7 +121,7 @@ def test_a_loss_needs_what_it_says_and_is_given_nothing_else(name):
     batch = batch_of().only(loss.needs)
     given = {"logits": batch.logits, "teacher_logits": batch.teacher_logits, "states": batch.states}
     assert {need for need, value in given.items() if value is not None} == loss.needs
-    assert (batch.states is None) == (batch.targets is None) == (batch.scales is None)
+    assert (batch.states is None) == (batch.targets is None)
     for need in loss.needs:
         with pytest.raises(Exception):  # noqa: B017 - whatever a loss says when it is not given what it needs
             loss(batch.only(loss.needs - {need}))
@@ -141,10 +144,11 @@ def plain_masked(name, batch):
             "ce": lambda t, s=logits, r=row: -s[t, batch.tokens[r, t + 1]],
             "hidden": lambda t, r=row: (
                 sum(
-                    (batch.states[i][r, t] - batch.targets[i][r, t]).double().square().mean() / SCALES[i]
-                    for i in SCALES
+                    (batch.states[i][r, t] - batch.targets[i][r, t]).double().square().sum()
+                    / batch.targets[i][r, t].double().square().sum()
+                    for i in COMPARED
                 )
-                / len(SCALES)
+                / len(COMPARED)
             ),
         }[name]
         found.append(sum((of(t) for t in places), torch.zeros((), dtype=torch.float64)) / max(len(places), 1))
@@ -183,13 +187,13 @@ def case():
     with torch.no_grad():
         logits = cut(tokens).logits
     states, targets = {1: own.hidden[2], 2: own.hidden[3]}, {1: outputs.hidden[4], 2: outputs.hidden[5]}
-    whole = LossBatch(tokens, logits, outputs.logits(slice(None)), states, targets, {1: 0.5, 2: 2.0})
+    whole = LossBatch(tokens, logits, outputs.logits(slice(None)), states, targets)
     return cut, outputs.hidden[1], whole
 
 
 def student_loss(case, weights):
     cut, hidden, whole = case
-    student = EndpointStudent(cut, [cut.model.layers[i] for i in (1, 2)], 1, weights, whole.scales)
+    student = EndpointStudent(cut, [cut.model.layers[i] for i in (1, 2)], 1, weights, whole.targets)
     with torch.no_grad():
         return student(whole.tokens, hidden, whole.teacher_logits, whole.targets)
 
@@ -206,7 +210,7 @@ def test_no_more_of_the_model_is_run_than_is_needed(name, case, monkeypatch):
     for part, module in (("last layer", cut.model.layers[3].mlp), ("head", cut.lm_head)):
         forward = module.forward
         monkeypatch.setattr(module, "forward", lambda x, part=part, forward=forward: (run.append(part), forward(x))[1])
-    student = EndpointStudent(cut, [cut.model.layers[1]], 1, {"kd": 0.0, name: 1.0}, case[2].scales)
+    student = EndpointStudent(cut, [cut.model.layers[1]], 1, {"kd": 0.0, name: 1.0}, case[2].targets)
     run.clear()
     with torch.no_grad():
         student(case[2].tokens, case[1], case[2].teacher_logits, case[2].targets)
@@ -229,7 +233,7 @@ def test_losses_are_added_up_in_one_order_bit_for_bit(order, case):
 def rerun(case):
     """The batch as the student sees it: resumed at the first trained layer, to the last bit."""
     cut, hidden, whole = case
-    student = EndpointStudent(cut, [], 1, {"kd": 1.0, "hidden": 1.0}, whole.scales)
+    student = EndpointStudent(cut, [], 1, {"kd": 1.0, "hidden": 1.0}, whole.targets)
     seen = []
     student.losses = ((1.0, Recording(seen)),)
     with torch.no_grad():
@@ -254,7 +258,7 @@ class ReverseDistillation:
     needs = frozenset({"logits", "teacher_logits"})
 
     def __call__(self, batch):
-        assert batch.states is batch.targets is batch.scales is None
+        assert batch.states is batch.targets is None
         student, teacher = (logits.float().log_softmax(-1) for logits in (batch.logits, batch.teacher_logits))
         return (student.exp() * (student - teacher)).sum(-1).mean(-1)
 

@@ -8,25 +8,23 @@ from benchmarks.recovery.chat_model.training import Trained
 from benchmarks.recovery.methods import Cell, solved
 from optimum_clp import TuningConfig
 from optimum_clp.tuning.endpoints import tune_layers
-from optimum_clp.tuning.result import TuningResult
 
-# of the rate of the stage before: hidden states forgive larger steps than logits do
-KD_RATE_SHARE = 0.4
+# of the rate of hidden states, which forgive larger steps than logits do
+KD_RATE_SHARE = 0.125
 
 
 def configurations() -> list[TuningConfig]:
-    return [recipe(stage, 5e-4, 2, 8, 4.0, starts) for stage in ("hidden", "kd") for starts in (True, False)]
+    return [recipe(8e-3, epochs, 8, 4.0) for epochs in (1, 5)]
 
 
-def recipe(stage: str, rate: float, epochs: int, batch_size: int, memory: float, starts: bool) -> TuningConfig:
-    """A stage's settings; the first one starts from the closed form."""
+def recipe(rate: float, epochs: int, batch_size: int, memory: float) -> TuningConfig:
+    """Hidden states in all passes but the last, which has KL; `rate` is that of the former."""
     return TuningConfig(
-        init="least_squares" if starts else "none",
-        loss=stage,
-        learning_rate=rate if stage == "hidden" else KD_RATE_SHARE * rate,
-        epochs=epochs,
+        hidden_epochs=epochs - 1,
+        hidden_learning_rate=rate,
+        epochs=1,
+        learning_rate=KD_RATE_SHARE * rate,
         batch_size=batch_size,
-        evaluations_per_epoch=1,
         cache_memory_gib=memory,
     )
 
@@ -41,39 +39,26 @@ def ours(
         rate (`float`): Of the first stage.
         epochs (`float`): Passes over the rows in all stages together, rounded; of a single one hidden states get none.
         batch_size (`int`): Rows in a step.
-        folder (`Path`): For checkpoints; an interrupted stage goes on.
+        folder (`Path`): For checkpoints; an interrupted run goes on.
         memory (`float`): GiB of the dense model's states in main memory.
         kinds (`tuple[str, ...]`): Of the validation rows.
     """
     model = cell.cut()
-    stages = [("hidden", max(1, round(epochs)) - 1), ("kd", 1)]
-    results = []
-    for name, passes in stages:
-        if passes:
-            config = recipe(name, rate, passes, batch_size, memory, starts=not results)
-            results.append(_stage(model, cell, config, folder / name, kinds))
-    seconds = sum(result.seconds for result in results)
-    losses = [step.validation_loss for result in results for step in result.history]
-    tokens = sum(result.num_tokens for result in results)
-    # the package tells no CPU seconds of a run that was interrupted
-    return model, Trained(results[-1].num_trainable, tokens, losses, seconds, seconds)
-
-
-def _stage(
-    model: PreTrainedModel, cell: Cell, config: TuningConfig, folder: Path, kinds: tuple[str, ...]
-) -> TuningResult:
-    return tune_layers(
+    result = tune_layers(
         model,
         cell.dense,
         cell.endpoints,
         cell.train,
         cell.validation,
-        config,
+        recipe(rate, max(1, round(epochs)), batch_size, memory),
         kept=cell.kept,
         validation_kinds=kinds,
         seed=cell.seed,
         folder=folder,
     )
+    losses = [step.validation_loss for step in result.history]
+    # the package tells no CPU seconds of a run that was interrupted
+    return model, Trained(result.num_trainable, result.num_tokens, losses, result.seconds, result.seconds)
 
 
 def closed_form(cell: Cell) -> PreTrainedModel:

@@ -17,8 +17,9 @@ from benchmarks.recovery.methods import Cell
 from optimum_clp.forward.dense_outputs import StateStore
 from optimum_clp.forward.hooks import evaluation_mode, only_trainable
 from optimum_clp.progress import progress_bar
+from optimum_clp.tuning.losses import TEACHER_LOGITS
 from optimum_clp.tuning.master_adamw import MasterAdamW
-from optimum_clp.tuning.rows import TuningRows, cached_rows, spread
+from optimum_clp.tuning.rows import TuningRows, cached_rows
 from optimum_clp.tuning.student import EndpointStudent
 
 WARM_UP, LARGEST_NORM, SAVE_SECONDS = 0.05, 1.0, 120.0
@@ -63,6 +64,7 @@ def train(
     with evaluation_mode(model), only_trainable(model, parameters):
         rows = _rows(healing, cell, batch_size, store)
         student = _student(healing, rows)
+        logits = any(TEACHER_LOGITS in loss.needs for _, loss in student.losses)
         optimizer = MasterAdamW(parameters, lr=rate, weight_decay=healing.weight_decay)
         steps = Steps(parameters, optimizer, folder / "training.pt")
         total = max(1, round(epochs * (len(rows) // batch_size)))
@@ -71,7 +73,7 @@ def train(
             for step in range(len(steps.losses), total):
                 healing.at(step / total)
                 _set_rate(optimizer, rate, step, total)
-                batch = rows.batch(row_order(len(rows), batch_size, cell.seed, step), student.needs_teacher_logits)
+                batch = rows.batch(row_order(len(rows), batch_size, cell.seed, step), logits)
                 steps.take(student(**batch).mean())
                 bar.update(1)
     healing.at(1.0)
@@ -151,9 +153,8 @@ def _rows(healing: Healing, cell: Cell, batch_size: int, store: StateStore) -> T
 
 
 def _student(healing: Healing, rows: TuningRows) -> EndpointStudent:
-    scales = {layer: spread(states) for layer, states in rows.targets.items()}
     name = "hidden" if healing.loss == "hidden" else "kd"
-    student = EndpointStudent(healing.model, healing.trained, healing.first, {name: 1.0}, scales)
+    student = EndpointStudent(healing.model, healing.trained, healing.first, {name: 1.0}, rows.targets)
     if healing.loss == "top":
         student.losses = ((1.0, TopLogits()),)
     return student
