@@ -26,6 +26,8 @@ MOST_TURNS = 3
 _QUESTION_SHARE = 0.25
 # tokens of an answer that does not end by itself; longer rows go on with another conversation
 _LONGEST_ANSWER = 1024
+# between two prompts of a row; a prime, so that the rows' prompts are not the same few ones
+_STRIDE = 7919
 # tokens of a question by which it is told from others
 _OPENING_TOKENS = 8
 
@@ -117,7 +119,7 @@ def sample_answers(
     parameters = {"template": asdict(template), "limits": asdict(limits), "prompts": asked}
 
     def script(row: int, uniforms: Tensor) -> Script:
-        return _Talk(template, limits, uniforms).answers(prompts, row, num_sequences)
+        return _Talk(template, limits, uniforms).answers(prompts, row)
 
     size = num_sequences, sequence_length, seed, temperature, batch_size, document_rules(model, tokenizer).vocabulary
     writing = Writing(model, *size, roles=True, cache_dir=cache_dir, fingerprint=fingerprint, quiet=quiet)
@@ -192,10 +194,10 @@ class _Talk:
         while True:
             yield from self._conversation()
 
-    def answers(self, prompts: Sequence[Sequence[int]], first: int, step: int) -> Script:
-        """Every `step`-th prompt with its answer, from `first` on, over and over."""
+    def answers(self, prompts: Sequence[Sequence[int]], row: int) -> Script:
+        """Prompts with their answers: the one of the row's number first, and then others far from it."""
         closing = self.template.closing
-        for number in itertools.count(first, step):
+        for number in itertools.count(row, _STRIDE):
             yield from self._forced(prompts[number % len(prompts)])
             end = yield from self._answered()
             if end is None or end == next(iter(closing), None):

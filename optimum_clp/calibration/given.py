@@ -22,8 +22,9 @@ from .writing import embedding_weight
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13
-# characters in the shuffled pool for each token that is wanted, about four times what is needed
-_POOL_CHARACTERS_PER_TOKEN = 16
+# characters that are read ahead and shuffled; the same however many rows are wanted, so that more of them begin with the
+# fewer ones
+_POOL_CHARACTERS = 2**22
 _PASSAGES_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 2**18
 # prompts for each row: short ones fill it with several answers
@@ -66,7 +67,7 @@ def given_rows(
         config.dataset, text_column=config.text_column, piece_characters=_PIECE_CHARACTERS, name=_NAME
     )
     rows = sum(sizes)
-    shuffled = _shuffled(passages, seed, rows * length * _POOL_CHARACTERS_PER_TOKEN)
+    shuffled = _shuffled(passages, seed, _POOL_CHARACTERS)
     first = next(shuffled, None)
     shuffled = itertools.chain([] if first is None else [first], shuffled)
     if first is not None and first.messages:

@@ -65,11 +65,12 @@ def own_rows(
         written = writer.sample(sum(counts[:2]), seed)
         # what is measured on is a sample of its own, not the rest of the one that was tuned on
         held_out = writer.sample(counts[2], seed + 1) if counts[2] else None
-        rows = writer.rows(written).parted(counts[:2])
-        rows.append(rows[0].parted([0, len(rows[0])])[0] if held_out is None else writer.rows(held_out))
-        for part, split in zip(parts, rows, strict=True):
+        # validation rows come first: they stay the same when more is written
+        validation, learnt = writer.rows(written).parted([counts[1], counts[0]])
+        tested = learnt.parted([0, len(learnt)])[0] if held_out is None else writer.rows(held_out)
+        for part, split in zip(parts, (learnt, validation, tested), strict=True):
             part.append(split)
-        train.append(written.first(counts[0]))
+        train.append(written.rows(counts[1], sum(counts[:2])))
     statistics = _statistics(train, template, seed, config.temperature)
     return [joined(part) for part in parts], statistics
 

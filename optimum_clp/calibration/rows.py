@@ -113,7 +113,8 @@ def load_calibration(
     statistics = None
     if config.dataset is not None:
         given = [size - count for size, count in zip(sizes, own, strict=True)]
-        parts.append(given_rows(config, tokenizer, model, given, length, seed, dense=dense, quiet=quiet))
+        # train rows come last: the others stay the same when there are more of them
+        parts.append(given_rows(config, tokenizer, model, given[::-1], length, seed, dense=dense, quiet=quiet)[::-1])
     if sum(own):
         written, statistics = own_rows(
             config, tokenizer, model, own, length, seed, fingerprint=fingerprint, quiet=quiet

@@ -22,7 +22,7 @@ from ..resume import cache_file
 from ..version import __version__
 
 # raised when the sampling or the file changes: every older file is then a miss
-_FORMAT = 1
+_FORMAT = 2
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
@@ -46,9 +46,10 @@ class Sample:
         roles = None if self.roles is None or other.roles is None else torch.cat([self.roles, other.roles])
         return Sample(torch.cat([self.tokens, other.tokens]), torch.cat([self.losses, other.losses]), roles)
 
-    def first(self, rows: int) -> "Sample":
-        """The first rows."""
-        return Sample(self.tokens[:rows], self.losses[:rows], None if self.roles is None else self.roles[:rows])
+    def rows(self, start: int, stop: int) -> "Sample":
+        """Some rows."""
+        part = slice(start, stop)
+        return Sample(self.tokens[part], self.losses[part], None if self.roles is None else self.roles[part])
 
 
 def sample_file(
@@ -65,10 +66,8 @@ def sample_file(
     return cache_file("self_written", contents, cache_dir, ".safetensors")
 
 
-def load_sample(
-    file: Path | None, num_sequences: int, sequence_length: int, batch_size: int, *, roles: bool = False
-) -> Sample:
-    """What an earlier run has written, in whole batches; no rows if there is nothing. With or without roles."""
+def load_sample(file: Path | None, sequence_length: int, batch_size: int, *, roles: bool = False) -> Sample:
+    """What earlier runs have written, in whole batches; no rows if there is nothing. With or without roles."""
     none = torch.empty(0, sequence_length, dtype=torch.int64)
     nothing = Sample(none, torch.empty(0, dtype=torch.float64), none.byte() if roles else None)
     if file is None or not os.path.exists(file):
@@ -86,7 +85,7 @@ def load_sample(
             f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
         )
         return nothing
-    return sample if rows == num_sequences or rows % batch_size == 0 else nothing
+    return sample if rows % batch_size == 0 else nothing
 
 
 def save_sample(file: Path | None, sample: Sample) -> Path | None:

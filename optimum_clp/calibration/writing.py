@@ -77,7 +77,8 @@ class Writing:
 
     def parameters(self) -> dict[str, Any]:
         """What the text depends on beside the weights and the scripts."""
-        names = ("num_sequences", "sequence_length", "seed", "temperature", "batch_size")
+        # not the number of rows: more of them begin with the fewer ones
+        names = ("sequence_length", "seed", "temperature", "batch_size")
         return {name: getattr(self, name) for name in names}
 
 
@@ -96,21 +97,20 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
     model, total, length = writing.model, writing.num_sequences, writing.sequence_length
     fingerprint = writing.fingerprint or weights_fingerprint(model, writing.quiet)
     file = sample_file(model, fingerprint, parameters, writing.cache_dir)
-    sample = load_sample(file, total, length, writing.batch_size, roles=writing.roles)
+    sample = load_sample(file, length, writing.batch_size, roles=writing.roles)
     saved = time.monotonic()
     with evaluation_mode(model):
         cached = len(sample.tokens) < total and takes_back_its_cache(model)
     with progress_bar(total * length, "Writing calibration text", writing.quiet) as bar:
-        bar.update(len(sample.tokens) * length)
+        bar.update(min(len(sample.tokens), total) * length)
         while (done := len(sample.tokens)) < total:
-            uniforms = torch.stack(
-                [_stream(writing.seed, row, length) for row in range(done, min(done + writing.batch_size, total))]
-            )
+            # a batch is always full: rounding differs with its size, and a row should not depend on how many are wanted
+            uniforms = torch.stack([_stream(writing.seed, row, length) for row in range(done, done + writing.batch_size)])
             scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
             sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
-            if len(sample.tokens) == total or time.monotonic() - saved >= _SAVE_INTERVAL:
+            if len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL:
                 file, saved = save_sample(file, sample), time.monotonic()
-    return sample
+    return sample.rows(0, total)
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:

@@ -166,11 +166,12 @@ def test_measuring_takes_rows_from_the_start_or_all(tokenizer):
 def test_reading_stops_when_there_is_enough(tokenizer, model, tmp_path):
     file = tmp_path / "data.jsonl"
     line = json.dumps({"text": words(0, 100)})
-    file.write_text("\n".join([line] * 500 + ["{broken"]))
+    lines = 1 + 2**22 // len(words(0, 100))  # so much is read ahead, to be shuffled
+    file.write_text("\n".join([line] * lines + ["{broken"]))
     load_calibration(config_for(str(file)), tokenizer, model, seed=0)
     tokenize_dataset(str(file), tokenizer, sequence_length=8, num_sequences=3)
     with pytest.raises(
-        CalibrationError, match=r"data.jsonl.*line 501 is not valid JSON .*Correct or remove that line"
+        CalibrationError, match=rf"data.jsonl.*line {lines + 1} is not valid JSON .*Correct or remove that line"
     ):
         tokenize_dataset(str(file), tokenizer, sequence_length=8)
 

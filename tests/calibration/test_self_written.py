@@ -198,7 +198,7 @@ def test_a_second_call_reads_the_cache(write, forward_calls, tmp_path):
     assert [path.suffix for path in (tmp_path / "optimum_clp").iterdir()] == [".safetensors"]
 
 
-@pytest.mark.parametrize("change", ["weight", "swap", "temperature", "seed", "rows", "config", "dtype"])
+@pytest.mark.parametrize("change", ["weight", "swap", "temperature", "seed", "config", "dtype"])
 def test_any_change_misses_the_cache(write, forward_calls, change):
     model = small_model()
     write(model)
@@ -215,11 +215,21 @@ def test_any_change_misses_the_cache(write, forward_calls, change):
         elif change == "dtype":
             model.bfloat16()
         else:
-            arguments = {"temperature": {"temperature": 0.9}, "seed": {"seed": 5}, "rows": {"num_sequences": 7}}[
-                change
-            ]
+            arguments = {"temperature": {"temperature": 0.9}, "seed": {"seed": 5}}[change]
     write(model, **arguments)
     assert len(forward_calls) > calls
+
+
+def test_more_rows_begin_with_the_fewer_ones(write, forward_calls, tmp_path):
+    model = small_model()
+    few = write(model, 5, cache_dir=tmp_path / "both")
+    forward_calls.clear()
+    again = write(model, 3, cache_dir=tmp_path / "both")
+    assert not forward_calls and torch.equal(again, few[:3])
+    more = write(model, 14, cache_dir=tmp_path / "both")
+    assert torch.equal(more[:5], few)
+    at_once = write(model, 14, cache_dir=tmp_path / "at once")
+    assert torch.equal(more, at_once)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(write, forward_calls, monkeypatch, tmp_path):
