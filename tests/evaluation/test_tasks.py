@@ -470,12 +470,19 @@ metric_list: [{metric: acc}, {metric: perplexity}]
             f"task: {name}\ndataset_path: json\ntest_split: test\n"
             f"dataset_kwargs: {{data_files: {{test: {files[name]}}}, cache_dir: {tmp_path / 'cache'}}}\n{template}"
         )
-    theirs = simple_evaluate(
+    answer = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
         tasks=list(files),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=10,
-    )["results"]
+        log_samples=True,
+    )
+    theirs = answer["results"]
+    for name, file in files.items():
+        samples = sorted(answer["samples"][name], key=lambda sample: sample["doc_id"])
+        for example, sample in zip(load_task(name, file).examples, samples, strict=True):
+            one = evaluate_task(model, tokenizer, Task(name, (example,)), quiet=True)
+            assert one.plain_accuracy == sample["acc"] and one.accuracy == sample.get("acc_norm", sample["acc"])
     ours = {n: evaluate_task(model, tokenizer, load_task(n, file), quiet=True) for n, file in files.items()}
     expected = theirs["choices"]
     assert ours["choices"].accuracy == pytest.approx(expected["acc_norm,none"], abs=1e-12)
