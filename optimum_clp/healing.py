@@ -15,10 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .architecture.lookup import decoder_layers
+from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
 from .resume import Journal
+from .segments import endpoint_layers
+from .session import Session
 from .tuning.forecast import Forecast, Pilot, RecoveryCurve
+from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
 
 # the pilots' rows, as long as their time allows: each is about twice as dear as the one before
@@ -30,6 +33,32 @@ _PLANNED_SHARE = 0.92
 # a healing that has not twice the text of the last pilot brings less than that pilot's spread
 _WORTH = 2
 _MORE = 10
+
+
+def heal(session: Session, folder: Path | None) -> TuningResult:
+    """Tune the session's cut model as its recipe says: on a given amount of text, or on what a time budget buys.
+
+    Args:
+        session ([`Session`]): With a cut model; its clock runs if the recipe has a budget.
+        folder (`Path`, *optional*): For checkpoints.
+
+    Raises:
+        TuningError: If the loss is not finite; the last good weights are in the model.
+    """
+    config, dense, model, segments = session.config, session.dense(), session.cut_model(), session.segments or ()
+
+    def text(rows: int) -> CalibrationData:
+        session.train_rows = rows
+        return session.calibration()
+
+    def tune(data: CalibrationData, folder: Path | None) -> TuningResult:
+        return tune_by_recipe(model, dense, segments, data, config, folder=folder, quiet=session.quiet)
+
+    if config.budget is None:
+        return tune(session.calibration(), folder)
+    layers = endpoint_layers(segments, num_layers(dense.config), config.tuning.endpoint_width)
+    healing = Healing(model, layers, text, tune, batch_size=config.tuning.batch_size, folder=folder)
+    return healing.run(session.seconds_left)
 
 
 Tune = Callable[[CalibrationData, Path | None], TuningResult]
@@ -79,7 +108,7 @@ class Healing:
         found = self._pilots(budget)
         last = found[-1]
         left = budget - sum(each["seconds"] + each["writing"] for each in found)
-        rows = self._affordable(left, last)
+        rows = self._affordable(left, found)
         if rows < _WORTH * last["rows"]:
             warnings.warn(
                 f"budget: {max(left, 0):.0f} s are left after short pilots, and twice the text of the last one (its "
@@ -117,10 +146,11 @@ class Healing:
             "seconds": time.perf_counter() - began - writing,
         }
 
-    def _affordable(self, left: float, last: dict[str, Any]) -> int:
+    def _affordable(self, left: float, found: Sequence[dict[str, Any]]) -> int:
         """Rows that are written, passed over and tuned on in so many seconds, at the last pilot's pace."""
-        # its text may have been at hand already: writing takes at least as long as a pass over what is written
-        writing = max(last["writing"] / last["rows"], last["pass"] / last["rows"])
+        last = found[-1]
+        # their text may have been at hand already: writing takes at least as long as a pass over what is written
+        writing = max(sum(each["writing"] for each in found), last["pass"]) / last["rows"]
         rows = _PLANNED_SHARE * left / (writing + last["seconds"] / last["rows"])
         return max(0, int(rows) // self.batch_size * self.batch_size)
 

@@ -15,6 +15,7 @@ from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
+from .healing import heal
 from .output_folder import check_writable, write_export, write_run
 from .processes import is_first, wait_for_all
 from .quantization import save_quantized
@@ -26,7 +27,6 @@ from .search.result import SearchResult
 from .segments import LayerSegment
 from .session import Session, SessionAttributes, open_session
 from .surgery.cut import cut_model
-from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
 
 
@@ -167,11 +167,11 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             TuningError: If the loss is not finite; the last good weights are in `pruned_model`.
         """
         session = self._session
-        config, model, dense, data = session.use(config), session.cut_model(), session.dense(), session.calibration()
+        session.use(config)
         session.forget("tune")
         folder, result = session.tuning_folder(), None
         try:
-            result = tune_by_recipe(model, dense, self.segments or (), data, config, folder=folder, quiet=self.quiet)
+            result = heal(session, folder)
         except TuningError as error:
             result = error.result
             raise
@@ -283,7 +283,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
             CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
         """
-        config = self._session.use(config)
+        config = self._session.use(config, again=True)
         if save_directory is not None:
             check_output(save_directory, overwrite)
             check_writable(self._session)

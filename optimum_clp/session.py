@@ -4,7 +4,9 @@ What has come out so far lies beside them, with the one rule of what a new outco
 """
 
 import copy
+import dataclasses
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,8 @@ from .architecture.lookup import find_architecture, num_layers, within_context
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint.loading import load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
+from .configuration.durations import seconds
+from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .report.hub import written_file
@@ -55,6 +59,10 @@ class Session:
         quiet (`bool`): No progress bars.
         onnx_file ([`OnnxCausalLM`] or `None`): All that there is, if a file of a folder was opened.
         folder (`Path` or `None`): The folder that was opened or saved last, as long as it holds this model.
+
+    Attributes:
+        train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as the
+            search looks at.
     """
 
     model: PreTrainedModel | None = None
@@ -66,6 +74,8 @@ class Session:
     quiet: bool = False
     onnx_file: OnnxCausalLM | None = None
     folder: Path | None = None
+    train_rows: int | None = field(default=None, init=False)
+    _deadline: float | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
 
@@ -73,12 +83,13 @@ class Session:
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
-    def use(self, config: CLPConfig | None) -> CLPConfig:
-        """Replace the recipe by `config`, if there is one; check it, and import what it names."""
+    def use(self, config: CLPConfig | None, again: bool = False) -> CLPConfig:
+        """Replace the recipe by `config`, if there is one; check it, import what it names, and start its clock (`again`)."""
         if config is not None:
             self.config = config
         self.config.validate()
         load_chosen(self.config)
+        self._start_clock(again)
         return self.config
 
     def forget(self, step: str) -> None:
@@ -155,24 +166,49 @@ class Session:
         if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
             self.forget("cut elsewhere")
 
+    def _start_clock(self, again: bool) -> None:
+        """Let the recipe's time budget run from now, if there is one and it does not run already; or `again`."""
+        budget = self.config.budget
+        if again or budget is None or self._deadline is None:
+            self._deadline = None if budget is None else time.monotonic() + seconds(budget)
+            self.train_rows = None
+
+    def seconds_left(self) -> float:
+        """Of the time budget."""
+        assert self._deadline is not None
+        return self._deadline - time.monotonic()
+
+    def _text_settings(self) -> CalibrationConfig:
+        """The recipe's text, with the train rows that a number of tokens or a time budget make of it."""
+        config, settings = self.config, self.config.calibration
+        if config.budget is not None:
+            return dataclasses.replace(settings, train_sequences=self.train_rows or config.search.num_sequences)
+        if config.tuning.tokens is not None:
+            model = self.model or self.pruned_model
+            assert model is not None
+            length = within_context(settings.sequence_length, model.config)
+            return dataclasses.replace(settings, train_sequences=max(1, round(config.tuning.tokens / length)))
+        return settings
+
     def calibration(self) -> CalibrationData:
         """The recipe's text, read or written once for each recipe; also the report's `calibration` section.
 
         Raises:
             CalibrationError: If it cannot be had.
         """
-        source = {"seed": self.config.seed, **vars(self.config.calibration)}
+        if self.onnx_file is not None:
+            raise CalibrationError.of(
+                "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
+            )
+        settings = self._text_settings()
+        source = {"seed": self.config.seed, **vars(settings)}
         if self._text is None or self._text[0] != source:
-            if self.onnx_file is not None:
-                raise CalibrationError.of(
-                    "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
-                )
             writes = self.config.calibration.dataset is None
             model = self.dense() if writes else self.model or self.pruned_model
             assert model is not None
             self._weights = None
             data = load_calibration(
-                self.config.calibration,
+                settings,
                 self.tokenizer,
                 model,
                 self.config.seed,

@@ -105,7 +105,9 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
         bar.update(min(len(sample.tokens), total) * length)
         while (done := len(sample.tokens)) < total:
             # a batch is always full: rounding differs with its size, and a row should not depend on how many are wanted
-            uniforms = torch.stack([_stream(writing.seed, row, length) for row in range(done, done + writing.batch_size)])
+            uniforms = torch.stack(
+                [_stream(writing.seed, row, length) for row in range(done, done + writing.batch_size)]
+            )
             scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
             sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
             if len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL:

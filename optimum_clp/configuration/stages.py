@@ -214,6 +214,13 @@ class TuningConfig:
     train_final_norm: bool = setting(False, boolean(), "also train the norm behind the last layer")
     train_head: bool = setting(False, boolean(), "also train the head, if it is not tied to the embedding")
     learning_rate: float | None = setting(None, or_none(positive()), "peak rate of AdamW", unset="0.1 / hidden size")
+    tokens: int | None = setting(
+        None,
+        or_none(integer(1)),
+        "tokens of text to tune on, each one fresh, instead of calibration.train_sequences rows",
+        flag="--tuning-tokens",
+        unset="`calibration.train_sequences` rows",
+    )
     epochs: int = setting(4, integer(1), "passes over the train split with the loss")
     hidden_epochs: int = setting(
         0,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..report.section import Key, to_section
 from .closed_form import ClosedFormStep
+from .forecast import Forecast
 from .stages import StageRecord
 
 
@@ -71,6 +72,7 @@ class TuningResult:
         stopped (`str`): `"finished"`, `"patience"` or `"nan"`.
         num_tokens (`int`): Tokens that were trained on, repeats counted.
         num_processes (`int`): Processes that shared the work.
+        forecast ([`Forecast`] or `None`): Of a time budget's pilots.
         seconds (`float`): Wall-clock time, the dense model's pass included.
         cache_seconds (`float`): The dense model's pass alone.
     """
@@ -100,6 +102,7 @@ class TuningResult:
     num_processes: Annotated[int, Key(minimum=1)]
     seconds: Annotated[float, Key(minimum=0)] = field(compare=False)
     cache_seconds: Annotated[float, Key("Part of seconds: the dense model's pass.", minimum=0)] = field(compare=False)
+    forecast: Annotated[Forecast | None, Key("What short pilots foretold, under a time budget.", sparse=True)] = None
 
     def to_dict(self) -> dict[str, Any]:
         """The `tuning` section of the report."""

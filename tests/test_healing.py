@@ -1,0 +1,164 @@
+"""Healing within a time budget, with a tuning whose pace and outcome are known."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+
+from optimum_clp import healing
+from optimum_clp.calibration.rows import CalibrationData
+from optimum_clp.configuration.clp_config import CLPConfig
+from optimum_clp.healing import Healing
+from optimum_clp.pruner import CLPPruner
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery.cut import cut_model
+from optimum_clp.tuning.recipe import tune_by_recipe
+from optimum_clp.tuning.stages import StageRecord
+
+LENGTH = 20
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class Workshop:
+    """Writes a row in a second and tunes on it in two; the loss is a known power of the tokens."""
+
+    def __init__(self, monkeypatch, folder=None):
+        self.clock, self.calls, self.folder = Clock(), [], folder
+        monkeypatch.setattr(healing, "time", self.clock)
+        self.dense = tiny_model()
+        self.cut = cut_model(self.dense, [LayerSegment(2, 4)])
+        config = CLPConfig(tuning={"epochs": 1, "init": "none", "batch_size": 4}, calibration={"sequence_length": 8})
+        self.data = CalibrationData(random_tokens(8, LENGTH, seed=1), random_tokens(2, LENGTH, seed=2),
+                                    random_tokens(2, LENGTH, seed=3), "text")  # fmt: skip
+        self.some = tune_by_recipe(
+            copy.deepcopy(self.cut), self.dense, [LayerSegment(2, 4)], self.data, config, quiet=True
+        )
+        self.written = 0
+
+    def text(self, rows):
+        self.clock.now += 1.0 * max(0, rows - self.written)
+        self.written = max(self.written, rows)
+        return dataclasses.replace(self.data, train=random_tokens(rows, LENGTH, seed=1))
+
+    def tune(self, data, folder):
+        rows = len(data.train)
+        self.calls.append((rows, [p.detach().clone() for p in self.cut.model.layers[1].parameters()], folder))
+        self.clock.now += 2.0 * rows
+        with torch.no_grad():
+            for parameter in self.cut.model.layers[1].parameters():
+                parameter.add_(1.0)
+        return dataclasses.replace(self.some, best_validation_loss=loss_of(rows * LENGTH), cache_seconds=0.0)
+
+    def heal(self, seconds):
+        made = Healing(self.cut, [1, 2], self.text, self.tune, batch_size=8, folder=self.folder)
+        return made.run(lambda: seconds - self.clock.now)
+
+
+def loss_of(tokens):
+    return 0.1 + 0.4 * (tokens / 320) ** -0.3
+
+
+def test_the_rest_of_the_time_buys_text(monkeypatch):
+    workshop = Workshop(monkeypatch)
+    result = workshop.heal(3000)
+    rows = [rows for rows, *_ in workshop.calls]
+    assert rows[:-1] == [16, 32, 64, 128]
+    assert rows[-1] % 8 == 0
+    # all that was planned fits, and most of the time is used
+    assert 0.85 * 3000 < workshop.clock.now <= 3000
+    assert [pilot.num_tokens for pilot in result.forecast.pilots] == [320, 640, 1280, 2560]
+    planned, more = result.forecast.predictions
+    assert (planned.num_tokens, more.num_tokens) == (LENGTH * rows[-1], 10 * LENGTH * rows[-1])
+    assert planned.loss == pytest.approx(loss_of(planned.num_tokens), rel=0.1)
+    assert planned.low <= loss_of(planned.num_tokens) <= planned.high
+
+
+def test_every_pilot_and_the_healing_start_from_the_same_weights(monkeypatch):
+    workshop = Workshop(monkeypatch)
+    before = [p.detach().clone() for p in workshop.cut.model.layers[1].parameters()]
+    workshop.heal(3000)
+    for _, weights, _ in workshop.calls:
+        assert all(torch.equal(a, b) for a, b in zip(weights, before, strict=True))
+
+
+def test_pilots_take_a_small_part_of_the_time(monkeypatch):
+    workshop = Workshop(monkeypatch)
+    result = workshop.heal(700)
+    rows = [rows for rows, *_ in workshop.calls]
+    assert rows[:-1] == [16, 32] and result.forecast is None
+    assert workshop.clock.now <= 700
+
+
+def test_a_budget_that_is_too_short_keeps_what_a_pilot_reached(monkeypatch):
+    workshop = Workshop(monkeypatch)
+    with pytest.warns(
+        UserWarning, match=r"budget: \d+ s are left after short pilots, and twice the text of the last one"
+    ):
+        workshop.heal(10)
+    assert [rows for rows, *_ in workshop.calls] == [16, 16]
+
+
+def test_an_interrupted_healing_goes_on_with_its_plan(monkeypatch, tmp_path):
+    whole = Workshop(monkeypatch, tmp_path / "whole")
+    whole.heal(3000)
+    workshop = Workshop(monkeypatch, tmp_path / "part")
+    tune = workshop.tune
+
+    def failing(data, folder):
+        if len(data.train) == 64:
+            raise KeyboardInterrupt
+        return tune(data, folder)
+
+    workshop.tune = failing
+    with pytest.raises(KeyboardInterrupt):
+        workshop.heal(3000)
+    again = Workshop(monkeypatch, tmp_path / "part")
+    again.written = 32
+    again.clock.now = 1e6  # the clock of another day: what was planned on holds
+    again.heal(3000)
+    assert [rows for rows, *_ in again.calls] == [64, 128, whole.calls[-1][0]]
+
+
+def test_prune_keeps_to_a_budget(tmp_path):
+    dense = tiny_model()
+    config = CLPConfig(
+        pruning_ratio=0.34,
+        budget="20s",
+        calibration={"sequence_length": 16, "validation_sequences": 4, "test_sequences": 4, "cache_dir": str(tmp_path),
+                     "generation_batch_size": 16},
+        search={"num_sequences": 4},
+        tuning={"batch_size": 4, "epochs": 1, "hidden_epochs": 1, "init": "none"},
+        export={"enabled": False},
+    )  # fmt: skip
+    pruner = CLPPruner(dense, config=config, quiet=True)
+    pruner.prune()
+    tuning = json.loads(json.dumps(pruner.report.to_dict()))["tuning"]
+    assert [pilot["num_tokens"] for pilot in tuning["forecast"]["pilots"]][:3] == [256, 512, 1024]
+    assert len(pruner.report.tuning["stages"]) == 2
+    assert pruner.report.calibration["train_sequences"] > 128
+    assert not list((tmp_path / "optimum_clp").glob("tuning-*"))
+
+
+def test_tokens_instead_of_rows(tmp_path):
+    config = CLPConfig(
+        pruning_ratio=0.34,
+        calibration={
+            "sequence_length": 16,
+            "validation_sequences": 4,
+            "test_sequences": 4,
+            "cache_dir": str(tmp_path),
+        },
+        tuning={"tokens": 160},
+    )
+    pruner = CLPPruner(tiny_model(), config=config, quiet=True)
+    assert pruner._session.calibration().train.shape == (10, 16)
