@@ -119,6 +119,8 @@ def parsed() -> argparse.Namespace:
     args = parser.parse_args()
     if args.table is None and None in (args.model, args.data, args.out):
         parser.error("--model, --data and --out, or --table")
+    if args.cut is not None and len(args.ratio) > 1:
+        parser.error("--cut: it is one cut, and --ratio asks for several")
     for method in args.only:
         if Run(Path(), method, 0.2, 0).base not in METHODS:
             parser.error(f"--only {method}: there are {', '.join(METHODS)}")
