@@ -22,7 +22,7 @@ from .summary import ConversationStatistics, TextStatistics
 from .templates import ChatTemplate
 
 _MIN_DISTINCT_SHARE = 0.5
-# below it the questions are of few kinds: SmolLM2-135M-Instruct is at 0.9
+# below it the model asks the same again and again: SmolLM2-135M-Instruct is at 1.0 with 42 questions
 _MIN_DISTINCT_OPENINGS = 0.5
 
 

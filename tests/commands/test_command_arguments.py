@@ -71,7 +71,7 @@ def test_options_that_are_not_given_say_nothing():
 
 def test_every_option_reaches_the_configuration():
     line = (
-        "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --self-written-share 0.2 --text-column body --sequence-length 64 "
+        "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --self-written-share 0.2 --conversation-share 0.3 --openings-share 0.1 --mask assistant --text-column body --sequence-length 64 "
         "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
         "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
