@@ -18,9 +18,9 @@ from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
 from ..forward.losses import CHUNK_TOKENS
 from ..precisions import INT4, PRECISIONS, QUANTIZED
+from ..segments import target_state
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
-from ..tuning.rows import target_state
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64
