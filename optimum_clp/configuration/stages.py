@@ -136,6 +136,14 @@ class SearchConfig:
         more="So the valley has the same shape whatever its width. It doubles as the search closes in.",
     )
     num_rescored: int = setting(5, integer(1, 5), "integer segments scored exactly at the end of the gate search")
+    repair: str = setting(
+        "none",
+        one_of({"none": "as it is cut", "closed_form": "as tuning starts"}),
+        "what is done to a cut before it is scored",
+        more="`closed_form` solves for the output projections of the layers next to the best `num_rescored` cuts on some of "
+        "the rows, and judges them on others. The rules of the field do not look at it.",
+        flag="--search-repair",
+    )
     budget: float = setting(
         4.0,
         positive(),
