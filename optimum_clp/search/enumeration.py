@@ -7,7 +7,7 @@ from ..errors import SearchError
 from ..segments import LayerSegment
 from .problem import SearchOutcome, SearchProblem
 from .races import exhaustive
-from .repair import every_one_repaired, race
+from .repaired_race import every_one_repaired, race
 from .scoreboard import Cut
 
 MOST_CUTS = 20_000

@@ -10,7 +10,7 @@ from .gate import concave_gate
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
 from .races import affordable_rows
-from .repair import race
+from .repaired_race import race
 from .result import GateStep
 from .scoreboard import Cut
 

@@ -1,208 +1,172 @@
-"""Cuts scored as tuning will find them: after the closed form that it starts from, solved on a few of the search rows.
+"""Cheap repairs of a cut, fitted on a few rows, so that the search can score it nearer to what tuning makes of it."""
 
-The cut that does least harm is not always the one that heals best. Solving costs about as much as a few passes through the
-layers next to the cut, so only the best few by their untouched KL are repaired, all on the same rows, and judged on
-others. `docs/search.md` has what it is worth.
-"""
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, text_config
-from ..closed_form.solver import ClosedFormResult, solve_endpoints
-from ..errors import SearchError
+from ..closed_form.ridge import RIDGES, RegressionSums, Solution, best_solution
+from ..closed_form.solver import solve_endpoints
 from ..forward.dense_outputs import DenseOutputs
-from ..forward.hooks import recorded_inputs, run_without_head
-from ..forward.layer_stack import LayerStack
-from ..segments import endpoint_layers, kept_layers, target_state
+from ..forward.hooks import hooked, layer_hidden, layer_input
+from ..segments import LayerSegment, endpoint_layers, kept_layers, target_state
 from ..surgery.cut import cut_model, own_storage
-from .objective import Objective, gate_of
-from .problem import SearchProblem
-from .races import best_few, successive_halving
+from .objective import Objective
 from .scoreboard import Cut
-from .work import counted_flops
-
-_FIT_SHARE, _CHECK_SHARE = 0.25, 0.125  # of the rows: solved on, and to choose the penalty; the others judge
-# of the budget: the cuts as they are, where only some of them can be repaired, and where that is known already
-_SCREEN_SHARE, _LOOK_SHARE = 0.4, 0.1
-_LEAST_JUDGED = 0.25  # of the rows; fewer cuts are repaired where the budget does not pay for as many
-_FEWEST = 2
-_SOLUTIONS, _PENALTIES = 3, 4  # of one layer, and tried for each of them: for an estimate of the work
 
 
-def race(problem: SearchProblem, cuts: Sequence[Cut], budget: float) -> Cut:
-    """The best of some cuts: as they are, or after the repair that the recipe asks for.
+class Repair(Protocol):
+    """What is done to a cut before it is scored. Made with the objective whose dense model is cut."""
 
-    Args:
-        problem ([`SearchProblem`]): Its `config.repair` says which; `config.num_rescored` cuts are repaired.
-        cuts (`Sequence[Cut]`): At least one.
-        budget (`float`): In forward-equivalents.
+    def __init__(self, objective: Objective): ...
 
-    Raises:
-        SearchError: If there are too few rows to solve on some and to judge on others, or rows with padding.
-    """
-    if problem.config.repair == "none":
-        return successive_halving(problem.board, cuts, problem.rows.all_from_here(), budget)
-    end = problem.objective.spent + budget
-    rows = RepairRows.of(problem)
-    most = problem.config.num_rescored
-    share = _SCREEN_SHARE if len(cuts) > most else _LOOK_SHARE
-    finalists = best_few(problem.board, cuts, rows.judge, share * budget, most)
-    return _best_repaired(problem, finalists, rows, end) if finalists else problem.board.best(cuts)
+    def states(self, cut: Cut) -> set[int]:
+        """The dense layers whose inputs it is fitted to, and the one that [`~Repair.first`] names; the number of layers for
+        what leaves the last one."""
+        ...
 
+    def first(self, cut: Cut) -> int:
+        """The first layer of the cut model that the repair changes: below it, all is the dense model's."""
+        ...
 
-def every_one_repaired(problem: SearchProblem, cuts: Sequence[Cut]) -> Cut:
-    """The best of some cuts after the repair, each on all rows that it is not solved on, whatever it costs.
+    def flops(self, cut: Cut, fit: int, check: int) -> float:
+        """About what fitting it to so many rows takes, in floating-point operations; a little too much rather than less."""
+        ...
 
-    Raises:
-        SearchError: As [`race`].
-    """
-    rows = RepairRows.of(problem)
-    finite = best_few(problem.board, cuts, rows.judge, math.inf, len(cuts))
-    return _best_repaired(problem, finite, rows, math.inf) if finite else problem.board.best(cuts)
+    @contextmanager
+    def applied(self, cut: Cut, fit: DenseOutputs, check: DenseOutputs) -> Iterator[tuple[PreTrainedModel, float]]:
+        """The repaired cut model for as long as the block lasts; the dense model's weights stay as they are.
 
+        Args:
+            cut (`Cut`): What goes.
+            fit ([`DenseOutputs`]): Rows to fit on, with the hidden states of [`~Repair.states`].
+            check ([`DenseOutputs`]): Rows that choose the penalty, alike.
 
-@dataclass(frozen=True)
-class RepairRows:
-    """Which rows a repair is solved on, which choose its penalty, and which judge the cuts, no row twice."""
-
-    fit: list[int]
-    check: list[int]
-    judge: list[int]
-
-    @classmethod
-    def of(cls, problem: SearchProblem) -> "RepairRows":
-        """Drawn for a search; those that nobody has seen judge first."""
-        objective, rows = problem.objective, problem.rows
-        total = len(objective.tokens)
-        fit, check = (max(1, round(share * total)) for share in (_FIT_SHARE, _CHECK_SHARE))
-        if fit + check >= total:
-            rule = "a repair is solved on some rows, its penalty is chosen on others, and others again judge it"
-            raise SearchError.of("search.num_sequences", total, rule, "Give at least 3, or set search.repair='none'")
-        if objective.mask is not None and not bool(objective.mask.all()):
-            rule = "a repair is solved on full rows, and some of these have padding"
-            raise SearchError.of("attention_mask", "with zeros", rule, "Give full rows, or set search.repair='none'")
-        solved_on = rows.take(fit + check)
-        return cls(solved_on[:fit], solved_on[fit:], rows.all_from_here()[: total - fit - check])
+        Yields:
+            `tuple[PreTrainedModel, float]`: The model; rows that went through a layer for it.
+        """
+        ...
 
 
-def _best_repaired(problem: SearchProblem, cuts: Sequence[Cut], rows: RepairRows, end: float) -> Cut:
-    """The best after the repair; `cuts` are in order, and the last of them are left out if the work would pass `end`."""
-    objective, board = problem.objective, problem.board
-    seen = int(board.rows_of(cuts[0]).sum())
-    fresh_first = rows.judge[seen:] + rows.judge[:seen]
-    affordable = _rows_to_judge(objective, cuts, rows, end)
-    while len(cuts) > _FEWEST and affordable < _LEAST_JUDGED * len(objective.tokens):
-        cuts = cuts[:-1]
-        affordable = _rows_to_judge(objective, cuts, rows, end)
-    judge = fresh_first[: int(max(1, min(affordable, len(fresh_first))))]
-    repairs = _Repairs(objective, cuts, RepairRows(rows.fit, rows.check, judge))
-    for cut, kl in zip(cuts, repairs.judged(), strict=True):
-        board.add_repaired(cut, judge, kl)
-    return board.best(cuts, board.repaired)
+class ClosedFormRepair:
+    """`closed_form`: the output projections of the layers next to the cut solved for, as tuning starts."""
 
+    def __init__(self, objective: Objective):
+        self.objective, self.depth = objective, objective.num_layers
 
-def _rows_to_judge(objective: Objective, cuts: Sequence[Cut], rows: RepairRows, end: float) -> float:
-    """How many rows some repaired cuts can be judged on, if they are solved for first."""
-    total = len(objective.tokens)
-    solving = sum(_estimated_solving(objective, cut, rows) for cut in cuts)
-    states = objective.work.of(range(objective.num_layers), head=False) * (len(rows.fit) + len(rows.check)) / total
-    one_row = (1 + sum(_judging(objective, cut) for cut in cuts)) / total
-    return (end - objective.spent - solving - states) / one_row + 1e-9
+    def states(self, cut: Cut) -> set[int]:
+        kept = kept_layers(cut, self.depth)
+        targets = {target_state(kept, i, self.depth) for i in endpoint_layers(cut, self.depth)}
+        return {self.first(cut), *targets}
 
+    def first(self, cut: Cut) -> int:
+        return endpoint_layers(cut, self.depth)[0]
 
-def _judging(objective: Objective, cut: Cut) -> float:
-    """Work of a pass of a repaired cut over all rows, from its first endpoint on, in forward-equivalents."""
-    first = endpoint_layers(cut, objective.num_layers)[0]
-    run = {first, *objective.stack.layers_run(gate_of(cut, objective.num_layers))}
-    return objective.work.of(sorted(run))
+    def flops(self, cut: Cut, fit: int, check: int) -> float:
+        solutions, rows_looked_at = (
+            3,
+            10,
+        )  # of a layer: its last projection twice; to see which modules can be solved for
+        width, length = text_config(self.objective.model.config).hidden_size, self.objective.tokens.shape[1]
+        kept, total = kept_layers(cut, self.depth), 0.0
+        for layer in (kept[i] for i in endpoint_layers(cut, self.depth)):
+            linear = (m for m in self.objective.stack.layers[layer].modules() if isinstance(m, nn.Linear))
+            features = max((m.in_features for m in linear if m.out_features == width), default=0)
+            one_row = self.objective.work.layers[layer]
+            solving = (fit + 2 * check) * one_row + _regression_flops(features, width, (fit + check) * length)
+            total += solutions * solving + rows_looked_at * one_row
+        return total
 
-
-def _estimated_solving(objective: Objective, cut: Cut, rows: RepairRows) -> float:
-    """About what solving for a cut's endpoints will be, in forward-equivalents; what it was is counted."""
-    width, length = text_config(objective.model.config).hidden_size, objective.tokens.shape[1]
-    kept = kept_layers(cut, objective.num_layers)
-    fit, check, flops = len(rows.fit), len(rows.check), 0.0
-    for layer in (kept[i] for i in endpoint_layers(cut, objective.num_layers)):
-        modules = objective.stack.layers[layer].modules()
-        features = max(
-            (m.in_features for m in modules if isinstance(m, nn.Linear) and m.out_features == width), default=0
-        )
-        passes = (fit + 2 * check) * objective.work.layers[layer]
-        sums = 2 * (fit + check) * length * features * (features + width)
-        systems = _PENALTIES * (features**3 / 3 + 2 * features**2 * width)
-        flops += _SOLUTIONS * (passes + sums + systems)
-    return flops / objective.work.forward / len(objective.tokens)
-
-
-class _Repairs:
-    """The closed form of some cuts, one after the other: there is never more than one cut's endpoints beside the model."""
-
-    def __init__(self, objective: Objective, cuts: Sequence[Cut], rows: RepairRows):
-        self.objective, self.cuts, self.rows = objective, cuts, rows
-
-    def judged(self) -> list[list[float]]:
-        """KL of each repaired cut on each row that judges, in nats per token."""
-        objective, depth = self.objective, self.objective.num_layers
-        wanted = set()
-        for cut in self.cuts:
-            layers, kept = endpoint_layers(cut, depth), kept_layers(cut, depth)
-            wanted |= {layers[0], *(target_state(kept, i, depth) for i in layers)}
-        options: dict[str, Any] = {"batch_size": objective.batch_size, "dealt": True, "quiet": objective.quiet}
-        splits = [
-            DenseOutputs(objective.model, objective.tokens[part], inputs_of=sorted(wanted), **options)
-            for part in (self.rows.fit, self.rows.check, self.rows.judge)
-        ]
-        total, judge = len(objective.tokens), len(self.rows.judge)
-        alone = objective.work.of(range(depth), head=False)
-        objective.spend((len(self.rows.fit) + len(self.rows.check)) / total, alone, depth)
-        objective.spend(judge / total, 1, depth)
-        key = ["closed form", [[s.to_list() for s in cut] for cut in self.cuts], self.rows.fit, self.rows.check]
-
-        def figures(which: list[int]) -> dict[str, Any]:
-            return self._one(self.cuts[which[0]], splits)
-
-        found = objective.over_rows([key, self.rows.judge], range(len(self.cuts)), 1, figures, "Repairing cuts")
-        for cut, entry in zip(self.cuts, found, strict=True):
-            objective.spend(1, entry["flops"] / objective.work.forward / total, entry["layer_rows"] / total)
-            layers = depth - endpoint_layers(cut, depth)[0] - sum(map(len, cut))
-            objective.spend(judge / total, _judging(objective, cut), layers)
-        return [entry["kl"] for entry in found]
-
-    def _one(self, cut: Cut, splits: Sequence[DenseOutputs]) -> dict[str, Any]:
-        fit, check, judge = splits
-        depth = self.objective.num_layers
-        layers, kept = endpoint_layers(cut, depth), kept_layers(cut, depth)
-        model = cut_model(self.objective.model, cut)
+    @contextmanager
+    def applied(self, cut: Cut, fit: DenseOutputs, check: DenseOutputs) -> Iterator[tuple[PreTrainedModel, float]]:
+        model, kept = cut_model(self.objective.model, cut), kept_layers(cut, self.depth)
+        layers = endpoint_layers(cut, self.depth)
         for index in layers:
             own_storage(decoder_layers(model)[index])
         inputs = fit.hidden[layers[0]], check.hidden[layers[0]]
         size = self.objective.batch_size
-        with torch.no_grad(), counted_flops() as counter:
-            result = solve_endpoints(model, layers, kept, fit, check, inputs, batch_size=size, quiet=True)
-        rows = _layer_rows(result, layers, len(self.rows.fit), len(self.rows.check))
-        return {"kl": self._kl(model, layers[0], judge), "flops": counter.get_total_flops(), "layer_rows": rows}
+        result = solve_endpoints(model, layers, kept, fit, check, inputs, batch_size=size, quiet=True)
+        rows = len(fit.tokens) + len(check.tokens)
+        solved = len(result.steps) * (rows + len(check.tokens))
+        yield model, solved + (layers[-1] - layers[0]) * rows
 
-    @torch.no_grad()
-    def _kl(self, model: PreTrainedModel, first: int, judge: DenseOutputs) -> list[float]:
-        """KL of each row, with passes that begin at the first layer that is not the dense model's."""
-        stack, found = LayerStack(model), []
-        last = len(stack)
-        for rows in torch.arange(len(judge.tokens)).split(self.objective.micro_batch(1)):
-            ids, dense = judge.tokens[rows], judge.hidden[self.objective.num_layers][rows].to(model.device)
-            entering = judge.hidden[first][rows].to(model.device)
-            with recorded_inputs(stack.layers, [last]) as states, stack.resumed(first, entering):
-                run_without_head(model, ids)
-            found += self.objective.figures(dense, [states[last]], ids)["kl"][0].tolist()
+
+class LinearMapRepair:
+    """`linear_map`: between the layers on both sides of a gap, a ridge map from the dense state that enters the gap to the one
+    that leaves it. It is for scoring alone: the cut model has no such map."""
+
+    def __init__(self, objective: Objective):
+        self.objective, self.depth = objective, objective.num_layers
+
+    def states(self, cut: Cut) -> set[int]:
+        return {bound for segment in cut for bound in (segment.start, segment.stop)}
+
+    def first(self, cut: Cut) -> int:
+        return cut[0].start
+
+    def flops(self, cut: Cut, fit: int, check: int) -> float:
+        width, length = text_config(self.objective.model.config).hidden_size, self.objective.tokens.shape[1]
+        return len(cut) * _regression_flops(width, width, (fit + check) * length)
+
+    @contextmanager
+    def applied(self, cut: Cut, fit: DenseOutputs, check: DenseOutputs) -> Iterator[tuple[PreTrainedModel, float]]:
+        model, kept = cut_model(self.objective.model, cut), kept_layers(cut, self.depth)
+        layers, size = decoder_layers(model), self.objective.batch_size
+        with ExitStack() as maps:
+            for segment in cut:
+                solution = _map_across(segment, fit, check, size)
+                if segment.stop == self.depth:
+                    maps.enter_context(hooked(after=[(layers[-1], _maps_output(solution))]))
+                else:
+                    behind = layers[kept.index(segment.stop)]
+                    maps.enter_context(hooked(before=[(behind, _maps_input(solution))]))
+            yield model, 0
+
+
+def _regression_flops(features: int, width: int, tokens: int) -> float:
+    """Of the sums of a regression, and of its solutions for all penalties that may be tried."""
+    systems = len(RIDGES) * (features**3 / 3 + 2 * features**2 * width)
+    return 2 * tokens * features * (features + width) + systems
+
+
+def _map_across(segment: LayerSegment, fit: DenseOutputs, check: DenseOutputs, batch_size: int) -> Solution:
+    """What is to be added to the state that enters a segment, as a linear function of it."""
+
+    def sums(outputs: DenseOutputs) -> RegressionSums:
+        entering, leaving = outputs.hidden[segment.start], outputs.hidden[segment.stop]
+        width, device = entering.shape[-1], outputs.model.device
+        found = RegressionSums(width, width, True, device)
+        for state, target in zip(entering.split(batch_size), leaving.split(batch_size), strict=True):
+            state = state.to(device)
+            found.add(state, (target.to(device), state), state, 1.0)
         return found
 
+    return best_solution(sums(fit), sums(check), RIDGES)
 
-def _layer_rows(result: ClosedFormResult, layers: Sequence[int], fit: int, check: int) -> int:
-    """Rows that went through a layer while a cut was solved for: for each solution, and on to the next endpoint."""
-    return sum(fit + 2 * check for _ in result.steps) + (layers[-1] - layers[0]) * (fit + check)
+
+def _mapped(hidden: Tensor, solution: Solution) -> Tensor:
+    """In float32: states of 16 bits are hundreds of times larger at some tokens than at others."""
+    change, shift = solution.change.to(hidden.device, torch.float32), solution.shift
+    assert shift is not None
+    added = hidden.float() @ change.T + shift.to(change)
+    return (hidden.float() + added).to(hidden.dtype)
+
+
+def _maps_input(solution: Solution) -> Any:
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        hidden = _mapped(layer_input(args, kwargs), solution)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    return enter
+
+
+def _maps_output(solution: Solution) -> Any:
+    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = _mapped(layer_hidden(output), solution)
+        return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
+
+    return leave

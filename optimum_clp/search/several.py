@@ -16,7 +16,7 @@ from .gate_descent import FINAL_STEEPNESS, gate_search, newton_move, places_alon
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
 from .races import affordable_rows
-from .repair import race
+from .repaired_race import race
 from .result import GateStep
 from .scoreboard import Cut
 

@@ -1,15 +1,20 @@
+import copy
+
 import pytest
 import torch
 from searches import problem_of, settings
 from tiny_models import random_tokens, tiny_model
+from torch import nn
 
 from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.closed_form.ridge import RIDGES
 from optimum_clp.closed_form.solver import solve_endpoints
 from optimum_clp.errors import SearchError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.search.problem import Rows
-from optimum_clp.search.repair import RepairRows, race
+from optimum_clp.search.repaired_race import RepairRows, race
 from optimum_clp.search.segment_search import search_segments
 from optimum_clp.search.work import counted_flops
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
@@ -35,7 +40,7 @@ def model_that_heals():
 
 
 def repaired(strategy="halving", **overrides):
-    return settings(strategy, num_sequences=16, repair="closed_form", budget=30.0, **overrides)
+    return settings(strategy, **{"num_sequences": 16, "repair": "closed_form", "budget": 30.0, **overrides})
 
 
 def test_the_cut_that_heals_is_chosen_and_without_a_repair_the_one_that_does_less_harm():
@@ -70,6 +75,57 @@ def test_a_repaired_cut_is_scored_as_the_repaired_model_by_whole_passes(model_ty
     assert result.segments == best.segments and best.repaired_kl < best.kl
 
 
+class Added(nn.Module):
+    """A layer that adds a linear function of the states."""
+
+    def __init__(self, matrix, shift):
+        super().__init__()
+        self.matrix, self.shift = matrix, shift
+
+    def forward(self, hidden, *args, **kwargs):
+        return hidden + hidden @ self.matrix.T + self.shift
+
+
+def ridge(entering, leaving, penalty):
+    """What is to be added: least squares with rows for the penalty, around the means."""
+    x, y = entering.double().flatten(0, 1), (leaving.double() - entering.double()).flatten(0, 1)
+    centred = x - x.mean(0)
+    rows = (penalty * centred.square().sum() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=torch.float64)
+    stacked = torch.cat([centred, rows]), torch.cat([y - y.mean(0), torch.zeros_like(rows)])
+    matrix = torch.linalg.lstsq(*stacked).solution.T
+    return matrix, y.mean(0) - matrix @ x.mean(0)
+
+
+def test_a_linear_map_is_scored_as_a_layer_that_adds_it():
+    model, tokens = tiny_model(num_layers=6), random_tokens(16, 20)
+    cuts = [((0, 2),), ((2, 4),), ((4, 6),), ((1, 2), (3, 4))]
+    cuts = [tuple(LayerSegment(*bounds) for bounds in cut) for cut in cuts]
+    problem = problem_of(model, tokens, 2, num_segments=2, config=repaired(repair="linear_map"))
+    chosen = race(problem, cuts, 1e9)
+    order = problem.rows.order
+    fit, check, judge = (tokens[rows] for rows in (order[:4], order[4:6], order[6:]))
+    states = [DenseOutputs(model, rows, inputs_of=range(6)).hidden for rows in (fit, check)]
+    for cut in cuts:
+        added, layers = {}, list(model.model.layers)
+        for segment in cut:
+            (x, y), (x_check, y_check) = ((hidden[segment.start], hidden[segment.stop]) for hidden in states)
+            found = [ridge(x, y, penalty) for penalty in RIDGES]
+            errors = [(y_check - x_check - x_check.double() @ m.T - b).square().sum().item() for m, b in found]
+            added[segment.start] = found[errors.index(min(errors))]
+        gone = {i for segment in cut for i in range(segment.start, segment.stop)}
+        repaired_model = copy.deepcopy(model)
+        repaired_model.model.layers = nn.ModuleList(
+            Added(*(part.float() for part in added[i])) if i in added else layer
+            for i, layer in enumerate(layers)
+            if i in added or i not in gone
+        )
+        repaired_model.config.num_hidden_layers = len(repaired_model.model.layers)
+        with torch.no_grad():
+            truth = kl_divergence(model(judge).logits, repaired_model(judge, use_cache=False).logits).mean()
+        assert problem.board.mean(cut, problem.board.repaired) == pytest.approx(truth.item(), rel=1e-3)
+    assert chosen == min(cuts, key=lambda cut: problem.board.mean(cut, problem.board.repaired))
+
+
 @pytest.mark.parametrize("strategy", ["auto", "gate", "halving"])
 def test_the_budget_holds_with_a_repair(strategy):
     model, tokens = tiny_model(num_layers=24), random_tokens(32, 16)
@@ -81,15 +137,15 @@ def test_the_budget_holds_with_a_repair(strategy):
     assert result.used_strategy == {"auto": "halving"}.get(strategy, strategy)
 
 
-def test_the_work_of_a_repair_is_counted_as_it_is_done():
+@pytest.mark.parametrize("repair", ["linear_map", "closed_form"])
+def test_the_work_of_a_repair_is_counted_as_it_is_done(repair):
     model, tokens = tiny_model(num_layers=8), random_tokens(16, 24)
-    problem = problem_of(model, tokens, 2, config=repaired())
+    problem = problem_of(model, tokens, 2, config=repaired(repair=repair))
     cuts, before = [(LayerSegment(s, s + 2),) for s in (1, 4)], problem.objective.spent
     with counted_flops() as counter:
         race(problem, cuts, 30.0)
     spent = (problem.objective.spent - before) * problem.objective.work.forward * len(tokens)
-    # what is not counted are the guard's and the projections' looks at a row
-    assert spent == pytest.approx(counter.get_total_flops(), rel=0.06) and spent <= counter.get_total_flops()
+    assert spent == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_the_model_is_left_as_it_was_and_the_search_comes_out_the_same_again():
@@ -126,7 +182,7 @@ def test_an_interrupted_search_does_not_repair_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_rows", [3, 8, 32])
-def test_no_row_is_solved_on_and_judged_by(num_rows):
+def test_no_row_is_fitted_on_and_judged_by(num_rows):
     problem = problem_of(tiny_model(), random_tokens(num_rows, 12), 2)
     problem.rows.take(1)
     rows = RepairRows.of(problem)
@@ -134,9 +190,9 @@ def test_no_row_is_solved_on_and_judged_by(num_rows):
     assert min(map(len, (rows.fit, rows.check, rows.judge))) >= 1
 
 
-def test_rows_that_a_repair_cannot_be_solved_on_are_refused():
+def test_rows_that_a_repair_cannot_be_fitted_on_are_refused():
     with pytest.raises(
-        SearchError, match=r"search.num_sequences is 2: a repair is solved on some rows.* Give at least 3"
+        SearchError, match=r"search.num_sequences is 2: a repair is fitted on some rows.* Give at least 3"
     ):
         search_segments(tiny_model(), random_tokens(2, 12), 2, repaired(), quiet=True)
     mask = torch.ones(16, 12, dtype=torch.long)
