@@ -1,7 +1,7 @@
 """Runs of consecutive decoder layers, and the arithmetic of how many layers go."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .errors import ConfigurationError
@@ -115,6 +115,20 @@ def kept_layers(segments: Iterable[LayerSegment], num_layers: int) -> list[int]:
     """Old indices of the layers that stay, ascending: new layer `j` is old layer `kept[j]`."""
     removed = {i for s in segments for i in range(s.start, s.stop)}
     return [i for i in range(num_layers) if i not in removed]
+
+
+def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
+    """Which of the dense model's hidden states a layer of the cut model should put out.
+
+    Args:
+        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
+        layer (`int`): In the cut model's numbering.
+        num_layers (`int`): Layers of the dense model.
+
+    Returns:
+        `int`: The dense layer that the state enters; `num_layers` for what leaves the last one.
+    """
+    return kept[layer + 1] if layer + 1 < len(kept) else num_layers
 
 
 def endpoint_layers(segments: Iterable[LayerSegment], num_layers: int, width: int = 1) -> list[int]:

@@ -16,7 +16,6 @@ from optimum_clp.pruner import CLPPruner
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.recipe import tune_by_recipe
-from optimum_clp.tuning.stages import StageRecord
 
 LENGTH = 20
 

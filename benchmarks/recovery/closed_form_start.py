@@ -21,14 +21,13 @@ from benchmarks import markdown
 from optimum_clp import CalibrationConfig, LayerSegment, TuningConfig
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from optimum_clp.closed_form.solver import solve_endpoints
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.report.environment import environment_info
-from optimum_clp.segments import endpoint_layers, kept_layers
+from optimum_clp.segments import endpoint_layers, kept_layers, target_state
 from optimum_clp.surgery.cut import cut_model, own_storage
-from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
-from optimum_clp.tuning.rows import target_state
 
 TEXTS = ("stories", "wikipedia")
 ROWS, LENGTH = 24, 256

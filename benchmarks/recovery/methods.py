@@ -21,16 +21,16 @@ from transformers import PreTrainedModel
 
 from optimum_clp import LayerSegment, TuningConfig
 from optimum_clp.architecture.lookup import decoder_layers, text_config
+from optimum_clp.closed_form.solver import solve_endpoints
 from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.hooks import layer_hidden
-from optimum_clp.segments import endpoint_layers, kept_layers
+from optimum_clp.segments import endpoint_layers, kept_layers, target_state
 from optimum_clp.surgery.cut import cut_model, own_storage
 from optimum_clp.tuning.accelerator import tuning_accelerator
-from optimum_clp.tuning.closed_form import solve_endpoints
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
-from optimum_clp.tuning.rows import TuningRows, target_state
+from optimum_clp.tuning.rows import TuningRows
 from optimum_clp.tuning.stages import stages_of
 from optimum_clp.tuning.student import EndpointStudent
 

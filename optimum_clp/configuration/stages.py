@@ -165,6 +165,20 @@ class SearchConfig:
         more="So the valley has the same shape whatever its width. It doubles as the search closes in.",
     )
     num_rescored: int = setting(5, integer(1, 5), "integer segments scored exactly at the end of the gate search")
+    repair: str = setting(
+        "none",
+        one_of(
+            {
+                "none": "as it is",
+                "linear_map": "with a ridge map across the gap",
+                "closed_form": "solved for as tuning starts",
+            }
+        ),
+        "what is done to a cut before it is scored",
+        more="Only to the best `num_rescored` cuts by their untouched KL. It is fitted on some of the rows, and cuts are judged on "
+        "others. The rules of the field do not look at it.",
+        flag="--search-repair",
+    )
     budget: float = setting(
         4.0,
         positive(),

@@ -18,10 +18,11 @@ from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
 from ..forward.losses import chunk_tokens
 from ..precisions import INT4, PRECISIONS, QUANTIZED
+from ..segments import target_state
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from ..tuning.overparametrization import new_sizes, projections
-from ..tuning.rows import compared_layers, target_state
+from ..tuning.rows import compared_layers
 from ..tuning.stages import stages_of
 
 _FLOAT32, _FLOAT16 = 4, 2

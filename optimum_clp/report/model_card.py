@@ -198,6 +198,12 @@ def _choice(report: CLPReport, search: dict[str, Any]) -> str:
         sentences.append(f"{close} other{'s are' if close > 1 else ' is'} within two standard errors of this one.")
     if better:
         sentences.append(f"{better} other{'s are' if better > 1 else ' is'} better by more than two standard errors.")
+    repaired = [entry["repaired_kl"] for entry in scored if entry.get("repaired_kl") is not None]
+    if repaired and chosen.get("repaired_kl") is not None:
+        sentences.append(
+            f"The best {len(repaired)} of them were compared after a cheap repair, after which this one's divergence was the "
+            f"lowest, {chosen['repaired_kl']:.4f}."
+        )
     if search.get("lengths"):
         sentences.append(_lengths(search))
     return " ".join(sentences)

@@ -6,21 +6,23 @@ from collections.abc import Iterator
 from ..errors import SearchError
 from ..segments import LayerSegment
 from .problem import SearchOutcome, SearchProblem
-from .races import exhaustive, successive_halving
+from .races import exhaustive
+from .repaired_race import every_one_repaired, race
 from .scoreboard import Cut
 
 MOST_CUTS = 20_000
 
 
 def exhaustive_search(problem: SearchProblem) -> SearchOutcome:
-    """Every allowed cut on every row: the oracle."""
+    """Every allowed cut on every row: the oracle. With a repair, every one repaired, on the rows that it is not solved on."""
+    if problem.config.repair != "none":
+        return SearchOutcome(every_one_repaired(problem, every_cut(problem)))
     return SearchOutcome(exhaustive(problem.board, every_cut(problem), range(len(problem.objective.tokens))))
 
 
 def halving_search(problem: SearchProblem) -> SearchOutcome:
     """A race of all allowed cuts, within the budget."""
-    cuts, rows = every_cut(problem), problem.rows.all_from_here()
-    return SearchOutcome(successive_halving(problem.board, cuts, rows, problem.budget))
+    return SearchOutcome(race(problem, every_cut(problem), problem.budget))
 
 
 def every_cut(problem: SearchProblem) -> list[Cut]:

@@ -9,7 +9,8 @@ import torch
 from .gate import concave_gate
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
-from .races import affordable_rows, successive_halving
+from .races import affordable_rows
+from .repaired_race import race
 from .result import GateStep
 from .scoreboard import Cut
 
@@ -102,7 +103,7 @@ def gate_search(problem: SearchProblem) -> SearchOutcome:
         centres = lowest
     places = [*sorted(settled, key=settled.__getitem__), *ranked]
     candidates = _allowed_next_to(problem, places)
-    chosen = successive_halving(problem.board, candidates, rows.all_from_here(), end - objective.spent)
+    chosen = race(problem, candidates, end - objective.spent)
     return SearchOutcome(chosen, tuple(trajectory))
 
 

@@ -131,7 +131,7 @@ class Objective:
         def figures(batch: list[int]) -> dict[str, Any]:
             return {name: table.tolist() for name, table in self._measure(gates, batch).items()}
 
-        size = self._memory.rows(len(gates))
+        size = self.micro_batch(len(gates))
         parts = self.over_rows(list(gates), rows, size, figures, description)
         share = len(rows) / len(self.tokens)
         runs = [self.stack.layers_run(gate) for gate in gates]
@@ -146,6 +146,10 @@ class Objective:
         """Token-mean KL of each gate over some rows; see [`~Objective.measure`]."""
         weights = self.weights[list(rows)]
         return (self.measure(gates, rows, description).kl @ (weights / weights.sum())).tolist()
+
+    def micro_batch(self, num_gates: int) -> int:
+        """Rows that so many gates may be measured on at once, so that memory stays near that of a plain pass."""
+        return self._memory.rows(num_gates)
 
     def spend(self, share: float, forwards: float, layer_passes: float) -> None:
         """Count work on a share of the rows."""
@@ -206,7 +210,7 @@ class Objective:
                     del states[source]
                 finals[index] = self._final(gates[index], states, sources[index], ids, mask, dense)
             states.clear()
-            return self._figures(dense, finals, ids, mask)
+            return self.figures(dense, finals, ids, mask)
 
     def _final(self, gate: Gate, states: dict[int, Tensor], source: int, ids: Tensor, mask, dense: Tensor) -> Tensor:
         """Hidden states that leave the last layer under a gate."""
@@ -221,8 +225,20 @@ class Objective:
             run_without_head(self.model, ids, mask)
         return found[self.num_layers]
 
-    def _figures(self, dense: Tensor, finals: list[Tensor], ids: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
-        """Row means of divergence and cross-entropy, a few tokens at a time."""
+    def figures(
+        self, dense: Tensor, finals: list[Tensor], ids: Tensor, mask: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Row means of divergence and cross-entropy, a few tokens at a time.
+
+        Args:
+            dense (`Tensor`): `[rows, length, hidden]`: what leaves the dense model's last layer.
+            finals (`list[Tensor]`): What leaves the last layer of whatever is compared with it, alike.
+            ids (`Tensor`): int64 `[rows, length]`.
+            mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding.
+
+        Returns:
+            `dict[str, Tensor]`: As [`RowMeasures`], by name.
+        """
         rows, length = ids.shape
         weights = torch.ones(rows, length) if mask is None else mask.float()
         labels = F.pad(ids[:, 1:], (0, 1))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from .objective import Gate, Objective
+from .objective import Gate, Objective, gate_of
 from .scoreboard import Cut, Scoreboard
 
 FINALISTS = 2
@@ -59,6 +59,26 @@ def successive_halving(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[in
     return board.best(alive)
 
 
+def best_few(board: Scoreboard, cuts: Sequence[Cut], rows: Sequence[int], budget: float, count: int) -> list[Cut]:
+    """The cuts of the smallest KL over the first of some rows: as many rows as the budget pays for, at least one.
+
+    Args:
+        board ([`Scoreboard`]): Gets all figures.
+        cuts (`Sequence[Cut]`): At least one.
+        rows (`Sequence[int]`): In the order in which they are used.
+        budget (`float`): In forward-equivalents.
+        count (`int`): How many are wanted.
+
+    Returns:
+        `list[Cut]`: The best first; those without a finite KL are left out.
+    """
+    gates = [gate_of(cut, board.objective.num_layers) for cut in cuts]
+    taken = rows[: affordable_rows(board.objective, gates, budget)]
+    board.measure(cuts, taken, f"Scoring {len(cuts)} segments")
+    ranked = sorted(cuts, key=lambda cut: (_finite(board.mean(cut)), cut))
+    return [cut for cut in ranked[:count] if math.isfinite(board.mean(cut))]
+
+
 def _better_half(board: Scoreboard, alive: list[Cut]) -> list[Cut]:
     ranked = sorted(alive, key=lambda cut: (_finite(board.mean(cut)), cut))
     kept = ranked[: max(FINALISTS, math.ceil(len(ranked) / 2))]
@@ -83,4 +103,4 @@ def _finite(value: float) -> float:
 def affordable_rows(objective: Objective, gates: Sequence[Gate], budget: float) -> int:
     """How many rows some gates can be measured on for a budget in forward-equivalents; at least 1."""
     price = 1 + sum(map(objective.price, gates))
-    return max(1, min(len(objective.tokens), int(budget / price * len(objective.tokens) + 1e-9)))
+    return max(1, int(min(len(objective.tokens), budget / price * len(objective.tokens) + 1e-9)))

@@ -20,6 +20,8 @@ class ScoredCut:
         behind (`float`): How much greater its KL is than the chosen one's, on the rows that both were measured on;
             0 for the chosen one.
         behind_error (`float`): Standard error of `behind`, over the rows.
+        repaired_kl (`float` or `None`): Its KL after `search.repair`, over the rows that judged the repaired cuts; `None`
+            if it had none.
     """
 
     segments: Annotated[tuple[LayerSegment, ...], Key(added=True)]
@@ -35,6 +37,9 @@ class ScoredCut:
         float, Key("Its KL minus the chosen cut's, on the rows that both were measured on.", added=True)
     ] = 0.0
     behind_error: Annotated[float, Key("Standard error of `behind`, over the rows.", minimum=0, added=True)] = 0.0
+    repaired_kl: Annotated[
+        float | None, Key("Its KL after `search.repair`, which the choice went by.", added=True, sparse=True)
+    ] = None
 
     @property
     def start(self) -> Annotated[int, Key("First layer that goes.", minimum=0)]:

@@ -21,6 +21,7 @@ class Scoreboard:
 
     Attributes:
         kl, loss (`dict[Cut, Tensor]`): float64 `[rows]`, in nats per token.
+        repaired (`dict[Cut, Tensor]`): KL after the repair, of cuts that had one, alike.
         dense_loss (`Tensor`): The dense model's, float64 `[rows]`.
     """
 
@@ -28,6 +29,7 @@ class Scoreboard:
         self.objective = objective
         self.kl: dict[Cut, Tensor] = {}
         self.loss: dict[Cut, Tensor] = {}
+        self.repaired: dict[Cut, Tensor] = {}
         self.dense_loss = self._unknown()
 
     def measure(self, cuts: Iterable[Cut], rows: Sequence[int], description: str = "Scoring cuts") -> None:
@@ -40,23 +42,30 @@ class Scoreboard:
                 table.setdefault(cut, self._unknown())[list(rows)] = values[index]
         self.dense_loss[list(rows)] = found.dense_loss
 
+    def add_repaired(self, cut: Cut, rows: Sequence[int], kl: Sequence[float]) -> None:
+        """Note the KL of a repaired cut on rows, in nats per token."""
+        table = self.repaired.setdefault(cut, self._unknown())
+        table[list(rows)] = torch.tensor(kl, dtype=torch.float64)
+
     def rows_of(self, cut: Cut) -> Tensor:
         """Rows that a cut was measured on, bool `[rows]`."""
         return ~self.kl[cut].isnan()
 
     def mean(self, cut: Cut, of: dict[Cut, Tensor] | None = None) -> float:
         """Token mean over the rows that a cut was measured on; of its KL if not said otherwise."""
-        return self._weighted((of or self.kl)[cut], self.rows_of(cut))[0]
+        values = (of or self.kl)[cut]
+        return self._weighted(values, ~values.isnan())[0]
 
     def behind(self, cut: Cut, other: Cut) -> tuple[float, float]:
         """How much greater a cut's KL is than another's on the rows that both were measured on, and its standard error."""
         rows = self.rows_of(cut) & self.rows_of(other)
         return self._weighted(self.kl[cut] - self.kl[other], rows)
 
-    def best(self, among: Iterable[Cut] | None = None) -> Cut:
-        """The cut of the smallest KL; the first in the stack of equal ones. Cuts without a finite KL come last."""
+    def best(self, among: Iterable[Cut] | None = None, of: dict[Cut, Tensor] | None = None) -> Cut:
+        """The cut of the smallest KL, or of another figure; the first in the stack of equal ones. Cuts without a finite one
+        come last."""
         cuts = list(self.kl if among is None else among)
-        means = {cut: self.mean(cut) for cut in cuts}
+        means = {cut: self.mean(cut, of) for cut in cuts}
         return min(cuts, key=lambda c: (means[c] if math.isfinite(means[c]) else math.inf, c))
 
     def scored(self, chosen: Cut) -> tuple[ScoredCut, ...]:
@@ -66,7 +75,8 @@ class Scoreboard:
             kl, error = self._weighted(self.kl[cut], self.rows_of(cut))
             behind, behind_error = self.behind(cut, chosen) if cut != chosen else (0.0, 0.0)
             rows = int(self.rows_of(cut).sum())
-            entries.append(ScoredCut(cut, kl, error, self.mean(cut, self.loss), rows, behind, behind_error))
+            repaired = self.mean(cut, self.repaired) if cut in self.repaired else None
+            entries.append(ScoredCut(cut, kl, error, self.mean(cut, self.loss), rows, behind, behind_error, repaired))
         return tuple(entries)
 
     def mean_dense_loss(self, cut: Cut) -> float:

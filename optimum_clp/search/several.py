@@ -15,7 +15,8 @@ from .gate import concave_gates
 from .gate_descent import FINAL_STEEPNESS, gate_search, newton_move, places_along, radii, snapped
 from .objective import Gate
 from .problem import SearchOutcome, SearchProblem
-from .races import affordable_rows, successive_halving
+from .races import affordable_rows
+from .repaired_race import race
 from .result import GateStep
 from .scoreboard import Cut
 
@@ -58,7 +59,7 @@ def several_gates_search(problem: SearchProblem) -> SearchOutcome:
     most = config.num_rescored * (2 * problem.num_segments - 1)
     singles = [cut for cut in sums if len(cut) == 1][:2]
     candidates = list(dict.fromkeys([*ranked[:2], *singles, *ended, *ranked, *sums]))[:most]
-    chosen = successive_halving(problem.board, candidates, rows.all_from_here(), end - objective.spent)
+    chosen = race(problem, candidates, end - objective.spent)
     return SearchOutcome(chosen, tuple(steps))
 
 

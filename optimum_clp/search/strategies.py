@@ -15,7 +15,10 @@ def auto_search(problem: SearchProblem) -> SearchOutcome:
     objective = problem.objective
     if problem.num_segments > 1:
         name = "gate"
-    elif 1 + sum(objective.price_of([segment]) for segment in problem.allowed) <= problem.budget:
+    elif (
+        problem.config.repair == "none"
+        and 1 + sum(objective.price_of([segment]) for segment in problem.allowed) <= problem.budget
+    ):
         name = "exhaustive"
     else:
         name = "halving"

@@ -4,7 +4,8 @@ The unit is the *forward-equivalent*: the work of one dense forward pass over al
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,33 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: An
     """Of scores and mix for all pairs of positions, as PyTorch counts the attention kernels of a GPU."""
     *batch, length, size = query
     return 2 * math.prod(batch) * length * key[-2] * (size + value[-1])
+
+
+def _product_flops(added: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+def _cholesky_flops(matrix: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return matrix[-1] ** 3 // 3
+
+
+def _cholesky_solve_flops(right: Any, factor: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * right[-1] * factor[-1] ** 2
+
+
+@contextmanager
+def counted_flops() -> Iterator[FlopCounterMode]:
+    """PyTorch's counter of floating-point operations, told what it does not know: attention on a CPU, products that are
+    added in place, and what solves linear systems."""
+    aten = torch.ops.aten
+    more = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten.addmm_: _product_flops,
+        aten.linalg_cholesky_ex: _cholesky_flops,
+        aten.cholesky_solve: _cholesky_solve_flops,
+    }
+    with FlopCounterMode(display=False, custom_mapping=more) as counter:
+        yield counter
 
 
 @dataclass(frozen=True)

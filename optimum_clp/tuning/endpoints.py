@@ -24,11 +24,12 @@ from ..doors import STARTS
 from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
+from ..segments import target_state
 from .accelerator import tuning_accelerator
 from .loop import TrainingLoop
 from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
-from .rows import TuningRows, cached_rows, compared_layers, target_state
+from .rows import TuningRows, cached_rows, compared_layers
 from .stages import stages_of
 from .starts import Start, StartProblem
 from .student import EndpointStudent

@@ -8,8 +8,8 @@ from typing import Annotated, Any, TypedDict
 import torch
 from torch import Tensor
 
+from ..closed_form.solver import ClosedFormStep
 from ..report.section import Key, to_section
-from .closed_form import ClosedFormStep
 from .forecast import Forecast
 from .stages import StageRecord
 

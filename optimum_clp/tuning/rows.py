@@ -61,20 +61,6 @@ def compared_layers(layers: Sequence[int]) -> list[int]:
     return [layer for layer in layers if layer + 1 not in layers]
 
 
-def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
-    """Which of the dense model's hidden states a layer of the cut model should put out.
-
-    Args:
-        kept (`Sequence[int]`): Old indices of the layers that stay, ascending.
-        layer (`int`): In the cut model's numbering.
-        num_layers (`int`): Layers of the dense model.
-
-    Returns:
-        `int`: The dense layer that the state enters; `num_layers` for what leaves the last one.
-    """
-    return kept[layer + 1] if layer + 1 < len(kept) else num_layers
-
-
 def cached_rows(
     model: PreTrainedModel,
     dense: PreTrainedModel,

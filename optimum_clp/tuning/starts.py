@@ -11,10 +11,11 @@ from typing import Any, Protocol
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..closed_form.ridge import solution_bytes
+from ..closed_form.solver import ClosedFormResult, solve_endpoints
 from ..forward.dense_outputs import StateStore
-from .closed_form import ClosedFormResult, solve_endpoints
-from .ridge import solution_bytes
-from .rows import TuningRows, target_state
+from ..segments import target_state
+from .rows import TuningRows
 
 
 @dataclass(frozen=True)

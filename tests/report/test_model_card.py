@@ -267,6 +267,19 @@ def test_uncertainty_is_told_as_it_was_measured(tmp_path):
     assert "1 cut was scored.\n" in text and "other is" not in text
 
 
+def test_a_choice_by_repaired_cuts_is_told(tmp_path):
+    report = example_report()
+    assert "cheap repair" not in write(report, tmp_path)
+    scored = report.search["scored"]
+    for entry, kl in zip(scored[6:9], (0.31, 0.2512, 0.3), strict=True):
+        entry["repaired_kl"] = kl
+    text = write(report, tmp_path)
+    assert (
+        "The best 3 of them were compared after a cheap repair, after which this one's divergence was the lowest, 0.2512."
+        in text
+    )
+
+
 def test_chosen_cut_that_was_not_measured_on_all_rows_does_not_claim_all_tokens(tmp_path):
     report = example_report()
     for entry in report.search["scored"]:

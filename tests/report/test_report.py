@@ -11,6 +11,7 @@ from report_example import example_report, older_report
 from tiny_models import tiny_model
 
 from optimum_clp.calibration.rows import CalibrationData
+from optimum_clp.closed_form.solver import ClosedFormResult, ClosedFormStep
 from optimum_clp.errors import ConfigurationError
 from optimum_clp.evaluation.outcome import MeasuredRow, Outcome
 from optimum_clp.evaluation.tokens import Evaluation
@@ -24,7 +25,6 @@ from optimum_clp.search.result import GateStep, ScoredCut, SearchResult, TriedLe
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.surgery.description import describe_cut, describe_dense
-from optimum_clp.tuning.closed_form import ClosedFormResult, ClosedFormStep
 from optimum_clp.tuning.result import TuningResult, TuningStep
 from optimum_clp.tuning.stages import StageRecord
 

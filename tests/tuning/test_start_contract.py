@@ -10,6 +10,7 @@ from tiny_models import make_identity, random_tokens, tiny_model
 from zoo import ZOO, zoo_model
 
 from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.closed_form.solver import ClosedFormStep
 from optimum_clp.configuration.stages import TuningConfig
 from optimum_clp.doors import LOSSES, STARTS
 from optimum_clp.errors import ConfigurationError
@@ -17,7 +18,6 @@ from optimum_clp.forward.dense_outputs import StateStore
 from optimum_clp.forward.hooks import evaluation_mode
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model, own_storage
-from optimum_clp.tuning.closed_form import ClosedFormStep
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.losses import Distillation
 from optimum_clp.tuning.rows import cached_rows

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from optimum_clp.architecture.lookup import decoder_layers
-from optimum_clp.tuning.closed_form import ClosedFormStep
+from optimum_clp.closed_form.solver import ClosedFormStep
 from optimum_clp.tuning.starts import StartProblem
 
 

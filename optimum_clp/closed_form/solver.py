@@ -21,10 +21,10 @@ from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode, hooked
 from ..progress import progress_bar
 from ..report.section import Key, to_section
+from ..segments import target_state
 from .layer_passes import LayerPasses
 from .projections import Projection, find_projections
 from .ridge import RIDGES, RegressionSums, Solution, best_solution, squared_distance
-from .rows import target_state
 
 METHODS = ("fold", "least_squares")
 

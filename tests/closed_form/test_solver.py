@@ -9,14 +9,13 @@ from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
 
 from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.closed_form.ridge import RIDGES
+from optimum_clp.closed_form.solver import solve_endpoints
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.forward.hooks import layer_hidden, layer_input
-from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
+from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers, target_state
 from optimum_clp.surgery.cut import cut_model, own_storage
-from optimum_clp.tuning.closed_form import solve_endpoints
-from optimum_clp.tuning.ridge import RIDGES
-from optimum_clp.tuning.rows import target_state
 
 SEGMENTS = [LayerSegment(2, 4)]
 METHODS = ["least_squares", "fold"]
@@ -329,7 +328,7 @@ def test_bfloat16():
 def test_wide_projections_are_solved_in_float32_under_a_condition_bound(dense, monkeypatch):
     exact, cut = cut_model(dense, SEGMENTS), cut_model(dense, SEGMENTS)
     expected = solve(dense, exact, [1], attention=False).steps[0]
-    monkeypatch.setattr("optimum_clp.tuning.ridge.MAX_FLOAT64_WIDTH", 8)
+    monkeypatch.setattr("optimum_clp.closed_form.ridge.MAX_FLOAT64_WIDTH", 8)
     step = solve(dense, cut, [1], attention=False).steps[0]
     assert step.dtype == "float32" and step.error_after == pytest.approx(expected.error_after, rel=1e-3)
     step = solve(dense, cut_model(dense, SEGMENTS), [1], attention=False, ridges=[1e-9]).steps[0]
