@@ -49,6 +49,7 @@ def sample_conversations(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = 32,
+    grows: bool = True,
     openings: Sequence[str] = (),
     openings_share: float = 0.0,
     cache_dir: str | os.PathLike | None = None,
@@ -58,7 +59,7 @@ def sample_conversations(
     """Let a chat model write rows of conversations.
 
     Args:
-        model, num_sequences, sequence_length, seed, temperature, batch_size: As in [`Writing`].
+        model, num_sequences, sequence_length, seed, temperature, batch_size, grows: As in [`Writing`].
         tokenizer (`PreTrainedTokenizerBase`): With a chat template.
         openings (`Sequence[str]`): First words of the user, which the model goes on from.
         openings_share (`float`): Of the conversations, in [0, 1]: those that begin with one of `openings`.
@@ -81,7 +82,7 @@ def sample_conversations(
         return _Talk(template, limits, uniforms, words, openings_share).script()
 
     size = num_sequences, sequence_length, seed, temperature, batch_size, document_rules(model, tokenizer).vocabulary
-    writing = Writing(model, *size, roles=True, cache_dir=cache_dir, fingerprint=fingerprint, quiet=quiet)
+    writing = Writing(model, *size, grows, roles=True, cache_dir=cache_dir, fingerprint=fingerprint, quiet=quiet)
     return write_sample(writing, script, {**writing.parameters(), **parameters})
 
 

@@ -64,7 +64,7 @@ def own_rows(
         writer = _Writer(config, tokenizer, model, kind, length, fingerprint, quiet)
         written = writer.sample(sum(counts[:2]), seed)
         # what is measured on is a sample of its own, not the rest of the one that was tuned on
-        held_out = writer.sample(counts[2], seed + 1) if counts[2] else None
+        held_out = writer.sample(counts[2], seed + 1, grows=False) if counts[2] else None
         # validation rows come first: they stay the same when more is written
         validation, learnt = writer.rows(written).parted([counts[1], counts[0]])
         tested = learnt.parted([0, len(learnt)])[0] if held_out is None else writer.rows(held_out)
@@ -93,7 +93,7 @@ class _Writer:
     fingerprint: str | None
     quiet: bool
 
-    def sample(self, rows: int, seed: int) -> Sample:
+    def sample(self, rows: int, seed: int, grows: bool = True) -> Sample:
         config = self.config
         options: dict[str, Any] = {
             "num_sequences": rows,
@@ -101,6 +101,7 @@ class _Writer:
             "seed": seed,
             "temperature": config.temperature,
             "batch_size": config.generation_batch_size,
+            "grows": grows,
             "cache_dir": config.cache_dir,
             "fingerprint": self.fingerprint,
             "quiet": self.quiet,

@@ -66,8 +66,10 @@ def sample_file(
     return cache_file("self_written", contents, cache_dir, ".safetensors")
 
 
-def load_sample(file: Path | None, sequence_length: int, batch_size: int, *, roles: bool = False) -> Sample:
-    """What earlier runs have written, in whole batches; no rows if there is nothing. With or without roles."""
+def load_sample(
+    file: Path | None, sequence_length: int, batch_size: int, total: int | None = None, *, roles: bool = False
+) -> Sample:
+    """What earlier runs have written, in whole batches or `total` rows; no rows if there is nothing. With or without roles."""
     none = torch.empty(0, sequence_length, dtype=torch.int64)
     nothing = Sample(none, torch.empty(0, dtype=torch.float64), none.byte() if roles else None)
     if file is None or not os.path.exists(file):
@@ -85,7 +87,7 @@ def load_sample(file: Path | None, sequence_length: int, batch_size: int, *, rol
             f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
         )
         return nothing
-    return sample if rows % batch_size == 0 else nothing
+    return sample if rows == total or rows % batch_size == 0 else nothing
 
 
 def save_sample(file: Path | None, sample: Sample) -> Path | None:

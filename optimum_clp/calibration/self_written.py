@@ -40,6 +40,7 @@ def sample_text(
     seed: int,
     temperature: float = 1.0,
     batch_size: int = 32,
+    grows: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
     cache_dir: str | os.PathLike | None = None,
     fingerprint: str | None = None,
@@ -48,7 +49,7 @@ def sample_text(
     """Let the model write rows of plain text.
 
     Args:
-        model, num_sequences, sequence_length, seed, temperature, batch_size: As in [`Writing`].
+        model, num_sequences, sequence_length, seed, temperature, batch_size, grows: As in [`Writing`].
         tokenizer (`PreTrainedTokenizerBase` or `None`): If given, ids that it does not have are never written.
         cache_dir, fingerprint, quiet: As in [`Writing`].
 
@@ -67,6 +68,7 @@ def sample_text(
         temperature,
         batch_size,
         rules.vocabulary,
+        grows,
         cache_dir=cache_dir,
         fingerprint=fingerprint,
         quiet=quiet,

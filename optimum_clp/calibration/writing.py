@@ -56,6 +56,8 @@ class Writing:
         temperature (`float`): Above 0; 1 is the model's own distribution.
         batch_size (`int`): Rows written at once.
         vocabulary (`int`): Ids from here on are never drawn.
+        grows (`bool`): More rows may be wanted later, which begin with these: every batch is full, and what is left over is
+            kept for them. `False` writes as many as are wanted.
         roles (`bool`): Keep the scripts' roles beside the tokens.
         cache_dir (`str`, `os.PathLike` or `None`): What is written is kept here, in a folder `optimum_clp`; `None`
             for Hugging Face's cache folder (`HF_HOME`).
@@ -70,6 +72,7 @@ class Writing:
     temperature: float
     batch_size: int
     vocabulary: int
+    grows: bool = True
     roles: bool = False
     cache_dir: str | os.PathLike | None = None
     fingerprint: str | None = None
@@ -77,8 +80,7 @@ class Writing:
 
     def parameters(self) -> dict[str, Any]:
         """What the text depends on beside the weights and the scripts."""
-        # not the number of rows: more of them begin with the fewer ones
-        names = ("sequence_length", "seed", "temperature", "batch_size")
+        names = ["sequence_length", "seed", "temperature", "batch_size", *([] if self.grows else ["num_sequences"])]
         return {name: getattr(self, name) for name in names}
 
 
@@ -97,17 +99,17 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
     model, total, length = writing.model, writing.num_sequences, writing.sequence_length
     fingerprint = writing.fingerprint or weights_fingerprint(model, writing.quiet)
     file = sample_file(model, fingerprint, parameters, writing.cache_dir)
-    sample = load_sample(file, length, writing.batch_size, roles=writing.roles)
+    expected = None if writing.grows else total
+    sample = load_sample(file, length, writing.batch_size, expected, roles=writing.roles)
     saved = time.monotonic()
     with evaluation_mode(model):
         cached = len(sample.tokens) < total and takes_back_its_cache(model)
     with progress_bar(total * length, "Writing calibration text", writing.quiet) as bar:
         bar.update(min(len(sample.tokens), total) * length)
         while (done := len(sample.tokens)) < total:
-            # a batch is always full: rounding differs with its size, and a row should not depend on how many are wanted
-            uniforms = torch.stack(
-                [_stream(writing.seed, row, length) for row in range(done, done + writing.batch_size)]
-            )
+            # rounding differs with the size of a batch, and a row should not depend on how many are wanted
+            stop = done + writing.batch_size if writing.grows else min(done + writing.batch_size, total)
+            uniforms = torch.stack([_stream(writing.seed, row, length) for row in range(done, stop)])
             scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
             sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
             if len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL:

@@ -121,7 +121,7 @@ class CalibrationConfig:
     )
     text_column: str = setting("text", text(), "column that holds the text, where the source has columns")
     sequence_length: int = setting(256, integer(8), "tokens in a row", more="Limited by the model's own context.")
-    train_sequences: int = setting(192, integer(1), "rows for search and tuning")
+    train_sequences: int = setting(1024, integer(1), "rows for search and tuning")
     validation_sequences: int = setting(24, integer(1), "rows for early stopping")
     test_sequences: int = setting(
         24, integer(1), "rows for the figures in the report", more="They are never tuned on."
@@ -132,7 +132,7 @@ class CalibrationConfig:
         "temperature at which self-written text is sampled",
         more="1 is the model's own distribution.",
     )
-    generation_batch_size: int = setting(32, integer(1), "rows of self-written text that are written at once")
+    generation_batch_size: int = setting(64, integer(1), "rows of self-written text that are written at once")
     cache_dir: str | None = setting(
         None, or_none(text()), "where self-written text is kept", unset="the user's cache folder"
     )
@@ -235,15 +235,15 @@ class TuningConfig:
         flag="--tuning-tokens",
         unset="`calibration.train_sequences` rows",
     )
-    epochs: int = setting(4, integer(1), "passes over the train split with the loss")
+    epochs: int = setting(1, integer(1), "passes over the train split with the loss")
     hidden_epochs: int = setting(
-        0,
+        6,
         integer(0),
         "passes over the train split before these, in which only hidden states are compared",
         more="Nothing above the cut runs in them, so they are several times cheaper.",
     )
     hidden_learning_rate: float | None = setting(
-        None, or_none(positive()), "peak rate of AdamW in these passes", unset="0.1 / hidden size"
+        None, or_none(positive()), "peak rate of AdamW in these passes", unset="0.18 / root of the hidden size"
     )
     batch_size: int = setting(
         8,

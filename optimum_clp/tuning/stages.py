@@ -3,6 +3,7 @@
 Every stage trains the same layers on the same rows. They differ in the loss, and so in how much of the two models runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -60,9 +61,18 @@ def stages_of(config: TuningConfig, hidden_size: int) -> tuple[Stage, ...]:
     loss = {name: weight for name, weight in config.loss_weights().items() if weight}
     stages: Sequence[Stage] = ()
     if config.hidden_epochs:
-        hidden_rate = config.hidden_learning_rate or default_learning_rate(hidden_size)
+        hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size)
         stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, _JUDGEMENTS_OF_HIDDEN),)
     return (*stages, Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch))
+
+
+def default_hidden_learning_rate(hidden_size: int) -> float:
+    """`0.18 / sqrt(hidden_size)`: 0.016 at width 128, 7.5e-3 at 576, 2.8e-3 at 4096.
+
+    About a fifth of what a weight is long, which falls with the root of the width: measured at widths 128 and 576
+    (`docs/recovery.md`). Twice as much ended badly at 576.
+    """
+    return 0.18 / math.sqrt(hidden_size)
 
 
 def default_learning_rate(hidden_size: int) -> float:
