@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-transformers4 test-across architectures lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-across architectures lint format types install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,12 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(PY) -m benchmarks.demo
+
+# a real chat model: asks before it downloads (BUDGET for search, text and tuning)
+BUDGET ?= 20min
+demo-chat: $(STAMP)
+	$(PY) -m pip install -q gguf
+	$(PY) -m benchmarks.demo_chat --budget $(BUDGET)
 
 # two processes of one thread each: small models gain nothing from more threads. Files stay whole, so that what a file's
 # tests share is made once (xdist 3.8's loadgroup says the same and does nothing with pytest 9.2)

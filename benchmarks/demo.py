@@ -24,8 +24,8 @@ def configurations() -> list[CLPConfig]:
 
 
 def recipe(ratio: float) -> CLPConfig:
-    """The defaults."""
-    return CLPConfig(ratio)
+    """The defaults, with a limit to the time: the whole demo takes under five minutes."""
+    return CLPConfig(ratio, budget="90s")
 
 
 def main() -> None:
