@@ -25,7 +25,7 @@ def configurations() -> list[CLPConfig]:
 
 def recipe(ratio: float) -> CLPConfig:
     """The defaults, with a limit to the time: the whole demo takes under five minutes."""
-    return CLPConfig(ratio, budget="90s")
+    return CLPConfig(ratio, budget="150s")
 
 
 def main() -> None:

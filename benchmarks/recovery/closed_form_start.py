@@ -80,7 +80,7 @@ def text() -> CalibrationConfig:
 
 
 def recipe(epochs: int) -> TuningConfig:
-    return TuningConfig(epochs=epochs, init="none")
+    return TuningConfig(hidden_epochs=0, epochs=epochs, init="none")
 
 
 def main() -> None:

@@ -44,7 +44,13 @@ def configurations() -> list[TuningConfig]:
 
 def recipe(epochs: int) -> TuningConfig:
     return TuningConfig(
-        epochs=epochs, batch_size=8, learning_rate=1e-4, evaluations_per_epoch=1, patience=9, init="none"
+        epochs=epochs,
+        batch_size=8,
+        learning_rate=1e-4,
+        evaluations_per_epoch=1,
+        patience=9,
+        init="none",
+        hidden_epochs=0,
     )
 
 

@@ -34,7 +34,8 @@ from optimum_clp.tuning.rows import TuningRows
 from optimum_clp.tuning.stages import stages_of
 from optimum_clp.tuning.student import EndpointStudent
 
-DEFAULTS = TuningConfig()
+# the package's own when the tables were made
+DEFAULTS = TuningConfig(init="least_squares", hidden_epochs=0, epochs=4)
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def lora(cell: Cell, config: TuningConfig, *, rank: int | None) -> Healed:
             train,
             validation,
             config,
-            stages=stages_of(config, text_config(model.config).hidden_size),
+            stages=stages_of(config, text_config(model.config).hidden_size, len(train)),
             seed=cell.seed,
             folder=Path(folder),
             checkpoints=False,

@@ -37,7 +37,7 @@ def text(file: Path, share: float) -> CalibrationConfig:
 
 
 def recipe() -> TuningConfig:
-    return TuningConfig(epochs=2)
+    return TuningConfig(init="least_squares", hidden_epochs=0, epochs=2)
 
 
 def main() -> None:

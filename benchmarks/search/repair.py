@@ -52,7 +52,7 @@ def text() -> CalibrationConfig:
 
 
 def tuning() -> TuningConfig:
-    return TuningConfig(epochs=2, learning_rate=4e-4, evaluations_per_epoch=1)
+    return TuningConfig(init="least_squares", hidden_epochs=0, epochs=2, learning_rate=4e-4, evaluations_per_epoch=1)
 
 
 def main() -> None:

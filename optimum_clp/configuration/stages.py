@@ -201,7 +201,7 @@ class TuningConfig:
         True, boolean(), "train the layers next to the cut, or keep the cut as it is", flag="--tune"
     )
     init: str = setting(
-        "least_squares",
+        "none",
         one_of(STARTS),
         "what the layers next to the cut start from",
         more="Closed forms solve for their output projections (attention's and the MLP's), and are kept if they lower "
@@ -243,7 +243,10 @@ class TuningConfig:
         more="Nothing above the cut runs in them, so they are several times cheaper.",
     )
     hidden_learning_rate: float | None = setting(
-        None, or_none(positive()), "peak rate of AdamW in these passes", unset="0.18 / root of the hidden size"
+        None,
+        or_none(positive()),
+        "peak rate of AdamW in these passes",
+        unset="0.18 / root of the hidden size, less for few steps",
     )
     batch_size: int = setting(
         8,

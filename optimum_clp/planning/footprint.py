@@ -170,7 +170,7 @@ def tuning_memory(
     rows = train_rows + validation_rows
     start = STARTS.get(config.init)()
     solved = start.targets(kept, endpoints, len(layers)).values()
-    needs = frozenset().union(*(needs_of(stage.loss) for stage in stages_of(config, hidden)))
+    needs = frozenset().union(*(needs_of(stage.loss) for stage in stages_of(config, hidden, train_rows)))
     compared = compared_layers(endpoints) if STATES in needs else ()
     # what should leave the last layer is kept anyway
     states = {kept[endpoints[0]], len(layers), *solved, *(target_state(kept, i, len(layers)) for i in compared)}

@@ -89,7 +89,8 @@ def tune_layers(
     begin = time.perf_counter()
     check_layers(layers, model)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        tuning = _Tuning(model, dense, sorted(layers), kept, config, seed, Path(place), folder is not None, quiet)
+        found = sorted(layers), kept, config, len(train)
+        tuning = _Tuning(model, dense, *found, seed, Path(place), folder is not None, quiet)
         result = tuning.run(train, validation, validation_kinds, masks, begin)
     if result.stopped == "nan":
         raise TuningError.of(
@@ -113,6 +114,7 @@ class _Tuning:
         layers: list[int],
         kept: Sequence[int] | None,
         config: TuningConfig,
+        num_rows: int,
         seed: int,
         folder: Path,
         resumable: bool,
@@ -122,7 +124,7 @@ class _Tuning:
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
-        self.stages = stages_of(config, text_config(model.config).hidden_size)
+        self.stages = stages_of(config, text_config(model.config).hidden_size, num_rows)
         self.weights = dict(self.stages[-1].loss)
         self.start_targets, self.loss_targets = self._targets(len(decoder_layers(dense)))
 

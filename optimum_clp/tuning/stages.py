@@ -14,6 +14,7 @@ from ..report.section import Key
 HIDDEN = "hidden"
 # so often is a stage of hidden states judged: nothing above the cut runs in it, and a judgement runs all of that
 _JUDGEMENTS_OF_HIDDEN = 4
+_STEPS_OF_FULL_RATE = 300
 
 
 @dataclass(frozen=True)
@@ -50,29 +51,31 @@ class StageRecord:
     num_tokens: Annotated[int, Key("Repeats counted.", minimum=0)]
 
 
-def stages_of(config: TuningConfig, hidden_size: int) -> tuple[Stage, ...]:
+def stages_of(config: TuningConfig, hidden_size: int, num_rows: int) -> tuple[Stage, ...]:
     """The stages that a recipe asks for: hidden states alone, then its loss, which also judges all weights.
 
     Args:
         config ([`TuningConfig`]): Epochs, rates and loss.
         hidden_size (`int`): Of the model.
+        num_rows (`int`): Train rows.
     """
     rate = config.learning_rate or default_learning_rate(hidden_size)
     loss = {name: weight for name, weight in config.loss_weights().items() if weight}
     stages: Sequence[Stage] = ()
     if config.hidden_epochs:
-        hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size)
+        steps = config.hidden_epochs * (num_rows // min(config.batch_size, num_rows))
+        hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size, steps)
         stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, _JUDGEMENTS_OF_HIDDEN),)
     return (*stages, Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch))
 
 
-def default_hidden_learning_rate(hidden_size: int) -> float:
-    """`0.18 / sqrt(hidden_size)`: 0.016 at width 128, 7.5e-3 at 576, 2.8e-3 at 4096.
+def default_hidden_learning_rate(hidden_size: int, steps: int) -> float:
+    """`0.18 / sqrt(hidden_size)`, and in proportion less for fewer than 300 steps: 0.016 at width 128, 7.5e-3 at 576.
 
     About a fifth of what a weight is long, which falls with the root of the width: measured at widths 128 and 576
-    (`docs/recovery.md`). Twice as much ended badly at 576.
+    (`docs/recovery.md`). Twice as much ended badly at 576, and as much in few steps at 128.
     """
-    return 0.18 / math.sqrt(hidden_size)
+    return 0.18 / math.sqrt(hidden_size) * min(1.0, steps / _STEPS_OF_FULL_RATE)
 
 
 def default_learning_rate(hidden_size: int) -> float:

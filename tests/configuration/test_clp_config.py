@@ -60,7 +60,7 @@ def test_the_recipe_has_these_keys_and_defaults():
             "tuning",
             {
                 "enabled": True,
-                "init": "least_squares",
+                "init": "none",
                 "loss": "kd",
                 "endpoint_width": 1,
                 "overparametrization": "none",

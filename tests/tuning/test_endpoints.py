@@ -23,7 +23,9 @@ SEGMENTS = [LayerSegment(2, 4)]
 
 
 def settings(**overrides):
-    return TuningConfig(**{"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, **overrides})
+    return TuningConfig(
+        **{"init": "none", "hidden_epochs": 0, "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, **overrides}
+    )
 
 
 def tuned(model, config, *, layers=(1, 2), seed=0, dense=None):

@@ -23,7 +23,14 @@ from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
 
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
-SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 3e-3, "evaluations_per_epoch": 2}
+SETTINGS = {
+    "init": "none",
+    "hidden_epochs": 0,
+    "epochs": 3,
+    "batch_size": 4,
+    "learning_rate": 3e-3,
+    "evaluations_per_epoch": 2,
+}
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 LAUNCH = {"ddp": ["--num_processes", "2", "--multi_gpu"], "fsdp": ["--num_processes", "2", *FSDP]}

@@ -116,7 +116,20 @@ def test_a_stage_that_no_longer_helps_gives_way_to_the_next():
 
 
 def test_without_hidden_epochs_there_is_one_stage():
-    config = TuningConfig(epochs=3, evaluations_per_epoch=2)
-    (stage,) = stages_of(config, 4096)
+    config = TuningConfig(hidden_epochs=0, epochs=3, evaluations_per_epoch=2)
+    (stage,) = stages_of(config, 4096, 1024)
     assert (stage.loss, stage.epochs, stage.evaluations) == ({"kd": 1.0}, 3, 6)
     assert stage.learning_rate == default_learning_rate(4096)
+
+
+def test_the_rate_of_hidden_states_follows_width_and_steps():
+    def rate(hidden_size, rows, **settings):
+        return stages_of(TuningConfig(**settings), hidden_size, rows)[0].learning_rate
+
+    assert rate(576, 1024) == pytest.approx(7.5e-3)
+    assert rate(4 * 576, 1024) == pytest.approx(7.5e-3 / 2)
+    # six passes over 64 rows in batches of 8 are 48 steps of the 300 that take the whole rate
+    assert rate(576, 64) == pytest.approx(7.5e-3 * 48 / 300)
+    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * 24 / 300)
+    assert rate(576, 4, batch_size=16) == pytest.approx(7.5e-3 * 6 / 300)
+    assert rate(576, 64, hidden_learning_rate=1e-3) == 1e-3
