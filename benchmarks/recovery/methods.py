@@ -31,7 +31,7 @@ from optimum_clp.tuning.accelerator import tuning_accelerator
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
 from optimum_clp.tuning.rows import TuningRows
-from optimum_clp.tuning.stages import stages_of
+from optimum_clp.tuning.schedule import stages_of
 from optimum_clp.tuning.student import EndpointStudent
 
 # the package's own when the tables were made

@@ -23,7 +23,7 @@ from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from ..tuning.overparametrization import new_sizes, projections
 from ..tuning.rows import compared_layers
-from ..tuning.stages import stages_of
+from ..tuning.schedule import stages_of
 
 _FLOAT32, _FLOAT16 = 4, 2
 _TOKEN = 8  # int64

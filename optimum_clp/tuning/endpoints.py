@@ -30,7 +30,7 @@ from .loop import TrainingLoop
 from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
 from .rows import TuningRows, cached_rows, compared_layers
-from .stages import stages_of
+from .schedule import stages_of
 from .starts import Start, StartProblem
 from .student import EndpointStudent
 from .trained_modules import TrainedModules, check_layers

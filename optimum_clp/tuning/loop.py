@@ -23,7 +23,7 @@ from .master_adamw import MasterAdamW
 from .overparametrization import Annealing
 from .result import TuningStep, improves
 from .rows import TuningRows
-from .stages import Stage, StageRecord
+from .schedule import Stage, StageRecord
 from .student import EndpointStudent
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..closed_form.solver import ClosedFormStep
 from ..report.section import Key, to_section
 from .forecast import Forecast
-from .stages import StageRecord
+from .schedule import StageRecord
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ def test_the_recipe_has_these_keys_and_defaults():
         ("num_segments", 1),
         ("max_perplexity_increase", None),
         ("min_retention", None),
+        ("budget", None),
         ("seed", 0),
         (
             "calibration",
@@ -67,6 +68,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "train_final_norm": False,
                 "train_head": False,
                 "learning_rate": None,
+                "tokens": None,
                 "epochs": 1,
                 "hidden_epochs": 6,
                 "hidden_learning_rate": None,

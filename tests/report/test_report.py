@@ -26,7 +26,7 @@ from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.surgery.description import describe_cut, describe_dense
 from optimum_clp.tuning.result import TuningResult, TuningStep
-from optimum_clp.tuning.stages import StageRecord
+from optimum_clp.tuning.schedule import StageRecord
 
 SCHEMA_FILE = Path(__file__).parents[2] / "docs" / "clp_report.schema.json"
 SCHEMA = json.loads(SCHEMA_FILE.read_text())

@@ -16,7 +16,7 @@ from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning import starts
 from optimum_clp.tuning.endpoints import tune_layers
-from optimum_clp.tuning.stages import default_learning_rate
+from optimum_clp.tuning.schedule import default_learning_rate
 from optimum_clp.tuning.student import EndpointStudent
 
 SEGMENTS = [LayerSegment(2, 4)]

@@ -13,7 +13,7 @@ from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
-from optimum_clp.tuning.stages import default_learning_rate, stages_of
+from optimum_clp.tuning.schedule import default_learning_rate, stages_of
 
 DENSE = tiny_model()
 SETTINGS = {"init": "none", "epochs": 2, "hidden_epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "patience": 99}
