@@ -246,8 +246,7 @@ def _recovery(report: CLPReport, folder: Path) -> str:
     layers = ", ".join(map(str, tuning["layers"]))
     text = (
         f"The layers next to the cut ({layers} in the new numbering, {format_count(tuning['num_trainable'])} parameters) "
-        f"were trained in full with the loss `{describe_loss(tuning['loss'])}` for {tuning['steps']} steps, on "
-        f"{tuning['num_tokens']:,} tokens of {_source(report)}. "
+        f"were trained in full {_stages(tuning)}, on {tuning['num_tokens']:,} tokens (repeats counted) of {_source(report)}. "
     )
     init = tuning.get("init")
     if init and init["kept"]:
@@ -262,7 +261,26 @@ def _recovery(report: CLPReport, folder: Path) -> str:
         text += (
             f"The validation loss went from {before:.4f} to {after:.4f} nats per token (step {tuning['best_step']})."
         )
+    text += _forecast(tuning.get("forecast"))
     return "\n\n".join(["## Recovery", text, *_picture(folder, TUNING_PLOT, "Losses while tuning")])
+
+
+def _stages(tuning: dict[str, Any]) -> str:
+    stages = tuning.get("stages") or [tuning]
+    return ", then ".join(
+        f"with the loss `{describe_loss(stage['loss'])}` for {stage['steps']} steps" for stage in stages
+    )
+
+
+def _forecast(forecast: dict[str, Any] | None) -> str:
+    if not forecast:
+        return ""
+    planned, more = forecast["predictions"]
+    return (
+        f" Short pilots had foretold {planned['loss']:.3f} ({planned['low']:.3f} to {planned['high']:.3f}) for "
+        f"{planned['num_tokens']:,} fresh tokens; they foretell {more['loss']:.3f} ({more['low']:.3f} to {more['high']:.3f}) for "
+        f"{more['num_tokens']:,}."
+    )
 
 
 def _start(init: dict[str, Any]) -> str:

@@ -180,6 +180,29 @@ def test_a_closed_form_start_is_told(tmp_path):
     assert "started from" not in write(report, tmp_path)
 
 
+def test_stages_and_forecast_are_told(tmp_path):
+    report = example_report()
+    report.tuning["stages"] = [
+        {"loss": {"hidden": 1.0}, "steps": 60, "learning_rate": 7e-3, "num_tokens": 122880},
+        {"loss": {"kd": 1.0}, "steps": 36, "learning_rate": 1e-4, "num_tokens": 73728},
+    ]
+    report.tuning["forecast"] = {
+        "pilots": [{"num_tokens": 4096, "loss": 0.4, "seconds": 9.0}],
+        "predictions": [
+            {"num_tokens": 65536, "loss": 0.2512, "low": 0.24, "high": 0.26},
+            {"num_tokens": 655360, "loss": 0.2, "low": 0.15, "high": 0.25},
+        ],
+    }
+    text = write(report, tmp_path)
+    assert (
+        "trained in full with the loss `hidden` for 60 steps, then with the loss `kd` for 36 steps, on 196,608" in text
+    )
+    assert (
+        "Short pilots had foretold 0.251 (0.240 to 0.260) for 65,536 fresh tokens; they foretell 0.200 (0.150 to 0.250) for "
+        "655,360."
+    ) in text
+
+
 def test_tuning_that_did_not_help_is_told(tmp_path):
     report = example_report()
     report.tuning.update(improved=False, best_step=0, best_validation_loss=0.41)
