@@ -39,10 +39,11 @@ from benchmarks.recovery.chat_model.runs import (
     write_json,
 )
 from benchmarks.recovery.chat_model.tables import show
-from benchmarks.recovery.chat_model.text import KINDS, Template, Text, load_text, written_text
+from benchmarks.recovery.chat_model.text import KINDS, Text, load_text, questions, written_text
 from benchmarks.recovery.chat_model.training import Trained, train
 from benchmarks.recovery.methods import Cell
 from optimum_clp import LayerSegment, SearchConfig
+from optimum_clp.calibration.conversations import model_template
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.report.environment import environment_info
@@ -229,7 +230,7 @@ class Bench:
             raise SystemExit(f"{run.name}: {run.before.method} comes first")
         model, text = cell.cut(), self.text(run.seed)
         names = restored(model, run.before.weights)
-        prompts = Template.of(self.tokenizer).prompts(text.of_kind("conversations"))
+        prompts = questions(text.of_kind("conversations"), model_template(self.dense, self.tokenizer).answer)
         rate, folder = before.get("rate", RATES[0]), run.work
         options = {"rounds": self.args.rounds, "batch_size": min(self.args.batch, len(prompts)), "folder": folder}
         trained = on_policy(model, names, cell, prompts, rate=rate, **options)

@@ -19,7 +19,7 @@ from benchmarks.recovery.chat_model.overrep import OverRep, OverRepLinear, ident
 from benchmarks.recovery.chat_model.rivals import RIVALS, TopLogits
 from benchmarks.recovery.chat_model.runs import changed_tensors, locked, restored, save_weights
 from benchmarks.recovery.chat_model.tables import LABELS
-from benchmarks.recovery.chat_model.text import Talk, Template, Text, load_text, save_text, stand_in_conversations
+from benchmarks.recovery.chat_model.text import Text, load_text, questions, save_text
 from benchmarks.recovery.methods import Cell
 from optimum_clp import LayerSegment
 from optimum_clp.architecture.lookup import decoder_layers
@@ -186,23 +186,9 @@ def test_ours_trains_the_endpoints(tmp_path):
     assert {name.split(".")[2] for name in changed_tensors(model, at.cut())} <= {"1", "2"}
 
 
-def test_a_talk_follows_its_template():
-    talk = Talk(Template([3, 4], [7, 8, 5, 6], [7, 8, 3, 4], [7, 8]))
-    drawn = [0, 0, 20, 21, 7, 0, 0, 0, 22, 7, 0, 0, 0, 23]
-    assert [talk.next(token, True) for token in drawn] == [3, 4, 20, 21, 7, 8, 5, 6, 22, 7, 8, 3, 4, 23]
-    # without another question the talk is closed, and the next one opens
-    assert [talk.next(token, False) for token in (7, 0, 0, 0, 24, 7, 0, 0, 0)] == [7, 8, 5, 6, 24, 7, 8, 3, 4]
-
-
-def test_conversations_begin_with_the_template_and_are_the_seeds():
-    tokenizer, options = tiny_tokenizer(), {"num_sequences": 3, "sequence_length": 24, "batch_size": 2}
-    tokenizer.chat_template = TEMPLATE
-    assert Template.of(tokenizer) == Template([3, 4], [7, 8, 5, 6], [7, 8, 3, 4], [7, 8])
-    rows = [stand_in_conversations(tiny_model(), tokenizer, seed=s, **options) for s in (0, 0, 1)]
-    assert rows[0].shape == (3, 24) and rows[0][:, :2].tolist() == [[3, 4]] * 3
-    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-    prompt = Template.of(tokenizer).prompts(torch.tensor([[3, 4, 9, 7, 8, 5, 6, 10, 7, 8, 3, 4]]))
-    assert [p.tolist() for p in prompt] == [[3, 4, 9, 7, 8, 5, 6]]
+def test_a_question_goes_up_to_where_the_assistant_writes():
+    rows = torch.tensor([[3, 4, 9, 7, 8, 5, 6, 10, 7, 8, 3, 4], [3, 4, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9]])
+    assert [p.tolist() for p in questions(rows, (7, 8, 5, 6))] == [[3, 4, 9, 7, 8, 5, 6]]
 
 
 def test_text_is_kept_and_parted_by_kind(tmp_path):

@@ -3,28 +3,20 @@
 A file holds `tokens`, int32 `[rows, length]`, and `kinds`, uint8 `[rows]`: an index into `KINDS`.
 """
 
-import hashlib
-import importlib.util
 import os
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optimum_clp.calibration.conversations import sample_conversations
 from optimum_clp.calibration.self_written import sample_text
-from optimum_clp.forward.decoding import cache_keyword, cache_of
-from optimum_clp.forward.hooks import evaluation_mode
-from optimum_clp.progress import progress_bar
 
 KINDS = ("plain", "conversations")
-# what stands where somebody's words would; no tokenizer has it as one token
-USER, ASSISTANT = "@@u@@", "@@a@@"
-# a turn that does not end by itself is ended, or one talk would be a whole row
-QUESTION_TOKENS, ANSWER_TOKENS = 64, 160
 
 
 @dataclass(frozen=True)
@@ -86,129 +78,24 @@ def written_text(
     talks = num_rows // 2 if tokenizer.chat_template else 0
     plain = sample_text(model, num_sequences=num_rows - talks, tokenizer=tokenizer, **options).tokens
     kinds = ["plain"] * len(plain) + ["conversations"] * talks
-    tokens = torch.cat([plain, _conversations(model, tokenizer, num_sequences=talks, **options)]) if talks else plain
+    spoken = [sample_conversations(model, tokenizer, num_sequences=talks, **options).tokens] if talks else []
+    tokens = torch.cat([plain, *spoken])
     order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     text = Text(tokens, tuple(kinds)).rows(order)
     save_text(file, text)
     return text
 
 
-@dataclass(frozen=True)
-class Template:
-    """A chat template's pieces, as tokens: before the first question, between the words of a talk, and behind the last."""
+def questions(rows: Tensor, answer: Sequence[int]) -> list[Tensor]:
+    """Of rows of conversations the first question, up to where the assistant begins to write.
 
-    opening: list[int]
-    to_answer: list[int]
-    to_question: list[int]
-    closing: list[int]
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Template":
-        talk = [{"role": "user", "content": USER}, {"role": "assistant", "content": ASSISTANT}]
-        text = tokenizer.apply_chat_template(talk * 2, tokenize=False)
-        places, pieces = (USER, ASSISTANT, USER, ASSISTANT), []
-        for place in places:
-            piece, _, text = text.partition(place)
-            pieces.append(piece)
-        opening, to_answer, to_question, _, closing = (
-            tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (*pieces, text)
-        )
-        return cls(opening, to_answer, to_question, closing)
-
-    def prompts(self, rows: Tensor) -> list[Tensor]:
-        """Of rows of conversations the first question, up to where the answer begins."""
-        found = []
-        for row in rows.tolist():
-            size = len(self.to_answer)
-            place = next((i for i in range(len(row) - size) if row[i : i + size] == self.to_answer), None)
-            if place is not None:
-                found.append(torch.tensor(row[: place + size]))
-        return found
-
-
-@dataclass
-class Talk:
-    """Where one row is: what the template forces next, whose turn it is, how long it has been."""
-
-    template: Template
-    forced: list[int] = field(default_factory=list)
-    answers: bool = False
-    turns: int = 0
-    spoken: int = 0
-
-    def __post_init__(self):
-        self.forced = list(self.template.opening)
-
-    def next(self, drawn: int, more: bool) -> int:
-        """The token that follows: the template's, or the drawn one; `more`: whether another question would follow."""
-        if self.forced:
-            return self.forced.pop(0)
-        piece = self.template.to_question if self.answers else self.template.to_answer
-        limit = ANSWER_TOKENS if self.answers else QUESTION_TOKENS
-        if drawn == piece[0] or self.spoken == limit:
-            self._turn(piece, more)
-            return self.forced.pop(0)
-        self.spoken += 1
-        return drawn
-
-    def _turn(self, piece: list[int], more: bool) -> None:
-        self.forced = list(piece)
-        self.turns += self.answers
-        if self.answers and (self.turns == 3 or not more):
-            self.forced, self.turns = [*self.template.closing, *self.template.opening], 0
-        self.answers, self.spoken = not self.answers, 0
-
-
-def _conversations(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> Tensor:
-    """By the package where it writes conversations, else by the stand-in below."""
-    if importlib.util.find_spec("optimum_clp.calibration.conversations") is not None:
-        from optimum_clp.calibration.conversations import sample_conversations
-
-        return sample_conversations(model, tokenizer, **options).tokens
-    options.pop("cache_dir")
-    return stand_in_conversations(model, tokenizer, **options)
-
-
-@torch.no_grad()
-def stand_in_conversations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_sequences: int,
-    sequence_length: int,
-    seed: int,
-    batch_size: int,
-) -> Tensor:
-    """Conversations through the model's own template (Magpie, arXiv 2406.08464): it writes the questions, then the answers.
-
-    A stand-in until the package writes them itself: plain sampling, one to three turns, talk after talk until a row is full.
-
-    Returns:
-        `Tensor`: int64 `[num_sequences, sequence_length]`.
+    Args:
+        rows (`Tensor`): int64 `[rows, length]`.
+        answer (`Sequence[int]`): What the chat template has between the user's and the assistant's words.
     """
-    template, keyword, batches = Template.of(tokenizer), cache_keyword(model), []
-    with evaluation_mode(model), progress_bar(num_sequences * sequence_length, "Writing conversations") as bar:
-        for first in range(0, num_sequences, batch_size):
-            rows = range(first, min(first + batch_size, num_sequences))
-            draws = torch.stack([_stream(seed, row, sequence_length) for row in rows])
-            talks = [Talk(template) for _ in rows]
-            current = [talk.next(-1, False) for talk in talks]
-            columns, cache = [current], None
-            for position in range(1, sequence_length):
-                ids = torch.tensor(current, device=model.device)[:, None]
-                output = model(input_ids=ids, use_cache=True, **{keyword: cache})
-                cache = cache_of(output)
-                total = output.logits[:, -1, : len(tokenizer)].float().softmax(-1).cumsum(-1, dtype=torch.float64)
-                chosen = torch.searchsorted(total, draws[:, position, None].to(total) * total[:, -1:])
-                more = draws[:, position - 1] < 0.5
-                current = [t.next(d, m) for t, d, m in zip(talks, chosen[:, 0].tolist(), more.tolist(), strict=True)]
-                columns.append(current)
-                bar.update(len(rows))
-            batches.append(torch.tensor(columns).T)
-    return torch.cat(batches)
-
-
-def _stream(seed: int, row: int, length: int) -> Tensor:
-    digest = hashlib.sha256(f"talk:{seed}:{row}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.rand(length, generator=generator, dtype=torch.float64)
+    found, size = [], len(answer)
+    for row in rows.tolist():
+        place = next((i for i in range(len(row) - size) if tuple(row[i : i + size]) == tuple(answer)), None)
+        if place is not None:
+            found.append(torch.tensor(row[: place + size]))
+    return found
