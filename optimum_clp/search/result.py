@@ -38,7 +38,7 @@ class ScoredCut:
     ] = 0.0
     behind_error: Annotated[float, Key("Standard error of `behind`, over the rows.", minimum=0, added=True)] = 0.0
     repaired_kl: Annotated[
-        float | None, Key("Its KL after `search.repair`, which the choice went by.", added=True, sparse=True)
+        float | None, Key("Its KL after `search.repair`, which the choice went by.", sparse=True)
     ] = None
 
     @property
