@@ -12,8 +12,9 @@ from ..configuration.stages import TuningConfig
 from ..report.section import Key
 
 HIDDEN = "hidden"
-# so often is a stage of hidden states judged: nothing above the cut runs in it, and a judgement runs all of that
-_JUDGEMENTS_OF_HIDDEN = 4
+# so often is a stage of hidden states judged, and not before so many steps: nothing above the cut runs in it, and a
+# judgement runs all of that
+_JUDGEMENTS_OF_HIDDEN, _STEPS_BETWEEN_JUDGEMENTS = 4, 64
 _STEPS_OF_FULL_RATE = 300
 
 
@@ -65,7 +66,8 @@ def stages_of(config: TuningConfig, hidden_size: int, num_rows: int) -> tuple[St
     if config.hidden_epochs:
         steps = config.hidden_epochs * (num_rows // min(config.batch_size, num_rows))
         hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size, steps)
-        stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, _JUDGEMENTS_OF_HIDDEN),)
+        judgements = max(1, min(_JUDGEMENTS_OF_HIDDEN, steps // _STEPS_BETWEEN_JUDGEMENTS))
+        stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, judgements),)
     return (*stages, Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch))
 
 
