@@ -216,14 +216,16 @@ class TestContract:
         layers = endpoint_layers(segments_of(cut), num_layers(model.config))
         path = decoder_path(smaller)
         start = {n: p.detach().clone() for n, p in smaller.named_parameters()}
-        config = TuningConfig(learning_rate=1e-3, epochs=2, batch_size=2, patience=9)
+        config = TuningConfig(
+            init="least_squares", hidden_epochs=1, learning_rate=1e-3, epochs=2, batch_size=2, patience=9
+        )
         kept = kept_layers(segments_of(cut), num_layers(model.config))
         rows = random_tokens(4, LENGTH), random_tokens(2, LENGTH, seed=1)
         result = tune_layers(smaller, model, layers, *rows, config, kept=kept, quiet=True)
         prefixes = tuple(f"{path}.{index}." for index in layers)
         changed = {n for n, p in smaller.named_parameters() if not torch.equal(p, start[n])}
         assert all(name.startswith(prefixes) for name in changed)
-        assert result.steps == 4 and all(torch.isfinite(torch.tensor(h.validation_loss)) for h in result.history)
+        assert result.steps == 6 and all(torch.isfinite(torch.tensor(h.validation_loss)) for h in result.history)
         assert bool(changed) == result.improved
         assert unchanged(model, before)
         architecture_result(tiny.name, "tune", "works")

@@ -130,8 +130,9 @@ class TrainingLoop:
         state.stage_steps.append(state.stage_step)
         state.stage += 1
         state.stage_step = state.stale = 0
-        # moments of one loss say nothing about another
-        self.optimizer.state.clear()
+        if state.stage < len(self.stages):
+            # moments of one loss say nothing about another
+            self.optimizer.state.clear()
         if self._checkpoints is not None and self._checkpoints.save_if_due(state):
             self._best.drop_others(state.best_step)
 

@@ -13,7 +13,7 @@ TOKENS = 2 * 24
 
 
 def memory(**tuning):
-    config = TuningConfig(**{"batch_size": 2, "init": "none", **tuning})
+    config = TuningConfig(**{"batch_size": 2, "init": "none", "hidden_epochs": 0, **tuning})
     rows = {"train_rows": 5, "validation_rows": 3, "sequence_length": 24}
     return tuning_memory(tiny_model(), KEPT, ENDPOINTS, config, activations=[(0, 0)] * 6, **rows)
 
@@ -30,8 +30,8 @@ def registered(monkeypatch):
     [
         (("logits",), 1, 0),
         (("logits", "teacher_logits"), 2, 0),
-        (("logits", "teacher_logits", "states"), 2, 2),
-        (("states",), 0, 2),
+        (("logits", "teacher_logits", "states"), 2, 1),
+        (("states",), 0, 1),
     ],
 )
 def test_a_loss_takes_what_it_needs(registered, needs, sets, states):
@@ -39,10 +39,12 @@ def test_a_loss_takes_what_it_needs(registered, needs, sets, states):
     found = memory(loss="theirs")
     # float32 logits and probabilities, and three copies of the tokens in work
     assert found.logits == 97 * (TOKENS * sets * (4 + 4) + 3 * TOKENS * 4)
-    # what enters the first endpoint and leaves the last layer, and what the two endpoints are compared with
+    # what enters the first endpoint and leaves the last layer, and what the last of the two endpoints is compared with
     assert found.caches == 8 * 24 * 8 + (2 + states) * STATE
     assert found.closed_form == 0
     assert memory(loss={"theirs": 0.0, "ce": 1.0}) == memory(loss="ce")
+    # a stage of hidden states before it compares too
+    assert memory(loss="theirs", hidden_epochs=1).caches == 8 * 24 * 8 + 3 * STATE
 
 
 @pytest.mark.parametrize("targets", [{}, {2: 5}, {1: 4, 2: 5}, {1: 3}], ids=str)
