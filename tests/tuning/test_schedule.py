@@ -128,7 +128,7 @@ def test_the_rate_of_hidden_states_follows_width_and_steps():
     assert rate(576, 1024) == pytest.approx(7.5e-3)
     assert rate(4 * 576, 1024) == pytest.approx(7.5e-3 / 2)
     # six passes over 64 rows in batches of 8 are 48 steps of the 300 that take the whole rate
-    assert rate(576, 64) == pytest.approx(7.5e-3 * 48 / 300)
-    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * 24 / 300)
-    assert rate(576, 4, batch_size=16) == pytest.approx(7.5e-3 * 6 / 300)
+    assert rate(576, 64) == pytest.approx(7.5e-3 * math.sqrt(48 / 300))
+    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(24 / 300))
+    assert rate(576, 4, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(6 / 300))
     assert rate(576, 64, hidden_learning_rate=1e-3) == 1e-3
