@@ -128,7 +128,9 @@ def test_an_interrupted_healing_goes_on_with_its_plan(monkeypatch, tmp_path):
     assert [rows for rows, *_ in again.calls] == [64, 128, whole.calls[-1][0]]
 
 
-def test_prune_keeps_to_a_budget(tmp_path):
+def test_prune_keeps_to_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(healing, "PILOT_ROWS", (4, 8, 16))
+    monkeypatch.setattr(healing, "_PILOTS_SHARE", 0.9)
     dense = tiny_model()
     config = CLPConfig(
         pruning_ratio=0.34,
@@ -142,9 +144,9 @@ def test_prune_keeps_to_a_budget(tmp_path):
     pruner = CLPPruner(dense, config=config, quiet=True)
     pruner.prune()
     tuning = json.loads(json.dumps(pruner.report.to_dict()))["tuning"]
-    assert [pilot["num_tokens"] for pilot in tuning["forecast"]["pilots"]][:3] == [256, 512, 1024]
+    assert [pilot["num_tokens"] for pilot in tuning["forecast"]["pilots"]] == [64, 128, 256]
     assert len(pruner.report.tuning["stages"]) == 2
-    assert pruner.report.calibration["train_sequences"] > 128
+    assert pruner.report.calibration["train_sequences"] >= 16
     assert not list((tmp_path / "optimum_clp").glob("tuning-*"))
 
 

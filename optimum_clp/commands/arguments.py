@@ -100,10 +100,10 @@ def add_printing(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """`--config` and `--seed`."""
+    """`--config`, `--budget` and `--seed`."""
     group = parser.add_argument_group("recipe")
     group.add_argument("--config", metavar="FILE", help="a clp_config.json; the options given here override it")
-    _add(group, "seed")
+    _add(group, "budget", "seed")
 
 
 def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:

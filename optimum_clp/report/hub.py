@@ -62,6 +62,7 @@ def upload(
         base = public.base_model or {}
         if hub_id(base.get("name_or_path")) is None:
             public.base_model = {**base, "name_or_path": None}
+        public.evaluation = _public_evaluation(public.evaluation, config)
         for name in ("clp_report.json", "clp_config.json", "README.md"):
             (copy / name).unlink(missing_ok=True)
         public.save(copy)
@@ -69,6 +70,15 @@ def upload(
         write_model_card(public, config, copy, model_name=repo_id)
         commit = api.upload_folder(repo_id=repo_id, folder_path=str(copy), token=token, **kwargs)
     return str(commit)
+
+
+def _public_evaluation(evaluation: dict[str, Any] | None, config: CLPConfig) -> dict[str, Any] | None:
+    """Without examples of answers where these show the user's own prompts, or how his own text goes on."""
+    found = (evaluation or {}).get("generation")
+    own_text = found and found["asked"] == "text" and config.calibration.dataset is not None
+    if evaluation is None or not found or not (own_text or config.evaluation.prompts):
+        return evaluation
+    return {**evaluation, "generation": {**found, "examples": []}}
 
 
 def _public_config(config: CLPConfig) -> CLPConfig:

@@ -1,5 +1,6 @@
 import argparse
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -76,7 +77,7 @@ def test_every_option_reaches_the_configuration():
         "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
-        "--num-rescored 3 --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --epochs 5 --batch-size 6 --patience 7 "
+        "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --tuning-tokens 9000 --epochs 5 --batch-size 6 --patience 7 "
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
         "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 "
@@ -154,7 +155,7 @@ def test_every_option_names_a_key_of_the_configuration():
 def test_every_key_of_the_configuration_has_a_flag():
     recipe = CLPConfig().to_dict()
     keys = {f"{stage}.{key}" for stage in STAGES for key in recipe[stage]}
-    keys |= {"pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "seed"}
+    keys |= {"pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "budget", "seed"}
     flags = {action.dest: tuple(action.option_strings) for name, action in _configuration_actions() if name == "prune"}
     assert set(flags) == keys == set(all_settings())
     assert flags == {name: setting.flags for name, setting in all_settings().items()}
@@ -170,6 +171,8 @@ def test_flags_that_are_not_made_from_the_name_keep_their_spelling():
         "search.num_sequences": "--search-sequences",
         "search.batch_size": "--search-batch-size",
         "search.budget": "--search-budget",
+        "search.repair": "--search-repair",
+        "tuning.tokens": "--tuning-tokens",
         "tuning.enabled": "--tune",
         "export.enabled": "--export",
     }
@@ -221,7 +224,9 @@ def test_help_lists_names_with_what_they_say_also_those_of_other_packages(monkey
 
 def test_a_percent_sign_in_a_help_is_no_placeholder(monkeypatch):
     seed = Setting("seed", "`int`", 5, integer(0), "half, that is 50 % of it", "", "--seed", "N", "")
-    monkeypatch.setattr(arguments, "all_settings", lambda: {"seed": seed})
+    monkeypatch.setattr(
+        arguments, "all_settings", lambda: {"seed": seed, "budget": replace(seed, name="budget", flag="--budget")}
+    )
     parser = argparse.ArgumentParser()
     arguments.add_recipe(parser)
     assert "50 % of it (default: 5)" in parser.format_help()

@@ -281,7 +281,9 @@ def test_a_loss_that_is_registered_can_be_tuned_with(registered):
         return F.kl_div(theirs, ours, log_target=True, reduction="sum").item() / rows.numel()
 
     before = divergence()
-    config = TuningConfig(init="none", loss={"of_others": 1.0}, epochs=3, batch_size=4, learning_rate=3e-3)
+    config = TuningConfig(
+        init="none", hidden_epochs=0, loss={"of_others": 1.0}, epochs=3, batch_size=4, learning_rate=3e-3
+    )
     result = tune_layers(cut, dense, (1, 2), random_tokens(16, 20, seed=1), rows, config, quiet=True)
     assert result.loss == {"of_others": 1.0} and result.improved
     assert result.initial_validation_loss == pytest.approx(before, rel=1e-3)

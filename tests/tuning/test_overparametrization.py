@@ -25,7 +25,7 @@ from optimum_clp.tuning.overparametrization import (
     projections,
 )
 
-SETTINGS = {"init": "none", "epochs": 3, "batch_size": 4, "learning_rate": 1e-3}
+SETTINGS = {"init": "none", "hidden_epochs": 0, "epochs": 3, "batch_size": 4, "learning_rate": 1e-3}
 SIDES = ("output", "input")
 
 

@@ -230,7 +230,9 @@ def test_a_start_that_helps_one_kind_of_text_and_harms_another_is_taken_back(mul
     LOSSES.register("contrary", Contrary)
     dense, validation = make_identity(tiny_model(), [2, 3]), VALIDATION.clone()
     validation[:, 0] = torch.tensor([3, 4, 4, 4, 4, 4])
-    config = TuningConfig(init="multiplied", loss="contrary", hidden_epochs=0, epochs=1, batch_size=4, learning_rate=1e-6)
+    config = TuningConfig(
+        init="multiplied", loss="contrary", hidden_epochs=0, epochs=1, batch_size=4, learning_rate=1e-6
+    )
     for kinds, kept in (((), True), (["poem", *["story"] * 5], False)):
         cut = shrunk(dense)
         result = tune_layers(cut, dense, LAYERS, TRAIN, validation, config, validation_kinds=kinds, quiet=True)
