@@ -108,9 +108,10 @@ def _rows_to_judge(objective: Objective, repair: Repair, cuts: Sequence[Cut], ro
     """How many rows some repaired cuts can be judged on, after they are fitted."""
     total, fit, check = len(objective.tokens), len(rows.fit), len(rows.check)
     fitting = sum(repair.flops(cut, fit, check) for cut in cuts) / objective.work.forward / total
-    states = objective.work.of(range(objective.num_layers), head=False) * (fit + check) / total
-    one_row = (1 + sum(objective.work.of(_layers_run(objective, repair, cut)) for cut in cuts)) / total
-    return (end - objective.spent - fitting - states) / one_row + 1e-9
+    dense, head = objective.work.of(range(objective.num_layers), head=False), objective.work.of([])
+    # the dense model's logits are made again for each cut: those of all rows would be too much to keep
+    judging = dense + sum(objective.work.of(_layers_run(objective, repair, cut)) + head for cut in cuts)
+    return (end - objective.spent - fitting - dense * (fit + check) / total) * total / judging + 1e-9
 
 
 def _layers_run(objective: Objective, repair: Repair, cut: Cut) -> list[int]:
@@ -130,9 +131,8 @@ def _judged(
         DenseOutputs(objective.model, objective.tokens[part], inputs_of=wanted, **options)
         for part in (rows.fit, rows.check, rows.judge)
     )
-    share = (len(rows.fit) + len(rows.check)) / total
-    objective.spend(share, objective.work.of(range(depth), head=False), depth)
-    objective.spend(len(rows.judge) / total, 1, depth)
+    seen = len(rows.fit) + len(rows.check) + len(rows.judge)
+    objective.spend(seen / total, objective.work.of(range(depth), head=False), depth)
 
     def figures(which: list[int]) -> dict[str, Any]:
         cut = cuts[which[0]]

@@ -128,7 +128,7 @@ def test_a_linear_map_is_scored_as_a_layer_that_adds_it():
 
 @pytest.mark.parametrize("strategy", ["auto", "gate", "halving"])
 def test_the_budget_holds_with_a_repair(strategy):
-    model, tokens = tiny_model(num_layers=24), random_tokens(32, 16)
+    model, tokens = tiny_model(num_layers=24, vocab_size=1000), random_tokens(32, 16)
     config = settings(strategy, num_sequences=32, repair="closed_form")
     result = search_segments(model, tokens, 5, config, quiet=True)
     assert result.forward_equivalents <= 4
@@ -139,7 +139,7 @@ def test_the_budget_holds_with_a_repair(strategy):
 
 @pytest.mark.parametrize("repair", ["linear_map", "closed_form"])
 def test_the_work_of_a_repair_is_counted_as_it_is_done(repair):
-    model, tokens = tiny_model(num_layers=8), random_tokens(16, 24)
+    model, tokens = tiny_model(num_layers=8, vocab_size=2000), random_tokens(16, 24)
     problem = problem_of(model, tokens, 2, config=repaired(repair=repair))
     cuts, before = [(LayerSegment(s, s + 2),) for s in (1, 4)], problem.objective.spent
     with counted_flops() as counter:
