@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
+from .processes import gathered, is_first
 from .resume import Journal
 from .segments import endpoint_layers
 from .session import Session
@@ -58,7 +59,10 @@ def heal(session: Session, folder: Path | None) -> TuningResult:
         return tune(session.calibration(), folder)
     layers = endpoint_layers(segments, num_layers(dense.config), config.tuning.endpoint_width)
     healing = Healing(model, layers, text, tune, batch_size=config.tuning.batch_size, folder=folder)
-    return healing.run(session.seconds_left)
+    try:
+        return healing.run(session.seconds_left)
+    finally:
+        session.stop_clock()
 
 
 Tune = Callable[[CalibrationData, Path | None], TuningResult]
@@ -92,7 +96,7 @@ class Healing:
         self.layers = [decoder_layers(model)[index] for index in layers]
         self.text, self.tune, self.batch_size, self.folder = text, tune, batch_size, folder
         self.untuned = copy.deepcopy([layer.state_dict() for layer in self.layers])
-        self.journal = Journal(None if folder is None else folder / "pilots.jsonl")
+        self.journal = Journal(None if folder is None else folder / "pilots.jsonl", writes=is_first())
 
     def run(self, seconds_left: Callable[[], float]) -> TuningResult:
         """Run the pilots, and tune on as much text as the rest of the time buys.
@@ -104,7 +108,8 @@ class Healing:
             [`TuningResult`]: With a forecast, if there was time for three pilots. Of the last pilot, if the rest of the
             time does not buy twice its text.
         """
-        budget = self.journal.recall("seconds", seconds_left)
+        # several processes plan as the first one does: their clocks differ
+        budget = gathered(self.journal.recall("seconds", seconds_left))[0]
         found = self._pilots(budget)
         last = found[-1]
         left = budget - sum(each["seconds"] + each["writing"] for each in found)
@@ -128,7 +133,7 @@ class Healing:
             spent = sum(each["seconds"] + each["writing"] for each in found)
             if found and spent + 2 * found[-1]["seconds"] > _PILOTS_SHARE * budget:
                 break
-            found.append(self.journal.recall(["pilot", rows], partial(self._pilot, rows)))
+            found.append(gathered(self.journal.recall(["pilot", rows], partial(self._pilot, rows)))[0])
         return found
 
     def _pilot(self, rows: int) -> dict[str, Any]:

@@ -61,8 +61,8 @@ class Session:
         folder (`Path` or `None`): The folder that was opened or saved last, as long as it holds this model.
 
     Attributes:
-        train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as the
-            search looks at.
+        train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
+            search and rounding look at.
     """
 
     model: PreTrainedModel | None = None
@@ -173,6 +173,10 @@ class Session:
             self._deadline = None if budget is None else time.monotonic() + seconds(budget)
             self.train_rows = None
 
+    def stop_clock(self) -> None:
+        """What a budget was for has ended; the next step that has one starts it anew."""
+        self._deadline = None
+
     def seconds_left(self) -> float:
         """Of the time budget."""
         assert self._deadline is not None
@@ -181,8 +185,9 @@ class Session:
     def _text_settings(self) -> CalibrationConfig:
         """The recipe's text, with the train rows that a number of tokens or a time budget make of it."""
         config, settings = self.config, self.config.calibration
-        if config.budget is not None:
-            return dataclasses.replace(settings, train_sequences=self.train_rows or config.search.num_sequences)
+        if config.budget is not None and config.tuning.enabled:
+            first = max(config.search.num_sequences, config.quantization.calibration_sequences)
+            return dataclasses.replace(settings, train_sequences=self.train_rows or first)
         if config.tuning.tokens is not None:
             model = self.model or self.pruned_model
             assert model is not None

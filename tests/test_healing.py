@@ -128,6 +128,32 @@ def test_an_interrupted_healing_goes_on_with_its_plan(monkeypatch, tmp_path):
     assert [rows for rows, *_ in again.calls] == [64, 128, whole.calls[-1][0]]
 
 
+def test_every_process_of_a_group_plans_as_the_first_one(monkeypatch):
+    first, said = Workshop(monkeypatch), []
+    monkeypatch.setattr(healing, "gathered", lambda value: [said.append(value) or value])
+    first.heal(3000)
+    # another one, which has hardly any time left and works at another pace
+    other, answers = Workshop(monkeypatch), iter(said)
+    monkeypatch.setattr(healing, "gathered", lambda value: [next(answers), value])
+    other.clock.now = 2900
+    other.heal(3000)
+    assert [rows for rows, *_ in other.calls] == [rows for rows, *_ in first.calls]
+
+
+def test_the_text_before_there_is_a_plan_and_without_tuning(tmp_path):
+    def rows(**changes):
+        text = {"sequence_length": 16, "train_sequences": 40, "validation_sequences": 2, "test_sequences": 2,
+                "cache_dir": str(tmp_path)}  # fmt: skip
+        recipe = {"quantization": {"calibration_sequences": 12}, "search": {"num_sequences": 9}, **changes}
+        config = CLPConfig(pruning_ratio=0.34, calibration=text, **recipe)
+        return len(CLPPruner(tiny_model(), config=config, quiet=True)._session.calibration().train)
+
+    # what search and rounding look at
+    assert rows(budget="1h") == 12
+    assert rows(budget="1h", search={"num_sequences": 14}) == 14
+    assert rows() == rows(budget="1h", tuning={"enabled": False}) == 40
+
+
 def test_prune_keeps_to_a_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(healing, "PILOT_ROWS", (4, 8, 16))
     monkeypatch.setattr(healing, "_PILOTS_SHARE", 0.9)
@@ -148,6 +174,7 @@ def test_prune_keeps_to_a_budget(tmp_path, monkeypatch):
     assert len(pruner.report.tuning["stages"]) == 2
     assert pruner.report.calibration["train_sequences"] >= 16
     assert not list((tmp_path / "optimum_clp").glob("tuning-*"))
+    assert pruner._session._deadline is None
 
 
 def test_tokens_instead_of_rows(tmp_path):

@@ -232,6 +232,7 @@ class TuningConfig:
         None,
         or_none(integer(1)),
         "tokens of text to tune on, each one fresh, instead of calibration.train_sequences rows",
+        more="A time budget decides itself.",
         flag="--tuning-tokens",
         unset="`calibration.train_sequences` rows",
     )
