@@ -248,6 +248,7 @@ class Session:
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
+        models = self.dense(), self.cut_model()  # there must be both, before any text is written
         config, data, segments = self.config, self.calibration(), self.segments or ()
         recipe = {
             "tuning": vars(config.tuning),
@@ -256,7 +257,7 @@ class Session:
             "segments": list(map(str, segments)),
         }
         masks = [mask for mask in (data.train_mask, data.validation_mask) if mask is not None]
-        models, rows = (self.dense(), self.cut_model()), (data.train, data.validation, *masks)
+        rows = data.train, data.validation, *masks
         return tuning_folder(*models, self.fingerprint(), recipe, rows, config.calibration.cache_dir, self.quiet)
 
     def measured_model(self, file_name: str | None) -> Any:
