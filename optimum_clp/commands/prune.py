@@ -88,7 +88,7 @@ _COUNTS: tuple[tuple[str, Callable[[float], str]], ...] = (("num_parameters", fo
 
 
 def _tuning_rows(parts: list[dict[str, int]]) -> list[tuple]:
-    return [
+    rows = [
         ("the dense model", _range((p["weights"] for p in parts), format_bytes)),
         ("the trained layers", _range((sum(p[key] for key in _TRAINED) for p in parts), format_bytes)),
         ("the closed-form start, before", f"about {_range((p['closed_form'] for p in parts), format_bytes)}"),
@@ -96,6 +96,9 @@ def _tuning_rows(parts: list[dict[str, int]]) -> list[tuple]:
         ("activations and logits", f"about {_range((p['activations'] + p['logits'] for p in parts), format_bytes)}"),
         ("together", f"about {_range((p['total'] for p in parts), format_bytes)}"),
     ]
+    if not any(p["closed_form"] for p in parts):
+        del rows[2]  # there is no closed-form start
+    return rows
 
 
 def _range(values: Iterable[float], show: Callable[[float], str]) -> str:
