@@ -49,8 +49,11 @@ def test_table_is_for_people(folder, capsys):
     assert re.fullmatch(r"cut +4 +52\.58 k +105\.15 kB", lines[4])
     assert [line.split()[:2] for line in lines[5:8]] == [["ONNX", "float32"], ["ONNX", "int8"], ["ONNX", "int4"]]
     assert lines[9] == "Endpoint tuning holds at its peak"
-    assert re.fullmatch(r"together +about .* to .* MB", lines[15])
+    assert re.fullmatch(r"together +about .* to .* MB", lines[14])
     assert lines[-1] == "No weight was read, and nothing was written."
+    line = f"prune --model {folder} --pruning-ratio 0.34 --init least_squares --dry-run out"
+    assert main(line.split()) == 0
+    assert re.match(r"the closed-form start, before +about ", capsys.readouterr().out.splitlines()[12])
 
 
 def test_options_change_the_plan(folder, capsys):
