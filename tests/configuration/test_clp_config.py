@@ -50,6 +50,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "batch_size": 8,
                 "initial_steepness": 16.0,
                 "num_rescored": 5,
+                "repair": "none",
                 "budget": 4.0,
             },
         ),
