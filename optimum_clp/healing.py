@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
@@ -21,6 +22,7 @@ from .processes import gathered, is_first
 from .resume import Journal
 from .segments import endpoint_layers
 from .session import Session
+from .surgery.cut import own_storage
 from .tuning.forecast import Forecast, Pilot, RecoveryCurve
 from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
@@ -93,7 +95,9 @@ class Healing:
         batch_size: int,
         folder: Path | None = None,
     ):
-        self.layers = [decoder_layers(model)[index] for index in layers]
+        self.layers = nn.ModuleList(decoder_layers(model)[index] for index in layers)
+        # weights are put back in place, and they may be the dense model's
+        own_storage(self.layers)
         self.text, self.tune, self.batch_size, self.folder = text, tune, batch_size, folder
         self.untuned = copy.deepcopy([layer.state_dict() for layer in self.layers])
         self.journal = Journal(None if folder is None else folder / "pilots.jsonl", writes=is_first())

@@ -31,7 +31,7 @@ def duration() -> Rule:
 
     def holds(value: object) -> bool:
         try:
-            return seconds(value) > 0  # type: ignore[arg-type]
+            return seconds(value) > 0  # type: ignore[arg-type]  # whatever else it is is no length of time, and raises
         except ValueError:
             return False
 

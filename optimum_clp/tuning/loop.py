@@ -116,7 +116,8 @@ class TrainingLoop:
             if state.stage_step % every == 0 or last:
                 if not self._evaluate(rate):
                     state.stopped = "nan"
-                elif state.stale >= self.config.patience and not last:
+                    return
+                if state.stale >= self.config.patience and not last:
                     bar.update(steps - state.stage_step)
                     break
             if self._checkpoints is not None and not last and self._checkpoints.save_if_due(state):

@@ -7,6 +7,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp.configuration.stages import TuningConfig
+from optimum_clp.errors import TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
@@ -112,6 +113,13 @@ def test_a_stage_that_no_longer_helps_gives_way_to_the_next():
     assert (first.steps, second.steps) == (128, 4)
     assert (result.stopped, result.best_step) == ("patience", 0)
     assert not result.improved
+
+
+@pytest.mark.parametrize(("setting", "stages"), [("hidden_learning_rate", 1), ("learning_rate", 2)])
+def test_a_loss_that_is_not_finite_names_the_rate_of_its_stage(setting, stages):
+    with pytest.raises(TuningError, match=rf"Lower tuning.{setting} \(now 1e\+30\), or check") as error:
+        tuned(**{setting: 1e30})
+    assert len(error.value.result.stages) == stages and error.value.result.stopped == "nan"
 
 
 def test_without_hidden_epochs_there_is_one_stage():
