@@ -109,7 +109,7 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
         while (done := len(sample.tokens)) < total:
             # rounding differs with the size of a batch, and a row should not depend on how many are wanted
             stop = done + writing.batch_size if writing.grows else min(done + writing.batch_size, total)
-            uniforms = torch.stack([_stream(writing.seed, row, length) for row in range(done, stop)])
+            uniforms = torch.stack([random_stream(writing.seed, row, length) for row in range(done, stop)])
             scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
             sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
             if len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL:
@@ -122,7 +122,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
-def _stream(seed: int, row: int, length: int) -> Tensor:
+def random_stream(seed: int, row: int, length: int) -> Tensor:
     """The random numbers of one row: float64 `[length]` in [0, 1)."""
     digest = hashlib.sha256(f"{seed}:{row}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

@@ -8,7 +8,6 @@ works with every kind of cache.
 """
 
 import contextlib
-import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
+from ..calibration.writing import random_stream
 from ..errors import ModelError
 from ..forward.decoding import cache_keyword, cache_of, takes_back_its_cache
 from ..forward.hooks import evaluation_mode
@@ -104,7 +104,11 @@ def write_answers(
         decoder = _Decoder(model, takes_back_its_cache(model))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]
-            batch = _Batch([list(prompts[index]) for index in rows], [_stream(rules, index) for index in rows], rules)
+            batch = _Batch(
+                [list(prompts[index]) for index in rows],
+                [random_stream(rules.seed, index, rules.max_new_tokens) for index in rows],
+                rules,
+            )
             for place, answer in batch.write(decoder, bar.update).items():
                 answers[rows[place]] = answer
     return [answers[index] for index in range(len(prompts))]
@@ -198,10 +202,3 @@ class _Batch:
         ended = token in self.rules.ends
         if ended or len(text) >= self.limits[row]:
             done[row] = Answer(tuple(text[start:]), ended)
-
-
-def _stream(rules: AnswerRules, index: int) -> Tensor:
-    """The random numbers of one prompt: float64 `[max_new_tokens]` in [0, 1)."""
-    digest = hashlib.sha256(f"{rules.seed}:{index}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return torch.rand(rules.max_new_tokens, generator=generator, dtype=torch.float64)
