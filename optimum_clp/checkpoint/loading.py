@@ -15,8 +15,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..doors import ARCHITECTURES
 from ..errors import CLPError
+from ..model_files import check_folder, check_model_file
 from .errors import load_error, model_error, quanto_error
 from .files import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
     check_class,
     check_config,
@@ -120,9 +122,11 @@ def load_config(
     name, hub = os.fspath(path), {"revision": revision, "token": token}
     if os.path.isdir(name):
         raw = read_config(Path(name))
+        check_folder(Path(name), name)
     else:
         _refuse_local_looking(name)
         raw = _hub_config(name, hub)
+        check_model_file(CONFIG_FILE, raw, name)
     if raw.get("model_type") in ARCHITECTURES:
         # the package that adds a model type tells transformers of its classes when it is imported
         ARCHITECTURES.get(raw["model_type"])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem
+from ..json_files import JsonProblem, read_object
 from .arguments import configuration_values
 
 if TYPE_CHECKING:
@@ -139,15 +140,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     path = path / "clp_config.json" if path.is_dir() else path
     remedy = "Give a clp_config.json, or the folder that holds it"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"it cannot be read ({error.strerror})"
-        raise ConfigurationError.of("--config", str(path), rule, remedy) from error
-    except ValueError as error:
-        raise ConfigurationError.of("--config", str(path), f"it is not valid JSON ({error})", remedy) from error
-    if not isinstance(values, dict):
-        raise ConfigurationError.of("--config", str(path), "it does not hold a JSON object", remedy)
-    return values
+        return read_object(path)
+    except JsonProblem as problem:
+        raise ConfigurationError.of("--config", str(path), f"it {problem.rule}", remedy) from problem
 
 
 def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":

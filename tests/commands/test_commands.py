@@ -86,7 +86,7 @@ def test_config_file_is_overridden_by_options(pruner, tmp_path):
     [
         (None, r"--config is 'r.json': it cannot be read \(No such file"),
         ("{", r"--config is 'r.json': it is not valid JSON \("),
-        ("[]", r"--config is 'r.json': it does not hold a JSON object"),
+        ("[]", r"--config is 'r.json': it holds no JSON object"),
         ('{"tuning": 3}', "tuning is 3: it must be a TuningConfig or a dict"),
         ('{"prunning_ratio": 0.2}', "prunning_ratio is 0.2: .* Did you mean 'pruning_ratio'?"),
     ],
@@ -293,7 +293,10 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
             "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of NAME=FILE, each name once. "
             "Give for example ['piqa=piqa.jsonl'].",
         ),
-        ("t=piqa.jsonl --task-limit 0", "evaluation.task_limit is 0: it must be a whole number at least 1, or None."),
+        (
+            "t=piqa.jsonl --task-limit 0",
+            "evaluation.task_limit is 0: it must be a whole number from 1 to 2147483647, or None.",
+        ),
         (
             "t=piqa.jsonl --prompts gone.jsonl",
             "prompts is 'gone.jsonl': it cannot be read (No such file or directory).",

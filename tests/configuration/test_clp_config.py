@@ -175,8 +175,8 @@ def test_ratios_outside_the_open_interval_are_refused(ratio):
     ("stage", "key", "value", "message"),
     [
         ("calibration", "dataset", [], "it must be a file, a dataset name or a list of strings, or None"),
-        ("calibration", "sequence_length", 4, "it must be a whole number at least 8"),
-        ("calibration", "temperature", 0, "it must be a number above 0"),
+        ("calibration", "sequence_length", 4, "it must be a whole number from 8 to 16777216"),
+        ("calibration", "temperature", 0, "it must be a number between 0.001 and 1000.0"),
         ("calibration", "text_column", "", "it must be a string that is not empty"),
         (
             "search",
@@ -189,7 +189,7 @@ def test_ratios_outside_the_open_interval_are_refused(ratio):
         ("tuning", "loss", {"kd": 0.0}, "weights of at least 0 for these, not all 0"),
         ("tuning", "enabled", 1, "it must be True or False"),
         ("tuning", "warmup_ratio", 1.5, "it must be a number between 0 and 1"),
-        ("tuning", "weight_decay", -1, "it must be a number of at least 0"),
+        ("tuning", "weight_decay", -1, "it must be a number between 0 and 1000.0"),
         ("tuning", "learning_rate", 0, "it must be a number above 0, or None"),
         ("quantization", "weights", ["int4", "int4"], "each at most once"),
         ("quantization", "accuracy_level", 2, "it must be one of 0, 1, 4"),
