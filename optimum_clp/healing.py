@@ -125,9 +125,10 @@ class Healing:
                 stacklevel=3,
             )
             rows = last["rows"]
-        forecast = _forecast(found, rows)
+        data = self.text(rows)
+        forecast = _forecast(found, len(data.train))
         self._reset()
-        result = self.tune(self.text(rows), self._place(f"rows-{rows}"))
+        result = self.tune(data, self._place(f"rows-{rows}"))
         return dataclasses.replace(result, forecast=forecast)
 
     def _pilots(self, budget: float) -> list[dict[str, Any]]:
@@ -147,8 +148,9 @@ class Healing:
         writing = time.perf_counter() - began
         result = self.tune(data, self._place(f"rows-{rows}"))
         return {
-            "rows": rows,
-            "tokens": rows * data.sequence_length,
+            # a given text may have fewer
+            "rows": len(data.train),
+            "tokens": data.train.numel(),
             "loss": result.best_validation_loss,
             "writing": writing,
             "pass": result.cache_seconds,

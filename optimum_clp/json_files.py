@@ -9,12 +9,15 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MAX_BYTES = 2**26
 """Of a whole file: 64 MiB; the largest index of weights that is known has 14."""
 MAX_DEPTH = 64
 """Lists and objects inside one another; published configs have up to 6."""
+_CHUNK = 2**16
+# of what cannot be cut in two: an escape or a literal
+_LONGEST_MARK = 12
 
 
 class JsonProblem(ValueError):
@@ -121,6 +124,99 @@ def json_lines(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:
             if deep:
                 raise JsonProblem(f"line {number} is nested more than {MAX_DEPTH} deep")
             yield number, value
+
+
+def json_values(stream: IO[str], *, array: bool = False) -> Iterator[Any]:
+    """The values of a text, one after the other, without holding it whole.
+
+    Args:
+        stream (`IO[str]`): The text.
+        array (`bool`): `True`: one list, whose entries are the values; or values one after the other, as in JSON lines that
+            are called `.json`. `False`: JSON lines.
+
+    Raises:
+        JsonProblem: Its rule begins with the number of the line that is wrong.
+    """
+    if not array:
+        yield from (value for _, value in json_lines(_lines(stream)))
+        return
+    text = _Window(stream)
+    in_list = text.skips("[")
+    while text.left():
+        if in_list and text.skips("]"):
+            in_list = False
+            continue
+        yield text.value()
+        if in_list and not text.skips(",") and not text.begins("]"):
+            raise JsonProblem(f"line {text.line} is not valid JSON (Expecting ',' delimiter)")
+    if in_list:
+        raise JsonProblem(f"line {text.line} is not valid JSON (the list has no end)")
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(MAX_BYTES):
+        number += 1
+        if len(line) == MAX_BYTES:
+            raise JsonProblem(f"line {number} has {MAX_BYTES} characters and more, and such lines are not read")
+        yield line
+
+
+class _Window:
+    """A stretch of a text that moves on as values are taken from its beginning."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream, self.text, self.line, self.ended = stream, "", 1, False
+        self.decoder = json.JSONDecoder()
+
+    def left(self) -> bool:
+        """Whether there is something but white space."""
+        while not self.ended and not self.text.strip():
+            self._move(len(self.text))
+            self._grow()
+        self._move(len(self.text) - len(self.text.lstrip()))
+        return bool(self.text)
+
+    def begins(self, mark: str) -> bool:
+        return self.left() and self.text.startswith(mark)
+
+    def skips(self, mark: str) -> bool:
+        """Pass over `mark`, if it is next."""
+        found = self.begins(mark)
+        if found:
+            self._move(len(mark))
+        return found
+
+    def value(self) -> Any:
+        while True:
+            try:
+                value, end = self.decoder.raw_decode(self.text)
+                if end < len(self.text) or self.ended:  # else a number may go on
+                    break
+            except RecursionError:
+                raise JsonProblem(f"line {self.line} is nested more than {MAX_DEPTH} deep") from None
+            except json.JSONDecodeError as error:
+                cut_off = error.pos > len(self.text) - _LONGEST_MARK or error.msg.startswith("Unterminated string")
+                if self.ended or not cut_off:
+                    line = self.line + error.lineno - 1
+                    raise JsonProblem(f"line {line} is not valid JSON ({error.msg})") from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise JsonProblem(f"line {self.line} is not valid JSON ({error})") from error
+            self._grow()
+        if is_deep(value):
+            raise JsonProblem(f"line {self.line} is nested more than {MAX_DEPTH} deep")
+        self._move(end)
+        return value
+
+    def _grow(self) -> None:
+        if len(self.text) > MAX_BYTES:
+            raise JsonProblem(f"line {self.line} begins a value of more than {MAX_BYTES} characters")
+        more = self.stream.read(max(_CHUNK, len(self.text)))
+        self.text, self.ended = self.text + more, not more
+
+    def _move(self, characters: int) -> None:
+        self.line += self.text.count("\n", 0, characters)
+        self.text = self.text[characters:]
 
 
 def check(value: Any, schema: Mapping[str, Any]) -> None:

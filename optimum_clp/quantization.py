@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .argument_types import check_arguments
 from .checkpoint.errors import load_error, model_error
 from .checkpoint.files import (
     CONFIG_FILE,
@@ -98,6 +99,7 @@ def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])
 
 
+@check_arguments
 def save_quantized(
     model: PreTrainedModel,
     tokenizer,
@@ -303,6 +305,7 @@ def _quantized_weight(name: str, layer: nn.Linear, kind: qtype) -> Any:
         raise QuantizationError.of("layer", name, rule, "Use the ONNX files instead") from error
 
 
+@check_arguments
 def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     """Load what [`save_quantized`] wrote: exactly the model that was saved, on the CPU, in eval mode.
 

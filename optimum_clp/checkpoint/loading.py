@@ -14,7 +14,7 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..doors import ARCHITECTURES
-from ..errors import CLPError
+from ..errors import CLPError, ModelError
 from ..model_files import check_folder, check_model_file
 from .errors import load_error, model_error, quanto_error
 from .files import (
@@ -249,6 +249,19 @@ def load_tokenizer(
     if len(tokenizer) < 2:
         raise model_error(name, "it has no tokenizer, or an empty one", remedy)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check that an object is a tokenizer, or a processor that can be called like one; or `None`.
+
+    Raises:
+        ModelError: If it is neither.
+    """
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+        rule = f"a {type(tokenizer).__name__} is no tokenizer"
+        raise ModelError.of(
+            "tokenizer", tokenizer, rule, "Give what AutoTokenizer.from_pretrained returns, or a folder"
+        )
 
 
 @contextlib.contextmanager

@@ -37,13 +37,17 @@ def run(args: argparse.Namespace) -> Answer:
         return _dry_run(args)
     output = required_output(args)
     config = read_config(args)
+    if args.push_to_hub is not None:
+        from ..report.hub import check_repo_id
+
+        check_repo_id(args.push_to_hub)
     pruner = load_pruner(args)
     pruner.prune(config, output, overwrite=args.overwrite)
     where, status = f"Written to {args.output}.", exit_status(pruner.report)
     if args.push_to_hub and status:
         where += " Not uploaded: it falls short of what was required."
     elif args.push_to_hub:
-        pruner.push_to_hub(args.push_to_hub)
+        pruner.push_to_hub(args.push_to_hub, token=args.token)
         where += f" Uploaded to {args.push_to_hub}."
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..argument_types import check_argument
 from ..configuration.validation import checked_values
-from ..errors import CLPError, ConfigurationError, OutputError, Problem
+from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
 from ..json_files import JsonProblem, read_object
-from .arguments import configuration_values
+from . import arguments
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -58,9 +59,10 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         print("optimum-clp: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        token = getattr(args, "token", None)
         if args.debug:
-            traceback.print_exc()
-        print(f"optimum-clp: error: {_message(error)}", file=sys.stderr)
+            print(arguments.without_secret(traceback.format_exc(), token), end="", file=sys.stderr)
+        print(f"optimum-clp: error: {arguments.without_secret(_message(error), token)}", file=sys.stderr)
         return 1
 
 
@@ -88,8 +90,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         full = "Free some space, or choose an output folder on another disk"
         advice = f". {full}." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return f"{error}{advice}"
-    detail = str(error).strip() or "no message"
+        return f"{shortened(str(error), 1000)}{advice}"
+    detail = shortened(str(error).strip()) or "no message"
     return f"unexpected {type(error).__name__}: {detail}\nThe option --debug shows where it came from."
 
 
@@ -104,6 +106,7 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     output = getattr(args, "output", None)
     if output is None:
         return None
+    check_argument("output folder", output, str | os.PathLike)
     target = check_output(output, args.overwrite)
     for option in ("model", "reference"):
         source = getattr(args, option, None)
@@ -129,7 +132,7 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     values = base.to_dict() if base is not None else {}
     if args.config is not None:
         values = _read_json(Path(args.config))
-    values = configuration_values(args, values)
+    values = arguments.configuration_values(args, values)
     checked_values(values)  # a mistake is told before `CLPConfig` loads torch and transformers
     from ..configuration.clp_config import CLPConfig
 
@@ -156,8 +159,11 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     from ..report.hub import written_file
     from ..report.report import REPORT_NAME, CLPReport
 
-    config = load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    record = written_file(args.model, REPORT_NAME, args.revision, None)
+    check_argument("--model", args.model, str | os.PathLike)
+    config = load_config(
+        args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code
+    )
+    record = written_file(args.model, REPORT_NAME, args.revision, args.token)
     if record is not None and CLPReport.load(record).cut is not None:
         remedy = "Give the dense model that its report names"
         raise model_error(args.model, "it was cut before, and pruning starts from a dense model", remedy)
@@ -177,6 +183,7 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
         dtype=args.dtype,
         device_map=args.device_map or own_device_map(),
         revision=args.revision,
+        token=args.token,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=not args.no_safetensors,
         quiet=args.quiet,

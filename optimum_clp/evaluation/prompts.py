@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..argument_types import check_arguments
 from ..errors import ConfigurationError
 from ..json_files import JsonProblem, json_lines
 
@@ -43,6 +44,7 @@ class Prompt:
         return self.messages[-1][1]
 
 
+@check_arguments
 def load_prompts(source: str | os.PathLike | Sequence[dict[str, Any]] | None = None) -> list[Prompt]:
     """Read prompts.
 

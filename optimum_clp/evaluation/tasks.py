@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import context_limit, text_config
+from ..argument_types import check_arguments
 from ..errors import CalibrationError, ConfigurationError, ModelError
 from ..json_files import JsonProblem, json_lines
 from ..progress import progress_bar
@@ -88,6 +89,7 @@ class TaskScore:
         return to_section(self)
 
 
+@check_arguments
 def load_task(name: str, source: str | os.PathLike | list[dict[str, Any]]) -> Task:
     """Read a task.
 
