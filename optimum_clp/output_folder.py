@@ -5,6 +5,7 @@ A folder appears whole or not at all, and what is found on the way goes into the
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ from .precisions import PRECISIONS
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.model_card import write_model_card
+from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
 from .report.plots import write_plots
+from .report.section import to_section
 from .session import Session
 
 
@@ -170,8 +173,28 @@ def _deployment_checks(session: Session) -> DeploymentChecks:
     return DeploymentChecks(session.config, session.tokenizer, session.cut_or_dense_config(), session.quiet)
 
 
+def _take_origin_along(session: Session, folder: Path) -> None:
+    """The dense model's terms into the report, and the files that state them into the folder."""
+    base = session.report.base_model
+    if not base or not base.get("name_or_path"):
+        return
+    name, revision = base["name_or_path"], base.get("revision")
+    origin = find_origin(name, revision)
+    if not origin.is_known and base.get("origin"):
+        origin = Origin(**base["origin"])  # an earlier stage had a network
+    base["origin"] = to_section(origin)
+    copy_files(origin_folder(name, LICENSE_FILES, revision), folder, LICENSE_FILES)
+    if not origin.is_known and hub_id(name) is not None:
+        warnings.warn(
+            f"licence: the card of {name} is not in the cache, and the Hugging Face Hub could not be reached: README.md does not say "
+            "under which licence this model may be used. Add it before you pass the model on.",
+            stacklevel=3,
+        )
+
+
 def _write_records(session: Session, folder: Path, name: str) -> None:
     config, report = session.config, session.report
+    _take_origin_along(session, folder)
     report.environment = environment_info(session.cut_model().device)
     config.save_pretrained(folder)
     report.save(folder)

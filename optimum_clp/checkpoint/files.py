@@ -31,6 +31,22 @@ TOKENIZER_FILES = (
     "tekken.json",
     "*.tiktoken",
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# what may lie beside a tokenizer, and nothing writes anew
+COMPANION_FILES = (
+    "tokenizer*.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
 # what transformers 4 calls the rotary base of layers with full and with sliding attention, where these differ
 _LEGACY_BASES = {
     "gemma3": ("rope_theta", "rope_local_base_freq"),
@@ -240,7 +256,7 @@ def make_tokenizer_portable(folder: Path) -> None:
     Args:
         folder (`Path`): A folder that a tokenizer's `save_pretrained` wrote.
     """
-    path, model = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    path, model = folder / TOKENIZER_CONFIG, folder / "tokenizer.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> Answer:
     if args.push_to_hub and status:
         where += " Not uploaded: it falls short of what was required."
     elif args.push_to_hub:
-        pruner.push_to_hub(args.push_to_hub, token=args.token)
+        pruner.push_to_hub(args.push_to_hub, **({"token": args.token} if args.token else {}))
         where += f" Uploaded to {args.push_to_hub}."
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 

@@ -13,7 +13,8 @@ from transformers.utils import cached_file
 
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError
-from .model_card import hub_id, write_model_card
+from .model_card import write_model_card
+from .origin import hub_id
 from .report import CLPReport
 
 
