@@ -247,9 +247,7 @@ def test_a_token_is_an_option_of_its_own():
     assert (args.token, args.tokenizer) == ("hf_abc", "t")
 
 
-@pytest.mark.parametrize(
-    "option", ["--epochs", "--segment", "--weights", "--learning-rate", "--pruning-ratio"]
-)
+@pytest.mark.parametrize("option", ["--epochs", "--segment", "--weights", "--learning-rate", "--pruning-ratio"])
 def test_long_values_are_not_repeated_whole(option, capsys):
     command = "tune" if option == "--segment" else "prune"
     with pytest.raises(SystemExit):
