@@ -102,6 +102,8 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise JsonProblem(f"cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a name that no file can have
+        raise JsonProblem(f"cannot be read ({error})") from error
 
 
 def json_lines(lines: Iterator[str]) -> Iterator[tuple[int, Any]]:

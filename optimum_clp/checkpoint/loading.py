@@ -70,7 +70,7 @@ def load_model(
         return model_or_path
     if not isinstance(model_or_path, (str, os.PathLike)):
         remedy = "Give a PreTrainedModel, a local folder, or a Hub id"
-        raise model_error(repr(model_or_path), f"a {type(model_or_path).__name__} is not a model", remedy)
+        raise ModelError.of("model", model_or_path, f"a {type(model_or_path).__name__} is not a model", remedy)
     path, hub = os.fspath(model_or_path), {"revision": revision, "token": token}
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
