@@ -12,7 +12,7 @@ from ..errors import Problem
 from ..registry import Registry
 
 _LONGEST_WORD = 4096  # of a path on Linux
-_MOST_STRINGS = 10**7
+_MOST_STRINGS, _LARGEST_WEIGHT = 10**7, 10**6
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,11 @@ def name_or_weights(choices: Registry, example: str) -> Rule:
     def holds(value: Any) -> bool:
         if isinstance(value, dict):
             weights = list(value.values())
-            return set(value) <= set(choices) and all(is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+            return (
+                set(value) <= set(choices)
+                and all(is_number(w) and 0 <= w <= _LARGEST_WEIGHT for w in weights)
+                and sum(weights) > 0
+            )
         return isinstance(value, str) and value in choices
 
     def parse(word: str) -> str | dict[str, float]:
@@ -227,7 +231,7 @@ def name_or_weights(choices: Registry, example: str) -> Rule:
     weighted = parse(example)
     return Rule(
         holds,
-        "it must be {names}, or weights of at least 0 for these, not all 0",
+        f"it must be {{names}}, or weights from 0 to {_LARGEST_WEIGHT} for these, not all 0",
         f"Choose for example {next(iter(weighted))!r} or {weighted}",
         parse,
         choices,

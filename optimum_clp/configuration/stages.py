@@ -29,6 +29,7 @@ from .settings import Setting, documented, setting, settings_of
 
 # what a count cannot exceed whatever the model: rows are counted in 32 bits, and take memory long before; more is a slip
 _ROWS, _BATCH, _TIMES = 2**31 - 1, 2**16, 10_000
+_FLOAT = 1e38  # of a float32, which it becomes
 
 
 @documented
@@ -138,7 +139,7 @@ class CalibrationConfig:
         "temperature at which self-written text is sampled",
         more="1 is the model's own distribution.",
     )
-    generation_batch_size: int = setting(64, integer(1, _BATCH), "rows of self-written text that are written at once")
+    generation_batch_size: int = setting(64, integer(1, 4096), "rows of self-written text that are written at once")
     cache_dir: str | None = setting(
         None, or_none(text()), "where self-written text is kept", unset="the user's cache folder"
     )
@@ -235,7 +236,9 @@ class TuningConfig:
     )
     train_final_norm: bool = setting(False, boolean(), "also train the norm behind the last layer")
     train_head: bool = setting(False, boolean(), "also train the head, if it is not tied to the embedding")
-    learning_rate: float | None = setting(None, or_none(positive()), "peak rate of AdamW", unset="0.1 / hidden size")
+    learning_rate: float | None = setting(
+        None, or_none(positive(_FLOAT)), "peak rate of AdamW", unset="0.1 / hidden size"
+    )
     tokens: int | None = setting(
         None,
         or_none(integer(1, 2**40)),
@@ -253,7 +256,7 @@ class TuningConfig:
     )
     hidden_learning_rate: float | None = setting(
         None,
-        or_none(positive()),
+        or_none(positive(_FLOAT)),
         "peak rate of AdamW in these passes",
         unset="0.18 / root of the hidden size, less for few steps",
     )
@@ -276,7 +279,7 @@ class TuningConfig:
         more="A cosine takes it to 0 after that.",
     )
     weight_decay: float = setting(0.0, not_negative(1e3), "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, positive(), "norm that the gradient is clipped to")
+    max_grad_norm: float = setting(1.0, positive(_FLOAT), "norm that the gradient is clipped to")
     evaluations_per_epoch: int = setting(2, integer(1, _TIMES), "how often the validation loss is taken in an epoch")
     patience: int = setting(4, integer(1, 10**6), "evaluations without a better validation loss before tuning stops")
     checkpoint_seconds: float = setting(

@@ -97,7 +97,7 @@ def registry():
             rules.name_or_weights(registry(), "flat=0.9,steep=0.1"),
             ["flat", {"flat": 1}, {"flat": 0.0, "steep": 2.5}],
             ["round", [], {}, {"round": 1}, {"flat": 0.0}, {"flat": -1, "steep": 2}, {"flat": "1"}],
-            "it must be 'flat', 'steep', or weights of at least 0 for these, not all 0. "
+            "it must be 'flat', 'steep', or weights from 0 to 1000000 for these, not all 0. "
             "Choose for example 'flat' or {'flat': 0.9, 'steep': 0.1}.",
         ),
         (
