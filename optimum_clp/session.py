@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
 from .argument_types import check_argument
-from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from .calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
@@ -238,16 +238,15 @@ class Session:
         return tokenize_dataset(text, self.tokenizer, sequence_length=length, text_column=column, name="text")
 
     def _test_rows(self) -> torch.Tensor:
-        """The recipe's test rows: nothing else is read or written for them. They do not depend on the other splits."""
-        wanted, found = self.config.calibration, self._text
+        """The recipe's test rows, for which no other rows are written."""
+        found, text = self._text, self.config.calibration
         if self.onnx_file is not None or (found is not None and found[0] == self._text_key(self._text_settings())):
             return self.calibration().test
-        few = dataclasses.replace(wanted, train_sequences=1, validation_sequences=1)
-        writes = wanted.dataset is None
+        writes = text.dataset is None
         model = self.dense() if writes else self.model or self.pruned_model
         assert model is not None
-        fingerprint = self.fingerprint() if writes else None
-        return load_calibration(few, self.tokenizer, model, self.config.seed, self.quiet, fingerprint=fingerprint).test
+        known: dict[str, Any] = {"fingerprint": self.fingerprint() if writes else None, "dense": self.dense}
+        return load_test_rows(text, self.tokenizer, model, self.config.seed, self.quiet, **known)
 
     def _text_key(self, settings: CalibrationConfig) -> dict[str, Any]:
         return {"seed": self.config.seed, **vars(settings)}

@@ -91,3 +91,26 @@ def test_what_an_architecture_does_not_have_is_said_before_any_work():
         check_writable(session)
     session.config.export.enabled = False
     check_writable(session)
+
+
+def test_terms_and_origin_of_the_dense_model_go_along(session, tmp_path):
+    base = tmp_path / "models--acme--chat" / "snapshots" / "0"
+    base.mkdir(parents=True)
+    (base / "README.md").write_text("---\nlicense: other\nlicense_name: acme\nlicense_link: LICENSE.md\n---\n")
+    (base / "LICENSE.md").write_text("terms")
+    session.report.base_model["name_or_path"] = str(base)
+    write_run(session, tmp_path / "out")
+    assert (tmp_path / "out/LICENSE.md").read_text() == "terms"
+    card = (tmp_path / "out/README.md").read_text()
+    for line in ("license: other", "license_name: acme", "license_link: LICENSE.md", "base_model: acme/chat"):
+        assert f"{line}\n" in card
+    assert CLPReport.load(tmp_path / "out").base_model["origin"]["license_name"] == "acme"
+
+
+def test_a_licence_that_nobody_knows_is_said(session, tmp_path):
+    session.report.base_model["name_or_path"] = "acme/no-such-model"
+    with pytest.warns(
+        UserWarning, match="licence: the card of acme/no-such-model is not in the cache, and the Hugging Face Hub"
+    ):
+        write_run(session, tmp_path / "out")
+    assert "license:" not in (tmp_path / "out/README.md").read_text()

@@ -8,7 +8,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -143,6 +143,35 @@ def load_calibration(
         train_mask=train.mask,
         validation_mask=validation.mask,
     )
+
+
+def load_test_rows(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    seed: int,
+    quiet: bool = False,
+    *,
+    fingerprint: str | None = None,
+    dense: Callable[[], PreTrainedModel] | None = None,
+) -> torch.Tensor:
+    """The test rows of [`load_calibration`], without the rows that the dense model would write for the other splits.
+
+    Args:
+        config, tokenizer, model, seed, quiet, fingerprint, dense: As there.
+
+    Returns:
+        `torch.Tensor`: int64 `[test_sequences, sequence_length]`.
+    """
+    known: dict[str, Any] = {"dense": dense, "quiet": quiet}
+    if config.dataset is None:
+        # a sample of its own; two of the others, so that both kinds of text are there
+        few = replace(config, train_sequences=2, validation_sequences=2)
+        return load_calibration(few, tokenizer, model, seed, fingerprint=fingerprint, **known).test
+    length = within_context(config.sequence_length, model.config)
+    sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
+    given = [size - count for size, count in zip(sizes, _self_written_rows(config), strict=True)]
+    return given_rows(config, tokenizer, model, given[::-1], length, seed, **known)[0].tokens.clone()
 
 
 def _require_memory(sizes: Sequence[int], length: int) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_clp import resume
 from optimum_clp.calibration.own import distinct_ngram_share
-from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from optimum_clp.calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
 from optimum_clp.configuration.stages import CalibrationConfig
 from optimum_clp.errors import CalibrationError
 
@@ -498,3 +498,11 @@ def test_rows_of_both_kinds_come_first(tokenizer, model, tmp_path):
     assert torch.equal(first.train, again.train)
     written = {tuple(r) for r in first.train.tolist() if r[0] == BOS and r.count(EOS) == 0}
     assert 0 < sum(tuple(r) in written for r in first.train[:10].tolist()) < 10
+
+
+@pytest.mark.parametrize("dataset", [None, DOCUMENTS, DOCUMENTS[:12]])
+@pytest.mark.filterwarnings("ignore:calibration")
+def test_test_rows_alone_are_those_of_the_whole(dataset, tokenizer, model, tmp_path):
+    config = config_for(dataset, self_written_share=0.5, cache_dir=str(tmp_path))
+    whole = load_calibration(config, tokenizer, model, seed=3)
+    assert torch.equal(load_test_rows(config, tokenizer, model, seed=3), whole.test)

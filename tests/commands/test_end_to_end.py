@@ -145,7 +145,11 @@ BAD_INPUT = [
     (nothing, "--pruning-ratio 1.5", "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded"),
     (nothing, "--pruning-ratio 0.01", "it removes none of the model's 6 layers. The nearest valid ratio is 0.1667"),
     (nothing, "--pruning-ratio 0.99", "it leaves none of the model's 6 layers. The nearest valid ratio is 0.8333"),
-    (nothing, "--learning-rate -1", "tuning.learning_rate is -1.0: it must be a number above 0 and at most 1e+38, or None"),
+    (
+        nothing,
+        "--learning-rate -1",
+        "tuning.learning_rate is -1.0: it must be a number above 0 and at most 1e+38, or None",
+    ),
 ]
 
 
