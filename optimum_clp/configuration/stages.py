@@ -94,8 +94,9 @@ class CalibrationConfig:
     dataset: str | list[str] | None = setting(
         None,
         or_none(source_of_text()),
-        "the text: a .txt, .json, .jsonl, .csv or .parquet file, a dataset as id[:config[:split]], wikitext2 or c4",
-        more="In Python also a list of strings. Rows without `text_column` may be conversations (`messages`, ShareGPT, Alpaca, "
+        "the text: a .txt, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, also compressed (.gz, .zst, ...), a dataset as "
+        "id[:config[:split]], wikitext2 or c4",
+        more="In Python also a `Path`, and a list, tuple, column or generator of strings. Rows without `text_column` may be conversations (`messages`, ShareGPT, Alpaca, "
         "`prompt` and `completion`), or a `prompt` alone, which the dense model answers.",
         metavar="TEXT",
         unset="the dense model writes its own",
