@@ -8,11 +8,12 @@ import copy
 import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,14 +29,18 @@ from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
 
 # the pilots' rows, as long as their time allows: each is about twice as dear as the one before
-PILOT_ROWS = (16, 32, 64, 128)
+PILOT_ROWS = (16, 32, 64, 128, 256, 512)
 # share of the time that is left after the search that pilots may take; with less than three of them there is no forecast
 _PILOTS_SHARE = 0.2
-# what is planned on, of the time that is left after them: pilots are short, and long runs are a little dearer for a row
-_PLANNED_SHARE = 0.92
+# what is planned on, of the time that is left after them
+_PLANNED_SHARE = 0.96
+# text is written in parts until the next one would be less than this share of it: how long writing takes is seen on the way
+_SMALLEST_PART = 0.05
 # a healing that has not twice the text of the last pilot brings less than that pilot's spread
 _WORTH = 2
 _MORE = 10
+# the last so many pilots say what more text brings
+_FORESEEING = 4
 
 
 def heal(session: Session, folder: Path | None) -> TuningResult:
@@ -115,16 +120,8 @@ class Healing:
         # several processes plan as the first one does: their clocks differ
         budget = gathered(self.journal.recall("seconds", seconds_left))[0]
         found = self._pilots(budget)
-        last = found[-1]
-        left = budget - sum(each["seconds"] + each["writing"] for each in found)
-        rows = self._affordable(left, found)
-        if rows < _WORTH * last["rows"]:
-            warnings.warn(
-                f"budget: {max(left, 0):.0f} s are left after short pilots, and twice the text of the last one (its "
-                f"{last['rows']} rows took {last['seconds']:.0f} s) would not fit: what it reached is kept. Give more time.",
-                stacklevel=3,
-            )
-            rows = last["rows"]
+        left = _PLANNED_SHARE * (budget - sum(each["seconds"] + each["writing"] for each in found))
+        rows = self._write(left, found)
         forecast = _forecast(found, rows)
         self._reset()
         result = self.tune(self.text(rows), self._place(f"rows-{rows}"))
@@ -155,13 +152,38 @@ class Healing:
             "seconds": time.perf_counter() - began - writing,
         }
 
-    def _affordable(self, left: float, found: Sequence[dict[str, Any]]) -> int:
-        """Rows that are written, passed over and tuned on in so many seconds, at the last pilot's pace."""
-        last = found[-1]
+    def _write(self, left: float, found: Sequence[dict[str, Any]]) -> int:
+        """Write text for as long as there is time to tune on it; how many rows."""
+        last, pace = found[-1], Pace.of(found)
         # their text may have been at hand already: writing takes at least as long as a pass over what is written
-        writing = max(sum(each["writing"] for each in found), last["pass"]) / last["rows"]
-        rows = _PLANNED_SHARE * left / (writing + last["seconds"] / last["rows"])
-        return max(0, int(rows) // self.batch_size * self.batch_size)
+        each_row = max(sum(each["writing"] for each in found), last["pass"]) / last["rows"]
+
+        def more() -> float:
+            return (left - pace.seconds(rows)) / (each_row + pace.each_row)
+
+        rows = last["rows"]
+        if rows + more() < _WORTH * rows:
+            warnings.warn(
+                f"budget: {max(left, 0):.0f} s are left after short pilots, and twice the text of the last one (its "
+                f"{rows} rows took {last['seconds']:.0f} s) would not fit: what it reached is kept. Give more time.",
+                stacklevel=4,
+            )
+            return rows
+        # half of what fits, as how long that takes says how much the other half is
+        while (part := self._whole_batches(more() / 2) or self._whole_batches(more())) > _SMALLEST_PART * rows:
+            rows += part
+            writing = gathered(self.journal.recall(["text", rows], partial(self._writing_seconds, rows)))[0]
+            left -= writing
+            each_row = max(writing / part, last["pass"] / last["rows"])
+        return max(last["rows"], min(rows, self._whole_batches(pace.rows(left))))
+
+    def _writing_seconds(self, rows: int) -> float:
+        began = time.perf_counter()
+        self.text(rows)
+        return time.perf_counter() - began
+
+    def _whole_batches(self, rows: float) -> int:
+        return max(0, int(rows)) // self.batch_size * self.batch_size
 
     def _reset(self) -> None:
         for layer, weights in zip(self.layers, self.untuned, strict=True):
@@ -171,11 +193,51 @@ class Healing:
         return None if self.folder is None else self.folder / name
 
 
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long a tuning takes: `once + each_row * rows` seconds.
+
+    Args:
+        once (`float`): What every tuning does, whatever its text: it judges weights, and compiles.
+        each_row (`float`): A pass of the dense model over a row, and all steps on it.
+    """
+
+    once: float
+    each_row: float
+
+    @classmethod
+    def of(cls, found: Sequence[Mapping[str, Any]]) -> "Pace":
+        """From pilots with their `rows` and `seconds`: a line of least relative errors, neither of its numbers below 0."""
+        points = torch.tensor([(each["rows"], each["seconds"]) for each in found], dtype=torch.float64)
+        rows, taken = points.T
+        if len(found) > 1:
+            once, each_row = (
+                torch.linalg.lstsq(
+                    torch.stack([1 / taken, rows / taken], 1), torch.ones(len(found), 1, dtype=torch.float64)
+                )
+                .solution[:, 0]
+                .tolist()
+            )
+            if once >= 0 and each_row > 0:
+                return cls(once, each_row)
+        return cls(0.0, float(taken[-1] / rows[-1]))
+
+    def seconds(self, rows: int) -> float:
+        """That a tuning on so many rows takes."""
+        return self.once + self.each_row * rows
+
+    def rows(self, seconds: float) -> float:
+        """On which a tuning takes so long."""
+        return (seconds - self.once) / self.each_row
+
+
 def _forecast(found: Sequence[dict[str, Any]], rows: int) -> Forecast | None:
     """What the planned text will bring, and ten times as much; `None` with fewer than three pilots."""
     if len(found) < 3:
         return None
-    curve = RecoveryCurve([each["tokens"] for each in found], [each["loss"] for each in found])
+    # the first ones have few steps, and fall faster than what comes (docs/recovery.md)
+    near = found[-_FORESEEING:]
+    curve = RecoveryCurve([each["tokens"] for each in near], [each["loss"] for each in near])
     planned = rows * found[0]["tokens"] // found[0]["rows"]
     pilots = tuple(Pilot(each["tokens"], each["loss"], each["seconds"]) for each in found)
     return Forecast(pilots, tuple(curve.at(tokens) for tokens in (planned, _MORE * planned)))
