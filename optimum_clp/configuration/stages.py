@@ -249,6 +249,12 @@ class TuningConfig:
         "peak rate of AdamW in these passes",
         unset="0.18 / root of the hidden size, less for few steps",
     )
+    hidden_batch_size: int | None = setting(
+        None,
+        or_none(integer(1)),
+        "rows in one optimizer step of these passes, over all processes",
+        unset="half of `batch_size`, where that can be dealt out",
+    )
     batch_size: int = setting(
         8,
         integer(1),

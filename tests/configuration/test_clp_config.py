@@ -73,6 +73,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "epochs": 1,
                 "hidden_epochs": 6,
                 "hidden_learning_rate": None,
+                "hidden_batch_size": None,
                 "batch_size": 8,
                 "gradient_accumulation_steps": 1,
                 "mixed_precision": None,
