@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
+from .on_policy import practise
 from .processes import gathered, is_first
 from .resume import Journal
 from .segments import endpoint_layers
@@ -26,7 +27,7 @@ from .session import Session
 from .surgery.cut import own_storage
 from .tuning.forecast import Forecast, Pilot, RecoveryCurve
 from .tuning.recipe import tune_by_recipe
-from .tuning.result import TuningResult
+from .tuning.result import OnPolicyRound, TuningResult
 
 # the pilots' rows, as long as their time allows: each is about twice as dear as the one before
 PILOT_ROWS = (16, 32, 64, 128, 256, 512)
@@ -39,6 +40,8 @@ _SMALLEST_PART = 0.05
 # a healing that has not twice the text of the last pilot brings less than that pilot's spread
 _WORTH = 2
 _MORE = 10
+# of the time that is left after the search, for rounds on the model's own text, if there are any
+_ON_POLICY_SHARE = 0.25
 # the last so many pilots say what more text brings
 _FORESEEING = 4
 
@@ -62,14 +65,25 @@ def heal(session: Session, folder: Path | None) -> TuningResult:
     def tune(data: CalibrationData, folder: Path | None) -> TuningResult:
         return tune_by_recipe(model, dense, segments, data, config, folder=folder, quiet=session.quiet)
 
+    rounds = config.tuning.on_policy_rounds
     if config.budget is None:
-        return tune(session.calibration(), folder)
+        result = tune(session.calibration(), folder)
+        return _practised(result, practise(session, session.calibration(), folder)) if rounds else result
     layers = endpoint_layers(segments, num_layers(dense.config), config.tuning.endpoint_width)
     healing = Healing(model, layers, text, tune, batch_size=config.tuning.batch_size, folder=folder)
+    share = _ON_POLICY_SHARE if rounds else 0.0
     try:
-        return healing.run(session.seconds_left)
+        result = healing.run(lambda: (1 - share) * session.seconds_left())
+        if rounds:
+            result = _practised(result, practise(session, session.calibration(), folder, session.seconds_left))
+        return result
     finally:
         session.stop_clock()
+
+
+def _practised(result: TuningResult, rounds: tuple[OnPolicyRound, ...]) -> TuningResult:
+    seconds = result.seconds + sum(each.seconds for each in rounds)
+    return dataclasses.replace(result, on_policy=rounds, seconds=seconds)
 
 
 Tune = Callable[[CalibrationData, Path | None], TuningResult]

@@ -255,6 +255,18 @@ class TuningConfig:
         "rows in one optimizer step of these passes, over all processes",
         unset="half of `batch_size`, where that can be dealt out",
     )
+    on_policy_rounds: int = setting(
+        0,
+        integer(0),
+        "rounds, after all that, in which the cut model learns from what it writes itself",
+        more="Rounds end when one does not help.",
+    )
+    on_policy_sequences: int = setting(
+        256,
+        integer(1),
+        "rows that it writes in each round",
+        more="As many of the given rows are learnt beside them, and an eighth as many are written to judge it.",
+    )
     batch_size: int = setting(
         8,
         integer(1),

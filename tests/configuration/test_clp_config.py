@@ -74,6 +74,8 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "hidden_epochs": 6,
                 "hidden_learning_rate": None,
                 "hidden_batch_size": None,
+                "on_policy_rounds": 0,
+                "on_policy_sequences": 256,
                 "batch_size": 8,
                 "gradient_accumulation_steps": 1,
                 "mixed_precision": None,
