@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
+from .private_files import is_there, remove
 from .processes import gathered, is_first
 from .resume import Journal
 from .segments import endpoint_layers
@@ -168,7 +169,12 @@ class Healing:
             layer.load_state_dict(weights)
 
     def _place(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
+        if self.folder is None:
+            return None
+        place = self.folder / name
+        if is_there(place) and (place.is_symlink() or not place.is_dir()):
+            remove(place)
+        return place
 
 
 def _forecast(found: Sequence[dict[str, Any]], rows: int) -> Forecast | None:

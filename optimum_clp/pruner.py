@@ -10,7 +10,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from .checkpoint.output import check_output
+from .checkpoint.output import check_output, claimed_output
 from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, TuningError
 from .evaluation.model import evaluate_model
@@ -21,7 +21,6 @@ from .processes import is_first, wait_for_all
 from .quantization import save_quantized
 from .report.hub import upload
 from .report.report import REPORT_NAME, CLPReport
-from .resume import remove_folder
 from .search.recipe import layers_to_remove, search_by_recipe
 from .search.result import SearchResult
 from .segments import LayerSegment
@@ -125,8 +124,9 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         config, dense = session.use(config), session.dense()
         layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is read or written
-        data, journal = session.calibration(), session.search_journal()
-        result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
+        with session.caches.run():
+            data, journal = session.calibration(), session.search_journal()
+            result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
         if result.segments != self.segments:
             session.forget("search")
         self.segments, self.report.search = result.segments, result.to_dict()
@@ -169,16 +169,17 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         session.use(config)
         session.forget("tune")
-        folder, result = session.tuning_folder(), None
-        try:
-            result = heal(session, folder)
-        except TuningError as error:
-            result = error.result
-            raise
-        finally:
-            if result is not None:
-                self.report.tuning = result.to_dict()
-                remove_folder(folder)
+        failure = None
+        with session.caches.run():
+            try:
+                result = heal(session, session.tuning_folder())
+            except TuningError as error:
+                if error.result is None:
+                    raise
+                failure, result = error, error.result
+        self.report.tuning = result.to_dict()
+        if failure is not None:
+            raise failure
         return result
 
     def quantize(  # type: ignore[override]  # Optimum's save_dir is save_directory in everything newer
@@ -283,20 +284,20 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
             CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
         """
-        config = self._session.use(config, again=True)
-        if save_directory is not None:
-            check_output(save_directory, overwrite)
-            check_writable(self._session)
-        self.search(config)
-        model = self.cut()
-        failure = None
-        if config.tuning.enabled:
-            try:
-                self.tune()
-            except TuningError as error:
-                failure = error
-        if save_directory is not None:
-            self.save_pretrained(save_directory, overwrite=overwrite)
+        session = self._session
+        config, failure = session.use(config, again=True), None
+        with claimed_output(save_directory, overwrite), session.caches.run():
+            if save_directory is not None:
+                check_writable(session)
+            self.search(config)
+            model = self.cut()
+            if config.tuning.enabled:
+                try:
+                    self.tune()
+                except TuningError as error:
+                    failure = error
+            if save_directory is not None:
+                self.save_pretrained(save_directory, overwrite=overwrite)
         if failure is not None:
             raise failure
         return model

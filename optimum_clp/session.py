@@ -26,7 +26,7 @@ from .errors import CalibrationError, ConfigurationError, ModelError
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
 from .report.section import to_section
-from .resume import search_journal, tuning_folder, weights_fingerprint
+from .resume import Caches, search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers
 from .surgery.description import describe_cut, describe_dense
@@ -63,6 +63,7 @@ class Session:
     Attributes:
         train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
             search and rounding look at.
+        caches ([`Caches`]): What the stages keep on disk until the run has ended.
     """
 
     model: PreTrainedModel | None = None
@@ -75,6 +76,7 @@ class Session:
     onnx_file: OnnxCausalLM | None = None
     folder: Path | None = None
     train_rows: int | None = field(default=None, init=False)
+    caches: Caches = field(default_factory=Caches, init=False)
     _deadline: float | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
@@ -244,7 +246,8 @@ class Session:
         """Where this search keeps what it measures; nowhere if the weights are not in memory."""
         config, data = self.config, self.calibration()
         rows = data.train[: config.search.num_sequences], data.validation
-        return search_journal(self.dense(), self.fingerprint(), config.to_dict(), rows, config.calibration.cache_dir)
+        cache_dir = config.calibration.cache_dir
+        return self.caches.take(search_journal(self.dense(), self.fingerprint(), config.to_dict(), rows, cache_dir))
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
@@ -258,7 +261,9 @@ class Session:
         }
         masks = [mask for mask in (data.train_mask, data.validation_mask) if mask is not None]
         rows = data.train, data.validation, *masks
-        return tuning_folder(*models, self.fingerprint(), recipe, rows, config.calibration.cache_dir, self.quiet)
+        cache_dir = config.calibration.cache_dir
+        folder = tuning_folder(*models, self.fingerprint(), recipe, rows, cache_dir, self.quiet)
+        return self.caches.take(folder, folder=True)
 
     def measured_model(self, file_name: str | None) -> Any:
         """What there is to measure: an ONNX file of the folder that was opened or saved last, if it is named; else the
