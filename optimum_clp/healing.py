@@ -20,6 +20,7 @@ from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
 from .private_files import is_there, remove
 from .processes import gathered, is_first
+from .report.failures import TUNING
 from .resume import Journal
 from .segments import endpoint_layers
 from .session import Session
@@ -39,16 +40,30 @@ _WORTH = 2
 _MORE = 10
 
 
-def heal(session: Session, folder: Path | None) -> TuningResult:
+def heal(session: Session) -> TuningResult:
     """Tune the session's cut model as its recipe says: on a given amount of text, or on what a time budget buys.
 
     Args:
-        session ([`Session`]): With a cut model; its clock runs if the recipe has a budget.
-        folder (`Path`, *optional*): For checkpoints.
+        session ([`Session`]): With a cut model; its clock runs if the recipe has a budget. Its report gets the result.
 
     Raises:
         TuningError: If the loss is not finite; the last good weights are in the model.
     """
+    session.forget("tune")
+    failure = None
+    with session.caches.run():
+        try:
+            result = _healed(session, session.tuning_folder())
+        except TuningError as error:
+            failure, result = error, error.result
+    session.report.tuning = None if result is None else result.to_dict()
+    if failure is not None:
+        session.attempts.failed[TUNING] = str(failure)
+        raise failure
+    return result
+
+
+def _healed(session: Session, folder: Path | None) -> TuningResult:
     config, dense, model, segments = session.config, session.dense(), session.cut_model(), session.segments or ()
 
     def text(rows: int) -> CalibrationData:

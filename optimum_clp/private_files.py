@@ -10,6 +10,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import IO
 
@@ -51,7 +52,7 @@ def is_there(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def open_plain(path: Path) -> IO[bytes]:
+def open_plain(path: Path) -> BufferedReader:
     """An ordinary file, to be read.
 
     Raises:

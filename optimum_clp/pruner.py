@@ -10,15 +10,15 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
-from .checkpoint.output import check_output, claimed_output
+from .checkpoint.output import claimed_output
 from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
-from .output_folder import check_writable, write_export, write_run
+from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
+from .own_state import verbs
 from .processes import is_first, wait_for_all
-from .quantization import save_quantized
 from .report.hub import upload
 from .report.report import REPORT_NAME, CLPReport
 from .search.recipe import layers_to_remove, search_by_recipe
@@ -29,6 +29,7 @@ from .surgery.cut import cut_model
 from .tuning.result import TuningResult
 
 
+@verbs("from_pretrained", "search", "cut", "tune", "quantize", "export", "evaluate", "prune", "save_pretrained", "finish")
 class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
@@ -166,21 +167,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Raises:
             TuningError: If the loss is not finite; the last good weights are in `pruned_model`.
         """
-        session = self._session
-        session.use(config)
-        session.forget("tune")
-        failure = None
-        with session.caches.run():
-            try:
-                result = heal(session, session.tuning_folder())
-            except TuningError as error:
-                if error.result is None:
-                    raise
-                failure, result = error, error.result
-        self.report.tuning = result.to_dict()
-        if failure is not None:
-            raise failure
-        return result
+        self._session.use(config)
+        return heal(self._session)
 
     def quantize(  # type: ignore[override]  # Optimum's save_dir is save_directory in everything newer
         self,
@@ -204,10 +192,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         if file_prefix is not None:
             rule = "quanto checkpoints have fixed file names"
             raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
-        target, model = check_output(save_directory, overwrite), self._session.cut_model()
-        result = save_quantized(model, self.tokenizer, target, weights, overwrite=overwrite, quiet=self.quiet)
-        self.report.quantization = [*(self.report.quantization or []), result.to_dict()]
-        return target
+        return write_quanto(self._session, save_directory, weights, overwrite)
 
     def export(self, save_directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the cut model as ONNX files (`onnx/...`), with config and tokenizer but without PyTorch weights.
@@ -282,7 +267,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
 
         Raises:
             ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
-            CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
+            CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved. Once the
+                weights are, nothing is raised: `report.failures` says what has failed.
         """
         session = self._session
         config, failure = session.use(config, again=True), None
@@ -308,7 +294,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """Write the whole output folder: checkpoint, tokenizer, recipe, report, model card, plots, ONNX files.
 
         The checkpoint is an ordinary one; it is read back with transformers' own classes and compared first. The folder
-        appears whole or not at all. In a group of processes the first one writes, and the others wait for it.
+        appears whole or not at all; what fails once the checkpoint is in it is left out, and named in `report.failures`. In a
+        group of processes the first one writes, and the others wait for it.
 
         Args:
             save_directory (`str` or `os.PathLike`): Output folder.
@@ -330,6 +317,17 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         wait_for_all()
         return folder
 
+    def finish(self) -> Path:
+        """Do again what failed when the folder that was opened or saved last was written, as its report says.
+
+        Returns:
+            `Path`: The folder.
+
+        Raises:
+            ConfigurationError: If nothing in it has failed.
+        """
+        return finish_run(self._session)
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the output folder that was saved or opened last, with its subfolders; save one first if there is none.
 
@@ -344,8 +342,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         if saved is not None and (saved / REPORT_NAME).is_file():
             return upload(saved, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / repo_id.split("/")[-1])
             try:
-                return upload(folder, repo_id, **kwargs)
+                return upload(self.save_pretrained(Path(parent) / repo_id.split("/")[-1]), repo_id, **kwargs)
             finally:
                 self._session.folder = None

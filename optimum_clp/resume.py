@@ -25,8 +25,8 @@ from .progress import progress_bar
 _NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export")
 
 
-def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path:
-    """Where something is kept that depends on `contents` alone; nothing is made.
+def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path | None:
+    """Where something is kept that depends on `contents` alone; nothing is made. `None` for a user without a home folder.
 
     Args:
         kind (`str`): What the file's name begins with.
@@ -35,7 +35,11 @@ def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, su
             cache folder (`HF_HOME`).
         suffix (`str`): What the file's name ends with; empty for a folder.
     """
-    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    try:
+        folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    except RuntimeError:
+        warnings.warn("There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir.", stacklevel=2)
+        return None
     return folder / f"{kind}-{_digest(json.dumps(contents, sort_keys=True, default=str))}{suffix}"
 
 

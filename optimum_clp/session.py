@@ -16,6 +16,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
+from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from .checkpoint.loading import load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
@@ -31,7 +32,7 @@ from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers
 from .surgery.description import describe_cut, describe_dense
 
-_OF_A_FOLDER = ("quantization", "export", "evaluation")
+_OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
 _VOID = {
     "search": ("cut", "tuning", *_OF_A_FOLDER),  # once it has chosen other segments than before
@@ -63,6 +64,7 @@ class Session:
     Attributes:
         train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
             search and rounding look at.
+        attempts ([`Attempts`]): What has failed of this run so far.
         caches ([`Caches`]): What the stages keep on disk until the run has ended.
     """
 
@@ -76,6 +78,7 @@ class Session:
     onnx_file: OnnxCausalLM | None = None
     folder: Path | None = None
     train_rows: int | None = field(default=None, init=False)
+    attempts: Attempts = field(default_factory=Attempts, init=False)
     caches: Caches = field(default_factory=Caches, init=False)
     _deadline: float | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
@@ -100,6 +103,7 @@ class Session:
             self.pruned_model = None
         if step in _UNSAVED:
             self.folder = None
+            self.attempts.failed.clear()
         for section in _VOID[step]:
             setattr(self.report, section, None)
 
@@ -130,6 +134,10 @@ class Session:
                     f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
                     "Start from the dense model, or set the pruner's `model` to it",
                 ) from error
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            rule = "its weights were made within torch.inference_mode(), and no gradient passes through them"
+            remedy = "Load it outside of torch.inference_mode()"
+            raise ModelError.of("model", self.model.name_or_path or type(self.model).__name__, rule, remedy)
         return self.model
 
     def cut_model(self) -> PreTrainedModel:
