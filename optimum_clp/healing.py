@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
+from .errors import TuningError
 from .private_files import is_there, remove
 from .processes import gathered, is_first
 from .report.failures import TUNING

@@ -108,6 +108,7 @@ class Lock:
         os.close(self._descriptor)
         self._descriptor = None
 
+
 def _locked(descriptor: int) -> bool:
     if fcntl is None:
         return True

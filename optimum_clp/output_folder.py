@@ -23,6 +23,7 @@ from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
+from .origin import record_origin
 from .precisions import PRECISIONS
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
@@ -237,7 +238,8 @@ def _measure(session: Session, folder: Path, attempts: Attempts) -> None:
         checks=_deployment_checks(session),
         dense=session.model,
         pruned=session.cut_model(),
-        segments=session.segments or (),
+        source=None if session.further is None else session.further.model,
+        segments=(session.segments if session.further is None else session.cut_segments) or (),
         tuned=report.tuning is not None,
         folder=folder,
         export=report.export,
@@ -257,6 +259,8 @@ def _write_records(session: Session, folder: Path, name: str, shown: str, attemp
         config.save_pretrained(folder)
     with attempts.stage("environment"):
         report.environment = environment_info(session.cut_model().device)
+    with attempts.stage("fingerprints"):
+        record_origin(report, session.model, session.cut_model(), session.quiet)
     with attempts.stage("plots"):
         write_plots(report, folder)
     with attempts.stage("model card"):

@@ -65,7 +65,9 @@ def verbs(*names: str) -> Callable[[type], Any]:
     def decorate(cls: type) -> type:
         for name in names:
             method = cls.__dict__[name]
-            own = classmethod(in_own_state(method.__func__)) if isinstance(method, classmethod) else in_own_state(method)
+            own = (
+                classmethod(in_own_state(method.__func__)) if isinstance(method, classmethod) else in_own_state(method)
+            )
             setattr(cls, name, own)
         return cls
 

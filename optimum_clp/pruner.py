@@ -29,7 +29,9 @@ from .surgery.cut import cut_model
 from .tuning.result import TuningResult
 
 
-@verbs("from_pretrained", "search", "cut", "tune", "quantize", "export", "evaluate", "prune", "save_pretrained", "finish")
+@verbs(
+    "from_pretrained", "search", "cut", "tune", "quantize", "export", "evaluate", "prune", "save_pretrained", "finish"
+)
 class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
@@ -123,7 +125,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
         """
         session = self._session
-        config, dense = session.use(config), session.dense()
+        config, dense = session.use(config), session.source()
         layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is read or written
         with session.caches.run():
             data, journal = session.calibration(), session.search_journal()
@@ -148,7 +150,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         chosen = self._session.segments_to_cut(segments)
         self._session.forget("cut")
-        self._session.set_cut(cut_model(self._session.dense(), chosen), chosen)
+        self._session.set_cut(cut_model(self._session.source(), chosen), chosen)
         return self._session.cut_model()
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
@@ -257,6 +259,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
     ) -> PreTrainedModel:
         """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
 
+        Of a folder that was cut before, what is left is cut further, and compared with the first dense model if that can be had.
+
         Args:
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
             save_directory (`str` or `os.PathLike`, *optional*): Output folder, see [`~CLPPruner.save_pretrained`].
@@ -272,7 +276,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, failure = session.use(config, again=True), None
-        with claimed_output(save_directory, overwrite), session.caches.run():
+        with claimed_output(save_directory if is_first() else None, overwrite), session.caches.run():
             if save_directory is not None:
                 check_writable(session)
             self.search(config)

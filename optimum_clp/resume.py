@@ -38,7 +38,10 @@ def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, su
     try:
         folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
     except RuntimeError:
-        warnings.warn("There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir.", stacklevel=2)
+        warnings.warn(
+            "There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir.",
+            stacklevel=2,
+        )
         return None
     return folder / f"{kind}-{_digest(json.dumps(contents, sort_keys=True, default=str))}{suffix}"
 
@@ -59,6 +62,11 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool
             fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             bar.update(1)
     return fingerprint.hexdigest()
+
+
+def parameters_fingerprint(model: nn.Module, quiet: bool = False) -> str | None:
+    """As [`weights_fingerprint`], without buffers: those of a model that is read back may have another precision."""
+    return tensors_fingerprint(list(model.named_parameters()), quiet)
 
 
 def search_journal(

@@ -171,7 +171,9 @@ def test_a_journal_takes_nothing_from_another_place_and_nothing_that_was_changed
     assert file.stat().st_mode & 0o777 == 0o600
     whole = file.read_bytes()
     other.write_bytes(whole)
-    with pytest.warns(UserWarning, match="is damaged .3 of its 3 records are not what was written.: what is missing is"):
+    with pytest.warns(
+        UserWarning, match="is damaged .3 of its 3 records are not what was written.: what is missing is"
+    ):
         assert resume.Journal(other).known == {}
     for place in range(whole.index(b"\n") + 1):
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])

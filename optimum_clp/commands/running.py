@@ -173,19 +173,11 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     """The config of the dense model of `--model`; no weights and no tokenizer are needed beside it.
 
     Raises:
-        ModelError: If there is none, it cannot be read, it is no causal language model's, or the model was cut before.
+        ModelError: If there is none, it cannot be read, or is no causal language model's.
     """
-    from ..checkpoint.errors import model_error
     from ..checkpoint.loading import load_config
-    from ..report.hub import written_file
-    from ..report.report import REPORT_NAME, CLPReport
 
-    config = load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    record = written_file(args.model, REPORT_NAME, args.revision, None)
-    if record is not None and CLPReport.load(record).cut is not None:
-        remedy = "Give the dense model that its report names"
-        raise model_error(args.model, "it was cut before, and pruning starts from a dense model", remedy)
-    return config
+    return load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":

@@ -85,6 +85,7 @@ def measure_outcome(
     checks: DeploymentChecks,
     dense: PreTrainedModel | None,
     pruned: PreTrainedModel,
+    source: PreTrainedModel | None = None,
     segments: Iterable[LayerSegment],
     tuned: bool,
     folder: Path,
@@ -101,6 +102,7 @@ def measure_outcome(
         checks ([`DeploymentChecks`]): What else is measured.
         dense (`PreTrainedModel` or `None`): The dense model; without it there are no rows `dense` and `cut`, and no KL.
         pruned (`PreTrainedModel`): The cut model, tuned or not.
+        source (`PreTrainedModel`, *optional*): What they were cut from, if that is not the dense model.
         segments (`Iterable[LayerSegment]`): What was cut.
         tuned (`bool`): Whether `pruned` was tuned; the untuned cut is then made again over the dense model's tensors.
         folder (`Path`): Where the ONNX files are.
@@ -119,7 +121,7 @@ def measure_outcome(
     if dense is not None:
         models["dense"] = dense
         if tuned:
-            models["cut"] = cut_model(dense, segments)
+            models["cut"] = cut_model(source or dense, segments)
     models["tuned" if tuned else "cut"] = pruned
     makers: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():

@@ -95,7 +95,9 @@ class BestWeights:
             self.digest, self._held = file_digest(self._file(step)), None
         # torch says of a full disk what it likes
         except (OSError, RuntimeError) as error:
-            warnings.warn(f"{self._file(step)} cannot be written ({error}): the best weights stay in memory.", stacklevel=2)
+            warnings.warn(
+                f"{self._file(step)} cannot be written ({error}): the best weights stay in memory.", stacklevel=2
+            )
             self.digest, self._held = None, copy.deepcopy(kept)
 
     def load(self, step: int) -> dict[str, Tensor] | None:
@@ -204,7 +206,9 @@ class Checkpoints:
 
     def _found(self) -> tuple[str, dict[str, Any], str] | None:
         """The last whole checkpoint: its name, its state, and the digest of the best weights."""
-        for folder in sorted(self.folder.glob("checkpoint-*"), key=lambda folder: folder.lstat().st_mtime_ns, reverse=True):
+        for folder in sorted(
+            self.folder.glob("checkpoint-*"), key=lambda folder: folder.lstat().st_mtime_ns, reverse=True
+        ):
             if folder.suffix == ".tmp":
                 continue
             try:
@@ -265,7 +269,9 @@ class Checkpoints:
 
 
 def _files_of(folder: Path) -> set[str]:
-    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+    return {
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()
+    }
 
 
 def _versions() -> list[str]:

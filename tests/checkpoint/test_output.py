@@ -134,7 +134,9 @@ def test_a_mount_point_is_written_into(disk):
     with staged_folder(disk, overwrite=True) as folder:
         assert folder.parent == disk and listing(disk)["config.json"] == "old"
         (folder / "config.json").write_text("new")
-    assert {p.name for p in disk.iterdir()} == {"lost+found", "config.json"} and listing(disk) == {"config.json": "new"}
+    assert {p.name for p in disk.iterdir()} == {"lost+found", "config.json"} and listing(disk) == {
+        "config.json": "new"
+    }
     (disk / "config.json").unlink()
     with staged_folder(disk) as folder:
         (folder / "x").write_text("1")
@@ -194,7 +196,7 @@ def test_a_folder_that_another_process_writes_is_refused(tmp_path):
     lock = tmp_path / ".out.lock"
     code = (
         f"import fcntl, os, time\nf = open({str(lock)!r}, 'w')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
-        "f.write('{\"pid\": %d, \"host\": \"elsewhere\", \"since\": \"noon\"}' % os.getpid()); f.flush()\n"
+        'f.write(\'{"pid": %d, "host": "elsewhere", "since": "noon"}\' % os.getpid()); f.flush()\n'
         "print(flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
@@ -225,7 +227,9 @@ def test_without_a_home_or_a_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(gone)
     gone.rmdir()
     assert check_output(tmp_path / "out") == tmp_path / "out"
-    with pytest.raises(OutputError, match="it leads nowhere .*: the current folder may be gone. Give an absolute path"):
+    with pytest.raises(
+        OutputError, match="it leads nowhere .*: the current folder may be gone. Give an absolute path"
+    ):
         check_output("out")
 
 
