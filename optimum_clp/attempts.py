@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from .errors import CLPError
 
@@ -39,4 +39,5 @@ class Attempts:
         """A stage has failed."""
         text = " ".join(str(error).split())
         self.failed[name] = text if isinstance(error, CLPError) else f"{type(error).__name__}: {text or 'no message'}"
-        warnings.warn(f"{name} failed, and the rest goes on: {self.failed[name]}", stacklevel=4)
+        with suppress(Warning):  # where warnings are errors, they must not end what is held back here
+            warnings.warn(f"{name} failed, and the rest goes on: {self.failed[name]}", stacklevel=4)

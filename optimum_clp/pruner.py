@@ -126,7 +126,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, dense = session.use(config), session.source()
-        layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is read or written
+        layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is had
         with session.caches.run():
             data, journal = session.calibration(), session.search_journal()
             result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
@@ -259,7 +259,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
     ) -> PreTrainedModel:
         """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
 
-        Of a folder that was cut before, what is left is cut further, and compared with the first dense model if that can be had.
+        What is left in a folder that was cut before is cut further, and compared with the first dense model if there is one.
 
         Args:
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.

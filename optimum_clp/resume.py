@@ -234,8 +234,8 @@ class Journal:
 
     def _drop(self, file: Path, reason: str) -> None:
         if self.writes:
-            warnings.warn(f"{file} is damaged ({reason}): what is missing is measured again.", stacklevel=4)
             self._write_again(file)
+            warnings.warn(f"{file} is damaged ({reason}): what is missing is measured again.", stacklevel=4)
 
     def _write_again(self, file: Path) -> None:
         """Leave the good records alone, so that what is appended begins on a line of its own."""

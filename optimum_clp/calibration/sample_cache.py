@@ -86,10 +86,10 @@ def load_sample(
         if _checksum(sample, file) != checksum or length != sequence_length:
             raise ValueError("the contents do not match the checksum")
     except Exception as error:
+        remove(file)  # first: where warnings are errors, the next run shall not stumble over it again
         warnings.warn(
             f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
         )
-        remove(file)
         return nothing
     return sample if rows == total or rows % batch_size == 0 else nothing
 

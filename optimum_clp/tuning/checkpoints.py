@@ -214,8 +214,8 @@ class Checkpoints:
             try:
                 values = self._unsealed(folder)
             except (OSError, ValueError) as error:
-                warnings.warn(f"{folder} is damaged ({error}): what it kept is trained again.", stacklevel=4)
                 remove(folder)
+                warnings.warn(f"{folder} is damaged ({error}): what it kept is trained again.", stacklevel=4)
                 continue
             self._drop(others_than=folder)
             return folder.name, values["state"], values["best"]
