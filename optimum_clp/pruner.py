@@ -271,8 +271,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
 
         Raises:
             ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
-            CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved. Once the
-                weights are, nothing is raised: `report.failures` says what has failed.
+            CLPError: What search, cut and tuning raise; after a [`TuningError`] the last good weights have been saved.
         """
         session = self._session
         config, failure = session.use(config, again=True), None
@@ -323,9 +322,6 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
 
     def finish(self) -> Path:
         """Do again what failed when the folder that was opened or saved last was written, as its report says.
-
-        Returns:
-            `Path`: The folder.
 
         Raises:
             ConfigurationError: If nothing in it has failed.
