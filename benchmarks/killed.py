@@ -89,11 +89,11 @@ def start(model: str, folder: Path, name: str) -> subprocess.Popen:
     """The command, in a process of its own."""
     (folder / name).mkdir(exist_ok=True)
     options = OPTIONS.format(tokenizer=model).split()
-    output = str(folder / name / "out")
     command = [sys.executable, "-m", "optimum_clp.commands.clp", "prune", "--model", model, *options]
-    command += ["--cache-dir", str(folder / name / "cache"), output]
+    command += ["--cache-dir", "cache", "out"]  # the recipe holds them: the same in every trial
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        return subprocess.Popen(command, cwd=folder / name, stdout=log, stderr=log, env=environment)
 
 
 def contents(folder: Path) -> dict[str, str]:

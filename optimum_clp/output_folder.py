@@ -80,7 +80,7 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     with staged_folder(target, overwrite) as folder:
         save_checkpoint(model, session.tokenizer, folder)
         verify_checkpoint(folder, model)
-        _write_rest(session, folder, target, os.fspath(save_directory))
+        _write_rest(session, folder, target.name)
     session.folder = target
     return target
 
@@ -109,7 +109,7 @@ def finish_run(session: Session) -> Path:
     evaluated = exported and not any(stage.startswith(_OF_THE_EVALUATION) for stage in errors)
     with staged_folder(target, overwrite=True) as folder:
         shutil.copytree(target, folder, dirs_exist_ok=True, copy_function=_linked)
-        _write_rest(session, folder, target, str(target), exported=exported, evaluated=evaluated)
+        _write_rest(session, folder, target.name, exported=exported, evaluated=evaluated)
     session.folder = target
     return target
 
@@ -130,9 +130,7 @@ def write_quanto(session: Session, save_directory: str | os.PathLike, weights: s
     return target
 
 
-def _write_rest(
-    session: Session, folder: Path, target: Path, shown: str, *, exported: bool = False, evaluated: bool = False
-) -> None:
+def _write_rest(session: Session, folder: Path, name: str, *, exported: bool = False, evaluated: bool = False) -> None:
     """All that comes after the checkpoint, but for what is there already; each stage may fail."""
     config, attempts, report = session.config, session.attempts, session.report
     if config.quantization.quanto and report.quantization is None:
@@ -147,7 +145,7 @@ def _write_rest(
         report.evaluation = None
         with attempts.stage("evaluation"):
             _measure(session, folder, attempts)
-    _write_records(session, folder, target.name, shown, attempts)
+    _write_records(session, folder, name, attempts)
 
 
 def _linked(source: str, target: str) -> None:
@@ -182,7 +180,7 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
         save_configs(model, folder)
         save_tokenizer(session.tokenizer, folder)
         _export_into(session, folder, Attempts(strict=True))
-        _write_records(session, folder, target.name, os.fspath(save_directory), Attempts(strict=True))
+        _write_records(session, folder, target.name, Attempts(strict=True))
     session.folder = target
     return target
 
@@ -253,7 +251,7 @@ def _deployment_checks(session: Session) -> DeploymentChecks:
     return DeploymentChecks(session.config, session.tokenizer, session.cut_or_dense_config(), session.quiet)
 
 
-def _write_records(session: Session, folder: Path, name: str, shown: str, attempts: Attempts) -> None:
+def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.config, session.report
     with attempts.stage("recipe"):
         config.save_pretrained(folder)
@@ -265,7 +263,7 @@ def _write_records(session: Session, folder: Path, name: str, shown: str, attemp
         write_plots(report, folder)
     with attempts.stage("model card"):
         write_model_card(report, config, folder, model_name=name)
-    report.failures = failures_section(attempts.failed, shown)
+    report.failures = failures_section(attempts.failed, name)
     with attempts.stage("report"):
         report.save(folder)
     attempts.failed.clear()

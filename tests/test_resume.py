@@ -88,7 +88,7 @@ def test_the_name_of_self_written_text_says_how_it_was_written(tmp_path):
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
     rules = {"start": 1, "ends": [2], "vocabulary": 97, "special": [0, 1, 2]}
     contents = [
-        2,
+        3,
         __version__,
         config,
         {**{key: value for key, value in asked.items() if key != "num_sequences"}, "rules": rules},

@@ -23,7 +23,7 @@ from ..resume import cache_file
 from ..version import __version__
 
 # raised when the sampling or the file changes: every older file is then a miss
-_FORMAT = 2
+_FORMAT = 3
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 

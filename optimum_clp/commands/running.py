@@ -82,7 +82,7 @@ def written(report: "CLPReport", output: str) -> str:
     """What a command says last: what has failed, and where all that is there was written."""
     from ..report.failures import failure_lines
 
-    return "\n".join(filter(None, [failure_lines(report.failures), f"Written to {output}."]))
+    return "\n".join(filter(None, [failure_lines(report.failures, output), f"Written to {output}."]))
 
 
 @contextlib.contextmanager

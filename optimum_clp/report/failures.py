@@ -24,21 +24,26 @@ def failures_section(errors: Mapping[str, str], folder: str) -> list[dict[str, A
 
     Args:
         errors (`Mapping[str, str]`): For each stage its error, in a line.
-        folder (`str`): The output folder, as the reader calls it.
+        folder (`str`): The output folder's name: where it lies is nobody's business.
     """
-    place = shlex.quote(folder)
-    found = []
-    for stage, error in errors.items():
-        command = f"optimum-clp finish --model {place}"
-        if stage == TUNING:
-            command = f"optimum-clp tune --model {place} --learning-rate RATE {shlex.quote(folder + '-tuned')}"
-        found.append(to_section(Failure(stage, error, command)))
-    return found or None
+    return [to_section(Failure(stage, error, _command(stage, folder))) for stage, error in errors.items()] or None
 
 
-def failure_lines(failures: list[dict[str, Any]] | None) -> str:
-    """For a terminal; empty if nothing has failed."""
+def failure_lines(failures: list[dict[str, Any]] | None, folder: str) -> str:
+    """For a terminal; empty if nothing has failed.
+
+    Args:
+        failures (`list[dict]` or `None`): The section of the report.
+        folder (`str`): The output folder, as the reader has called it.
+    """
     lines = []
     for entry in failures or ():
-        lines += [f"Failed: {entry['stage']} ({entry['error']})", f"  repeat it with: {entry['command']}"]
+        lines += [f"Failed: {entry['stage']} ({entry['error']})"]
+        lines += [f"  repeat it with: {_command(entry['stage'], folder)}"]
     return "\n".join(lines)
+
+
+def _command(stage: str, folder: str) -> str:
+    if stage == TUNING:
+        return f"optimum-clp tune --model {shlex.quote(folder)} --learning-rate RATE {shlex.quote(folder + '-tuned')}"
+    return f"optimum-clp finish --model {shlex.quote(folder)}"

@@ -96,6 +96,8 @@ class CLPReport:
         for section, key in (("calibration", "source"), ("evaluation", "text")):
             if output[section] and isinstance(output[section].get(key), str):
                 output[section][key] = _ABSOLUTE_PATH.sub("", output[section][key])
+        for entry in output["failures"] or ():
+            entry["error"] = _ABSOLUTE_PATH.sub("", entry["error"])
         return output
 
     @classmethod

@@ -425,7 +425,6 @@ def test_output_folder_that_holds_the_model_is_refused(pruner, tmp_path, capsys)
         ),
         (PermissionError(errno.EACCES, "Permission denied", "w.bin"), "[Errno 13] Permission denied: 'w.bin'"),
         (RuntimeError("shape '[3]' is invalid"), "unexpected RuntimeError: shape '[3]' is invalid"),
-        (MemoryError(), "unexpected MemoryError: no message"),
     ],
 )
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])

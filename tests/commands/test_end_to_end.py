@@ -171,7 +171,7 @@ def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_sa
     status, out, err = call(line, capsys)
     assert status == 3 and err == ""
     assert "Failed: tuning (tuning loss is nan: it must stay finite" in out and "were kept" in out
-    assert "repeat it with: optimum-clp tune --model out --learning-rate RATE out-tuned\nWritten to out." in out
+    assert "  repeat it with: optimum-clp tune --model out --learning-rate RATE out-tuned\nWritten to out." in out
     assert json.loads((workplace / "out" / "clp_report.json").read_text())["tuning"]["stopped"] == "nan"
 
 
