@@ -74,7 +74,7 @@ def test_names_are_what_they_always_were(dense, monkeypatch):
     fingerprint = resume.weights_fingerprint(dense, quiet=True)
     assert fingerprint == "500695d05703fc91af58ebef8564405e6bc0db931946e06dfbb39e9d128c2151"
     file = sample_cache.sample_file(dense, fingerprint, {"num_sequences": 4, "seed": 0}, "cache")
-    assert file.as_posix() == "cache/optimum_clp/self_written-6d014f06d2a0ed49f639c0f0d88b592b.safetensors"
+    assert file.as_posix() == "cache/optimum_clp/self_written-d87395139452dd518fbf18918dac7494.safetensors"
     assert tuning_folder(dense).as_posix() == "cache/optimum_clp/tuning-2399b3f7049d29e70a01f164b7862808"
 
 
