@@ -19,15 +19,18 @@ from transformers import PreTrainedModel
 
 from .architecture.lookup import decoder_layers, num_layers
 from .calibration.rows import CalibrationData
+from .errors import TuningError
 from .on_policy import practise
+from .private_files import is_there, remove
 from .processes import gathered, is_first
+from .report.failures import TUNING
 from .resume import Journal
 from .segments import endpoint_layers
 from .session import Session
 from .surgery.cut import own_storage
 from .tuning.forecast import Forecast, Pilot, RecoveryCurve
 from .tuning.recipe import tune_by_recipe
-from .tuning.result import OnPolicyRound, TuningResult
+from .tuning.result import TuningResult
 
 # the pilots' rows, as long as their time allows: each is about twice as dear as the one before
 PILOT_ROWS = (16, 32, 64, 128, 256, 512)
@@ -46,16 +49,30 @@ _ON_POLICY_SHARE = 0.25
 _FORESEEING = 4
 
 
-def heal(session: Session, folder: Path | None) -> TuningResult:
+def heal(session: Session) -> TuningResult:
     """Tune the session's cut model as its recipe says: on a given amount of text, or on what a time budget buys.
 
     Args:
-        session ([`Session`]): With a cut model; its clock runs if the recipe has a budget.
-        folder (`Path`, *optional*): For checkpoints.
+        session ([`Session`]): With a cut model; its clock runs if the recipe has a budget. Its report gets the result.
 
     Raises:
         TuningError: If the loss is not finite; the last good weights are in the model.
     """
+    session.forget("tune")
+    failure = None
+    with session.caches.run():
+        try:
+            result = _healed(session, session.tuning_folder())
+        except TuningError as error:
+            failure, result = error, error.result
+    session.report.tuning = None if result is None else result.to_dict()
+    if failure is not None:
+        session.attempts.failed[TUNING] = str(failure)
+        raise failure
+    return result
+
+
+def _healed(session: Session, folder: Path | None) -> TuningResult:
     config, dense, model, segments = session.config, session.dense(), session.cut_model(), session.segments or ()
 
     def text(rows: int) -> CalibrationData:
@@ -65,23 +82,30 @@ def heal(session: Session, folder: Path | None) -> TuningResult:
     def tune(data: CalibrationData, folder: Path | None) -> TuningResult:
         return tune_by_recipe(model, dense, segments, data, config, folder=folder, quiet=session.quiet)
 
-    rounds = config.tuning.on_policy_rounds
     if config.budget is None:
         result = tune(session.calibration(), folder)
-        return _practised(result, practise(session, session.calibration(), folder)) if rounds else result
+        return _practised(session, result, folder)
     layers = endpoint_layers(segments, num_layers(dense.config), config.tuning.endpoint_width)
     healing = Healing(model, layers, text, tune, batch_size=config.tuning.batch_size, folder=folder)
-    share = _ON_POLICY_SHARE if rounds else 0.0
+    share = _ON_POLICY_SHARE if config.tuning.on_policy_rounds else 0.0
     try:
         result = healing.run(lambda: (1 - share) * session.seconds_left())
-        if rounds:
-            result = _practised(result, practise(session, session.calibration(), folder, session.seconds_left))
-        return result
+        return _practised(session, result, folder, session.seconds_left)
     finally:
         session.stop_clock()
 
 
-def _practised(result: TuningResult, rounds: tuple[OnPolicyRound, ...]) -> TuningResult:
+def _practised(
+    session: Session, result: TuningResult, folder: Path | None, seconds_left: Callable[[], float] | None = None
+) -> TuningResult:
+    """What tuning did, with the rounds on the cut model's own text that follow."""
+    if not session.config.tuning.on_policy_rounds:
+        return result
+    try:
+        rounds = practise(session, session.calibration(), folder, seconds_left)
+    except TuningError as error:
+        error.result = result  # of the whole tuning, whose weights are kept
+        raise
     seconds = result.seconds + sum(each.seconds for each in rounds)
     return dataclasses.replace(result, on_policy=rounds, seconds=seconds)
 
@@ -204,7 +228,12 @@ class Healing:
             layer.load_state_dict(weights)
 
     def _place(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
+        if self.folder is None:
+            return None
+        place = self.folder / name
+        if is_there(place) and (place.is_symlink() or not place.is_dir()):
+            remove(place)
+        return place
 
 
 @dataclasses.dataclass(frozen=True)

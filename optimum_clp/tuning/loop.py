@@ -76,11 +76,12 @@ class TrainingLoop:
         self.state = TrainingState()
         self._order: tuple[int, Tensor] | None = None
         self._best = BestWeights(accelerator, folder)
-        self._checkpoints = Checkpoints(accelerator, folder, config.checkpoint_seconds) if checkpoints else None
+        seconds = config.checkpoint_seconds
+        self._checkpoints = Checkpoints(accelerator, folder, seconds, self._best) if checkpoints else None
 
     def run(self) -> TrainingState:
         """Train until the end, until patience runs out, or until a loss is not finite."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._start_trackers()
         if self._checkpoints is not None:
             self.state = self._checkpoints.resume() or self.state
