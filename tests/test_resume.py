@@ -196,3 +196,12 @@ def test_a_line_that_was_cut_off_is_no_damage_and_the_next_one_is_whole(tmp_path
         file.write_bytes(file.read_bytes()[:-1])
         resume.Journal(file).recall(2, lambda: 0.2)
         assert len(resume.Journal(file).known) == 3
+
+
+def test_without_a_home_folder_nothing_is_kept(dense, monkeypatch):
+    def missing(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(resume.Path, "expanduser", missing)
+    with pytest.warns(UserWarning, match="There is no home folder: nothing is kept, .* Set calibration.cache_dir"):
+        assert resume.search_journal(dense, "f", {}, (ROWS,), None) is None

@@ -53,6 +53,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         args.usage_error("the following arguments are required: OUTPUT")
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
+            _check_current_folder()
             result, text, *status = run(args)
         from ..processes import was_launched_first
 
@@ -98,17 +99,36 @@ def _only_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
+    shortage = _shortage(error)
+    if shortage is not None:
+        advice = "Free some, raise the limit (ulimit -v), or take a smaller model, dtype or batch size"
+        return f"memory is used up: this process may have no more ({shortage}). {advice}."
     if isinstance(error, CLPError):
         return str(error)
     detail = str(error).strip() or "no message"
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(detail):
-        advice = "Free some, raise the limit (ulimit -v), or take a smaller model, dtype or batch size"
-        return f"memory is used up: this process may have no more ({detail.splitlines()[0][:200]}). {advice}."
     if isinstance(error, OSError):
         full = "Free some space, or choose an output folder on another disk"
         advice = f". {full}." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{error}{advice}"
     return f"unexpected {type(error).__name__}: {detail}\nThe option --debug shows where it came from."
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        rule = "it was deleted, and the libraries cannot be loaded in a folder that is not there"
+        raise OutputError.of("current folder", None, rule, "Change to one that exists (cd)") from error
+
+
+def _shortage(error: BaseException | None) -> str | None:
+    """What a library has said of memory that it could not have, here or below; `None` if it is something else."""
+    while error is not None:
+        detail = str(error).strip() or "no message"
+        if isinstance(error, MemoryError) or (not isinstance(error, CLPError) and _OUT_OF_MEMORY.search(detail)):
+            return detail.splitlines()[0][:200]
+        error = error.__cause__
+    return None
 
 
 def output_folder(args: argparse.Namespace) -> Path | None:

@@ -67,6 +67,12 @@ def test_finish_does_again_what_failed(pruner, capsys):
     assert capsys.readouterr().out == f"{example_report().to_table()}\nWritten to cut.\n"
 
 
+def caused_by(cause):
+    error = ModelError(Problem("model", "m", "it could not be read (can't start new thread)", "Fetch it again"))
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -75,12 +81,22 @@ def test_finish_does_again_what_failed(pruner, capsys):
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("std::bad_alloc"),
+        caused_by(RuntimeError("can't start new thread")),
     ],
 )
 def test_too_little_memory_is_said_in_words(error, pruner, capsys):
     pruner.fails_with = error
     assert main("prune --model m --quiet out".split()) == 1
     assert "memory is used up: this process may have no more (" in error_of(capsys)
+
+
+def test_a_current_folder_that_was_deleted_is_said_at_once(pruner, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(f"prune --model m --quiet {tmp_path / 'out'}".split()) == 1
+    assert "current folder is None: it was deleted, and the libraries cannot be loaded" in error_of(capsys)
+    assert pruner.calls == []
 
 
 def test_loading_options_are_passed_on(pruner):
