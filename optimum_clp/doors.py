@@ -3,6 +3,7 @@
 How another package adds one is in `CONTRIBUTING.md`.
 """
 
+import importlib
 from typing import Any
 
 from .registry import Registry
@@ -87,6 +88,11 @@ RUNTIMES.register(
 
 # model types beyond those of `architecture.table`: an `Architecture` of that module
 ARCHITECTURES = Registry("architecture", "optimum_clp.architectures")
+
+
+def report_schema() -> dict[str, Any]:
+    """The JSON schema of `clp_report.json`, from the dataclasses of the stages, which all stand above the report."""
+    return importlib.import_module("optimum_clp.report_schema").report_schema()
 
 
 def load_chosen(config: Any) -> None:

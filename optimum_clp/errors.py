@@ -3,8 +3,46 @@
 Every message has the same four parts: the name of the thing, its value, the rule that it breaks, and the remedy.
 """
 
+import re
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Self
+
+# of a message, a rule says most: lists of names are long, a value of 5,000 characters is nobody's rule
+_MAX_VALUE, _MAX_WORD, _MAX_PART = 200, 250, 1500
+# a remedy may say where a finished folder lies
+_MAX_PATH = 1000
+
+
+def shown(value: Any, limit: int = _MAX_VALUE) -> str:
+    """A value as an error shows it: its `repr`, cut after `limit` characters, and never made whole where it is huge."""
+    if isinstance(value, (str, bytes)):
+        # a margin: quotes, and characters that are written as several
+        value = value[: limit + 2]
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 4 * limit:
+        return (
+            f"{'-' if value < 0 else ''}0x{abs(value) >> (value.bit_length() - 64):x}... ({value.bit_length()} bits)"
+        )
+    try:
+        text = _Shown(limit).repr(value) if isinstance(value, (list, tuple, dict, set)) else repr(value)
+    except Exception:  # an object whose repr raises is still to be named
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+class _Shown(reprlib.Repr):
+    """`repr` of containers that stops once there is more than anyone sees."""
+
+    def __init__(self, limit: int):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother, self.maxlong = 6, limit + 2, limit + 2, limit
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = limit
+
+
+def shortened(text: str, longest_word: int = _MAX_WORD) -> str:
+    """A sentence for a reader: the middle of a very long word, and what follows the first 1,500 characters, is left out."""
+    text = re.sub(rf"\S{{{longest_word},}}", lambda word: f"{word[0][: longest_word - 53]}...{word[0][-50:]}", text)
+    return text if len(text) <= _MAX_PART else f"{text[: _MAX_PART - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -24,11 +62,9 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        if len(shown) > 200:
-            shown = shown[:197] + "..."
-        stop = "" if self.remedy.endswith(("?", ".")) else "."
-        return f"{self.name} is {shown}: {self.rule}. {self.remedy}{stop}"
+        name, rule, remedy = shortened(self.name), shortened(self.rule), shortened(self.remedy, _MAX_PATH)
+        stop = "" if remedy.endswith(("?", ".")) else "."
+        return f"{name} is {shown(self.value)}: {rule}. {remedy}{stop}"
 
 
 class CLPError(Exception):

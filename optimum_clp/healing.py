@@ -159,10 +159,10 @@ class Healing:
         budget = gathered(self.journal.recall("seconds", seconds_left))[0]
         found = self._pilots(budget)
         left = _PLANNED_SHARE * (budget - sum(each["seconds"] + each["writing"] for each in found))
-        rows = self._write(left, found)
-        forecast = _forecast(found, rows)
+        data = self.text(rows := self._write(left, found))
+        forecast = _forecast(found, len(data.train))
         self._reset()
-        result = self.tune(self.text(rows), self._place(f"rows-{rows}"))
+        result = self.tune(data, self._place(f"rows-{rows}"))
         return dataclasses.replace(result, forecast=forecast)
 
     def _pilots(self, budget: float) -> list[dict[str, Any]]:
@@ -182,8 +182,9 @@ class Healing:
         writing = time.perf_counter() - began
         result = self.tune(data, self._place(f"rows-{rows}"))
         return {
-            "rows": rows,
-            "tokens": rows * data.sequence_length,
+            # a given text may have fewer
+            "rows": len(data.train),
+            "tokens": data.train.numel(),
             "loss": result.best_validation_loss,
             "writing": writing,
             "pass": result.cache_seconds,
@@ -210,15 +211,17 @@ class Healing:
         # half of what fits, as how long that takes says how much the other half is
         while (part := self._whole_batches(more() / 2) or self._whole_batches(more())) > _SMALLEST_PART * rows:
             rows += part
-            writing = gathered(self.journal.recall(["text", rows], partial(self._writing_seconds, rows)))[0]
-            left -= writing
-            each_row = max(writing / part, last["pass"] / last["rows"])
+            written = gathered(self.journal.recall(["text", rows], partial(self._written, rows)))[0]
+            left -= written["seconds"]
+            if written["rows"] < rows:  # a given text has come to its end
+                return max(last["rows"], self._whole_batches(min(written["rows"], pace.rows(left))))
+            each_row = max(written["seconds"] / part, last["pass"] / last["rows"])
         return max(last["rows"], min(rows, self._whole_batches(pace.rows(left))))
 
-    def _writing_seconds(self, rows: int) -> float:
+    def _written(self, rows: int) -> dict[str, Any]:
         began = time.perf_counter()
-        self.text(rows)
-        return time.perf_counter() - began
+        data = self.text(rows)
+        return {"seconds": time.perf_counter() - began, "rows": len(data.train)}
 
     def _whole_batches(self, rows: float) -> int:
         return max(0, int(rows)) // self.batch_size * self.batch_size

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,7 +30,9 @@ from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.failures import TUNING, failures_section
 from .report.model_card import write_model_card
+from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
 from .report.plots import write_plots
+from .report.section import to_section
 from .session import Session
 
 # how the names of stages begin that are done again together
@@ -251,8 +254,29 @@ def _deployment_checks(session: Session) -> DeploymentChecks:
     return DeploymentChecks(session.config, session.tokenizer, session.cut_or_dense_config(), session.quiet)
 
 
+def _take_origin_along(session: Session, folder: Path) -> None:
+    """The dense model's terms into the report, and the files that state them into the folder."""
+    base = session.report.base_model
+    if not base or not base.get("name_or_path"):
+        return
+    name, revision = base["name_or_path"], base.get("revision")
+    origin = find_origin(name, revision)
+    if not origin.is_known and base.get("origin"):
+        origin = Origin(**base["origin"])  # an earlier stage had a network
+    base["origin"] = to_section(origin)
+    copy_files(origin_folder(name, LICENSE_FILES, revision), folder, LICENSE_FILES)
+    if not origin.is_known and hub_id(name) is not None:
+        warnings.warn(
+            f"licence: the card of {name} is not in the cache, and the Hugging Face Hub could not be reached: README.md does not say "
+            "under which licence this model may be used. Add it before you pass the model on.",
+            stacklevel=3,
+        )
+
+
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.config, session.report
+    with attempts.stage("origin"):
+        _take_origin_along(session, folder)
     with attempts.stage("recipe"):
         config.save_pretrained(folder)
     with attempts.stage("environment"):

@@ -10,6 +10,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
+from .argument_types import check_methods
 from .checkpoint.output import claimed_output
 from .configuration.clp_config import CLPConfig
 from .errors import ConfigurationError, TuningError
@@ -19,7 +20,7 @@ from .healing import heal
 from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
 from .processes import is_first, wait_for_all
-from .report.hub import upload
+from .report.hub import check_repo_id, upload
 from .report.report import REPORT_NAME, CLPReport
 from .search.recipe import layers_to_remove, search_by_recipe
 from .search.result import SearchResult
@@ -29,6 +30,7 @@ from .surgery.cut import cut_model
 from .tuning.result import TuningResult
 
 
+@check_methods
 @verbs(
     "from_pretrained", "search", "cut", "tune", "quantize", "export", "evaluate", "prune", "save_pretrained", "finish"
 )
@@ -38,7 +40,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
     `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
     The dense model is never changed: the cut model shares its tensors, and only the tuned layers get storage of their own.
 
-    Args:
+    Args (all of them attributes, too):
         model (`PreTrainedModel` or `None`): The dense model; `None` if only a cut one is at hand.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Needed for given text; self-written text does without.
         config ([`CLPConfig`], *optional*): The recipe.
@@ -46,9 +48,6 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         pruned_model (`PreTrainedModel`, *optional*): The cut model, if there is one.
         segments (`Iterable[LayerSegment]`, *optional*): What was cut, in the dense model's numbering.
         quiet (`bool`): No progress bars.
-
-    Attributes:
-        model, pruned_model, tokenizer, config, report, segments: As above.
     """
 
     def __init__(
@@ -213,7 +212,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
 
     def evaluate(
         self,
-        text: str | list[str] | None = None,
+        text: Any = None,
         *,
         reference: PreTrainedModel | str | os.PathLike | None = None,
         file_name: str | None = None,
@@ -224,7 +223,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, on tasks, and by what it says.
 
         Args:
-            text (`str` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
+            text (`str`, `os.PathLike` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
                 nor tasks are given.
             reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model; the pruner's if it is loaded.
             file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
@@ -338,7 +337,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Returns:
             `str`: The commit's address.
         """
-        saved = self._session.folder
+        saved, repo_id = self._session.folder, check_repo_id(repo_id)
         if saved is not None and (saved / REPORT_NAME).is_file():
             return upload(saved, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as parent:

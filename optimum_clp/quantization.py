@@ -22,20 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .checkpoint.errors import model_error
+from .argument_types import check_arguments
+from .checkpoint.errors import load_error, model_error
 from .checkpoint.files import (
     CONFIG_FILE,
     QUANTO_FILE,
     QUANTO_MAP_FILE,
     QUANTO_MODEL_TYPE,
     check_config,
-    check_safetensors,
-    read_json_object,
     write_json,
 )
 from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
+from .model_files import check_folder, check_model_file, read_model_file, safetensors_header
 from .precisions import PRECISIONS, QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
@@ -99,6 +99,7 @@ def _unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([(packed >> (bits * i)) & mask for i in range(8 // bits)])
 
 
+@check_arguments
 def save_quantized(
     model: PreTrainedModel,
     tokenizer,
@@ -304,6 +305,7 @@ def _quantized_weight(name: str, layer: nn.Linear, kind: qtype) -> Any:
         raise QuantizationError.of("layer", name, rule, "Use the ONNX files instead") from error
 
 
+@check_arguments
 def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     """Load what [`save_quantized`] wrote: exactly the model that was saved, on the CPU, in eval mode.
 
@@ -368,21 +370,26 @@ def _read_description(folder: Path):
             "Give a folder that optimum_clp.quantization.save_quantized wrote; load others with AutoModelForCausalLM"
         )
         raise model_error(folder, f"the folder has no {QUANTO_MAP_FILE}", remedy)
-    raw = read_json_object(folder / CONFIG_FILE, folder)
+    raw = read_model_file(folder / CONFIG_FILE, folder)
     own = raw.get(_CONFIG_KEY)
     if raw.get("model_type") != QUANTO_MODEL_TYPE or not isinstance(own, dict):
         remedy = "Load it with optimum.quanto.QuantizedModelForCausalLM, or quantize the dense model again"
         raise model_error(folder, "it was not written by optimum_clp.quantization.save_quantized", remedy)
+    check_folder(folder, folder)
+    check_model_file(CONFIG_FILE, own, folder)
     check_config(folder, own, trust_remote_code=False)
-    config = CONFIG_MAPPING[own["model_type"]].from_dict(_with_infinities(own))
-    kinds = {n: entry.get("weights") for n, entry in read_json_object(folder / QUANTO_MAP_FILE, folder).items()}
+    try:
+        config = CONFIG_MAPPING[own["model_type"]].from_dict(_with_infinities(own))
+    except Exception as error:  # whatever a class of transformers makes of values that it does not expect
+        raise load_error(str(folder), error) from error
+    kinds = {n: entry.get("weights") for n, entry in read_model_file(folder / QUANTO_MAP_FILE, folder).items()}
     if not set(kinds.values()) <= set(_PARTS):
         raise model_error(folder, f"its {QUANTO_MAP_FILE} is malformed", "Quantize the dense model again")
     if not (folder / QUANTO_FILE).is_file():
         raise model_error(
             folder, f"the folder has no {QUANTO_FILE}", "Fetch it again, or quantize the dense model again"
         )
-    check_safetensors(folder / QUANTO_FILE, folder)
+    safetensors_header(folder / QUANTO_FILE, folder)
     return config, kinds
 
 

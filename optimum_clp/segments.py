@@ -23,7 +23,8 @@ class LayerSegment:
     stop: int
 
     def __post_init__(self):
-        if not (isinstance(self.start, int) and isinstance(self.stop, int) and 0 <= self.start < self.stop):
+        # True is 1 to Python, and a slip here
+        if not (type(self.start) is int and type(self.stop) is int and 0 <= self.start < self.stop):
             raise ConfigurationError.of(
                 "segment",
                 (self.start, self.stop),
@@ -89,7 +90,7 @@ def check_segments(segments: Iterable[LayerSegment], num_layers: int) -> tuple[L
     Raises:
         ConfigurationError: If there is none, if one reaches beyond the last layer, if two overlap, or if nothing is left.
     """
-    ordered = sorted(s if isinstance(s, LayerSegment) else LayerSegment(*s) for s in segments)
+    ordered = sorted(map(_segment, segments if isinstance(segments, Iterable) else [segments]))
     shown = [s.to_list() for s in ordered]
     problem = None
     if not ordered:
@@ -109,6 +110,16 @@ def check_segments(segments: Iterable[LayerSegment], num_layers: int) -> tuple[L
         else:
             merged.append(segment)
     return tuple(merged)
+
+
+def _segment(given: object) -> LayerSegment:
+    """A segment, or a pair of bounds, as a segment."""
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        return LayerSegment(*given)
+    if not isinstance(given, LayerSegment):
+        rule = f"a {type(given).__name__} is no run of layers"
+        raise ConfigurationError.of("segments", given, rule, "Give for example [LayerSegment(4, 8)] or [(4, 8)]")
+    return given
 
 
 def kept_layers(segments: Iterable[LayerSegment], num_layers: int) -> list[int]:

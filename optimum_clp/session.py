@@ -17,9 +17,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
+from .argument_types import check_argument
 from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
-from .checkpoint.loading import load_model, load_tokenizer
+from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
 from .configuration.stages import CalibrationConfig
@@ -112,6 +113,7 @@ class Session:
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        check_tokenizer(self.tokenizer)
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
@@ -119,6 +121,7 @@ class Session:
         """Replace the recipe by `config`, if there is one; check it, import what it names, and start its clock (`again`)."""
         if config is not None:
             self.config = config
+        check_argument("config", self.config, CLPConfig)
         self.config.validate()
         load_chosen(self.config)
         self._start_clock(again)
@@ -289,7 +292,7 @@ class Session:
                 "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
             )
         settings = self._text_settings()
-        source = {"seed": self.config.seed, **vars(settings)}
+        source = self._text_key(settings)
         if self._text is None or self._text[0] != source:
             writes = self.config.calibration.dataset is None
             model = self.dense() if writes else self.model or self.pruned_model
@@ -308,14 +311,29 @@ class Session:
         self.report.calibration = self._text[1].to_dict()
         return self._text[1]
 
-    def rows(self, text: str | list[str] | None, model: Any) -> torch.Tensor:
+    def rows(self, text: Any, model: Any) -> torch.Tensor:
         """Token rows to measure a model on: of a given text, or else the recipe's own test rows; int64 `[rows, length]`."""
         if text is None:
-            return self.calibration().test
+            return self._test_rows()
         settings = self.config.calibration
         length = within_context(settings.sequence_length, model.config)
         column = settings.text_column
         return tokenize_dataset(text, self.tokenizer, sequence_length=length, text_column=column, name="text")
+
+    def _test_rows(self) -> torch.Tensor:
+        """The recipe's test rows: nothing else is read or written for them. They do not depend on the other splits."""
+        wanted, found = self.config.calibration, self._text
+        if self.onnx_file is not None or (found is not None and found[0] == self._text_key(self._text_settings())):
+            return self.calibration().test
+        few = dataclasses.replace(wanted, train_sequences=1, validation_sequences=1)
+        writes = wanted.dataset is None
+        model = self.dense() if writes else self.model or self.pruned_model
+        assert model is not None
+        fingerprint = self.fingerprint() if writes else None
+        return load_calibration(few, self.tokenizer, model, self.config.seed, self.quiet, fingerprint=fingerprint).test
+
+    def _text_key(self, settings: CalibrationConfig) -> dict[str, Any]:
+        return {"seed": self.config.seed, **vars(settings)}
 
     def fingerprint(self) -> str | None:
         """The dense weights' hash, taken once for each text: the text itself is not written again either."""
@@ -444,4 +462,5 @@ def open_session(
             session.report = CLPReport(base_model=to_section(describe_dense(loaded, name, hub["revision"])))
     source = path if tokenizer is None else tokenizer
     session.tokenizer = load_tokenizer(source, **hub) if isinstance(source, (str, os.PathLike)) else source
+    check_tokenizer(session.tokenizer)
     return session

@@ -95,6 +95,20 @@ def test_what_a_tuning_takes_once_and_text_at_another_pace(monkeypatch, once, wr
     assert 0.85 * 3000 < workshop.clock.now <= 3000
 
 
+def test_a_text_that_comes_to_its_end(monkeypatch):
+    workshop, asked = Workshop(monkeypatch), []
+    text = workshop.text
+
+    def short(rows):
+        asked.append(rows)
+        return text(min(rows, 300))
+
+    workshop.text = short
+    workshop.heal(3000)
+    assert workshop.calls[-1][0] == 296  # whole batches
+    assert sum(rows > 300 for rows in asked) == 1
+
+
 def test_pace():
     found = [{"rows": rows, "seconds": 7 + 0.25 * rows} for rows in (16, 32, 64)]
     pace = Pace.of(found)

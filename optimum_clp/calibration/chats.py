@@ -4,11 +4,11 @@
 `completion`; a `prompt` alone, which has no answer yet.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import CalibrationError
+from ..json_files import JsonProblem, parse
 
 Message = dict[str, str]
 COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output")
@@ -72,8 +72,8 @@ class _Row:
         """Messages from a list of them, or from its JSON, as a table of texts has it."""
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
+                value = parse(value)
+            except JsonProblem:
                 raise self.error("holds a text where a list of messages should be") from None
         if not isinstance(value, (list, tuple)) or not value or not all(isinstance(m, Mapping) for m in value):
             raise self.error("holds no list of messages")
@@ -90,7 +90,7 @@ class _Row:
 
     def _message(self, message: Mapping[str, Any]) -> Message:
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise self.error(f"has a message of the unknown role {role!r}")
         if isinstance(content, (list, tuple)):
             content = "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))

@@ -5,6 +5,7 @@ A document is what the tokenizer makes of it, its own BOS and EOS included; a pl
 
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -30,6 +31,8 @@ _CHARACTERS_AT_ONCE = 2**18
 # prompts for each row: short ones fill it with several answers
 _PROMPTS_PER_ROW = 4
 _NAME = "calibration.dataset"
+LEAST_ROWS = 8
+"""Rows of a given text without which no run begins: a few to learn from, and some to choose and to measure by."""
 
 
 def given_rows(
@@ -49,17 +52,17 @@ def given_rows(
         config ([`CalibrationConfig`]): With a dataset: text, conversations, or prompts that the dense model answers.
         tokenizer (`PreTrainedTokenizerBase`): The model's.
         model (`PreTrainedModel`): Gives the vocabulary.
-        sizes (`Sequence[int]`): Rows of each split.
+        sizes (`Sequence[int]`): Test, validation and train rows.
         length (`int`): Tokens in a row.
         seed (`int`): Same seed, same rows.
         dense (`Callable`, *optional*): Gives the model that answers prompts; `model` if not given.
         quiet (`bool`): No progress bar.
 
     Returns:
-        `list[TextRows]`: One for each of `sizes`.
+        `list[TextRows]`: One for each of `sizes`; of a text that is short with fewer rows, and a warning.
 
     Raises:
-        CalibrationError: If the text cannot be read, there is too little of it, or it does not fit the model.
+        CalibrationError: If the text cannot be read, has less than `LEAST_ROWS` rows, or does not fit the model.
     """
     assert config.dataset is not None
     tokenizer = require_tokenizer(tokenizer, config.dataset, _NAME)
@@ -78,11 +81,11 @@ def given_rows(
         found = tokens.flatten()
     else:
         said, found = None, joined_tokens(shuffled, tokenizer, rows * length)
-    remedy = "lower calibration.train_sequences, validation_sequences, test_sequences or sequence_length"
-    require_tokens(found, rows, length, config.dataset, _NAME, remedy)
+    sizes = fitting_sizes(sizes, len(found), length, config.dataset)
+    rows = sum(sizes)
     tokens = found[: rows * length].view(rows, length)
     _check_vocabulary(tokens, model)
-    mask = said if config.mask == "assistant" else None
+    mask = said[:rows] if said is not None and config.mask == "assistant" else None
     return TextRows(tokens, (GIVEN,) * rows, mask).parted(sizes)
 
 
@@ -236,6 +239,42 @@ def require_tokens(
     if len(tokens) < rows * length:
         rule = f"{rows} rows of {length} tokens need {rows * length} tokens, and it has {len(tokens)}"
         raise CalibrationError.of(name, dataset, rule, f"Give more text, or {alternative}")
+
+
+def fitting_sizes(sizes: Sequence[int], tokens: int, length: int, dataset: str | list[str]) -> list[int]:
+    """The rows that a text of so many tokens has for each split: as many as are planned, or, with a warning, fewer.
+
+    Args:
+        sizes (`Sequence[int]`): Test, validation and train rows that are planned.
+        tokens (`int`): Of the text.
+        length (`int`): Tokens in a row.
+        dataset: The source, for messages.
+
+    Returns:
+        `list[int]`: Of a text that is short, at most a quarter of its rows each to test and validate on.
+
+    Raises:
+        CalibrationError: If there is less than `LEAST_ROWS` rows, and less than is planned.
+    """
+    planned, there = sum(sizes), tokens // length
+    least = min(planned, LEAST_ROWS)
+    if tokens == 0:
+        raise CalibrationError.of(_NAME, dataset, "it is empty: there is no text in it", "Give a text")
+    if there < least:
+        rule = f"{least} rows of {length} tokens, the least there must be, need {least * length} tokens, and it has {tokens}"
+        raise CalibrationError.of(_NAME, dataset, rule, "Give more text, or lower calibration.sequence_length")
+    if there >= planned:
+        return list(sizes)
+    test, validation, train = sizes
+    share = max(1, there // 4) if train else there // 2
+    test, validation = min(test, share), min(validation, share)
+    fitted = [test, validation, min(train, there - test - validation)]
+    warnings.warn(
+        f"calibration.dataset: the text has {tokens} tokens, which is {there} rows of {length} instead of the {planned} that are "
+        f"planned: {fitted[2]} train, {fitted[1]} validation and {fitted[0]} test rows. Give more text for surer figures.",
+        stacklevel=4,
+    )
+    return fitted
 
 
 def _check_vocabulary(rows: torch.Tensor, model: PreTrainedModel) -> None:

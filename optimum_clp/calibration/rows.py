@@ -5,20 +5,23 @@ A document is what the tokenizer makes of it, its own BOS and EOS included; a pl
 """
 
 import itertools
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import within_context
 from ..configuration.stages import CalibrationConfig
+from ..errors import CalibrationError
 from ..report.section import to_section
 from .given import conversation_rows, given_rows, joined_tokens, require_tokenizer, require_tokens
 from .own import own_rows, shared
-from .sources import describe, read_passages
+from .sources import checked_source, describe, read_passages
 from .splits import TextRows, joined
 from .summary import CalibrationSummary, TextStatistics
 from .templates import split_template
@@ -103,11 +106,12 @@ def load_calibration(
         split of self-written text is a second sample, with `seed + 1`.
 
     Raises:
-        CalibrationError: If the text cannot be read, there is too little of it, or a token is not in the model's
-            vocabulary.
+        CalibrationError: If the text cannot be read, there is too little of it, a token is not in the model's vocabulary, or
+            so many rows do not fit into this machine's memory.
     """
     length = within_context(config.sequence_length, model.config)
     sizes = [config.train_sequences, config.validation_sequences, config.test_sequences]
+    _require_memory(sizes, length)
     own = _self_written_rows(config)
     parts: list[list[TextRows]] = []
     statistics = None
@@ -139,6 +143,15 @@ def load_calibration(
         train_mask=train.mask,
         validation_mask=validation.mask,
     )
+
+
+def _require_memory(sizes: Sequence[int], length: int) -> None:
+    """Say before any text is read or written that its rows cannot be held: int64, and once more while they are parted."""
+    needed, there = 2 * 8 * sum(sizes) * length, psutil.virtual_memory().total
+    if needed > there:
+        rule = f"with the other splits these rows of {length} tokens take {needed:,} bytes, and this machine has {there:,}"
+        remedy = "Choose fewer or shorter rows: calibration.train_sequences, sequence_length or tuning.tokens"
+        raise CalibrationError.of("calibration.train_sequences", sizes[0], rule, remedy)
 
 
 def _self_written_rows(config: CalibrationConfig) -> list[int]:
@@ -174,8 +187,9 @@ def tokenize_dataset(
         `torch.Tensor`: int64 `[rows, sequence_length]` without padding, on the CPU.
 
     Raises:
-        CalibrationError: If the text cannot be read, or has fewer tokens than `num_sequences` rows (or one) need.
+        CalibrationError: If the text cannot be read, or has not one row. Fewer than `num_sequences` are a warning.
     """
+    dataset = checked_source(dataset, name)
     tokenizer = require_tokenizer(tokenizer, dataset, name)
     passages = read_passages(dataset, text_column=text_column, evaluation=True, name=name)
     wanted = None if num_sequences is None else num_sequences * sequence_length
@@ -186,6 +200,10 @@ def tokenize_dataset(
         tokens = conversation_rows(passages, template, tokenizer, num_sequences, sequence_length)[0].flatten()
     else:
         tokens = joined_tokens(passages, tokenizer, wanted)
-    require_tokens(tokens, num_sequences or 1, sequence_length, dataset, name, "ask for fewer or shorter rows")
-    rows = num_sequences or len(tokens) // sequence_length
+    require_tokens(tokens, 1, sequence_length, dataset, name, "ask for shorter rows")
+    rows = min(num_sequences or len(tokens), len(tokens) // sequence_length)
+    if num_sequences is not None and rows < num_sequences:
+        warnings.warn(
+            f"{name}: the text has {rows} rows of {sequence_length} tokens, not {num_sequences}", stacklevel=2
+        )
     return tokens[: rows * sequence_length].view(rows, sequence_length)

@@ -3,18 +3,18 @@
 Local files are read directly, not through `datasets`, which would leave a converted copy of each in the user's cache.
 """
 
-import csv
 import itertools
-import json
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..configuration.rules import source_of_text, text_source
 from ..errors import CalibrationError
+from ..json_files import JsonProblem
 from .chats import COLUMNS, Message, chat_columns, messages_of
-
-FILE_TYPES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+from .formats import FILE_TYPES, FormatProblem, has_rows, is_packed, kind_of, opened, rows_of
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,20 @@ def describe(dataset: str | list[str]) -> str:
     return Path(dataset).name if Path(dataset).exists() else dataset
 
 
+def checked_source(dataset: Any, name: str) -> str | list[str]:
+    """A source as [`read_passages`] takes it, from what people have: also a path, a tuple, a column, a generator of strings.
+
+    Raises:
+        CalibrationError: If it is something else; names its type.
+    """
+    rule, kept = source_of_text(), text_source(dataset)
+    if not rule.holds(kept):
+        shown = dataset if isinstance(dataset, (str, bytes, int, float)) else type(dataset).__name__
+        told = f"{rule.text}, and this is a {type(dataset).__name__}"
+        raise CalibrationError.of(name, shown, told, rule.remedy)
+    return kept
+
+
 def read_passages(
     dataset: str | list[str],
     *,
@@ -94,7 +108,8 @@ def read_passages(
 
     Args:
         dataset (`str` or `list[str]`): A file; a list of documents; or a `datasets` name `id[:config[:split]]`. A
-            local path that exists wins over a name. A file of another type than `FILE_TYPES` is read as plain text.
+            local path that exists wins over a name. A file of another type than
+            [`~optimum_clp.calibration.formats`] has is read as plain text.
         text_column (`str`): The column with the text, where there are columns.
         piece_characters (`int`): Running text (a plain text file) comes in pieces of about so many characters, cut at
             the ends of lines; rows of the other sources come whole, one document each.
@@ -106,7 +121,7 @@ def read_passages(
         CalibrationError: If the source is missing, cannot be read, or does not have the column.
     """
     if not isinstance(dataset, str):
-        return _documents(dataset)
+        return _documents(dataset, name)
     path = Path(dataset).expanduser()
     if path.exists() or _looks_like_a_file(dataset):
         return _read_file(path, dataset, text_column, piece_characters, name)
@@ -114,27 +129,32 @@ def read_passages(
 
 
 def _looks_like_a_file(dataset: str) -> bool:
-    return dataset.lower().endswith(FILE_TYPES) or dataset.startswith((".", "~", "/", "\\"))
+    return kind_of(dataset) in FILE_TYPES or is_packed(dataset) or dataset.startswith((".", "~", "/", "\\"))
 
 
 def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, name: str) -> Iterator[Passage]:
     if not path.exists():
         raise CalibrationError.of(name, shown, "there is no such file", "Check the path")
     if not path.is_file():
-        raise CalibrationError.of(name, shown, "it is a folder", f"Give one file ({', '.join(FILE_TYPES)})")
+        kind = "a folder" if path.is_dir() else "no ordinary file"
+        raise CalibrationError.of(name, shown, f"it is {kind}", f"Give one file ({', '.join(FILE_TYPES)})")
+
+    def wanted(there: Sequence[str]) -> list[str]:
+        columns = [text_column] if text_column in there else chat_columns(there)
+        if not columns:
+            raise _missing_column(name, shown, text_column, list(there))
+        return columns
+
     try:
-        if path.suffix.lower() == ".parquet":
-            rows: Iterator[Any] = _parquet_rows(path, shown, text_column, name)
-            yield from _documents(_texts(rows, shown, text_column, name))
-        elif path.suffix.lower() in (".json", ".jsonl"):
-            rows = _json_rows(path, shown, name)
-            yield from _documents(_texts(rows, shown, text_column, name))
-        elif path.suffix.lower() == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as lines:
-                yield from _documents(_texts(csv.DictReader(lines), shown, text_column, name))
+        if has_rows(path):
+            yield from _documents(_texts(rows_of(path, wanted), shown, text_column, name), name)
         else:
-            with path.open(encoding="utf-8-sig") as lines:
+            with opened(path) as lines:
                 yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
+    except JsonProblem as problem:
+        raise CalibrationError.of(name, shown, problem.rule, "Correct or remove that line") from problem
+    except FormatProblem as problem:
+        raise CalibrationError.of(name, shown, problem.rule, problem.remedy) from problem
     except UnicodeDecodeError as error:
         rule = f"it is not UTF-8 text ({error.reason})"
         raise CalibrationError.of(name, shown, rule, "Convert it to UTF-8, for example with iconv -t UTF-8") from error
@@ -173,45 +193,6 @@ def _running_text(lines: Iterable[str], piece_characters: int) -> Iterator[Passa
             piece, size = [], 0
 
 
-def _json_rows(path: Path, shown: str, name: str) -> Iterator[Any]:
-    if path.suffix.lower() == ".json":
-        text = path.read_text(encoding="utf-8-sig")
-        try:
-            rows = json.loads(text) if text.strip() else []
-            yield from rows if isinstance(rows, list) else [rows]
-            return
-        except json.JSONDecodeError as error:
-            # several objects one after the other: JSON lines under the name .json
-            if not error.msg.startswith("Extra data"):
-                raise _invalid_json(name, shown, error.lineno, error.msg) from error
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise _invalid_json(name, shown, number, error.msg) from error
-                yield row
-
-
-def _parquet_rows(path: Path, shown: str, text_column: str, name: str) -> Iterator[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            columns = [text_column] if text_column in there else chat_columns(there)
-            if not columns:
-                raise _missing_column(name, shown, text_column, there)
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise CalibrationError.of(
-            name, shown, f"it is not a readable parquet file ({error})", "Write the file again"
-        ) from error
-
-
 def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iterator[str | list[Message]]:
     for number, row in enumerate(rows, 1):
         text = row
@@ -232,12 +213,30 @@ def _texts(rows: Iterable[Any], shown: str, text_column: str, name: str) -> Iter
         yield text
 
 
-def _documents(texts: Iterable[str | list[Message]]) -> Iterator[Passage]:
-    for text in texts:
-        if not isinstance(text, str):
-            yield Passage("\n".join(message["content"] for message in text), messages=tuple(text))
-        elif text.strip():
-            yield Passage(text)
+def _documents(texts: Iterable[str | list[Message]], name: str) -> Iterator[Passage]:
+    """A passage for each text that is not blank; those with half a character in them are left out, and counted."""
+    halves = 0
+    try:
+        for text in texts:
+            said = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
+            if not _is_whole(said):
+                halves += 1
+            elif not isinstance(text, str):
+                yield Passage(said, messages=tuple(text))
+            elif said.strip():
+                yield Passage(said)
+    finally:
+        if halves:
+            rows = f"{halves} row{'s have' if halves > 1 else ' has'}"
+            warnings.warn(f"{name}: {rows} half of a character in it (a lone surrogate) and is left out", stacklevel=2)
+
+
+def _is_whole(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON can say half of a pair (`\\ud83d`), which no tokenizer takes."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_name(dataset: str, evaluation: bool) -> HubDataset:
@@ -264,7 +263,7 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
             # joined as published perplexities on WikiText join it
             yield from _running_text((f"{text}\n\n" for text in texts), piece_characters)
         else:
-            yield from _documents(texts)
+            yield from _documents(texts, name)
     except CalibrationError:
         raise
     except Exception as error:
@@ -284,12 +283,6 @@ def _is_connection_error(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _invalid_json(name: str, shown: str, line: int, message: str) -> CalibrationError:
-    return CalibrationError.of(
-        name, shown, f"line {line} is not valid JSON ({message})", "Correct or remove that line"
-    )
 
 
 def _missing_column(name: str, shown: str, text_column: str, columns: list) -> CalibrationError:

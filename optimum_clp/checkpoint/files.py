@@ -11,6 +11,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..model_files import read_model_file, safetensors_header
 from .errors import model_error, quanto_error
 
 CONFIG_FILE = "config.json"
@@ -30,6 +31,22 @@ TOKENIZER_FILES = (
     "tekken.json",
     "*.tiktoken",
 )
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# what may lie beside a tokenizer, and nothing writes anew
+COMPANION_FILES = (
+    "tokenizer*.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
 # what transformers 4 calls the rotary base of layers with full and with sliding attention, where these differ
 _LEGACY_BASES = {
     "gemma3": ("rope_theta", "rope_local_base_freq"),
@@ -40,21 +57,6 @@ _LEGACY_BASES = {
 # fields that transformers 4 reads under another name; transformers 5 takes both
 _LEGACY_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
-
-
-def read_json_object(path: Path, model: Any) -> dict[str, Any]:
-    """The JSON object in a file of the model called `model`.
-
-    Raises:
-        ModelError: If the file is not JSON, or holds something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise model_error(model, f"its {path.name} is malformed ({error})", "Fetch or save the model again") from error
-    if not isinstance(content, dict):
-        raise model_error(model, f"its {path.name} holds no JSON object", "Fetch or save the model again")
-    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -77,7 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             )
         remedy = "Give the folder that save_pretrained wrote, with config.json, weights and tokenizer"
         raise model_error(folder, "the folder has no config.json", remedy)
-    return read_json_object(folder / CONFIG_FILE, folder)
+    return read_model_file(folder / CONFIG_FILE, folder)
 
 
 def check_config(name: Any, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -156,10 +158,10 @@ def check_weight_files(folder: Path, use_safetensors: bool) -> None:
         ModelError: If there are no weights, only pickled ones, a shard is missing, or a file is truncated.
     """
     if (folder / SAFE_FILE).is_file():
-        check_safetensors(folder / SAFE_FILE, folder)
+        safetensors_header(folder / SAFE_FILE, folder)
     elif (folder / SAFE_INDEX).is_file():
         for shard in _shards(folder, SAFE_INDEX):
-            check_safetensors(folder / shard, folder)
+            safetensors_header(folder / shard, folder)
     elif (folder / PICKLE_FILE).is_file() or (folder / PICKLE_INDEX).is_file():
         if use_safetensors:
             rule = "it has pickled weights only (.bin), which can run code when they are read"
@@ -175,36 +177,19 @@ def check_weight_files(folder: Path, use_safetensors: bool) -> None:
 
 
 def _shards(folder: Path, index: str) -> list[str]:
-    weight_map = read_json_object(folder / index, folder).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_model_file(folder / index, folder).get("weight_map")
+    if not weight_map:
         raise model_error(folder, f"its {index} has no weight_map", "Fetch or save the model again")
     shards = sorted(set(weight_map.values()))
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        rule = f"its {index} names {outside[0]!r}, which is no file of this folder"
+        raise model_error(folder, rule, "Fetch or save the model again")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         rule = f"{len(missing)} of its {len(shards)} weight files are missing, the first is {missing[0]}"
         raise model_error(folder, rule, "Fetch the model again")
     return shards
-
-
-def check_safetensors(path: Path, model: Any) -> None:
-    """Check a safetensors file's length against its header.
-
-    Raises:
-        ModelError: If the file is truncated, or is no safetensors file.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if 8 + length <= size else b""
-    try:
-        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
-        expected = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        rule = f"its {path.name} is truncated or is no safetensors file (no header in its {size} bytes)"
-        raise model_error(model, rule, "Fetch the model again") from error
-    if size != expected:
-        rule = f"its {path.name} is truncated or damaged ({size} bytes, its header asks for {expected})"
-        raise model_error(model, rule, "Fetch the model again")
 
 
 def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -271,7 +256,7 @@ def make_tokenizer_portable(folder: Path) -> None:
     Args:
         folder (`Path`): A folder that a tokenizer's `save_pretrained` wrote.
     """
-    path, model = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    path, model = folder / TOKENIZER_CONFIG, folder / "tokenizer.json"
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))

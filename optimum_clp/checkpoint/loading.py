@@ -14,9 +14,11 @@ from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from ..doors import ARCHITECTURES
-from ..errors import CLPError
+from ..errors import CLPError, ModelError
+from ..model_files import check_folder, check_model_file
 from .errors import load_error, model_error, quanto_error
 from .files import (
+    CONFIG_FILE,
     TOKENIZER_FILES,
     check_class,
     check_config,
@@ -68,7 +70,7 @@ def load_model(
         return model_or_path
     if not isinstance(model_or_path, (str, os.PathLike)):
         remedy = "Give a PreTrainedModel, a local folder, or a Hub id"
-        raise model_error(repr(model_or_path), f"a {type(model_or_path).__name__} is not a model", remedy)
+        raise ModelError.of("model", model_or_path, f"a {type(model_or_path).__name__} is not a model", remedy)
     path, hub = os.fspath(model_or_path), {"revision": revision, "token": token}
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
@@ -120,9 +122,11 @@ def load_config(
     name, hub = os.fspath(path), {"revision": revision, "token": token}
     if os.path.isdir(name):
         raw = read_config(Path(name))
+        check_folder(Path(name), name)
     else:
         _refuse_local_looking(name)
         raw = _hub_config(name, hub)
+        check_model_file(CONFIG_FILE, raw, name)
     if raw.get("model_type") in ARCHITECTURES:
         # the package that adds a model type tells transformers of its classes when it is imported
         ARCHITECTURES.get(raw["model_type"])
@@ -245,6 +249,19 @@ def load_tokenizer(
     if len(tokenizer) < 2:
         raise model_error(name, "it has no tokenizer, or an empty one", remedy)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Check that an object is a tokenizer, or a processor that can be called like one; or `None`.
+
+    Raises:
+        ModelError: If it is neither.
+    """
+    if tokenizer is not None and not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
+        rule = f"a {type(tokenizer).__name__} is no tokenizer"
+        raise ModelError.of(
+            "tokenizer", tokenizer, rule, "Give what AutoTokenizer.from_pretrained returns, or a folder"
+        )
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ..architecture.lookup import text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import evaluation_mode
+from ..model_files import read_model_file
+from ..report.origin import copy_files, origin_folder
 from .files import (
+    COMPANION_FILES,
+    TOKENIZER_CONFIG,
     make_config_portable,
     make_tokenizer_portable,
+    write_json,
 )
 from .loading import transformers_quiet
 
@@ -91,6 +98,8 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
         return
     tokenizer.save_pretrained(folder)
     make_tokenizer_portable(folder)
+    _write_chat_template(tokenizer, folder)
+    _copy_tokenizer_files(tokenizer, folder)
     if getattr(tokenizer, "_auto_class", None) is not None:
         return
     probe = PROBE_TEXT + " ".join(tokenizer.all_special_tokens)
@@ -102,6 +111,46 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
             "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained",
             stacklevel=3,
         )
+
+
+def _write_chat_template(tokenizer: Any, folder: Path) -> None:
+    """The chat template in `tokenizer_config.json` as well: transformers.js and llama.cpp look for it there.
+
+    It is written as the tokenizer itself would without `chat_template.jinja`, which versions of transformers prefer.
+    """
+    if not getattr(tokenizer, "chat_template", None) or not (folder / TOKENIZER_CONFIG).is_file():
+        return
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer.save_pretrained(place, save_jinja_files=False)
+        file = Path(place) / TOKENIZER_CONFIG
+        alone = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "chat_template" in alone:
+        content = json.loads((folder / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        write_json(folder / TOKENIZER_CONFIG, {**content, "chat_template": alone["chat_template"]})
+
+
+def _copy_tokenizer_files(tokenizer: Any, folder: Path) -> None:
+    """What came with the tokenizer and transformers does not write again: llama.cpp needs `tokenizer.model` for some types."""
+    source = origin_folder(getattr(tokenizer, "name_or_path", None), COMPANION_FILES)
+    copy_files(source, folder, COMPANION_FILES)
+    if source is None or source == folder:
+        return
+    # these speak of tokens, and would contradict a tokenizer that was changed after it was read
+    for name, holds in (("special_tokens_map.json", _has_special_tokens), ("added_tokens.json", _has_added_tokens)):
+        if (source / name).is_file():
+            content = read_model_file(source / name, source)
+            if holds(tokenizer, content):
+                copy_files(source, folder, (name,))
+
+
+def _has_special_tokens(tokenizer: Any, content: dict[str, Any]) -> bool:
+    texts = [item for value in content.values() for item in (value if isinstance(value, list) else [value])]
+    names = {item.get("content") if isinstance(item, dict) else item for item in texts}
+    return names <= set(tokenizer.all_special_tokens)
+
+
+def _has_added_tokens(tokenizer: Any, content: dict[str, Any]) -> bool:
+    return all(tokenizer.convert_tokens_to_ids(token) == index for token, index in content.items())
 
 
 def _unsavable_generation_config(model: PreTrainedModel) -> GenerationConfig | None:

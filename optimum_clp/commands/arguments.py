@@ -5,12 +5,14 @@ Those that set a value of the configuration are made from its [`Setting`]s: `des
 """
 
 import argparse
+import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from ..configuration.settings import Setting
 from ..configuration.stages import all_settings
 from ..doors import ARCHITECTURES, RUNTIMES
+from ..errors import shortened
 from ..registry import Registry
 
 # which stages run: options of their own, beside those of the stages
@@ -55,6 +57,39 @@ class SeveralAction(argparse.Action):
         return parts if set(parts) <= set(self.names) else []
 
 
+def strict(parser: argparse.ArgumentParser) -> None:
+    """Let a parser take no abbreviation of an option, and say what is wrong without repeating long values or secrets.
+
+    `--token SECRET` was once taken as an abbreviation of `--tokenizer`, and printed.
+    """
+    parser.allow_abbrev = False
+    told = parser.error
+
+    def error(message: str) -> NoReturn:
+        told(shortened(_without_unknown_values(without_secret(message))))
+
+    setattr(parser, "error", error)  # noqa: B010  # mypy takes a plain assignment for a mistake
+
+
+def without_secret(text: str, secret: str | None = None) -> str:
+    """A text without a token: the one that was given, or what looks like one of the Hugging Face Hub's."""
+    text = text.replace(secret, "***") if secret else text
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "hf_***", text)
+
+
+def _without_unknown_values(message: str) -> str:
+    """argparse's list of words that it cannot place, without those that are the values of unknown options."""
+    head, found, words = message.partition("unrecognized arguments: ")
+    if not found:
+        return message
+    kept, after_option = [], False
+    for word in words.split(" "):
+        is_option = word.startswith("-")
+        kept.append(word.split("=")[0] if is_option else "..." if after_option else word)
+        after_option = is_option
+    return f"{head}{found}{' '.join(kept)}"
+
+
 def segment(text: str) -> tuple[int, int]:
     """`START:STOP` as two integers."""
     try:
@@ -72,6 +107,12 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     group = parser.add_argument_group("model", added)
     group.add_argument("--model", required=True, metavar="MODEL", help=help_text)
     group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, if it does not lie beside the model")
+    group.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="access token for gated and private models, never printed; other processes see it, so prefer `hf auth login` "
+        "or the variable HF_TOKEN",
+    )
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto is what the checkpoint says")
     group.add_argument("--device-map", help="where the model goes: cpu, cuda, auto, ...")

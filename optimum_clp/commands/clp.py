@@ -7,6 +7,7 @@ from types import ModuleType
 
 from ..version import __version__
 from . import evaluate, export, finish, prune, quantize, search, tune
+from .arguments import strict
 from .running import execute
 
 DESCRIPTION = "Continuous layer pruning of causal language models: search, cut, tune, quantize, export to ONNX."
@@ -24,6 +25,7 @@ COMMANDS: dict[str, ModuleType] = {
 
 def fill_parser(parser: argparse.ArgumentParser, command: ModuleType) -> None:
     """Give `parser` the description and the options of `command`."""
+    strict(parser)
     parser.description = command.HELP[0].upper() + command.HELP[1:] + "."
     parser.usage = f"%(prog)s {command.USAGE}"
     parser.epilog = f"example: {command.EXAMPLE}"
@@ -33,6 +35,7 @@ def fill_parser(parser: argparse.ArgumentParser, command: ModuleType) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `optimum-clp`."""
     parser = argparse.ArgumentParser("optimum-clp", description=DESCRIPTION)
+    strict(parser)
     parser.add_argument("--version", action="version", version=f"optimum-clp {__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():

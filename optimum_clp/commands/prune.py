@@ -48,6 +48,10 @@ def run(args: argparse.Namespace) -> Answer:
         return _dry_run(args)
     output = required_output(args)
     config = read_config(args)
+    if args.push_to_hub is not None:
+        from ..report.hub import check_repo_id
+
+        check_repo_id(args.push_to_hub)
     pruner = load_pruner(args)
     try:
         pruner.prune(config, output, overwrite=args.overwrite)
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> Answer:
         why = "a stage has failed" if status == INCOMPLETE else "it falls short of what was required"
         where += f" Not uploaded: {why}."
     elif args.push_to_hub:
-        pruner.push_to_hub(args.push_to_hub)
+        pruner.push_to_hub(args.push_to_hub, **({"token": args.token} if args.token else {}))
         where += f" Uploaded to {args.push_to_hub}."
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..argument_types import check_argument
 from ..configuration.validation import checked_values
-from ..errors import CLPError, ConfigurationError, OutputError, Problem
-from .arguments import configuration_values
+from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
+from ..json_files import JsonProblem, read_object
+from . import arguments
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,9 +67,10 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         print("optimum-clp: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        token = getattr(args, "token", None)
         if args.debug:
-            traceback.print_exc()
-        print(f"optimum-clp: error: {_message(error)}", file=sys.stderr)
+            print(arguments.without_secret(traceback.format_exc(), token), end="", file=sys.stderr)
+        print(f"optimum-clp: error: {arguments.without_secret(_message(error), token)}", file=sys.stderr)
         return 1
 
 
@@ -109,7 +112,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         full = "Free some space, or choose an output folder on another disk"
         advice = f". {full}." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        return f"{error}{advice}"
+        return f"{shortened(str(error), 1000)}{advice}"
+    detail = shortened(str(error).strip()) or "no message"
     return f"unexpected {type(error).__name__}: {detail}\nThe option --debug shows where it came from."
 
 
@@ -142,6 +146,7 @@ def output_folder(args: argparse.Namespace) -> Path | None:
     output = getattr(args, "output", None)
     if output is None:
         return None
+    check_argument("output folder", output, str | os.PathLike)
     target = check_output(output, args.overwrite)
     for option in ("model", "reference"):
         source = getattr(args, option, None)
@@ -167,7 +172,7 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     values = base.to_dict() if base is not None else {}
     if args.config is not None:
         values = _read_json(Path(args.config))
-    values = configuration_values(args, values)
+    values = arguments.configuration_values(args, values)
     checked_values(values)  # a mistake is told before `CLPConfig` loads torch and transformers
     from ..configuration.clp_config import CLPConfig
 
@@ -178,15 +183,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     path = path / "clp_config.json" if path.is_dir() else path
     remedy = "Give a clp_config.json, or the folder that holds it"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"it cannot be read ({error.strerror})"
-        raise ConfigurationError.of("--config", str(path), rule, remedy) from error
-    except ValueError as error:
-        raise ConfigurationError.of("--config", str(path), f"it is not valid JSON ({error})", remedy) from error
-    if not isinstance(values, dict):
-        raise ConfigurationError.of("--config", str(path), "it does not hold a JSON object", remedy)
-    return values
+        return read_object(path)
+    except JsonProblem as problem:
+        raise ConfigurationError.of("--config", str(path), f"it {problem.rule}", remedy) from problem
 
 
 def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
@@ -197,7 +196,8 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     """
     from ..checkpoint.loading import load_config
 
-    return load_config(args.model, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    check_argument("--model", args.model, str | os.PathLike)
+    return load_config(args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
@@ -213,6 +213,7 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
         dtype=args.dtype,
         device_map=args.device_map or own_device_map(),
         revision=args.revision,
+        token=args.token,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=not args.no_safetensors,
         quiet=args.quiet,

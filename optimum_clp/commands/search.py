@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..report.tables import cell, is_known, text_table
 from . import arguments
@@ -11,6 +11,9 @@ from .running import Answer, load_pruner, output_folder, read_config
 HELP = "find the layers to remove, and remove nothing"
 USAGE = "--model MODEL [options] [OUTPUT]"
 EXAMPLE = "optimum-clp search --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2"
+if TYPE_CHECKING:
+    from ..configuration.clp_config import CLPConfig
+
 _LONG, _SHOWN = 25, 20  # a list longer than the one shows the best of the other
 
 
@@ -31,7 +34,7 @@ def run(args: argparse.Namespace) -> Answer:
     output = output_folder(args)
     config = read_config(args)
     pruner = load_pruner(args)
-    pruner.search(config)
+    pruner.search(_with_the_rows_it_uses(config))
     text = scored_segments(pruner.report.search or {})
     if output is not None:
         with staged_folder(output, args.overwrite) as folder:
@@ -39,6 +42,15 @@ def run(args: argparse.Namespace) -> Answer:
             pruner.report.save(folder)
         text += f"\nWritten to {args.output}."
     return pruner.report.to_dict(), text
+
+
+def _with_the_rows_it_uses(config: "CLPConfig") -> "CLPConfig":
+    """The recipe without the rows that only tuning and the figures at the end look at: none is written or asked for."""
+    used = type(config).from_dict(config.to_dict())
+    text = used.calibration
+    text.train_sequences = min(text.train_sequences, used.search.num_sequences)
+    text.test_sequences = 1
+    return used
 
 
 def scored_segments(search: dict[str, Any]) -> str:

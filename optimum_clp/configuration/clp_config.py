@@ -5,6 +5,7 @@ Validation collects every mistake, unknown keys included, and reports them in on
 
 import dataclasses
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from optimum.version import __version__ as optimum_version
 from transformers import __version__ as transformers_version
 
 from ..errors import ConfigurationError
+from ..json_files import JsonProblem, read_object
 from ..version import __version__
 from .settings import documented
 from .stages import (
@@ -132,6 +134,33 @@ class CLPConfig(BaseConfig):
         return self.to_dict()
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any):
+        """The content of `clp_config.json` in a folder, a repository of the Hub, or a file.
+
+        Raises:
+            ConfigurationError: If there is none, or it is no JSON object.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            return super().get_config_dict(name, **kwargs)
+        except ConfigurationError:
+            raise
+        except (
+            Exception
+        ) as error:  # the Hub's, the file system's, and what Optimum makes of keys that it does not expect
+            rule = f"it could not be read ({' '.join(str(error).split())})"
+            remedy = f"Give a {cls.CONFIG_NAME}, or the folder that holds it"
+            raise ConfigurationError.of(cls.CONFIG_NAME, name, rule, remedy) from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        try:
+            return read_object(Path(json_file))
+        except JsonProblem as problem:
+            remedy = f"Give a {cls.CONFIG_NAME}, or the folder that holds it"
+            raise ConfigurationError.of(cls.CONFIG_NAME, str(json_file), f"it {problem.rule}", remedy) from problem
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
         """Make a configuration from a dictionary, as read from `clp_config.json`.
 
@@ -143,6 +172,12 @@ class CLPConfig(BaseConfig):
             ConfigurationError: For an unknown key, with the nearest valid name; if the file was written by a newer
                 version of this package, with the advice to upgrade.
         """
+        if not isinstance(config_dict, dict) or not all(isinstance(key, str) for key in config_dict):
+            rule, remedy = (
+                "a recipe is a dictionary whose keys are strings",
+                f"Give the content of a {cls.CONFIG_NAME}",
+            )
+            raise ConfigurationError.of("config_dict", config_dict, rule, remedy)
         return_unused = kwargs.pop("return_unused_kwargs", False)
         for internal in ("_from_auto", "_from_pipeline", "_commit_hash"):
             kwargs.pop(internal, None)

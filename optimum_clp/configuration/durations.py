@@ -2,9 +2,11 @@
 
 import re
 
+from ..errors import shown
 from .rules import Rule, is_number
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0}
+_LONGEST = 366 * _UNITS["d"]
 _PATTERN = re.compile("".join(rf"(?:(?P<{unit}>\d+(?:\.\d+)?) *{unit})? *" for unit in _UNITS))
 
 
@@ -22,7 +24,7 @@ def seconds(value: str | float) -> float:
     found = _PATTERN.fullmatch(value.strip()) if isinstance(value, str) else None
     parts = {unit: number for unit, number in (found.groupdict() if found else {}).items() if number is not None}
     if not parts:
-        raise ValueError(f"{value!r} is no length of time")
+        raise ValueError(f"{shown(value)} is no length of time")
     return sum(float(number) * _UNITS[unit] for unit, number in parts.items())
 
 
@@ -31,7 +33,7 @@ def duration() -> Rule:
 
     def holds(value: object) -> bool:
         try:
-            return seconds(value) > 0  # type: ignore[arg-type]  # whatever else it is is no length of time, and raises
+            return 0 < seconds(value) <= _LONGEST  # type: ignore[arg-type]  # whatever else it is is no length of time, and raises
         except ValueError:
             return False
 
@@ -41,5 +43,5 @@ def duration() -> Rule:
         except ValueError:
             return word
 
-    shown = 'a length of time above 0, such as 90 (seconds), "20min" or "1h30min"'
-    return Rule(holds, f"it must be {shown}", f"Give {shown}", parse)
+    wanted = 'a length of time above 0 and below a year, such as 90 (seconds), "20min" or "1h30min"'
+    return Rule(holds, f"it must be {wanted}", f"Give {wanted}", parse)

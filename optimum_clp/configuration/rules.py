@@ -1,13 +1,18 @@
 """What the value of a setting may be: whether a rule holds, what it says, what to do, and how it is written as a word."""
 
 import argparse
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import Problem
 from ..registry import Registry
+
+_LONGEST_WORD = 4096  # of a path on Linux
+_MOST_STRINGS, _LARGEST_WEIGHT = 10**7, 10**6
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Rule:
         choices (`Registry` or `Mapping[Any, str]`): What there is to choose from, and what each says; empty for a rule
             that lists nothing. A registry's names are read when they are needed: other packages add some.
         several (`bool`): Any number of the choices makes a value.
+        kept (`Callable[[Any], Any]`): What is kept of a value, before the rule is asked: of a path its string.
     """
 
     holds: Callable[[Any], bool]
@@ -31,6 +37,7 @@ class Rule:
     parse: Callable[[str], Any] = str
     choices: Registry | Mapping[Any, str] = field(default_factory=dict)
     several: bool = False
+    kept: Callable[[Any], Any] = lambda value: value
 
     def with_choices(self, help: str) -> str:
         """A setting's help, and what there is to choose from: `"...: 16, 32 or 64"`, `"... 0: all; 1: the last"`."""
@@ -54,8 +61,28 @@ class Rule:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite `int` or `float`; `True` and `False` are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite `int` or `float`; `True` and `False` are none, nor is what is beyond every `float`."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_word(value: Any) -> bool:
+    """Whether `value` is a string that can be a name or a path: neither empty nor of more than 4,096 characters, and each of
+    them can be written in UTF-8 and is not NUL."""
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_WORD or "\0" in value:
+        return False
+    try:
+        return bool(value.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+
+
+def as_string(value: Any) -> Any:
+    """A path as its string; everything else as it is."""
+    found = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return os.fsdecode(found) if isinstance(value, os.PathLike) else found
 
 
 def between(low: float, high: float, open_ends: bool = False) -> Rule:
@@ -68,13 +95,16 @@ def between(low: float, high: float, open_ends: bool = False) -> Rule:
     return Rule(holds, f"it must be {shown}", f"Choose {shown}", float)
 
 
-def positive() -> Rule:
-    """A number above 0."""
-    return Rule(lambda v: is_number(v) and v > 0, "it must be a number above 0", "Choose a number above 0", float)
+def positive(most: float = math.inf) -> Rule:
+    """A number above 0, and at most `most`."""
+    shown = "a number above 0" + (f" and at most {most}" if most < math.inf else "")
+    return Rule(lambda v: is_number(v) and 0 < v <= most, f"it must be {shown}", f"Choose {shown}", float)
 
 
-def not_negative() -> Rule:
-    """A number of at least 0."""
+def not_negative(most: float = math.inf) -> Rule:
+    """A number of at least 0, and at most `most`."""
+    if most < math.inf:
+        return between(0, most)
     return Rule(lambda v: is_number(v) and v >= 0, "it must be a number of at least 0", "Choose 0 or more", float)
 
 
@@ -95,10 +125,9 @@ def boolean() -> Rule:
 
 
 def text() -> Rule:
-    """A string that is not empty."""
-    return Rule(
-        lambda v: isinstance(v, str) and v != "", "it must be a string that is not empty", "Give a string", str
-    )
+    """A string that is not empty: a name, or a path, which may be a `Path`."""
+    rule = f"it must be a string that is not empty, of at most {_LONGEST_WORD} characters, none of them NUL"
+    return Rule(is_word, rule, "Give a string", str, kept=as_string)
 
 
 def one_of(choices: Registry | Mapping[Any, str] | Iterable[Any]) -> Rule:
@@ -129,7 +158,7 @@ def some_names(kind: str, example: str) -> Rule:
     """A list of strings that are not empty: names of a `kind`, such as `example`."""
 
     def holds(value: Any) -> bool:
-        return isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+        return isinstance(value, (list, tuple)) and all(map(is_word, value))
 
     return Rule(holds, f"it must be a list of {kind}", f"Give for example {[example]}", lambda word: word.split(","))
 
@@ -138,7 +167,7 @@ def named_files(example: str) -> Rule:
     """A list of strings `NAME=FILE`, each name once, such as `example`."""
 
     def holds(value: Any) -> bool:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+        if not isinstance(value, (list, tuple)) or not all(map(is_word, value)):
             return False
         parts = [word.partition("=") for word in value]
         names = {name for name, _, _ in parts}
@@ -155,14 +184,26 @@ def named_files(example: str) -> Rule:
 
 
 def source_of_text() -> Rule:
-    """A file, the name of a dataset, or a list of strings."""
+    """A file, the name of a dataset, or strings."""
 
     def holds(value: Any) -> bool:
-        return (isinstance(value, str) and value != "") or (
-            isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, str) for v in value)
+        return is_word(value) or (
+            isinstance(value, list) and len(value) > 0 and all(isinstance(v, str) for v in value)
         )
 
-    return Rule(holds, "it must be a file, a dataset name or a list of strings", "Give one of them")
+    rule = "it must be a file, a dataset name or a list of strings"
+    remedy = 'Give one of them; of a datasets.Dataset give the column, dataset["text"], or the file that dataset.to_json writes'
+    return Rule(holds, rule, remedy, kept=text_source)
+
+
+def text_source(value: Any) -> Any:
+    """A source of text as a recipe keeps it: a path as its string; a tuple, a column of a `datasets.Dataset` and a generator
+    of strings as the list. What is none of these comes back as it is, for a rule to refuse."""
+    value = as_string(value)
+    if isinstance(value, (str, bytes, list, Mapping)) or not isinstance(value, (Sequence, Iterator)):
+        return value
+    # a generator need not end
+    return list(itertools.islice(value, _MOST_STRINGS))
 
 
 def name_or_weights(choices: Registry, example: str) -> Rule:
@@ -171,7 +212,11 @@ def name_or_weights(choices: Registry, example: str) -> Rule:
     def holds(value: Any) -> bool:
         if isinstance(value, dict):
             weights = list(value.values())
-            return set(value) <= set(choices) and all(is_number(w) and w >= 0 for w in weights) and sum(weights) > 0
+            return (
+                set(value) <= set(choices)
+                and all(is_number(w) and 0 <= w <= _LARGEST_WEIGHT for w in weights)
+                and sum(weights) > 0
+            )
         return isinstance(value, str) and value in choices
 
     def parse(word: str) -> str | dict[str, float]:
@@ -186,7 +231,7 @@ def name_or_weights(choices: Registry, example: str) -> Rule:
     weighted = parse(example)
     return Rule(
         holds,
-        "it must be {names}, or weights of at least 0 for these, not all 0",
+        f"it must be {{names}}, or weights from 0 to {_LARGEST_WEIGHT} for these, not all 0",
         f"Choose for example {next(iter(weighted))!r} or {weighted}",
         parse,
         choices,

@@ -6,6 +6,7 @@ What is chosen by name from `doors` may be another package's; names that are lis
 import dataclasses
 
 from ..doors import LOSSES, ROUNDINGS, STARTS, STRATEGIES
+from ..model_files import MAX_LAYERS
 from ..precisions import QUANTIZED
 from .durations import duration
 from .rules import (
@@ -25,6 +26,10 @@ from .rules import (
     text,
 )
 from .settings import Setting, documented, setting, settings_of
+
+# what a count cannot exceed whatever the model: rows are counted in 32 bits, and take memory long before; more is a slip
+_ROWS, _BATCH, _TIMES = 2**31 - 1, 2**16, 10_000
+_FLOAT = 1e38  # of a float32, which it becomes
 
 
 @documented
@@ -46,7 +51,7 @@ class PlainSettings:
     )
     num_segments: int = setting(
         1,
-        integer(1),
+        integer(1, MAX_LAYERS),
         "runs of neighbouring layers that go, at most",
         more="Rules that rank single layers (`block_influence`, `taylor`, `perplexity_greedy`, `random`) take as many "
         "runs as they get.",
@@ -74,7 +79,7 @@ class PlainSettings:
         metavar="TIME",
         unset="as long as `calibration.train_sequences` rows take",
     )
-    seed: int = setting(0, integer(0), "seed of everything random")
+    seed: int = setting(0, integer(0, 2**64 - 1), "seed of everything random")
 
 
 @documented
@@ -120,19 +125,21 @@ class CalibrationConfig:
         "tokens that tuning learns from",
     )
     text_column: str = setting("text", text(), "column that holds the text, where the source has columns")
-    sequence_length: int = setting(256, integer(8), "tokens in a row", more="Limited by the model's own context.")
-    train_sequences: int = setting(1024, integer(1), "rows for search and tuning")
-    validation_sequences: int = setting(24, integer(1), "rows for early stopping")
+    sequence_length: int = setting(
+        256, integer(8, 2**24), "tokens in a row", more="Limited by the model's own context."
+    )
+    train_sequences: int = setting(1024, integer(1, _ROWS), "rows for search and tuning")
+    validation_sequences: int = setting(24, integer(1, _ROWS), "rows for early stopping")
     test_sequences: int = setting(
-        24, integer(1), "rows for the figures in the report", more="They are never tuned on."
+        24, integer(1, _ROWS), "rows for the figures in the report", more="They are never tuned on."
     )
     temperature: float = setting(
         1.0,
-        positive(),
+        between(1e-3, 1e3),
         "temperature at which self-written text is sampled",
         more="1 is the model's own distribution.",
     )
-    generation_batch_size: int = setting(64, integer(1), "rows of self-written text that are written at once")
+    generation_batch_size: int = setting(64, integer(1, 4096), "rows of self-written text that are written at once")
     cache_dir: str | None = setting(
         None, or_none(text()), "where self-written text is kept", unset="the user's cache folder"
     )
@@ -155,12 +162,14 @@ class SearchConfig:
         "the field.",
     )
     num_sequences: int = setting(
-        32, integer(1), "rows of the train split that the search looks at", flag="--search-sequences"
+        32, integer(1, _ROWS), "rows of the train split that the search looks at", flag="--search-sequences"
     )
-    batch_size: int = setting(8, integer(1), "rows in one forward pass of the search", flag="--search-batch-size")
+    batch_size: int = setting(
+        8, integer(1, _BATCH), "rows in one forward pass of the search", flag="--search-batch-size"
+    )
     initial_steepness: float = setting(
         16.0,
-        positive(),
+        positive(1e6),
         "steepness of the gate at its first look along the stack, in units of 1 / segment length",
         more="So the valley has the same shape whatever its width. It doubles as the search closes in.",
     )
@@ -181,7 +190,7 @@ class SearchConfig:
     )
     budget: float = setting(
         4.0,
-        positive(),
+        positive(1e6),
         "work that gate and halving may do, in dense forward passes over all search rows",
         more="For each parameter that is looked for: one for a single segment, `2k - 1` for `k` segments.",
         flag="--search-budget",
@@ -213,7 +222,7 @@ class TuningConfig:
         "what tuning lowers, or weights such as kd=0.9,ce=0.1",
         more='In Python weights are a `dict`: `{"kd": 0.9, "ce": 0.1}`.',
     )
-    endpoint_width: int = setting(1, integer(1), "layers trained on each side of the cut")
+    endpoint_width: int = setting(1, integer(1, MAX_LAYERS), "layers trained on each side of the cut")
     overparametrization: str = setting(
         "none",
         one_of(
@@ -227,25 +236,27 @@ class TuningConfig:
     )
     train_final_norm: bool = setting(False, boolean(), "also train the norm behind the last layer")
     train_head: bool = setting(False, boolean(), "also train the head, if it is not tied to the embedding")
-    learning_rate: float | None = setting(None, or_none(positive()), "peak rate of AdamW", unset="0.1 / hidden size")
+    learning_rate: float | None = setting(
+        None, or_none(positive(_FLOAT)), "peak rate of AdamW", unset="0.1 / hidden size"
+    )
     tokens: int | None = setting(
         None,
-        or_none(integer(1)),
+        or_none(integer(1, 2**40)),
         "tokens of text to tune on, each one fresh, instead of calibration.train_sequences rows",
         more="A time budget decides itself.",
         flag="--tuning-tokens",
         unset="`calibration.train_sequences` rows",
     )
-    epochs: int = setting(1, integer(1), "passes over the train split with the loss")
+    epochs: int = setting(1, integer(1, _TIMES), "passes over the train split with the loss")
     hidden_epochs: int = setting(
         6,
-        integer(0),
+        integer(0, _TIMES),
         "passes over the train split before these, in which only hidden states are compared",
         more="Nothing above the cut runs in them, so they are several times cheaper.",
     )
     hidden_learning_rate: float | None = setting(
         None,
-        or_none(positive()),
+        or_none(positive(_FLOAT)),
         "peak rate of AdamW in these passes",
         unset="0.18 / root of the hidden size, less for few steps",
     )
@@ -269,12 +280,12 @@ class TuningConfig:
     )
     batch_size: int = setting(
         8,
-        integer(1),
+        integer(1, _BATCH),
         "rows in one optimizer step, over all processes",
         more="The last rows of an epoch that do not fill a step are left out of it.",
     )
     gradient_accumulation_steps: int = setting(
-        1, integer(1), "forward and backward passes in one step of one process: more take less memory"
+        1, integer(1, _BATCH), "forward and backward passes in one step of one process: more take less memory"
     )
     mixed_precision: str | None = setting(
         None, or_none(one_of(("no", "bf16", "fp16"))), "precision of tuning", unset="what accelerate is set to"
@@ -285,19 +296,19 @@ class TuningConfig:
         "share of the steps over which the rate rises",
         more="A cosine takes it to 0 after that.",
     )
-    weight_decay: float = setting(0.0, not_negative(), "weight decay of AdamW")
-    max_grad_norm: float = setting(1.0, positive(), "norm that the gradient is clipped to")
-    evaluations_per_epoch: int = setting(2, integer(1), "how often the validation loss is taken in an epoch")
-    patience: int = setting(4, integer(1), "evaluations without a better validation loss before tuning stops")
+    weight_decay: float = setting(0.0, not_negative(1e3), "weight decay of AdamW")
+    max_grad_norm: float = setting(1.0, positive(_FLOAT), "norm that the gradient is clipped to")
+    evaluations_per_epoch: int = setting(2, integer(1, _TIMES), "how often the validation loss is taken in an epoch")
+    patience: int = setting(4, integer(1, 10**6), "evaluations without a better validation loss before tuning stops")
     checkpoint_seconds: float = setting(
         60.0,
-        not_negative(),
+        not_negative(1e9),
         "seconds of work that an interruption may cost",
         more="0 saves a checkpoint after every step.",
     )
     cache_memory_gib: float = setting(
         4.0,
-        not_negative(),
+        not_negative(2**20),
         "hidden states of the tuning text that are held in main memory, in GiB",
         more="The rest lies in `calibration.cache_dir`.",
     )
@@ -348,7 +359,7 @@ class QuantizationConfig:
         unset="4 bits for all",
     )
     calibration_sequences: int = setting(
-        128, integer(1), "rows of the train split that gptq and the size budget look at"
+        128, integer(1, _ROWS), "rows of the train split that gptq and the size budget look at"
     )
     group_size: int = setting(32, one_of((16, 32, 64, 128, 256)), "weights that share one scale")
     accuracy_level: int = setting(
@@ -423,10 +434,10 @@ class EvaluationConfig:
         metavar="FILE",
         unset="64 short ones that come with the package",
     )
-    num_prompts: int = setting(32, integer(1), "prompts that are answered, as many of each kind as can be")
+    num_prompts: int = setting(32, integer(1, _ROWS), "prompts that are answered, as many of each kind as can be")
     max_new_tokens: int = setting(
         128,
-        integer(1),
+        integer(1, 2**24),
         "tokens of an answer, at most",
         more="An answer of fewer than 64 tokens cannot be seen to loop.",
     )
@@ -446,7 +457,7 @@ class EvaluationConfig:
         unset="none",
     )
     task_limit: int | None = setting(
-        None, or_none(integer(1)), "only the first N examples of each task", unset="all of them"
+        None, or_none(integer(1, _ROWS)), "only the first N examples of each task", unset="all of them"
     )
     require_retention: float | None = setting(
         None,

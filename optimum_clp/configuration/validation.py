@@ -46,16 +46,21 @@ def checked_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def value_problems(values: Mapping[str, Any]) -> list[Problem]:
-    """All that is wrong with the values of a configuration.
+    """All that is wrong with the values of a configuration, whose stages then hold what is kept of each value.
 
     Args:
         values (`Mapping[str, Any]`): As [`checked_values`] returns them.
     """
+    strange = [_no_stage(name, values[name]) for name, cls in STAGES.items() if not isinstance(values[name], cls)]
+    if strange:
+        return strange
     plain, staged = [], []
     for name, setting in all_settings().items():
         stage, dot, key = name.partition(".")
         if dot:
-            staged += setting.rule.problems(name, getattr(values[stage], key))
+            value = setting.rule.kept(getattr(values[stage], key))
+            setattr(values[stage], key, value)
+            staged += setting.rule.problems(name, value)
         else:
             plain += setting.rule.problems(name, values[name])
     return [*plain, *_quality_problems(values), *_size_problems(values), *_requirement_problems(values), *staged]
@@ -103,19 +108,36 @@ def _nearest(key: str, valid: list[str]) -> str:
 def _newer_version(given: Mapping[str, Any]) -> str:
     """Advice to upgrade, if a newer version of this package wrote the configuration; else empty."""
     written_by = str(given.get("clp_version") or __version__)
-    if package_version.parse(written_by) > package_version.parse(__version__):
+    if _is_version(written_by) and package_version.parse(written_by) > package_version.parse(__version__):
         return f" The file was written by optimum-clp {written_by}, this is {__version__}: upgrade optimum-clp"
     return ""
+
+
+def _is_version(text: str) -> bool:
+    try:
+        package_version.parse(text)
+    except package_version.InvalidVersion:
+        return False
+    return True
 
 
 def _unknown_keys(given: Mapping[str, Any], newer: str) -> list[Problem]:
     """Problems for the keys that a configuration does not have; the version keys of a saved file are not extra."""
     valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset"]
-    return [
+    version = given.get("clp_version")
+    strange = version is not None and not (isinstance(version, str) and _is_version(version))
+    remedy = "Leave the key out: it says who wrote the file"
+    problems = [Problem("clp_version", version, "it is no version", remedy)] if strange else []
+    return problems + [
         Problem(key, value, "this version of CLPConfig has no such key", _nearest(key, valid) + newer)
         for key, value in given.items()
         if key not in valid and key not in _HOUSEKEEPING
     ]
+
+
+def _no_stage(name: str, value: Any) -> Problem:
+    wanted = STAGES[name].__name__
+    return Problem(name, value, f"it must be a {wanted} or a dict", f"Give {wanted}(...)")
 
 
 def _stage(name: str, value: Any, problems: list[Problem], newer: str) -> Any:
@@ -126,7 +148,7 @@ def _stage(name: str, value: Any, problems: list[Problem], newer: str) -> Any:
     if isinstance(value, cls):
         return dataclasses.replace(value)
     if not isinstance(value, dict):
-        problems.append(Problem(name, value, f"it must be a {cls.__name__} or a dict", f"Give {cls.__name__}(...)"))
+        problems.append(_no_stage(name, value))
         return cls()
     valid = [f.name for f in dataclasses.fields(cls)]
     for key in value:

@@ -3,14 +3,15 @@
 Ours are of our own making and are only ever measured on; nothing is trained on them.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..argument_types import check_arguments
 from ..errors import ConfigurationError
+from ..json_files import JsonProblem, json_lines
 
 ROLES = ("system", "user", "assistant")
 KINDS = {"json": "the answer must parse as JSON", "arithmetic": "the answer is a number"}
@@ -43,6 +44,7 @@ class Prompt:
         return self.messages[-1][1]
 
 
+@check_arguments
 def load_prompts(source: str | os.PathLike | Sequence[dict[str, Any]] | None = None) -> list[Prompt]:
     """Read prompts.
 
@@ -89,18 +91,16 @@ def spread_over_kinds(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
 def _read(path: Path) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     remedy = "Give a JSON lines file in UTF-8, one prompt a line"
-    number = 0
     try:
         with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    rows.append((f"line {number}", json.loads(line)))
+            for number, row in json_lines(lines):
+                rows.append((f"line {number}", row))
+    except JsonProblem as error:
+        raise ConfigurationError.of("prompts", str(path), error.rule, remedy) from error
     except OSError as error:
         raise ConfigurationError.of("prompts", str(path), f"it cannot be read ({error.strerror})", remedy) from error
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ConfigurationError.of(
-            "prompts", str(path), f"line {number} is not valid JSON ({error})", remedy
-        ) from error
+    except ValueError as error:  # not UTF-8
+        raise ConfigurationError.of("prompts", str(path), f"it is not valid JSON ({error})", remedy) from error
     return rows
 
 

@@ -3,7 +3,6 @@
 Prompts, tokens, truncation, accuracies and standard errors follow lm-eval 0.4.13: a figure can be set beside published ones.
 """
 
-import json
 import math
 import os
 import statistics
@@ -16,7 +15,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import context_limit, text_config
+from ..argument_types import check_arguments
 from ..errors import CalibrationError, ConfigurationError, ModelError
+from ..json_files import JsonProblem, json_lines
 from ..progress import progress_bar
 from ..report.section import to_section
 
@@ -88,6 +89,7 @@ class TaskScore:
         return to_section(self)
 
 
+@check_arguments
 def load_task(name: str, source: str | os.PathLike | list[dict[str, Any]]) -> Task:
     """Read a task.
 
@@ -242,12 +244,10 @@ def _rows(name: str, source: str | os.PathLike | list[dict[str, Any]], shown: st
         return
     try:
         with Path(source).expanduser().open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield f"line {number}", json.loads(line)
-    except json.JSONDecodeError as error:
-        rule = f"line {number} is not valid JSON ({error.msg})"
-        raise CalibrationError.of(f"task {name}", shown, rule, "Give JSON lines: one object a line") from error
+            yield from ((f"line {number}", row) for number, row in json_lines(lines))
+    except JsonProblem as error:
+        remedy = "Give JSON lines: one object a line"
+        raise CalibrationError.of(f"task {name}", shown, error.rule, remedy) from error
     except UnicodeDecodeError as error:
         rule = f"it is not UTF-8 text ({error.reason})"
         raise CalibrationError.of(

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
+from ..argument_types import check_arguments
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
 from ..precisions import FLOAT32
@@ -104,6 +105,7 @@ class PruningPlan:
         }
 
 
+@check_arguments
 def plan_pruning(
     config: PretrainedConfig, recipe: CLPConfig | None = None, *, dtype: torch.dtype | str | None = None
 ) -> PruningPlan:

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 from ..configuration.clp_config import CLPConfig
-from .model_card import hub_id, write_model_card
+from ..errors import ConfigurationError
+from .model_card import write_model_card
+from .origin import hub_id
 from .report import CLPReport
 
 
@@ -27,6 +31,25 @@ def written_file(path: str | None, name: str, revision: str | None, token: str |
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,
     )
+
+
+def check_repo_id(repo_id: str) -> str:
+    """Check the name of a repository, before there is anything to upload.
+
+    Returns:
+        `str`: The name.
+
+    Raises:
+        ConfigurationError: If no repository of the Hub can have it.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        remedy = "Give for example 'your-name/qwen3-0.6b-clp20'"
+        raise ConfigurationError.of(
+            "repo_id", repo_id, "no repository of the Hub can have this name", remedy
+        ) from error
+    return repo_id
 
 
 def upload(
@@ -50,7 +73,7 @@ def upload(
     Returns:
         `str`: The commit's address.
     """
-    api = HfApi()
+    api, repo_id = HfApi(), check_repo_id(repo_id)
     repository = api.create_repo(repo_id, private=private, token=token, exist_ok=True)
     repo_id = getattr(repository, "repo_id", repo_id)
     kwargs.setdefault("commit_message", "Upload with optimum-clp")

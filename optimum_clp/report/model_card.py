@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..doors import STARTS, STRATEGIES
 from .generation import answers_markdown, generation_text, requirement_line
+from .origin import Origin, find_origin
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .recognition import recognition_tables
 from .report import CLPReport
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
 
 PAPER = "[arXiv 2510.23652](https://arxiv.org/abs/2510.23652)"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WAYS = {
     "gate": "by gradient descent on the position of a concave gate over the layers, with all weights frozen",
     "exhaustive": "by trying every possible cut",
@@ -77,28 +77,23 @@ def write_model_card(
     ]
     body = "\n\n".join(section for section in sections if section)
     path = folder / "README.md"
-    ModelCard(f"---\n{_metadata(report).to_yaml()}\n---\n\n{body}\n").save(path)
+    ModelCard(f"---\n{_metadata(report, folder).to_yaml()}\n---\n\n{body}\n").save(path)
     return path
-
-
-def hub_id(name_or_path: str | None) -> str | None:
-    """`name_or_path` if it is a repository of the Hub; `None` for a local folder or no name at all."""
-    if not name_or_path or not _HUB_ID.fullmatch(name_or_path) or Path(name_or_path).exists():
-        return None
-    return name_or_path
 
 
 def _base_name(report: CLPReport) -> str:
     """The last part of the dense model's name, without any folder above it."""
-    name = (report.base_model or {}).get("name_or_path") or ""
+    repository = ((report.base_model or {}).get("origin") or {}).get("repository")
+    name = repository or (report.base_model or {}).get("name_or_path") or ""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return last if last.strip("./~") else "model"
 
 
-def _metadata(report: CLPReport) -> ModelCardData:
-    name = (report.base_model or {}).get("name_or_path")
-    repository = hub_id(name)
-    extra: dict[str, Any] = {"base_model_relation": "finetune"} if repository else {}
+def _metadata(report: CLPReport, folder: Path) -> ModelCardData:
+    origin = _origin(report)
+    base = origin.repository or origin.base_model
+    extra: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
+    extra |= _terms(origin, folder)
     if report.cut:
         extra["pruning"] = {
             "method": "clp",
@@ -107,33 +102,35 @@ def _metadata(report: CLPReport) -> ModelCardData:
             "removed_layers": list(report.cut["removed_layers"]),
         }
     return ModelCardData(
-        base_model=repository,
+        base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=_license(name, repository),
         tags=["optimum", "optimum-clp", "pruning", "layer-pruning", "clp", *(["onnx"] if report.export else [])],
         **extra,
     )
 
 
-def _license(name: str | None, repository: str | None) -> str | None:
-    """The dense model's licence as its own card states it; `None` if there is no card, or it cannot be reached."""
-    try:
-        if repository:
-            data = HfApi().model_info(repository, timeout=10).card_data
-        elif name and (Path(name) / "README.md").is_file():
-            data = ModelCard.load(Path(name) / "README.md").data
-        else:
-            return None
-    except Exception:  # no network, no such repository, a card that is not valid: the licence is not known
-        return None
-    stated = data.get("license") if data is not None else None
-    return stated if isinstance(stated, str) else None
+def _origin(report: CLPReport) -> Origin:
+    """What is known of where the dense model came from: as the report says, or else as its card says now."""
+    base = report.base_model or {}
+    known = base.get("origin")
+    return Origin(**known) if known else find_origin(base.get("name_or_path"), base.get("revision"))
+
+
+def _terms(origin: Origin, folder: Path) -> dict[str, str]:
+    """The licence as the metadata of a card has it; a link to a file that did not come along leads to the Hub."""
+    link, repository = origin.license_link, origin.repository
+    if link and repository and "://" not in link and not (folder / link).is_file():
+        link = f"https://huggingface.co/{repository}/blob/main/{link}"
+    stated = {"license": origin.license, "license_name": origin.license_name, "license_link": link}
+    return {key: value for key, value in stated.items() if value}
 
 
 def _introduction(report: CLPReport, title: str) -> str:
-    repository = hub_id((report.base_model or {}).get("name_or_path"))
-    base = f"[{repository}](https://huggingface.co/{repository})" if repository else f"`{_base_name(report)}`"
+    origin = _origin(report)
+    base = _linked(origin.repository) if origin.repository else f"`{_base_name(report)}`"
+    if origin.base_model and not origin.repository:
+        base += f", which was made from {_linked(origin.base_model)}"
     kind = (report.base_model or {}).get("model_type")
     text = f"# {title}\n\n{base}" + (f" ({kind})" if kind else "")
     if report.cut:
@@ -144,6 +141,10 @@ def _introduction(report: CLPReport, title: str) -> str:
         f"{text}. Made with optimum-clp {report.clp_version}, which does continuous layer pruning (CLP), "
         f"reimplemented from the paper's abstract ({PAPER})."
     )
+
+
+def _linked(repository: str) -> str:
+    return f"[{repository}](https://huggingface.co/{repository})"
 
 
 def _removed(report: CLPReport, folder: Path) -> str:

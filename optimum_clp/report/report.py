@@ -14,10 +14,13 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..doors import report_schema
 from ..errors import ConfigurationError
+from ..json_files import JsonProblem, check, read_object
 from ..version import __version__
 from .generation import generation_text, requirement_line
 from .recognition import recognition_tables
+from .schema import for_reading
 from .section import Key, json_ready
 from .tables import Column, format_bytes, format_count, markdown_table, record_cells, text_table
 
@@ -154,10 +157,15 @@ class CLPReport:
             remedy = "Give a folder that optimum-clp wrote"
             raise ConfigurationError.of(REPORT_NAME, str(path), "there is no such file", remedy)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # not UTF-8, or not JSON
-            raise _malformed(REPORT_NAME, str(path), f"it is not valid JSON ({error})") from error
-        return cls.from_dict(values)
+            values = read_object(path)
+            report = cls.from_dict(values)
+            # a stage that has gone on for hours writes card, plots and table of what the others have left here
+            check(values, {**for_reading(report_schema()), "required": []})
+        except JsonProblem as problem:
+            if problem.name:
+                raise _malformed(problem.name, problem.value, f"it {problem.rule}") from problem
+            raise _malformed(REPORT_NAME, str(path), f"it {problem.rule}") from problem
+        return report
 
     def to_table(self, markdown: bool = False) -> str:
         """The evaluation as a table with one row for each model or file, and below it what was measured on.

@@ -38,6 +38,15 @@ def schema_of(annotation: Any, key: Key | None = None) -> dict[str, Any]:
     return {**{name: text for name, text in said.items() if text}, **_type(kind, key)}
 
 
+def for_reading(schema: Any) -> Any:
+    """A schema that also takes what a later version may add: keys that it does not know."""
+    if isinstance(schema, list):
+        return [for_reading(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: for_reading(part) for key, part in schema.items() if (key, part) != ("additionalProperties", False)}
+
+
 def _type(kind: Any, key: Key) -> dict[str, Any]:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):

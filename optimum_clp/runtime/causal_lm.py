@@ -14,10 +14,14 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, Pretrain
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..argument_types import check_arguments
 from ..errors import ConfigurationError, ModelError
+from ..model_files import CONFIG, GENERATION_CONFIG, read_model_file
 from .cache import LAYER_TYPES, LEAST_ROOM, TOKEN_INPUTS, LayerWithRoom, cache_layer, past_shapes, shared_tensor
+from .folder import check_files, exported_folder
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .session import chooses_positions, open_session, quiet_options
+from .tokens import check_mask, check_positions, check_tokens, position_limit, vocabulary_size
 
 
 class OnnxCausalLM(GenerationMixin):
@@ -54,6 +58,7 @@ class OnnxCausalLM(GenerationMixin):
         self.session = session
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
+        self._vocabulary, self._positions = vocabulary_size(config), position_limit(config)
         # (heads, head size) of keys and values, layer by layer
         self._past_shapes = past_shapes(session)
         self._past_names = list(self._past_shapes)
@@ -65,6 +70,7 @@ class OnnxCausalLM(GenerationMixin):
         self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
 
     @classmethod
+    @check_arguments
     def from_pretrained(
         cls,
         folder: str | os.PathLike,
@@ -73,28 +79,36 @@ class OnnxCausalLM(GenerationMixin):
         num_threads: int | None = None,
         session_options: onnxruntime.SessionOptions | None = None,
         providers: Sequence[Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> "OnnxCausalLM":
         """Load a file from a folder with `config.json`.
 
         Args:
-            folder (`str` or `os.PathLike`): Folder with `config.json` and, if there is one, `generation_config.json`.
+            folder (`str` or `os.PathLike`): Folder with `config.json` and, if there is one, `generation_config.json`; or a Hub
+                id, of which these and the one file are fetched.
             file_name (`str`): The ONNX file, relative to `folder`: `"onnx/model.onnx"`,
                 `"onnx/model_quantized.onnx"` or `"onnx/model_q4.onnx"`.
             num_threads (`int`, *optional*): Threads inside an operator, at least 1; by default one for each core.
             session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`, and
                 also instead of the accuracy level of a file of `export.format="qdq"`.
-            providers (`Sequence`, *optional*): Execution providers; by default the CPU's.
+            providers (`Sequence`, *optional*): Execution providers that this installation has; by default the CPU's.
+            revision (`str`, *optional*): Branch, tag or commit on the Hub.
+            token (`str` or `bool`, *optional*): For private or gated repositories.
 
         Returns:
             [`OnnxCausalLM`]
 
         Raises:
-            ModelError: If the file or `config.json` is missing, or the file cannot be loaded or is of another kind.
-            ConfigurationError: If `num_threads` is below 1, or is given beside `session_options`.
+            ModelError: If the file or `config.json` is missing or not in the folder, or the file cannot be loaded or is of
+                another kind.
+            ConfigurationError: If `num_threads` is below 1, or is given beside `session_options`; if there is no such provider.
         """
-        folder = Path(folder)
+        _check_providers(providers)
+        folder = exported_folder(folder, file_name, revision, token)
         file = folder / file_name
-        _check_files(folder, file)
+        check_files(folder, file)
+        config, generation_config = _settings(folder)
         options = _session_options(num_threads, session_options)
         try:
             session = open_session(
@@ -107,15 +121,6 @@ class OnnxCausalLM(GenerationMixin):
                 f"ONNX Runtime {onnxruntime.__version__} cannot load it ({_first_line(error)})",
                 "Export it again, or update onnxruntime",
             ) from error
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError.of(
-                "config.json", str(folder), _first_line(error), "Restore the model's config.json"
-            ) from error
-        generation_config = None
-        if (folder / "generation_config.json").is_file():
-            generation_config = GenerationConfig.from_pretrained(folder)
         return cls(session, config, generation_config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
@@ -135,6 +140,8 @@ class OnnxCausalLM(GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int = 0,
         cache: DynamicCache | None = None,
+        tokenizer: Any = None,
+        assistant_tokenizer: Any = None,
     ) -> CausalLMOutputWithPast:
         """Run the model.
 
@@ -147,8 +154,8 @@ class OnnxCausalLM(GenerationMixin):
             past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
             use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if one is
                 given.
-            inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states: What `generate()`
-                passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
+            inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states, tokenizer,
+                assistant_tokenizer: What `generate()` passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
             logits_to_keep (`int`): Positions that get logits, the last ones, at least 0; 0 for all. `generate()` asks for
                 1, which saves most of the head's work on a prompt.
             cache ([`~transformers.DynamicCache`], *optional*): `past_key_values` under its name since transformers 5.24.
@@ -159,7 +166,7 @@ class OnnxCausalLM(GenerationMixin):
             `cache` or, before transformers 5.24, as `past_key_values`.
 
         Raises:
-            ModelError: If the mask does not fit, the cache is of another kind or given under both names, or something is
+            ModelError: If a token is not in the vocabulary or a position not in the context, the mask does not fit, the cache is of another kind or given under both names, or something is
                 asked for that the file does not have.
         """
         _refuse(
@@ -170,10 +177,13 @@ class OnnxCausalLM(GenerationMixin):
         _check_logits_to_keep(logits_to_keep)
         cache = self._cache(past_key_values, cache)
         past_length = 0 if cache is None else cache.get_seq_length()
+        check_tokens(input_ids, self._vocabulary)
         batch, length = input_ids.shape
         mask = _full_mask(attention_mask, batch, past_length + length)
         if position_ids is None:
             position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past_length:]
+        if "position_ids" in self._token_inputs:
+            check_positions(position_ids, self._positions)
         tokens = (input_ids, mask, position_ids.expand(batch, -1))
         if use_cache is None:
             use_cache = cache is not None or bool(getattr(self.config, "use_cache", True))
@@ -345,6 +355,7 @@ def _full_mask(mask: Tensor | None, batch: int, length: int) -> Tensor:
     """The mask that was given, if it covers cached and new tokens, or one of ones."""
     if mask is None:
         return torch.ones(batch, length, dtype=torch.long)
+    check_mask(mask)
     if mask.shape != (batch, length):
         raise ModelError.of(
             "attention_mask",
@@ -355,19 +366,29 @@ def _full_mask(mask: Tensor | None, batch: int, length: int) -> Tensor:
     return mask
 
 
-def _check_files(folder: Path, file: Path) -> None:
-    if not file.is_file():
-        found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.onnx"))
-        rule = "there is no such file" if folder.is_dir() else f"there is no folder {str(folder)!r}"
-        remedy = f"Files in the folder: {', '.join(found)}" if found else "Export the model first"
-        raise ModelError.of("file_name", str(file), rule, remedy)
-    if not (folder / "config.json").is_file():
-        raise ModelError.of(
-            "folder",
-            str(folder),
-            "it has no config.json, which generate() needs",
-            "Give the folder that holds config.json, and the ONNX file in it as file_name",
-        )
+def _settings(folder: Path) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """The folder's `config.json` and, if there is one, `generation_config.json`."""
+    read_model_file(folder / CONFIG, folder)
+    has_settings = (folder / GENERATION_CONFIG).is_file()
+    if has_settings:
+        read_model_file(folder / GENERATION_CONFIG, folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return config, GenerationConfig.from_pretrained(folder) if has_settings else None
+    except Exception as error:  # whatever a class of transformers makes of values that it does not expect
+        raise ModelError.of(CONFIG, str(folder), _first_line(error), "Restore the model's config.json") from error
+
+
+def _check_providers(providers: Sequence[Any] | None) -> None:
+    """ONNX Runtime falls back to the CPU without an error where there is no such provider."""
+    there = onnxruntime.get_available_providers()
+    for provider in providers or ():
+        name = provider[0] if isinstance(provider, tuple) and provider else provider
+        if name not in there:
+            rule = f"this installation of ONNX Runtime has {', '.join(there)}"
+            raise ConfigurationError.of(
+                "providers", provider, rule, "Choose among these, or install another onnxruntime"
+            )
 
 
 def _session_options(

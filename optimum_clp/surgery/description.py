@@ -7,6 +7,7 @@ from typing import Annotated
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import num_layers
+from ..report.origin import Origin
 from ..report.section import Key
 from ..segments import LayerSegment, kept_layers
 from .sizes import count_parameters
@@ -23,6 +24,7 @@ class DenseModel:
     num_parameters: Annotated[int, Key(minimum=1)]
     dtype: str
     fingerprint: Annotated[str | None, Key("Hash of every bit of its weights.", sparse=True)] = None
+    origin: Annotated[Origin | None, Key("What its own card says.", added=True, sparse=True)] = None
 
 
 @dataclass(frozen=True)

@@ -212,13 +212,56 @@ def test_rows_are_no_longer_than_the_models_context(tokenizer, model):
 
 
 def test_too_little_text_says_how_much_is_needed(tokenizer, model):
-    message = r"30 rows of 8 tokens need 240 tokens, and it has 101\. .*lower calibration.train_sequences"
+    message = (
+        r"8 rows of 8 tokens, the least there must be, need 64 tokens, and it has 61\. Give more text, or lower cal"
+    )
     with pytest.raises(CalibrationError, match=message):
-        load_calibration(config_for([words(0, 100)]), tokenizer, model, seed=0)
+        load_calibration(config_for([words(0, 60)]), tokenizer, model, seed=0)
     with pytest.raises(CalibrationError, match="1 rows of 200 tokens need 200 tokens, and it has 101"):
         tokenize_dataset([words(0, 100)], tokenizer, sequence_length=200)
-    with pytest.raises(CalibrationError, match="13 rows of 8 tokens need 104 tokens, and it has 101"):
-        tokenize_dataset([words(0, 100)], tokenizer, sequence_length=8, num_sequences=13)
+
+
+def test_less_text_than_planned_is_a_warning_with_the_number_of_rows(tokenizer, model):
+    told = r"the text has 101 tokens, which is 12 rows of 8 instead of the 30 that are planned: 6 train, 3 validation and 3 test"
+    with pytest.warns(UserWarning, match=told):
+        data = load_calibration(config_for([words(0, 100)]), tokenizer, model, seed=0)
+    assert [len(part) for part in splits(data)] == [6, 3, 3]
+    found = torch.cat(splits(data)).flatten().tolist()
+    assert len(set(found)) == len(found)  # no token of the text is in two rows
+    with pytest.warns(UserWarning, match="the text has 12 rows of 8 tokens, not 13"):
+        assert len(tokenize_dataset([words(0, 100)], tokenizer, sequence_length=8, num_sequences=13)) == 12
+
+
+def test_a_text_just_long_enough_begins(tokenizer, model):
+    with pytest.warns(UserWarning, match="8 rows of 8 instead of the 30"):
+        data = load_calibration(config_for([words(0, 63)]), tokenizer, model, seed=0)
+    assert [len(part) for part in splits(data)] == [4, 2, 2]
+
+
+def test_more_rows_than_memory_are_refused_before_any_text_is_read(model):
+    message = r"calibration.train_sequences is 2147483647: with the other splits these rows of 64 tokens take .* bytes"
+    with pytest.raises(CalibrationError, match=message):
+        load_calibration(config_for("missing.txt", sequence_length=64, train_sequences=2**31 - 1), None, model, seed=0)
+
+
+@pytest.mark.parametrize("wrong", [5, b"a.txt", {"text": "a"}, [], [1], object(), 2.5])
+def test_what_is_no_source_is_refused_with_its_type(tokenizer, wrong):
+    with pytest.raises(
+        CalibrationError, match=f"text is .*: .* and this is a {type(wrong).__name__}. Give one of them; of a"
+    ):
+        tokenize_dataset(wrong, tokenizer, sequence_length=8, name="text")
+
+
+def test_datasets_are_refused_with_the_line_that_works(tokenizer):
+    rows = datasets.Dataset.from_dict({"text": DOCUMENTS})
+    for given in (rows, rows.to_iterable_dataset()):
+        with pytest.raises(
+            CalibrationError, match=rf'this is a {type(given).__name__}. .*the column, dataset\["text"\]'
+        ):
+            tokenize_dataset(given, tokenizer, sequence_length=8)
+    expected = tokenize_dataset(DOCUMENTS, tokenizer, sequence_length=8)
+    for given in (rows["text"], tuple(DOCUMENTS), iter(DOCUMENTS)):
+        assert torch.equal(tokenize_dataset(given, tokenizer, sequence_length=8), expected)
 
 
 def test_exactly_enough_text_is_enough(tokenizer, model):
@@ -266,7 +309,8 @@ def test_a_missing_file_is_not_looked_up_on_the_hub(tokenizer, monkeypatch, path
 
 def test_a_folder_is_refused(tokenizer, tmp_path):
     with pytest.raises(
-        CalibrationError, match=r"it is a folder. Give one file \(.txt, .json, .jsonl, .csv, .parquet\)"
+        CalibrationError,
+        match=r"it is a folder. Give one file \(.txt, .json, .jsonl, .ndjson, .csv, .tsv, .parquet, .arrow\)",
     ):
         tokenize_dataset(str(tmp_path), tokenizer, sequence_length=8)
 

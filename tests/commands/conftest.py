@@ -84,8 +84,8 @@ class FakePruner:
         self._stage("finish")
         self.report.failures = None
 
-    def push_to_hub(self, repo_id):
-        self._stage("push_to_hub", repo_id)
+    def push_to_hub(self, repo_id, **options):
+        self._stage("push_to_hub", repo_id, **options)
 
 
 @pytest.fixture

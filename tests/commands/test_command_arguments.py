@@ -230,3 +230,27 @@ def test_a_percent_sign_in_a_help_is_no_placeholder(monkeypatch):
     parser = argparse.ArgumentParser()
     arguments.add_recipe(parser)
     assert "50 % of it (default: 5)" in parser.format_help()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_option_may_be_abbreviated(command, capsys):
+    for line in (["--tok", "SECRET"], ["--toke=SECRET"], ["--tokens", "SECRET"], ["--quie"], ["--mode", "SECRET"]):
+        with pytest.raises(SystemExit) as stopped:
+            build_parser().parse_args([command, "--model", "m", *line, *([] if command == "evaluate" else ["out"])])
+        told = capsys.readouterr()
+        assert stopped.value.code == 2 and "SECRET" not in told.err + told.out
+        assert "unrecognized arguments: --" in told.err
+
+
+def test_a_token_is_an_option_of_its_own():
+    args = parse("prune --model m --token hf_abc --tokenizer t out")
+    assert (args.token, args.tokenizer) == ("hf_abc", "t")
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--segment", "--weights", "--learning-rate", "--pruning-ratio"])
+def test_long_values_are_not_repeated_whole(option, capsys):
+    command = "tune" if option == "--segment" else "prune"
+    with pytest.raises(SystemExit):
+        build_parser().parse_args([command, "--model", "m", option, "=" + "9" * 5000, "out"])
+    told = capsys.readouterr().err
+    assert "9" * 300 not in told and option in told and "..." in told

@@ -102,7 +102,7 @@ def test_a_current_folder_that_was_deleted_is_said_at_once(pruner, tmp_path, mon
 def test_loading_options_are_passed_on(pruner):
     line = (
         "prune --model m --dtype bfloat16 --device-map cpu --revision main --trust-remote-code --no-safetensors "
-        "--tokenizer t "
+        "--tokenizer t --token hf_secret123456 "
         "--quiet --push-to-hub me/m out"
     )
     assert main(line.split()) == 0
@@ -111,11 +111,12 @@ def test_loading_options_are_passed_on(pruner):
         "dtype": "bfloat16",
         "device_map": "cpu",
         "revision": "main",
+        "token": "hf_secret123456",
         "trust_remote_code": True,
         "use_safetensors": False,
         "quiet": True,
     }
-    assert pruner.calls[-1][:2] == ("push_to_hub", "me/m")
+    assert pruner.calls[-1] == ("push_to_hub", "me/m", {"token": "hf_secret123456"})
 
 
 def test_remote_code_and_pickles_are_off_by_default(pruner):
@@ -149,7 +150,7 @@ def test_config_file_is_overridden_by_options(pruner, tmp_path):
     [
         (None, r"--config is 'r.json': it cannot be read \(No such file"),
         ("{", r"--config is 'r.json': it is not valid JSON \("),
-        ("[]", r"--config is 'r.json': it does not hold a JSON object"),
+        ("[]", r"--config is 'r.json': it holds no JSON object"),
         ('{"tuning": 3}', "tuning is 3: it must be a TuningConfig or a dict"),
         ('{"prunning_ratio": 0.2}', "prunning_ratio is 0.2: .* Did you mean 'pruning_ratio'?"),
     ],
@@ -356,7 +357,10 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
             "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of NAME=FILE, each name once. "
             "Give for example ['piqa=piqa.jsonl'].",
         ),
-        ("t=piqa.jsonl --task-limit 0", "evaluation.task_limit is 0: it must be a whole number at least 1, or None."),
+        (
+            "t=piqa.jsonl --task-limit 0",
+            "evaluation.task_limit is 0: it must be a whole number from 1 to 2147483647, or None.",
+        ),
         (
             "t=piqa.jsonl --prompts gone.jsonl",
             "prompts is 'gone.jsonl': it cannot be read (No such file or directory).",
@@ -487,3 +491,27 @@ def test_example_in_the_help_is_valid():
     for name, command in COMMANDS.items():
         args = build_parser().parse_args(command.EXAMPLE.split()[1:])
         assert args.command == name
+
+
+def test_a_token_is_never_shown(pruner, capsys):
+    pruner.fails_with = ValueError("bad credentials: hf_secret123456 and a-plain-secret")
+    for secret in ("hf_secret123456", "a-plain-secret"):
+        for debug in ([], ["--debug"]):
+            assert main(["prune", "--model", "m", "--token", secret, *debug, "out"]) == 1
+            captured = capsys.readouterr()
+            assert secret not in captured.err and "***" in captured.err and secret not in captured.out
+
+
+def test_a_repository_that_cannot_be_is_told_before_any_work(pruner, capsys):
+    assert main(["prune", "--model", "m", "--push-to-hub", "no/such/name", "out"]) == 1
+    assert "repo_id is 'no/such/name': no repository of the Hub can have this name. Give for" in error_of(capsys)
+    assert pruner.calls == []
+
+
+def test_search_asks_for_the_rows_that_it_uses(pruner):
+    assert main("search --model m --train-sequences 500 --search-sequences 20 --test-sequences 9 out".split()) == 0
+    ((_, config, _),) = [call for call in pruner.calls if call[0] == "search"]
+    text = config.calibration
+    assert (text.train_sequences, text.validation_sequences, text.test_sequences) == (20, 24, 1)
+    # what is written down is the recipe that was given
+    assert '"train_sequences": 500' in open("out/clp_config.json").read()

@@ -136,12 +136,20 @@ BAD_INPUT = [
     (t5, "", "T5ForConditionalGeneration is an encoder-decoder, not a causal language model"),
     (quanto, "", "its weights are quantized with quanto and cannot be cut, tuned or exported"),
     (full_output, "", "output folder is 'out': it is not empty"),
-    (short_text, "--dataset text.txt", "7 rows of 24 tokens need 168 tokens, and it has 4. Give more text"),
+    (
+        short_text,
+        "--dataset text.txt",
+        "7 rows of 24 tokens, the least there must be, need 168 tokens, and it has 4. Give more text",
+    ),
     (nothing, "--dataset wikitext2", "the Hugging Face Hub could not be reached. Give a local file"),
     (nothing, "--pruning-ratio 1.5", "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded"),
     (nothing, "--pruning-ratio 0.01", "it removes none of the model's 6 layers. The nearest valid ratio is 0.1667"),
     (nothing, "--pruning-ratio 0.99", "it leaves none of the model's 6 layers. The nearest valid ratio is 0.8333"),
-    (nothing, "--learning-rate -1", "tuning.learning_rate is -1.0: it must be a number above 0, or None"),
+    (
+        nothing,
+        "--learning-rate -1",
+        "tuning.learning_rate is -1.0: it must be a number above 0 and at most 1e+38, or None",
+    ),
 ]
 
 

@@ -21,8 +21,10 @@ def test_what_is_no_length_of_time(written):
         seconds(written)
 
 
-@pytest.mark.parametrize("written", ["0s", 0, -1, "soon"])
+@pytest.mark.parametrize("written", ["0s", 0, -1, "soon", "400d", 1e300, "9" * 400, 10**400])
 def test_a_budget_is_a_length_of_time_above_0(written):
-    with pytest.raises(ConfigurationError, match="budget is .*: it must be a length of time above 0, such as 90 "):
+    with pytest.raises(
+        ConfigurationError, match="budget is .*: it must be a length of time above 0 and below a year, such as 90 "
+    ):
         CLPConfig(budget=written)
     assert CLPConfig(budget="20min").budget == "20min"

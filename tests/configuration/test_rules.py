@@ -49,7 +49,12 @@ def registry():
             "it must be a whole number from 1 to 5. Choose a whole number from 1 to 5.",
         ),
         (rules.boolean(), [True, False], [0, 1, "True"], "it must be True or False. Choose True or False."),
-        (rules.text(), ["a"], ["", 1, None], "it must be a string that is not empty. Give a string."),
+        (
+            rules.text(),
+            ["a"],
+            ["", 1, None],
+            "it must be a string that is not empty, of at most 4096 characters, none of them NUL. Give a string.",
+        ),
         (rules.one_of((16, 32)), [16, 32], [48, 16.0, "16"], "it must be one of 16, 32. Choose one of 16, 32."),
         (
             rules.one_of({0: "all", 1: "the last"}),
@@ -84,14 +89,15 @@ def registry():
         (
             rules.source_of_text(),
             ["a.txt", ["one", "two"]],
-            ["", [], [1], None],
-            "it must be a file, a dataset name or a list of strings. Give one of them.",
+            ["", [], [1], None, b"a.txt", {"a": 1}, 5],
+            "it must be a file, a dataset name or a list of strings. Give one of them; of a datasets.Dataset give the column, "
+            'dataset["text"], or the file that dataset.to_json writes.',
         ),
         (
             rules.name_or_weights(registry(), "flat=0.9,steep=0.1"),
             ["flat", {"flat": 1}, {"flat": 0.0, "steep": 2.5}],
             ["round", [], {}, {"round": 1}, {"flat": 0.0}, {"flat": -1, "steep": 2}, {"flat": "1"}],
-            "it must be 'flat', 'steep', or weights of at least 0 for these, not all 0. "
+            "it must be 'flat', 'steep', or weights from 0 to 1000000 for these, not all 0. "
             "Choose for example 'flat' or {'flat': 0.9, 'steep': 0.1}.",
         ),
         (
@@ -161,3 +167,28 @@ def test_names_of_a_registry_are_read_when_they_are_needed():
     assert rule.problems("kind", "late") == []
     assert "'flat', 'steep', 'late', or None" in str(rule.problems("kind", "round")[0])
     assert rule.with_choices("a shape").endswith("steep: rising; late")
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan"), True, "1", None])
+def test_what_is_no_number_is_refused_without_an_error(value):
+    assert not rules.is_number(value)
+    assert rules.between(0, 1).problems("it", value) and rules.positive().problems("it", value)
+
+
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", "x" * 5000])
+def test_names_that_no_file_can_have_are_refused_and_not_repeated_whole(value):
+    for rule, given in ((rules.text(), value), (rules.source_of_text(), value), (rules.some_names("n", "n"), [value])):
+        (problem,) = rule.problems("it", given)
+        assert len(str(problem)) < 500
+    assert rules.named_files("a=b").problems("it", [f"a={value}"])
+
+
+def test_sources_of_text_are_kept_as_a_recipe_can_write_them(tmp_path):
+    from datasets import Dataset
+
+    column = Dataset.from_dict({"text": ["a", "b"]})["text"]
+    for given in (("a", "b"), column, (letter for letter in "ab"), ["a", "b"]):
+        assert rules.text_source(given) == ["a", "b"]
+    assert rules.text_source(tmp_path) == str(tmp_path)
+    for strange in (5, b"a", None, {"a": 1}):
+        assert rules.text_source(strange) is strange

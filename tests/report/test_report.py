@@ -264,7 +264,7 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="it is not valid JSON"):
         CLPReport.load(tmp_path)
     (tmp_path / "clp_report.json").write_text("[]")
-    with pytest.raises(ConfigurationError, match=r"report is \[\]: a report is a JSON object"):
+    with pytest.raises(ConfigurationError, match=r"clp_report.json is .*: it holds no JSON object"):
         CLPReport.load(tmp_path)
 
 

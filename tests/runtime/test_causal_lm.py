@@ -97,8 +97,11 @@ def test_cache_is_extended_in_place_and_older_tensors_stay_whole(onnx_model):
     assert torch.equal(keys, copy) and torch.equal(cache.layers[0].keys[:, :, :4], copy)
 
 
-def test_tokens_are_appended_where_the_cache_lies(onnx_model):
+def test_tokens_are_appended_where_the_cache_lies(folder, onnx_model):
     """The cache is copied when its room ends, and not once for each token."""
+    config = copy.deepcopy(onnx_model.config)
+    config.max_position_embeddings = 300
+    onnx_model = OnnxCausalLM(onnx_model.session, config)
     ids = random_tokens(2, 300)
     cache, places, pieces = DynamicCache(), set(), []
     pieces.append(onnx_model(ids[:, :5], past_key_values=cache).logits)
@@ -281,7 +284,7 @@ def test_missing_or_broken_config_is_named(folder, tmp_path):
     with pytest.raises(ModelError, match=r"folder is .*it has no config\.json"):
         OnnxCausalLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json is .*Restore the model's config\.json"):
+    with pytest.raises(ModelError, match=r"its config\.json is malformed .*Fetch or save the model again"):
         OnnxCausalLM.from_pretrained(tmp_path)
 
 
@@ -388,3 +391,133 @@ def test_shapes_of_the_cache_come_from_the_file(folder, pytorch, tmp_path):
     ids = random_tokens(1, 6, seed=2)
     model = OnnxCausalLM.from_pretrained(tmp_path / "copy")
     np.testing.assert_array_equal(generate(model, ids), generate(pytorch, ids))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[3, -1]]), r"input_ids is -1: the vocabulary has the tokens 0 to 96\. Give the ids of the tok"),
+        (torch.tensor([[3, 97]]), "input_ids is 97: the vocabulary has the tokens 0 to 96"),
+        (torch.tensor([[3.0, 4.0]]), r"input_ids is 'torch\.float32 \(1, 2\)': it must be a tensor of whole numbers"),
+        (torch.tensor([[True, False]]), "it must be a tensor of whole numbers"),
+        (torch.tensor([3, 4]), r"input_ids is \(2,\): its shape must be \[rows, tokens\], and it has 1 dimensions"),
+        (torch.empty(1, 0, dtype=torch.long), r"input_ids is \(1, 0\): there is no token in it"),
+        ([[3, 4]], r"input_ids is \[\[3, 4\]\]: it must be a tensor of whole numbers"),
+        (None, "input_ids is None: it must be a tensor"),
+    ],
+)
+def test_what_are_no_tokens_is_refused(onnx_model, ids, message):
+    with pytest.raises(ModelError, match=message):
+        onnx_model(ids)
+
+
+def test_positions_end_where_the_context_does(onnx_model, folder):
+    ids = random_tokens(1, 128)
+    last = onnx_model(ids, use_cache=True)
+    with pytest.raises(
+        ModelError, match="position_ids is 128: the model has the positions 0 to 127. Give a shorter text"
+    ):
+        onnx_model(random_tokens(1, 1), past_key_values=last.past_key_values)
+    for positions, shown in (([[5, -1]], -1), ([[0, 128]], 128)):
+        with pytest.raises(ModelError, match=f"position_ids is {shown}: the model has the positions 0 to 127"):
+            onnx_model(ids[:, :2], position_ids=torch.tensor(positions))
+    with pytest.raises(ModelError, match="position_ids is .*: it must be a tensor of whole numbers"):
+        onnx_model(ids[:, :2], position_ids=torch.tensor([[0.0, 1.0]]))
+    # padding has no position: a row of 120 tokens behind 8 of padding is within the context
+    mask = torch.ones_like(ids)
+    mask[:, :8] = 0
+    cache = onnx_model(ids, attention_mask=mask, use_cache=True).past_key_values
+    assert (
+        onnx_model(ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=cache)
+        .logits.isfinite()
+        .all()
+    )
+
+
+def test_a_mask_is_a_tensor(onnx_model):
+    for mask in ([[1, 1]], torch.ones(2)):
+        with pytest.raises(ModelError, match=r"attention_mask is .*: it must be a tensor \[rows, tokens\]"):
+            onnx_model(random_tokens(1, 2), attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["../x.onnx", "/etc/passwd", "onnx/../../x.onnx", "", "..\\x.onnx", "C:\\x.onnx"])
+def test_files_outside_the_folder_are_refused(folder, name):
+    with pytest.raises(ModelError, match="file_name is .*: it must lie inside the folder. Give a name such as"):
+        OnnxCausalLM.from_pretrained(folder, name)
+
+
+def test_unknown_providers_are_refused_instead_of_falling_back(folder):
+    for provider in ("NoSuchProvider", ("NoSuchProvider", {}), 5):
+        with pytest.raises(
+            ConfigurationError, match=r"providers is .*: this installation of ONNX Runtime has .*CPUExec"
+        ):
+            OnnxCausalLM.from_pretrained(folder, providers=[provider])
+    chosen = OnnxCausalLM.from_pretrained(folder, providers=[("CPUExecutionProvider", {})])
+    assert chosen.session.get_providers() == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("wrong", [5, b"x", None, "\0"])
+def test_folders_of_no_kind_are_refused(wrong):
+    with pytest.raises(ConfigurationError, match="folder is "):
+        OnnxCausalLM.from_pretrained(wrong)
+
+
+def test_a_repository_of_the_hub_is_fetched_as_far_as_it_is_needed(folder, onnx_model, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr("optimum_clp.runtime.folder.snapshot_download", download)
+    model = OnnxCausalLM.from_pretrained("me/tiny-clp20", "onnx/model_q4.onnx", revision="main", token="t")
+    ids = random_tokens(1, 4)
+    assert model(ids).logits.isfinite().all()
+    (name, options) = asked[0]
+    assert (name, options["revision"], options["token"]) == ("me/tiny-clp20", "main", "t")
+    assert {"config.json", "generation_config.json", "onnx/model_q4.onnx"} <= set(options["allow_patterns"])
+    assert "onnx/model.onnx" not in options["allow_patterns"]
+
+
+def test_a_repository_that_cannot_be_had_is_named():
+    with pytest.raises(
+        ModelError, match="folder is 'me/none': there is no such folder, and no such repository could be had"
+    ):
+        OnnxCausalLM.from_pretrained("me/none")
+
+
+class TestAsTransformersOwnClass:
+    """What `generate()` takes besides, with the same result as the PyTorch model's."""
+
+    def test_stop_strings(self, onnx_model, pytorch):
+        from byte_tokenizer import tiny_tokenizer
+
+        tokenizer, ids = tiny_tokenizer(), random_tokens(1, 6)
+        free = generate(pytorch, ids, min_new_tokens=None)
+        options = {"stop_strings": [tokenizer.decode(free[0, 9])], "tokenizer": tokenizer, "min_new_tokens": None}
+        expected = generate(pytorch, ids, **options)
+        assert expected.shape[1] < free.shape[1]
+        assert torch.equal(generate(onnx_model, ids, **options), expected)
+
+    def test_text_streamer(self, onnx_model, pytorch, capsys):
+        from tiny_models import tiny_tokenizer
+        from transformers import TextStreamer
+
+        tokenizer, ids = tiny_tokenizer(), random_tokens(1, 6)
+        for model in (onnx_model, pytorch):
+            generate(model, ids, streamer=TextStreamer(tokenizer))
+        first, second = capsys.readouterr().out.strip().split("\n")
+        assert first == second and len(first.split()) == 30
+
+    @pytest.mark.parametrize("kind", ["same", "other", "onnx", "of onnx"])
+    def test_assistant_model(self, folder, onnx_model, pytorch, kind):
+        from tiny_models import tiny_model
+
+        ids = random_tokens(1, 6)
+        assistants = {"same": pytorch, "other": tiny_model("llama", 1, seed=3), "of onnx": onnx_model}
+        assistant = assistants.get(kind) or OnnxCausalLM.from_pretrained(folder)
+        model = pytorch if kind == "of onnx" else onnx_model
+        options = {"min_new_tokens": None}
+        assert torch.equal(
+            generate(model, ids, assistant_model=assistant, **options), generate(pytorch, ids, **options)
+        )
