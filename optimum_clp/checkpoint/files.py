@@ -39,6 +39,9 @@ _LEGACY_BASES = {
 }
 # fields that transformers 4 reads under another name; transformers 5 takes both
 _LEGACY_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
+# types of which transformers 4 takes `rope_scaling` with these entries and no other
+_LONG_ENTRIES, _SCALED_ENTRIES = ("type", "short_factor", "long_factor"), ("type", "factor")
+_STRICT_SCALING = {"phi3": _LONG_ENTRIES, "olmo": _SCALED_ENTRIES, "olmo2": _SCALED_ENTRIES}
 _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -227,8 +230,19 @@ def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
         return _legacy_rope_by_kind(str(config.get("model_type")), rope)
     alone = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in alone}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {**alone, "rope_scaling": None if plain else scaling}
+    if scaling.get("rope_type", "default") == "default":
+        return {**alone, "rope_scaling": None}
+    strict = _STRICT_SCALING.get(str(config.get("model_type")), ())
+    # what it says beside these is said elsewhere in the file, or transformers 4 could not take it anyway
+    original = scaling.get("original_max_position_embeddings")
+    beside = {"rope_type": scaling["rope_type"], "type": scaling["rope_type"]}
+    if original == config.get("original_max_position_embeddings", original):
+        beside["original_max_position_embeddings"] = original
+    entries = {"type": scaling["rope_type"], **scaling}
+    if strict and all(name in entries for name in strict) and entries.keys() - set(strict) <= beside.keys():
+        said = {} if original is None else {"original_max_position_embeddings": original}
+        return {**alone, **said, "rope_scaling": {name: entries[name] for name in strict}}
+    return {**alone, "rope_scaling": scaling}
 
 
 def _legacy_rope_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..architecture.lookup import text_config, within_context
+from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
-from ..forward.hooks import evaluation_mode
+from ..forward.hooks import at_rest, evaluation_mode, follows_length
 from .files import (
     make_config_portable,
     make_tokenizer_portable,
@@ -169,10 +169,15 @@ def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) 
     generator = torch.Generator().manual_seed(0)
     length = within_context(PROBE_LENGTH, model.config)
     ids = torch.randint(text_config(model.config).vocab_size, (1, length), generator=generator)
-    with torch.no_grad(), evaluation_mode(model):
-        equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
-    if not equal:
-        raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
+    rows: list[dict[str, Any]] = [{}]
+    limit = context_limit(model.config)
+    if limit is not None and follows_length(model):  # the last positions have other frequencies than the first
+        rows.append({"position_ids": torch.arange(limit - length, limit)[None]})
+    for options in rows:
+        with torch.no_grad(), evaluation_mode(model):
+            equal = torch.equal(*(m(ids, use_cache=False, **options).logits for m in (model, reloaded)))
+        if not equal:
+            raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
 
 
 def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str | None:
@@ -182,9 +187,10 @@ def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str |
     what is read back has them in float32.
     """
     others = dict(reloaded.named_buffers())
-    for name, buffer in model.named_buffers():
-        if name not in others or not torch.equal(others[name].to(buffer.dtype), buffer.detach().cpu()):
-            return name
+    with at_rest(model):
+        for name, buffer in model.named_buffers():
+            if name not in others or not torch.equal(others[name].to(buffer.dtype), buffer.detach().cpu()):
+                return name
     return None
 
 
