@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
@@ -80,6 +81,14 @@ class Session:
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        for name in ("model", "pruned_model"):
+            if getattr(self, name) is not None:
+                given = model_or_name(getattr(self, name))
+                if isinstance(given, str):
+                    remedy = "Open it: CLPPruner.from_pretrained(...)"
+                    raise ModelError.of(name, given, "it is the name of a model, not a model", remedy)
+                check_in_memory(given)
+                setattr(self, name, given)
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
@@ -278,7 +287,7 @@ class Session:
         """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
         if given is None:
             return self.model
-        return given if isinstance(given, PreTrainedModel) else load_model(given, quiet=self.quiet)
+        return load_model(given, quiet=self.quiet)
 
 
 def _of_session(name: str) -> Any:
@@ -327,7 +336,8 @@ def open_session(
         ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
         ConfigurationError: If `file_name` is given with a model in memory.
     """
-    path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
+    model_or_path = model_or_name(model_or_path)
+    path = None if isinstance(model_or_path, PreTrainedModel) else model_or_path
     session = Session(quiet=quiet, folder=Path(path) if path is not None and os.path.isdir(path) else None)
     ours = CLPConfig.CONFIG_NAME, REPORT_NAME
     recipe, record = (written_file(path, name, hub["revision"], hub["token"]) for name in ours)

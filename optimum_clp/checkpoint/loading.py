@@ -15,15 +15,17 @@ from transformers.utils import logging as transformers_logging
 
 from ..doors import ARCHITECTURES
 from ..errors import CLPError
+from .adapters import adapter_base, merged
 from .errors import load_error, model_error, quanto_error
 from .files import (
     TOKENIZER_FILES,
-    check_class,
     check_config,
     check_weight_files,
+    is_computed,
     legacy_rope,
     read_config,
 )
+from .in_memory import check_in_memory, model_or_name
 
 
 def load_model(
@@ -41,8 +43,9 @@ def load_model(
     """Load a dense causal language model, in eval mode, and check that every weight came from the checkpoint.
 
     Args:
-        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, which is checked and returned as it is; a
-            local folder; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, which is checked and returned without wrappers
+            such as `torch.compile`'s; a local folder, also of an adapter if `peft` is installed, which is merged into its
+            base model; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
         dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
         device_map: As in transformers. Weights that it offloads from memory are refused.
         revision (`str` or `None`): Branch, tag or commit on the Hub.
@@ -61,15 +64,18 @@ def load_model(
             quantized, it is not a causal language model, it needs code that may not be run, its weights do not fit
             its `config.json`, or one of them has values that are not finite.
     """
-    if isinstance(model_or_path, PreTrainedModel):
+    path, hub = model_or_name(model_or_path), {"revision": revision, "token": token}
+    if isinstance(path, PreTrainedModel):
         if accept is not None:
-            accept(model_or_path.config)
-        _check_in_memory(model_or_path)
-        return model_or_path
-    if not isinstance(model_or_path, (str, os.PathLike)):
-        remedy = "Give a PreTrainedModel, a local folder, or a Hub id"
-        raise model_error(repr(model_or_path), f"a {type(model_or_path).__name__} is not a model", remedy)
-    path, hub = os.fspath(model_or_path), {"revision": revision, "token": token}
+            accept(path.config)
+        check_in_memory(path)
+        check_finite(type(path).__name__, path)
+        return path
+    base = adapter_base(Path(path))
+    if base is not None:
+        options = {"trust_remote_code": trust_remote_code, "use_safetensors": use_safetensors, "token": token}
+        model = load_model(base, dtype=dtype, device_map=device_map, accept=accept, quiet=quiet, **options)
+        return merged(model, Path(path))
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
         accept(config)
@@ -93,7 +99,7 @@ def load_model(
         except Exception as error:
             raise load_error(path, error) from error
     model, info = loaded
-    _check_keys(path, info)
+    _check_keys(path, info, model.config.model_type)
     check_finite(path, model)
     return model.eval()
 
@@ -118,6 +124,9 @@ def load_config(
         ConfigurationError: If another package adds this model type and cannot be imported.
     """
     name, hub = os.fspath(path), {"revision": revision, "token": token}
+    base = adapter_base(Path(name))
+    if base is not None:
+        return load_config(base, token=token, trust_remote_code=trust_remote_code)
     if os.path.isdir(name):
         raw = read_config(Path(name))
     else:
@@ -136,17 +145,6 @@ def load_config(
             raise load_error(name, error) from error
 
 
-def _check_in_memory(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config
-    if any(type(module).__module__.startswith("optimum.quanto") for module in model.modules()):
-        raise quanto_error(name)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise model_error(name, "its weights are quantized", "Give the dense model that it was made from")
-    if getattr(model, "_auto_class", None) is None:
-        check_class(name, config.model_type, [name], bool(config.is_encoder_decoder))
-    check_finite(name, model)
-
-
 def _refuse_local_looking(path: str) -> None:
     remedy = "Check the path, or give a Hub id such as 'Qwen/Qwen3-0.6B'"
     if os.path.exists(path):
@@ -163,8 +161,10 @@ def _hub_config(repository: str, hub: dict[str, Any]) -> dict[str, Any]:
         raise load_error(repository, error) from error
 
 
-def _check_keys(name: str, info: dict[str, Any]) -> None:
+def _check_keys(name: str, info: dict[str, Any], model_type: str) -> None:
     """Refuse a model that transformers has filled up with random weights, or of which it has left weights out."""
+    unexpected = [key for key in info.get("unexpected_keys") or () if not is_computed(model_type, str(key))]
+    info = {**info, "unexpected_keys": unexpected}
     found = [
         (len(info[key]), what, sorted(map(str, info[key]))[0])
         for key, what in (

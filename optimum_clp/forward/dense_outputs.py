@@ -121,5 +121,9 @@ class DenseOutputs:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""
         tokens = self.tokens[rows].to(self.model.device)
         last = len(self.stack)
-        with torch.no_grad(), evaluation_mode(self.model), self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)):
+        with (
+            torch.no_grad(),
+            evaluation_mode(self.model),
+            self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)),
+        ):
             return self.model(input_ids=tokens, use_cache=False).logits

@@ -22,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from zoo import ZOO, zoo_model
 
 from optimum_clp.checkpoint.files import QUANTO_MODEL_TYPE, legacy_rope
 from optimum_clp.checkpoint.loading import check_finite, load_model, load_tokenizer
@@ -164,7 +165,7 @@ def test_no_config(folder):
     (folder / "config.json").unlink()
     refuses(r"the folder has no config\.json\. Give the folder that save_pretrained wrote", folder)
     (folder / "adapter_config.json").write_text("{}")
-    refuses("it holds an adapter, not a model. Merge the adapter", folder)
+    refuses("it holds an adapter, and its adapter_config.json does not name the model that it is for", folder)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", r"config\.json is malformed"), ("[1]", "holds no JSON object")])
@@ -200,6 +201,68 @@ def test_encoder_and_encoder_decoder(tmp_path):
         for weights in (tmp_path / type(model).__name__).glob("*.safetensors"):
             weights.write_bytes(b"not read before this is known")
         refuses(message, tmp_path / type(model).__name__)
+
+
+@pytest.mark.parametrize("name", ["MPTForCausalLM", "LLaMAForCausalLM", "GPTRefactForCausalLM", "MyLlama"])
+def test_a_class_that_transformers_does_not_have_says_nothing(folder, name):
+    edit_json(folder / "config.json", architectures=[name])
+    assert type(load_model(folder, quiet=True)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("MyForSequenceClassification", "Give the causal language model that it was made from"),
+        ("LlamaForSequenceClassification", "Give the causal language model that it was made from"),
+        ("GPT2DoubleHeadsModel", "Give the causal language model that it was made from"),
+        ("LlamaModel", "It has no head for the next token"),
+        ("MPTModel", "It has no head for the next token"),
+        ("BertForMaskedLM", "Give a decoder-only model"),
+        ("LlavaForConditionalGeneration", "Give a decoder-only model"),
+    ],
+)
+def test_a_class_with_another_head_is_refused(folder, name, remedy):
+    edit_json(folder / "config.json", architectures=[name])
+    refuses(f"{name} is not a causal language model. {remedy}", folder)
+
+
+OLD = {
+    "gpt2": {"h.{}.attn.bias": torch.ones(1, 1, 9, 9), "h.{}.attn.masked_bias": torch.tensor(-1e4)},
+    "gpt_neo": {
+        "transformer.h.{}.attn.attention.bias": torch.ones(1, 1, 9, 9),
+        "transformer.h.{}.attn.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "gptj": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9), "transformer.h.{}.attn.masked_bias": torch.ones(1)},
+    "codegen": {"transformer.h.{}.attn.causal_mask": torch.ones(1, 1, 9, 9)},
+    "gpt_neox": {"gpt_neox.layers.{}.attention.bias": torch.ones(1, 1, 9, 9)},
+    "gpt_bigcode": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9)},
+    "openai-gpt": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9)},
+    "llama": {"model.layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+}
+
+
+@pytest.mark.parametrize("model_type", OLD)
+def test_masks_that_old_checkpoints_carry_are_left_out(model_type, tmp_path):
+    (tiny,) = [t for t in ZOO if t.name == model_type]
+    model = zoo_model(tiny)
+    model.save_pretrained(tmp_path)
+
+    def add(tensors):
+        if model_type == "gpt2":  # as openai-community/gpt2 has it
+            for key in list(tensors):
+                tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        for name, value in OLD[model_type].items():
+            tensors |= {name.format(layer): value.clone() for layer in range(8)}
+        return tensors
+
+    edit_weights(tmp_path, add)
+    found = load_model(tmp_path, quiet=True)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_mask_that_no_version_of_the_type_had_is_refused(folder):
+    edit_weights(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": torch.ones(1, 1, 9, 9)}))
+    refuses("1 weights are in the checkpoint but not in the model, the first is model.layers.0.self_attn.bias", folder)
 
 
 def test_unknown_type_and_remote_code(folder):

@@ -160,11 +160,15 @@ def scale(model):
     model.model.layers[0].self_attn.scaling = 1.0
 
 
-@pytest.mark.parametrize(("change", "name"), [(norm, "input_layernorm.variance_epsilon"), (scale, "self_attn.scaling")])
+@pytest.mark.parametrize(
+    ("change", "name"), [(norm, "input_layernorm.variance_epsilon"), (scale, "self_attn.scaling")]
+)
 def test_values_that_the_output_shows_are_refused(change, name):
     model = tiny_model()
     change(model)
-    with pytest.raises(CutError, match=f"dense model, layer .: {name} is .*: it was changed after the model was built"):
+    with pytest.raises(
+        CutError, match=f"dense model, layer .: {name} is .*: it was changed after the model was built"
+    ):
         cut_model(model, [LayerSegment(2, 4)])
 
 
