@@ -226,6 +226,8 @@ def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     for condition in COMMON_CONDITIONS + architecture.conditions:
         condition.check(old, kept, count)
     new = copy.deepcopy(config)
+    # only plain weights are cut: it speaks of files that they were made from
+    vars(new).pop("quantization_config", None)
     inner = text_config(new)
     # lists first: transformers 5 checks their lengths against the count when the config is saved
     for field in COMMON_FIELDS + architecture.fields:

@@ -97,7 +97,7 @@ _PLAIN = """
     apertus arcee aria_text axk1 axk2 biogpt bitnet bloom codegen cohere cohere2_moe cohere_compass_text ctrl cwm
     dbrx deepseek_v32 doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4 glm4_moe_lite
     gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 lfm3 llama mamba mamba2 mellum
+    hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 lfm3 llama mamba mamba2 mellum
     mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nanochat nemotron
     nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen3_5_moe_text
     qwen3_5_text seed_oss solar_open stablelm starcoder2 vaultgemma xglm youtu
@@ -135,6 +135,10 @@ _ROWS = (
     Architecture("gpt_neox_japanese", conditions=(Stays(-1, "the last layer alone has a bias in its attention"),)),
     Architecture("granite_swa", (PerLayer("layer_rope_theta"),)),
     Architecture("granitemoe_swa", (PerLayer("layer_rope_theta"),)),
+    Architecture(
+        "hunyuan_v1_moe",
+        tuple(map(PerLayer, ("moe_topk", "num_experts", "num_shared_expert", "moe_intermediate_size"))),
+    ),
     Architecture("hy_v4", (PerLayer("indexer_types"),), _SHARED_INDEXER, threads_state=True),
     Architecture("inkling_text", (LayerIndices("local_layer_ids"),)),
     Architecture(

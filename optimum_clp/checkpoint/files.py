@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import safe_open
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -53,6 +54,9 @@ _OTHER_HEADS = (
     "DoubleHeadsModel",
     "RewardModel",
 )
+_PLAIN = ("F16", "BF16", "F32", "F64")
+# classes of transformers that load a quantized checkpoint in floating point
+_DEQUANTIZED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
 # masks and tables that older versions of a type kept in its checkpoints, and computed: transformers leaves them out
 _ATTENTION_MASKS = r"\.(attn|attention)(\.attention)?\.(bias|masked_bias|causal_mask)$"
 _COMPUTED_KEYS = {
@@ -116,7 +120,13 @@ def check_config(name: Any, config: dict[str, Any], trust_remote_code: bool) -> 
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         rule = f"its weights are quantized ({method or 'bitsandbytes'}); only dense weights can be cut and tuned"
-        raise model_error(name, rule, "Give the dense checkpoint that it was made from")
+        remedy = "Give the dense checkpoint that it was made from"
+        if method in _DEQUANTIZED_BY:
+            remedy += (
+                f"; or dequantize it: AutoModelForCausalLM.from_pretrained({str(name)!r}, quantization_config="
+                f"{_DEQUANTIZED_BY[method]}(dequantize=True)), and give that model"
+            )
+        raise model_error(name, rule, remedy)
     remote = "auto_map" in config
     if not isinstance(model_type, str) or not model_type:
         raise model_error(name, "its config.json has no model_type", "Fetch or save the model again")
@@ -209,6 +219,22 @@ def check_weight_files(folder: Path, use_safetensors: bool) -> None:
         raise model_error(folder, "it has ONNX files, but no PyTorch weights", remedy)
     else:
         raise model_error(folder, "the folder has no weights (model.safetensors)", "Fetch or save the model again")
+
+
+def are_plain(folder: Path) -> bool:
+    """Whether a local folder's safetensors hold floating point numbers alone, whatever its `config.json` says of them."""
+    if (folder / SAFE_FILE).is_file():
+        files = [SAFE_FILE]
+    elif (folder / SAFE_INDEX).is_file():
+        files = _shards(folder, SAFE_INDEX)
+    else:
+        return False
+    for name in files:
+        check_safetensors(folder / name, folder)
+        with safe_open(folder / name, "pt") as tensors:
+            if any(tensors.get_slice(key).get_dtype() not in _PLAIN for key in tensors.keys()):
+                return False
+    return True
 
 
 def _shards(folder: Path, index: str) -> list[str]:

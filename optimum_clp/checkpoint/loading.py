@@ -19,6 +19,7 @@ from .adapters import adapter_base, merged
 from .errors import load_error, model_error, quanto_error
 from .files import (
     TOKENIZER_FILES,
+    are_plain,
     check_config,
     check_weight_files,
     is_computed,
@@ -135,14 +136,20 @@ def load_config(
     if raw.get("model_type") in ARCHITECTURES:
         # the package that adds a model type tells transformers of its classes when it is imported
         ARCHITECTURES.get(raw["model_type"])
+    stray = "quantization_config" in raw and os.path.isdir(name) and are_plain(Path(name))
+    if stray:  # somebody dequantized the weights and left it in the file
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     check_config(name, raw, trust_remote_code)
     # transformers 4 does not know rope_parameters
     rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
     with transformers_quiet(bars=False):
         try:
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **rope)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **rope)
         except Exception as error:
             raise load_error(name, error) from error
+    if stray:
+        vars(config).pop("quantization_config", None)
+    return config
 
 
 def _refuse_local_looking(path: str) -> None:

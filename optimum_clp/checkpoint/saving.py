@@ -28,13 +28,27 @@ PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crÃªpes; they'd had ä
 
 @contextlib.contextmanager
 def _config_copies(model: PreTrainedModel) -> Iterator[None]:
-    """Let `save_pretrained` write its changes into copies of the model's configurations."""
+    """Let `save_pretrained` write its changes into copies of the model's configurations, which name no code of others."""
     config, generation_config = model.config, model.generation_config
     model.config, model.generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    _forget_unused_code(model)
     try:
         yield
     finally:
         model.config, model.generation_config = config, generation_config
+
+
+def _forget_unused_code(model: PreTrainedModel) -> None:
+    """Leave out of `auto_map` what names code that came with the dense model and was not trusted: it is not copied."""
+    code = getattr(model.config, "auto_map", None)
+    if code is None:
+        return
+    runs = {"AutoConfig": model.config._auto_class is not None}
+    kept = {name: source for name, source in code.items() if runs.get(name, model._auto_class is not None)}
+    if kept:
+        model.config.auto_map = kept
+    else:
+        del model.config.auto_map
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
@@ -139,6 +153,8 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
                 use_safetensors=True,
                 output_loading_info=True,
                 attn_implementation=model.config._attn_implementation,
+                # the code that the model in memory runs, copied beside it
+                trust_remote_code=model._auto_class is not None,
             )
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error

@@ -276,7 +276,20 @@ def test_unknown_type_and_remote_code(folder):
     assert not (folder / "ran").exists()
 
 
+def test_a_stray_quantization_config_beside_plain_weights(folder):
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    model = load_model(folder, quiet=True)
+    assert not hasattr(model.config, "quantization_config")
+    assert all(torch.equal(tensor, tiny_model().state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_quantized_checkpoint(folder):
+    def cast(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+
+    edit_weights(folder, cast)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    refuses(r"its weights are quantized \(fp8\).*quantization_config=FineGrainedFP8Config\(dequantize=True\)", folder)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refuses(r"its weights are quantized \(gptq\).*Give the dense checkpoint", folder)
     edit_json(folder / "config.json", quantization_config={"load_in_8bit": True})
