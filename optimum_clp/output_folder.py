@@ -13,7 +13,7 @@ from .calibration.rows import load_calibration
 from .calibration.sources import describe
 from .checkpoint.output import check_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
-from .errors import ExportError, QuantizationError
+from .errors import ConfigurationError, ExportError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
@@ -104,6 +104,32 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
         _export_into(session, folder)
         _write_records(session, folder, target.name)
     session.folder = target
+    return target
+
+
+def write_quantized(
+    session: Session, save_directory: str | os.PathLike, file_prefix: str | None, weights: str, overwrite: bool
+) -> Path:
+    """Write a quanto checkpoint of the cut model, and put it into the report.
+
+    Args:
+        session ([`Session`]): With a cut model.
+        save_directory, overwrite: As in [`write_run`].
+        file_prefix (`None`): Refused, since quanto's file names are fixed.
+        weights (`str`): `"int8"` or `"int4"`.
+
+    Returns:
+        `Path`: The folder, absolute.
+
+    Raises:
+        ConfigurationError, OutputError, QuantizationError: If it cannot be written.
+    """
+    if file_prefix is not None:
+        rule = "quanto checkpoints have fixed file names"
+        raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
+    target, model, report = check_output(save_directory, overwrite), session.cut_model(), session.report
+    result = save_quantized(model, session.tokenizer, target, weights, overwrite=overwrite, quiet=session.quiet)
+    report.quantization = [*(report.quantization or []), result.to_dict()]
     return target
 
 

@@ -12,13 +12,12 @@ from transformers import PreTrainedModel
 
 from .checkpoint.output import check_output
 from .configuration.clp_config import CLPConfig
-from .errors import ConfigurationError, TuningError
+from .errors import TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
-from .output_folder import check_writable, write_export, write_run
+from .output_folder import check_writable, write_export, write_quantized, write_run
 from .processes import is_first, wait_for_all
-from .quantization import save_quantized
 from .report.hub import upload
 from .report.report import REPORT_NAME, CLPReport
 from .resume import remove_folder
@@ -27,6 +26,7 @@ from .search.result import SearchResult
 from .segments import LayerSegment
 from .session import Session, SessionAttributes, open_session
 from .surgery.cut import cut_model
+from .trial import try_cut
 from .tuning.result import TuningResult
 
 
@@ -34,7 +34,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
     `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
-    The dense model is never changed: the cut model shares its tensors, and only the tuned layers get storage of their own.
+    The dense model is never changed. The cut model shares its tensors, and only tuned layers get storage of their own: whoever
+    trains it further asks for `copy=True`, or changes the dense one too.
 
     Args:
         model (`PreTrainedModel` or `None`): The dense model; `None` if only a cut one is at hand.
@@ -45,8 +46,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         segments (`Iterable[LayerSegment]`, *optional*): What was cut, in the dense model's numbering.
         quiet (`bool`): No progress bars.
 
-    Attributes:
-        model, pruned_model, tokenizer, config, report, segments: As above.
+    Its attributes `model`, `pruned_model`, `tokenizer`, `config`, `report` and `segments` are these.
     """
 
     def __init__(
@@ -121,10 +121,12 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ConfigurationError: If the ratio removes no layer or all of them.
             CalibrationError: If the text cannot be had.
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
+            ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
         config, dense = session.use(config), session.dense()
-        layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is read or written
+        # what cannot be is refused before any text is read or written
+        try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))
         data, journal = session.calibration(), session.search_journal()
         result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
         if result.segments != self.segments:
@@ -132,11 +134,12 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         self.segments, self.report.search = result.segments, result.to_dict()
         return result
 
-    def cut(self, segments: Iterable[LayerSegment] | None = None) -> PreTrainedModel:
+    def cut(self, segments: Iterable[LayerSegment] | None = None, *, copy: bool = False) -> PreTrainedModel:
         """Remove layers; the dense model stays whole, and the smaller one shares its tensors.
 
         Args:
             segments (`Iterable[LayerSegment]`, *optional*): What to remove; what `search` found if not given.
+            copy (`bool`): Give it storage of its own: training it as a whole then leaves the dense model as it is.
 
         Returns:
             `PreTrainedModel`: The cut model, also as `pruned_model`.
@@ -148,7 +151,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         chosen = self._session.segments_to_cut(segments)
         self._session.forget("cut")
         self._session.set_cut(cut_model(self._session.dense(), chosen), chosen)
-        return self._session.cut_model()
+        return self._session.cut_model(copy)
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
@@ -200,13 +203,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Returns:
             `Path`: The folder.
         """
-        if file_prefix is not None:
-            rule = "quanto checkpoints have fixed file names"
-            raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
-        target, model = check_output(save_directory, overwrite), self._session.cut_model()
-        result = save_quantized(model, self.tokenizer, target, weights, overwrite=overwrite, quiet=self.quiet)
-        self.report.quantization = [*(self.report.quantization or []), result.to_dict()]
-        return target
+        return write_quantized(self._session, save_directory, file_prefix, weights, overwrite)
 
     def export(self, save_directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the cut model as ONNX files (`onnx/...`), with config and tokenizer but without PyTorch weights.
@@ -268,6 +265,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         save_directory: str | os.PathLike | None = None,
         *,
         overwrite: bool = False,
+        copy: bool = False,
     ) -> PreTrainedModel:
         """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
 
@@ -275,6 +273,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
             save_directory (`str` or `os.PathLike`, *optional*): Output folder, see [`~CLPPruner.save_pretrained`].
             overwrite (`bool`): Replace a folder that is not empty.
+            copy (`bool`): Give the smaller model storage of its own at the end. Without it, it shares all but the tuned
+                layers with the dense model, and training it changes that one too.
 
         Returns:
             `PreTrainedModel`: The smaller model.
@@ -288,7 +288,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             check_output(save_directory, overwrite)
             check_writable(self._session)
         self.search(config)
-        model = self.cut()
+        self.cut()
         failure = None
         if config.tuning.enabled:
             try:
@@ -299,7 +299,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             self.save_pretrained(save_directory, overwrite=overwrite)
         if failure is not None:
             raise failure
-        return model
+        return self._session.cut_model(copy)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, overwrite: bool = False, **kwargs: Any

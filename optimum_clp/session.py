@@ -30,6 +30,7 @@ from .report.section import to_section
 from .resume import search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers
+from .surgery.cut import separate
 from .surgery.description import describe_cut, describe_dense
 
 _OF_A_FOLDER = ("quantization", "export", "evaluation")
@@ -139,8 +140,8 @@ class Session:
                 ) from error
         return self.model
 
-    def cut_model(self) -> PreTrainedModel:
-        """The cut model.
+    def cut_model(self, copy: bool = False) -> PreTrainedModel:
+        """The cut model; with `copy`, it shares no storage with the dense one from now on.
 
         Raises:
             ConfigurationError: If nothing has been cut yet.
@@ -149,6 +150,8 @@ class Session:
             raise ConfigurationError.of(
                 "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
             )
+        if copy and self.model is not None:
+            separate(self.pruned_model, self.model)
         return self.pruned_model
 
     def cut_or_dense_config(self) -> PretrainedConfig:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
@@ -171,6 +172,32 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
             raise _differs(path, f"read back, its tensor {key} differs from the one in memory")
     if all(tensor.device.type == "cpu" for tensor in expected.values()):
         _check_logits(path, model, reloaded.eval())
+
+
+def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
+    """Check that the configuration in a folder, read back, describes the model in memory: the looks of
+    [`verify_checkpoint`] that need no second copy of the weights.
+
+    Args:
+        folder (`str` or `os.PathLike`): What [`save_configs`] wrote.
+        model (`PreTrainedModel`): The model that it should describe, on the CPU; not changed.
+
+    Raises:
+        CutError: Names the first thing that differs.
+    """
+    path, trusted = str(folder), model._auto_class is not None
+    with transformers_quiet(bars=True), init_empty_weights(include_buffers=False):
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            config._attn_implementation = model.config._attn_implementation
+            reloaded = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=trusted)
+        except Exception as error:
+            raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
+    expected, found = model.state_dict(), reloaded.state_dict()
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in expected or key not in found or expected[key].shape != found[key].shape:
+            raise _differs(path, f"read back, its configuration asks for another tensor {key}")
+    _check_logits(path, model, reloaded.eval())
 
 
 def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) -> None:

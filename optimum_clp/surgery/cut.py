@@ -55,6 +55,19 @@ def own_storage(module: nn.Module) -> None:
         parameter.data = parameter.data.clone()
 
 
+def separate(cut: PreTrainedModel, dense: PreTrainedModel) -> None:
+    """Give a cut model storage of its own wherever it shares the dense model's: a copy of these weights, tied ones once.
+
+    Args:
+        cut (`PreTrainedModel`): What [`cut_model`] returned; afterwards training it changes nothing in `dense`.
+        dense (`PreTrainedModel`): Not changed.
+    """
+    shared = {tensor.data_ptr() for tensor in (*dense.parameters(), *dense.buffers())}
+    for tensor in (*cut.parameters(), *cut.buffers()):
+        if tensor.data_ptr() in shared:
+            tensor.data = tensor.data.clone()
+
+
 def _refuse_offloaded(dense: PreTrainedModel) -> None:
     offloaded = [name for name, parameter in dense.named_parameters() if parameter.is_meta]
     if offloaded and len(offloaded) < len(list(dense.parameters())):

@@ -25,7 +25,7 @@ from ..architecture.lookup import (
     text_config,
     within_context,
 )
-from ..errors import CutError
+from ..errors import CutError, ModelError
 from ..forward.hooks import evaluation_mode, hand_on, output_lengths, replaced_forward, run_without_head
 from .assembly import computes_alike, old_name, uncut_twin
 
@@ -98,6 +98,40 @@ def _check_unchanged(dense: PreTrainedModel, twin: PreTrainedModel, changes: Seq
             f"with ({len(shown)} differences in all)",
             "Change the config, build the model from it, and load the weights into that; the model is as it was",
         )
+
+
+def check_uncut(dense: PreTrainedModel) -> None:
+    """Check before any work that a dense model is what its config says, in all that no cut could keep.
+
+    Args:
+        dense (`PreTrainedModel`): Every weight in memory; not changed.
+
+    Raises:
+        ModelError: If layers were deleted, moved or repeated by hand, so that they do not know their places.
+        CutError: If it was changed since it was built, and computes other than its config says.
+    """
+    layers, everything = list(decoder_layers(dense)), range(num_layers(dense.config))
+    if len(set(map(id, layers))) < len(layers):
+        first = next(i for i, layer in enumerate(layers) if layer in layers[:i])
+        raise ModelError.of(
+            "model",
+            type(dense).__name__,
+            f"layer {first} is the same object as an earlier layer, and a saved model would have two",
+            "Copy it, copy.deepcopy(layer), save the model and load it again",
+        )
+    twin = uncut_twin(dense)
+    changes = list(_setting_differences(twin, dense, everything))
+    stale = [change for change in changes if change[0].rpartition(".")[2] in _INDEX_NAMES]
+    if stale:
+        what, should, is_ = stale[0]
+        raise ModelError.of(
+            "model",
+            type(dense).__name__,
+            f"{what} is {is_} instead of {should}: its layers were removed or moved by hand, and a cache would mix them up",
+            "Save the model and load it again, or give each layer its place: "
+            "for i, layer in enumerate(layers): layer.self_attn.layer_idx = i",
+        )
+    _check_unchanged(dense, twin, changes)
 
 
 def _count_difference(cut: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:

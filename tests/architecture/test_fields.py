@@ -164,8 +164,8 @@ def test_hunyuan_has_experts_and_choices_of_them_layer_by_layer(tmp_path):
     from optimum_clp.surgery.cut import cut_model
 
     (tiny,) = [t for t in ALL if t.model_type == "hunyuan_v1_moe"]
-    settings = {"moe_topk": [1, 2, 3, 1, 2, 3, 1, 2], "num_shared_expert": [1, 1, 2, 1, 1, 1, 1, 2]}
-    model = zoo_model(tiny, **settings)
+    model = zoo_model(tiny, moe_topk=[1, 2, 3, 1, 2, 3, 1, 2])
+    model.config.num_shared_expert = [1, 1, 2, 1, 1, 1, 1, 2]
     smaller = cut_model(model, [LayerSegment(3, 5)])
     assert smaller.config.moe_topk == [1, 2, 3, 3, 1, 2]
     assert smaller.config.num_shared_expert == [1, 1, 2, 1, 1, 2]
