@@ -81,10 +81,10 @@ def test_refused_before_any_text_is_written(change, size, monkeypatch):
             pruner.prune(CLPConfig(pruning_ratio=0.33))
 
 
-@pytest.mark.parametrize("largest", [2**28, 0])
 @pytest.mark.parametrize("tiny", ZOO, ids=lambda tiny: tiny.name)
-def test_no_architecture_is_refused_by_its_trial(tiny, largest, monkeypatch):
-    monkeypatch.setattr(trials, "LARGEST_TRIAL", largest)
+def test_no_architecture_is_refused_by_its_trial(tiny, monkeypatch):
+    """As large models are tried; that they come back with their weights is in the contract."""
+    monkeypatch.setattr(trials, "LARGEST_TRIAL", 0)
     model = zoo_model(tiny)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try_cut(model, None, 2)

@@ -186,18 +186,34 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
         CutError: Names the first thing that differs.
     """
     path, trusted = str(folder), model._auto_class is not None
-    with transformers_quiet(bars=True), init_empty_weights(include_buffers=False):
+    with transformers_quiet(bars=True):
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
             config._attn_implementation = model.config._attn_implementation
-            reloaded = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=trusted)
+            reloaded = _built_without_weights(config, model.dtype, trusted)
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        if reloaded.get_buffer(name).is_meta:
+            setattr(reloaded.get_submodule(owner), attribute, buffer)
     expected, found = model.state_dict(), reloaded.state_dict()
     for key in sorted(expected.keys() | found.keys()):
         if key not in expected or key not in found or expected[key].shape != found[key].shape:
             raise _differs(path, f"read back, its configuration asks for another tensor {key}")
     _check_logits(path, model, reloaded.eval())
+
+
+def _built_without_weights(config: Any, dtype: torch.dtype, trusted: bool) -> PreTrainedModel:
+    for buffers_too in (False, True):
+        try:
+            with init_empty_weights(include_buffers=buffers_too):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        except RuntimeError:
+            # Mamba's kin exchange tensors while they are built (transformers 4.57): their buffers are not computed then
+            if buffers_too:
+                raise
+    raise AssertionError("one of the two has returned or raised")
 
 
 def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
