@@ -117,14 +117,26 @@ def finish_run(session: Session) -> Path:
     return target
 
 
-def write_quanto(session: Session, save_directory: str | os.PathLike, weights: str, overwrite: bool = False) -> Path:
+def write_quanto(
+    session: Session, save_directory: str | os.PathLike, file_prefix: str | None, weights: str, overwrite: bool = False
+) -> Path:
     """Write an optimum-quanto checkpoint of the cut model into a folder of its own, and add it to the report.
 
     Args:
         session ([`Session`]): With a cut model.
         save_directory, overwrite: As in [`write_run`].
+        file_prefix (`None`): Refused, since quanto's file names are fixed.
         weights (`str`): `"int8"` or `"int4"`.
+
+    Returns:
+        `Path`: The folder, absolute.
+
+    Raises:
+        ConfigurationError, OutputError, QuantizationError: If it cannot be written.
     """
+    if file_prefix is not None:
+        rule = "quanto checkpoints have fixed file names"
+        raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
     with claimed_output(save_directory, overwrite) as target:
         assert target is not None
         options = {"overwrite": overwrite, "quiet": session.quiet}

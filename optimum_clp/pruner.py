@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from .argument_types import check_methods
 from .checkpoint.output import claimed_output
 from .configuration.clp_config import CLPConfig
-from .errors import ConfigurationError, TuningError
+from .errors import TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
@@ -27,6 +27,7 @@ from .search.result import SearchResult
 from .segments import LayerSegment
 from .session import Session, SessionAttributes, open_session
 from .surgery.cut import cut_model
+from .trial import try_cut
 from .tuning.result import TuningResult
 
 
@@ -38,7 +39,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
     `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
-    The dense model is never changed: the cut model shares its tensors, and only the tuned layers get storage of their own.
+    The dense model is never changed. The cut model shares its tensors, and only tuned layers get storage of their own: whoever
+    trains it further asks for `copy=True`, or changes the dense one too.
 
     Args (all of them attributes, too):
         model (`PreTrainedModel` or `None`): The dense model; `None` if only a cut one is at hand.
@@ -122,10 +124,11 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ConfigurationError: If the ratio removes no layer or all of them.
             CalibrationError: If the text cannot be had.
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
+            ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
         config, dense = session.use(config), session.source()
-        layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is had
+        try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))  # before any text is had
         with session.caches.run():
             data, journal = session.calibration(), session.search_journal()
             result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
@@ -134,11 +137,12 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         self.segments, self.report.search = result.segments, result.to_dict()
         return result
 
-    def cut(self, segments: Iterable[LayerSegment] | None = None) -> PreTrainedModel:
+    def cut(self, segments: Iterable[LayerSegment] | None = None, *, copy: bool = False) -> PreTrainedModel:
         """Remove layers; the dense model stays whole, and the smaller one shares its tensors.
 
         Args:
             segments (`Iterable[LayerSegment]`, *optional*): What to remove; what `search` found if not given.
+            copy (`bool`): Give it storage of its own: training it as a whole then leaves the dense model as it is.
 
         Returns:
             `PreTrainedModel`: The cut model, also as `pruned_model`.
@@ -150,7 +154,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         chosen = self._session.segments_to_cut(segments)
         self._session.forget("cut")
         self._session.set_cut(cut_model(self._session.source(), chosen), chosen)
-        return self._session.cut_model()
+        return self._session.cut_model(copy)
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
@@ -190,10 +194,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Returns:
             `Path`: The folder.
         """
-        if file_prefix is not None:
-            rule = "quanto checkpoints have fixed file names"
-            raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
-        return write_quanto(self._session, save_directory, weights, overwrite)
+        return write_quanto(self._session, save_directory, file_prefix, weights, overwrite)
 
     def export(self, save_directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the cut model as ONNX files (`onnx/...`), with config and tokenizer but without PyTorch weights.
@@ -255,6 +256,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         save_directory: str | os.PathLike | None = None,
         *,
         overwrite: bool = False,
+        copy: bool = False,
     ) -> PreTrainedModel:
         """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
 
@@ -264,6 +266,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
             save_directory (`str` or `os.PathLike`, *optional*): Output folder, see [`~CLPPruner.save_pretrained`].
             overwrite (`bool`): Replace a folder that is not empty.
+            copy (`bool`): As in [`~CLPPruner.cut`], at the end.
 
         Returns:
             `PreTrainedModel`: The smaller model.
@@ -278,7 +281,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             if save_directory is not None:
                 check_writable(session)
             self.search(config)
-            model = self.cut()
+            self.cut()
             if config.tuning.enabled:
                 try:
                     self.tune()
@@ -288,7 +291,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
                 self.save_pretrained(save_directory, overwrite=overwrite)
         if failure is not None:
             raise failure
-        return model
+        return self._session.cut_model(copy)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, overwrite: bool = False, **kwargs: Any

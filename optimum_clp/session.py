@@ -20,6 +20,7 @@ from .architecture.lookup import find_architecture, num_layers, within_context
 from .argument_types import check_argument
 from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, tokenize_dataset
+from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
@@ -33,6 +34,7 @@ from .report.section import to_section
 from .resume import Caches, search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
+from .surgery.cut import separate
 from .surgery.description import CutStep, describe_cut, describe_dense
 
 _OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
@@ -114,6 +116,14 @@ class Session:
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
+        for name in ("model", "pruned_model"):
+            if getattr(self, name) is not None:
+                given = model_or_name(getattr(self, name))
+                if isinstance(given, str):
+                    remedy = "Open it: CLPPruner.from_pretrained(...)"
+                    raise ModelError.of(name, given, "it is the name of a model, not a model", remedy)
+                check_in_memory(given)
+                setattr(self, name, given)
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
@@ -203,8 +213,8 @@ class Session:
         self.segments = None
         return Further(given, segments, steps, name)
 
-    def cut_model(self) -> PreTrainedModel:
-        """The cut model.
+    def cut_model(self, copy: bool = False) -> PreTrainedModel:
+        """The cut model; with `copy`, it shares no storage with the dense one from now on.
 
         Raises:
             ConfigurationError: If nothing has been cut yet.
@@ -213,6 +223,9 @@ class Session:
             raise ConfigurationError.of(
                 "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
             )
+        source = self.model if self.further is None else self.further.model
+        if copy and source is not None:
+            separate(self.pruned_model, source)
         return self.pruned_model
 
     def cut_or_dense_config(self) -> PretrainedConfig:
@@ -386,7 +399,7 @@ class Session:
         """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
         if given is None:
             return self.model
-        return given if isinstance(given, PreTrainedModel) else load_model(given, quiet=self.quiet)
+        return load_model(given, quiet=self.quiet)
 
 
 def _of_session(name: str) -> Any:
@@ -435,7 +448,8 @@ def open_session(
         ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
         ConfigurationError: If `file_name` is given with a model in memory.
     """
-    path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
+    model_or_path = model_or_name(model_or_path)
+    path = None if isinstance(model_or_path, PreTrainedModel) else model_or_path
     session = Session(quiet=quiet, folder=Path(path) if path is not None and os.path.isdir(path) else None)
     ours = CLPConfig.CONFIG_NAME, REPORT_NAME
     recipe, record = (written_file(path, name, hub["revision"], hub["token"]) for name in ours)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import TuningError
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
-from .hooks import recorded_inputs, run_without_head
+from .hooks import evaluation_mode, recorded_inputs, run_without_head
 from .layer_stack import LayerStack
 
 
@@ -93,6 +93,7 @@ class DenseOutputs:
         batches = torch.arange(len(tokens)).split(batch_size)
         with (
             torch.no_grad(),
+            evaluation_mode(model),
             recorded_inputs(self.stack.layers, wanted) as found,
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
@@ -120,5 +121,9 @@ class DenseOutputs:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""
         tokens = self.tokens[rows].to(self.model.device)
         last = len(self.stack)
-        with torch.no_grad(), self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)):
+        with (
+            torch.no_grad(),
+            evaluation_mode(self.model),
+            self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)),
+        ):
             return self.model(input_ids=tokens, use_cache=False).logits
