@@ -146,8 +146,15 @@ def test_a_damaged_cache_gives_the_same_bits(runs, tmp_path, kind, damage):
     mine, other, whole = runs
     cache = tmp_path / "optimum_clp"
     shutil.copytree(mine, cache)
+    others = min(other.glob(FILES[kind]))
+    # some files are the same in every run
+    same = (
+        damage is of_another_run
+        and others.is_file()
+        and others.read_bytes() == min(cache.glob(FILES[kind])).read_bytes()
+    )
     for path in sorted(cache.glob(FILES[kind])):
-        damage(path, next(iter(sorted(other.glob(FILES[kind])))))
+        damage(path, others)
     outside = {p: p.read_bytes() for p in (tmp_path / "elsewhere").rglob("*") if p.is_file()}
     weights, told = prune(tmp_path)
     assert weights.keys() == whole.keys()
@@ -156,7 +163,7 @@ def test_a_damaged_cache_gives_the_same_bits(runs, tmp_path, kind, damage):
     silent = (damage is missing and kind in ("text", "journal", "checkpoint", "tuning")) or (
         kind == "journal" and (damage in (empty, half) or damage is DAMAGES[4])
     )
-    assert told or silent
+    assert told or silent or same
     assert len(told) == len(set(told))
     assert all(p.read_bytes() == contents for p, contents in outside.items())
     # nothing damaged is left to stumble over
