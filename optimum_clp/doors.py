@@ -51,6 +51,11 @@ STRATEGIES.register("random", "optimum_clp.search.importance:random", says="laye
 # `tuning.loss`: a `Loss` of `tuning.losses`
 LOSSES = Registry("loss", "optimum_clp.losses")
 LOSSES.register("kd", "optimum_clp.tuning.losses:Distillation", says="KL to the dense model's logits")
+LOSSES.register(
+    "jsd",
+    "optimum_clp.tuning.losses:JensenShannon",
+    says="Jensen-Shannon divergence to the dense model's likely tokens",
+)
 LOSSES.register("ce", "optimum_clp.tuning.losses:CrossEntropy", says="next-token cross-entropy")
 LOSSES.register(
     "hidden",

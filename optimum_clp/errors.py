@@ -129,5 +129,9 @@ class ExportError(CLPError, RuntimeError):
     """The exported file does not match the PyTorch model, or could not be made."""
 
 
+class BusyError(CLPError, RuntimeError):
+    """What is asked for is in use by somebody else."""
+
+
 class OutputError(CLPError, OSError):
     """The output folder cannot be used as it is."""

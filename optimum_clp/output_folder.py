@@ -1,33 +1,43 @@
 """What a run leaves on disk: a checkpoint that was verified, quanto folders, ONNX files, and the records of all of it.
 
-A folder appears whole or not at all, and what is found on the way goes into the session's report.
+A folder appears whole or not at all, and what is found on the way goes into the session's report. Once the checkpoint is
+there and verified, nothing that comes after it can lose it: a stage that fails is noted in the report, and the rest goes on.
 """
 
+import contextlib
 import dataclasses
 import os
+import shutil
 import warnings
 from pathlib import Path
 
 import torch
 
+from .attempts import Attempts
 from .calibration.rows import load_calibration
 from .calibration.sources import describe
-from .checkpoint.output import check_output, staged_folder
+from .checkpoint.output import check_output, claimed_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
-from .errors import ExportError, QuantizationError
+from .errors import ConfigurationError, ExportError, ModelError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
+from .origin import record_origin
 from .precisions import PRECISIONS
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
+from .report.failures import TUNING, failures_section
 from .report.model_card import write_model_card
 from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
 from .report.plots import write_plots
 from .report.section import to_section
 from .session import Session
+
+# how the names of stages begin that are done again together
+_OF_THE_EXPORT = ("ONNX", "onnx", "files for")
+_OF_THE_EVALUATION = ("evaluation", "speeds", "generation", "tasks")
 
 
 def check_writable(session: Session) -> None:
@@ -66,22 +76,102 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     Raises:
         OutputError: If the folder cannot be used.
         CutError: If the checkpoint, read back, is not the model in memory.
-        CLPError: What quantization, export and measurement raise.
     """
-    model, config = session.cut_model(), session.config
+    model = session.cut_model()
     target = check_output(save_directory, overwrite)
     session.forget("save")
     with staged_folder(target, overwrite) as folder:
         save_checkpoint(model, session.tokenizer, folder)
         verify_checkpoint(folder, model)
-        if config.quantization.quanto:
-            _quantize_into(session, folder)
-        if config.export.enabled:
-            _export_into(session, folder)
-        _measure(session, folder)
-        _write_records(session, folder, target.name)
+        _write_rest(session, folder, target.name)
     session.folder = target
     return target
+
+
+def finish_run(session: Session) -> Path:
+    """Do again what failed when the session's folder was written, in that folder.
+
+    The files that were good stay as they are: the same bytes, under another folder that takes the place of the first.
+
+    Args:
+        session ([`Session`]): Of a folder that [`write_run`] wrote.
+
+    Raises:
+        ConfigurationError: If nothing has failed there.
+        OutputError: If the folder cannot be written.
+    """
+    target = session.folder
+    errors = {entry["stage"]: entry["error"] for entry in session.report.failures or ()}
+    session.attempts.failed |= {stage: errors.pop(stage) for stage in (TUNING,) if stage in errors}
+    if target is None or not errors:
+        rule, remedy = "nothing in it has failed that could be done again", "Give a folder whose report has failures"
+        raise ConfigurationError.of("model", None if target is None else str(target), rule, remedy)
+    with contextlib.suppress(ModelError):  # what cannot be had without the dense model fails again
+        session.dense()
+    exported = not any(stage.startswith(_OF_THE_EXPORT) for stage in errors)
+    evaluated = exported and not any(stage.startswith(_OF_THE_EVALUATION) for stage in errors)
+    with staged_folder(target, overwrite=True) as folder:
+        shutil.copytree(target, folder, dirs_exist_ok=True, copy_function=_linked)
+        _write_rest(session, folder, target.name, exported=exported, evaluated=evaluated)
+    session.folder = target
+    return target
+
+
+def write_quanto(
+    session: Session, save_directory: str | os.PathLike, file_prefix: str | None, weights: str, overwrite: bool = False
+) -> Path:
+    """Write an optimum-quanto checkpoint of the cut model into a folder of its own, and add it to the report.
+
+    Args:
+        session ([`Session`]): With a cut model.
+        save_directory, overwrite: As in [`write_run`].
+        file_prefix (`None`): Refused, since quanto's file names are fixed.
+        weights (`str`): `"int8"` or `"int4"`.
+
+    Returns:
+        `Path`: The folder, absolute.
+
+    Raises:
+        ConfigurationError, OutputError, QuantizationError: If it cannot be written.
+    """
+    if file_prefix is not None:
+        rule = "quanto checkpoints have fixed file names"
+        raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
+    with claimed_output(save_directory, overwrite) as target:
+        assert target is not None
+        options = {"overwrite": overwrite, "quiet": session.quiet}
+        result = save_quantized(session.cut_model(), session.tokenizer, target, weights, **options)
+    session.report.quantization = [*(session.report.quantization or []), result.to_dict()]
+    return target
+
+
+def _write_rest(session: Session, folder: Path, name: str, *, exported: bool = False, evaluated: bool = False) -> None:
+    """All that comes after the checkpoint, but for what is there already; each stage may fail."""
+    config, attempts, report = session.config, session.attempts, session.report
+    if config.quantization.quanto and report.quantization is None:
+        with attempts.stage("quanto checkpoints"):
+            _quantize_into(session, folder)
+    if config.export.enabled and not exported:
+        report.export = None
+        shutil.rmtree(folder / "onnx", ignore_errors=True)
+        with attempts.stage("ONNX export"):
+            _export_into(session, folder, attempts)
+    if not evaluated:
+        report.evaluation = None
+        with attempts.stage("evaluation"):
+            _measure(session, folder, attempts)
+    _write_records(session, folder, name, attempts)
+
+
+def _linked(source: str, target: str) -> None:
+    """Weights are linked, not copied; what may be written to again is copied."""
+    if source.endswith((".safetensors", ".bin", ".onnx", ".data", ".onnx_data")):
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without links
+            pass
+    shutil.copy2(source, target)
 
 
 def write_export(session: Session, save_directory: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -104,8 +194,8 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
     with staged_folder(target, overwrite) as folder:
         save_configs(model, folder)
         save_tokenizer(session.tokenizer, folder)
-        _export_into(session, folder)
-        _write_records(session, folder, target.name)
+        _export_into(session, folder, Attempts(strict=True))
+        _write_records(session, folder, target.name, Attempts(strict=True))
     session.folder = target
     return target
 
@@ -120,7 +210,7 @@ def _quantize_into(session: Session, folder: Path) -> None:
     ]
 
 
-def _export_into(session: Session, folder: Path) -> None:
+def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
     model, config = session.cut_model(), session.config
     result = export_onnx(
         model,
@@ -128,10 +218,11 @@ def _export_into(session: Session, folder: Path) -> None:
         config.export,
         config.quantization,
         calibration=_quantization_rows(session),
+        attempts=attempts,
         seed=config.seed,
         quiet=session.quiet,
     )
-    obstacles = write_runtime_configs(folder, model, result)
+    obstacles = write_runtime_configs(folder, model, result, attempts)
     result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles)
     session.report.export = result.to_dict()
 
@@ -149,7 +240,7 @@ def _quantization_rows(session: Session) -> torch.Tensor | None:
     return load_calibration(text, session.tokenizer, session.cut_model(), session.config.seed, session.quiet).train
 
 
-def _measure(session: Session, folder: Path) -> None:
+def _measure(session: Session, folder: Path, attempts: Attempts) -> None:
     data, seed, report = session.calibration(), session.config.seed, session.report
     dataset = session.config.calibration.dataset
     written = f"text that the dense model wrote (seed {seed + 1}; calibrated on seed {seed})"
@@ -160,10 +251,12 @@ def _measure(session: Session, folder: Path) -> None:
         checks=_deployment_checks(session),
         dense=session.model,
         pruned=session.cut_model(),
-        segments=session.segments or (),
+        source=None if session.further is None else session.further.model,
+        segments=(session.segments if session.further is None else session.cut_segments) or (),
         tuned=report.tuning is not None,
         folder=folder,
         export=report.export,
+        attempts=attempts,
         batch_size=session.config.search.batch_size,
         quiet=session.quiet,
     )
@@ -192,11 +285,21 @@ def _take_origin_along(session: Session, folder: Path) -> None:
         )
 
 
-def _write_records(session: Session, folder: Path, name: str) -> None:
+def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.config, session.report
-    _take_origin_along(session, folder)
-    report.environment = environment_info(session.cut_model().device)
-    config.save_pretrained(folder)
-    report.save(folder)
-    write_plots(report, folder)
-    write_model_card(report, config, folder, model_name=name)
+    with attempts.stage("origin"):
+        _take_origin_along(session, folder)
+    with attempts.stage("recipe"):
+        config.save_pretrained(folder)
+    with attempts.stage("environment"):
+        report.environment = environment_info(session.cut_model().device)
+    with attempts.stage("fingerprints"):
+        record_origin(report, session.model, session.cut_model(), session.quiet)
+    with attempts.stage("plots"):
+        write_plots(report, folder)
+    with attempts.stage("model card"):
+        write_model_card(report, config, folder, model_name=name)
+    report.failures = failures_section(attempts.failed, name)
+    with attempts.stage("report"):
+        report.save(folder)
+    attempts.failed.clear()

@@ -11,17 +11,53 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from torch import Tensor
 
+from .errors import ConfigurationError
+
+# what launchers set and accelerate reads as numbers
+_NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+def check_launcher() -> None:
+    """Refuse an environment of which accelerate would make nothing, or something else.
+
+    Raises:
+        ConfigurationError: Names the variable.
+    """
+    for name in _NUMBERS:
+        _number(name, 0)
+    total = _number("WORLD_SIZE", 1)
+    if total > 1 and not _in_group():
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                rule = f"WORLD_SIZE is {total}, and processes find one another by this environment variable too"
+                raise ConfigurationError.of(name, None, rule, "Unset WORLD_SIZE, or start with `accelerate launch`")
+    if total >= 1 and not 0 <= _number("RANK", 0) < total:
+        rule = f"it must be below WORLD_SIZE, which is {total}"
+        raise ConfigurationError.of("RANK", os.environ["RANK"], rule, "Unset both, or start with `accelerate launch`")
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name)
+    if value is None:
+        return default
+    try:
+        return int(value)
+    except ValueError:
+        rule = "this environment variable is a launcher's, and must be a whole number"
+        raise ConfigurationError.of(name, value, rule, f"Unset {name}, or start with `accelerate launch`") from None
+
 
 def join_group() -> None:
     """Join the group of processes that a launcher has started; nothing happens in a process that is alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not _in_group():
+    check_launcher()
+    if _number("WORLD_SIZE", 1) > 1 and not _in_group():
         PartialState(cpu=not torch.cuda.is_available())
 
 
 def own_device_map() -> dict[str, int] | None:
     """In a group on accelerators: the whole model on this process's own; otherwise `None`."""
     if world_size() > 1 and torch.cuda.is_available():
-        return {"": int(os.environ.get("LOCAL_RANK", "0"))}
+        return {"": _number("LOCAL_RANK", 0)}
     return None
 
 
@@ -42,7 +78,7 @@ def is_first() -> bool:
 
 def was_launched_first() -> bool:
     """As [`is_first`] by what a launcher says, whether or not the processes have become a group yet."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return _number("RANK", 0) == 0
 
 
 def wait_for_all() -> None:

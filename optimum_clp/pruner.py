@@ -11,32 +11,36 @@ from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel
 
 from .argument_types import check_methods
-from .checkpoint.output import check_output
+from .checkpoint.output import claimed_output
 from .configuration.clp_config import CLPConfig
-from .errors import ConfigurationError, TuningError
+from .errors import TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
-from .output_folder import check_writable, write_export, write_run
+from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
+from .own_state import verbs
 from .processes import is_first, wait_for_all
-from .quantization import save_quantized
 from .report.hub import check_repo_id, upload
 from .report.report import REPORT_NAME, CLPReport
-from .resume import remove_folder
 from .search.recipe import layers_to_remove, search_by_recipe
 from .search.result import SearchResult
 from .segments import LayerSegment
 from .session import Session, SessionAttributes, open_session
 from .surgery.cut import cut_model
+from .trial import try_cut
 from .tuning.result import TuningResult
 
 
 @check_methods
+@verbs(
+    "from_pretrained", "search", "cut", "tune", "quantize", "export", "evaluate", "prune", "save_pretrained", "finish"
+)
 class CLPPruner(SessionAttributes, OptimumQuantizer):
     """Continuous layer pruning of a causal language model.
 
     `prune` does everything; `search`, `cut`, `tune`, `quantize` and `export` are its steps, and each can be called alone.
-    The dense model is never changed: the cut model shares its tensors, and only the tuned layers get storage of their own.
+    The dense model is never changed. The cut model shares its tensors, and only tuned layers get storage of their own: whoever
+    trains it further asks for `copy=True`, or changes the dense one too.
 
     Args (all of them attributes, too):
         model (`PreTrainedModel` or `None`): The dense model; `None` if only a cut one is at hand.
@@ -120,22 +124,25 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ConfigurationError: If the ratio removes no layer or all of them.
             CalibrationError: If the text cannot be had.
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
+            ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
-        config, dense = session.use(config), session.dense()
-        layers_to_remove(config, dense.config)  # a ratio that cannot be is refused before any text is read or written
-        data, journal = session.calibration(), session.search_journal()
-        result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
+        config, dense = session.use(config), session.source()
+        try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))  # before any text is had
+        with session.caches.run():
+            data, journal = session.calibration(), session.search_journal()
+            result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
         if result.segments != self.segments:
             session.forget("search")
         self.segments, self.report.search = result.segments, result.to_dict()
         return result
 
-    def cut(self, segments: Iterable[LayerSegment] | None = None) -> PreTrainedModel:
+    def cut(self, segments: Iterable[LayerSegment] | None = None, *, copy: bool = False) -> PreTrainedModel:
         """Remove layers; the dense model stays whole, and the smaller one shares its tensors.
 
         Args:
             segments (`Iterable[LayerSegment]`, *optional*): What to remove; what `search` found if not given.
+            copy (`bool`): Give it storage of its own: training it as a whole then leaves the dense model as it is.
 
         Returns:
             `PreTrainedModel`: The cut model, also as `pruned_model`.
@@ -146,8 +153,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         chosen = self._session.segments_to_cut(segments)
         self._session.forget("cut")
-        self._session.set_cut(cut_model(self._session.dense(), chosen), chosen)
-        return self._session.cut_model()
+        self._session.set_cut(cut_model(self._session.source(), chosen), chosen)
+        return self._session.cut_model(copy)
 
     def tune(self, config: CLPConfig | None = None) -> TuningResult:
         """Train the layers next to the cut towards the dense model.
@@ -165,20 +172,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Raises:
             TuningError: If the loss is not finite; the last good weights are in `pruned_model`.
         """
-        session = self._session
-        session.use(config)
-        session.forget("tune")
-        folder, result = session.tuning_folder(), None
-        try:
-            result = heal(session, folder)
-        except TuningError as error:
-            result = error.result
-            raise
-        finally:
-            if result is not None:
-                self.report.tuning = result.to_dict()
-                remove_folder(folder)
-        return result
+        self._session.use(config)
+        return heal(self._session)
 
     def quantize(  # type: ignore[override]  # Optimum's save_dir is save_directory in everything newer
         self,
@@ -199,13 +194,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         Returns:
             `Path`: The folder.
         """
-        if file_prefix is not None:
-            rule = "quanto checkpoints have fixed file names"
-            raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
-        target, model = check_output(save_directory, overwrite), self._session.cut_model()
-        result = save_quantized(model, self.tokenizer, target, weights, overwrite=overwrite, quiet=self.quiet)
-        self.report.quantization = [*(self.report.quantization or []), result.to_dict()]
-        return target
+        return write_quanto(self._session, save_directory, file_prefix, weights, overwrite)
 
     def export(self, save_directory: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the cut model as ONNX files (`onnx/...`), with config and tokenizer but without PyTorch weights.
@@ -267,38 +256,42 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         save_directory: str | os.PathLike | None = None,
         *,
         overwrite: bool = False,
+        copy: bool = False,
     ) -> PreTrainedModel:
         """Search, cut, tune; and, with a folder, quantize, export, measure and write it all.
+
+        What is left in a folder that was cut before is cut further, and compared with the first dense model if there is one.
 
         Args:
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
             save_directory (`str` or `os.PathLike`, *optional*): Output folder, see [`~CLPPruner.save_pretrained`].
             overwrite (`bool`): Replace a folder that is not empty.
+            copy (`bool`): As in [`~CLPPruner.cut`], at the end.
 
         Returns:
             `PreTrainedModel`: The smaller model.
 
         Raises:
             ExportError, QuantizationError: Before any work, if this architecture has no ONNX file or no quanto checkpoint.
-            CLPError: What any of the steps raises. After a [`TuningError`] the last good weights have been saved.
+            CLPError: What search, cut and tuning raise; after a [`TuningError`] the last good weights have been saved.
         """
-        config = self._session.use(config, again=True)
-        if save_directory is not None:
-            check_output(save_directory, overwrite)
-            check_writable(self._session)
-        self.search(config)
-        model = self.cut()
-        failure = None
-        if config.tuning.enabled:
-            try:
-                self.tune()
-            except TuningError as error:
-                failure = error
-        if save_directory is not None:
-            self.save_pretrained(save_directory, overwrite=overwrite)
+        session = self._session
+        config, failure = session.use(config, again=True), None
+        with claimed_output(save_directory if is_first() else None, overwrite), session.caches.run():
+            if save_directory is not None:
+                check_writable(session)
+            self.search(config)
+            self.cut()
+            if config.tuning.enabled:
+                try:
+                    self.tune()
+                except TuningError as error:
+                    failure = error
+            if save_directory is not None:
+                self.save_pretrained(save_directory, overwrite=overwrite)
         if failure is not None:
             raise failure
-        return model
+        return self._session.cut_model(copy)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike, push_to_hub: bool = False, *, overwrite: bool = False, **kwargs: Any
@@ -306,7 +299,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """Write the whole output folder: checkpoint, tokenizer, recipe, report, model card, plots, ONNX files.
 
         The checkpoint is an ordinary one; it is read back with transformers' own classes and compared first. The folder
-        appears whole or not at all. In a group of processes the first one writes, and the others wait for it.
+        appears whole or not at all; what fails once the checkpoint is in it is left out, and named in `report.failures`. In a
+        group of processes the first one writes, and the others wait for it.
 
         Args:
             save_directory (`str` or `os.PathLike`): Output folder.
@@ -328,6 +322,14 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         wait_for_all()
         return folder
 
+    def finish(self) -> Path:
+        """Do again what failed when the folder that was opened or saved last was written, as its report says.
+
+        Raises:
+            ConfigurationError: If nothing in it has failed.
+        """
+        return finish_run(self._session)
+
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload the output folder that was saved or opened last, with its subfolders; save one first if there is none.
 
@@ -342,8 +344,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         if saved is not None and (saved / REPORT_NAME).is_file():
             return upload(saved, repo_id, **kwargs)
         with tempfile.TemporaryDirectory() as parent:
-            folder = self.save_pretrained(Path(parent) / repo_id.split("/")[-1])
             try:
-                return upload(folder, repo_id, **kwargs)
+                return upload(self.save_pretrained(Path(parent) / repo_id.split("/")[-1]), repo_id, **kwargs)
             finally:
                 self._session.folder = None

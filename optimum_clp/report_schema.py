@@ -11,6 +11,7 @@ from .evaluation.outcome import Outcome
 from .exporters.result import ExportResult
 from .quantization import QuantoResult
 from .report.environment import Environment
+from .report.failures import Failure
 from .report.report import REPORT_NAME, CLPReport
 from .report.schema import SEGMENTS, schema_of
 from .report.section import keys_of
@@ -28,6 +29,7 @@ SECTIONS: dict[str, Any] = {
     "quantization": list[QuantoResult] | None,
     "export": ExportResult | None,
     "evaluation": Outcome | None,
+    "failures": list[Failure] | None,
 }
 """What the stages put into each section of [`CLPReport`]."""
 

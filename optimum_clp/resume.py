@@ -7,9 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,17 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
-from .processes import is_first, wait_for_all
+from .locks import Lock
+from .private_files import append_line, digest, is_there, open_plain, place_of, remove, replaced_file
+from .processes import gathered, is_first, wait_for_all
 from .progress import progress_bar
 
 # parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it
 _NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export")
 
 
-def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path:
-    """Where something is kept that depends on `contents` alone; nothing is made.
+def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path | None:
+    """Where something is kept that depends on `contents` alone; nothing is made. `None` for a user without a home folder.
 
     Args:
         kind (`str`): What the file's name begins with.
@@ -34,7 +35,14 @@ def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, su
             cache folder (`HF_HOME`).
         suffix (`str`): What the file's name ends with; empty for a folder.
     """
-    folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    try:
+        folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
+    except RuntimeError:
+        warnings.warn(
+            "There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir.",
+            stacklevel=2,
+        )
+        return None
     return folder / f"{kind}-{_digest(json.dumps(contents, sort_keys=True, default=str))}{suffix}"
 
 
@@ -54,6 +62,11 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool
             fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
             bar.update(1)
     return fingerprint.hexdigest()
+
+
+def parameters_fingerprint(model: nn.Module, quiet: bool = False) -> str | None:
+    """As [`weights_fingerprint`], without buffers: those of a model that is read back may have another precision."""
+    return tensors_fingerprint(list(model.named_parameters()), quiet)
 
 
 def search_journal(
@@ -103,11 +116,57 @@ def tuning_folder(
     return _stage_file("tuning", dense, fingerprint, {**recipe, "own": own}, rows, cache_dir)
 
 
-def remove_folder(folder: Path | None) -> None:
-    """Remove what a stage that has ended in every process kept for its resumption."""
-    wait_for_all()
-    if folder is not None and is_first():
-        shutil.rmtree(folder, ignore_errors=True)
+class Caches:
+    """What the stages of a run keep on disk, locked, until the run has ended.
+
+    A stage that is called alone is a run. Within a longer one its cache stays until all is written, so that a run which was
+    interrupted in its last stage does not begin again with its first.
+    """
+
+    def __init__(self) -> None:
+        self._places: dict[Path, Lock] = {}
+        self._depth = 0
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """A run, or a stage of the run that has begun: at its end all is removed; after an exception, all stays."""
+        self._depth += 1
+        done = False
+        try:
+            yield
+            done = True
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._leave(done)
+
+    def take(self, place: Path | None, folder: bool = False) -> Path | None:
+        """Lock a place; while another process works there, wait for it. A link is not followed: it goes.
+
+        Args:
+            place (`Path` or `None`): Of [`cache_file`].
+            folder (`bool`): It is one; a file there goes, with a warning.
+
+        Returns:
+            `Path` or `None`: The place; `None`, with a warning, if nothing can be kept there.
+        """
+        if place is None or place in self._places:
+            return place
+        lock = Lock(place.with_name(f"{place.name}.lock"))
+        # the others of a group wait with the first one, and keep nothing where it cannot
+        kept = gathered(_lock(place, lock, folder) if is_first() else None)[0]
+        if kept is not None:
+            self._places[place] = lock
+        return kept
+
+    def _leave(self, done: bool) -> None:
+        if done:
+            wait_for_all()
+        for place, lock in self._places.items():
+            if done and is_first():
+                remove(place)
+            lock.release()
+        self._places.clear()
 
 
 class Journal:
@@ -115,7 +174,8 @@ class Journal:
 
     A search asks for the same measurements in the same order whenever it is run with the same model, rows, settings and
     seed. So it is run again from the start, and what the journal knows is not computed again: the result is the same to the
-    last bit. Each measurement is one line of a file that is only ever appended to.
+    last bit. Each measurement is one line of a file that is only ever appended to: a digest of what follows and of the file's
+    own name, then the measurement. A line whose digest is another is measured again; a link is not followed.
 
     Args:
         file (`Path` or `None`): `None` keeps nothing.
@@ -126,33 +186,83 @@ class Journal:
         self.file = file
         self.writes = writes
         self.known: dict[str, Any] = {}
-        if file is not None and file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                # the last line may have been cut off by what interrupted the search
-                with contextlib.suppress(ValueError):
-                    entry = json.loads(line)
-                    self.known[entry["key"]] = entry["value"]
+        if file is not None and is_there(file):
+            self._read(file)
 
     def recall(self, key: Any, measure: Callable[[], Any]) -> Any:
         """What was measured under `key` before; else `measure()`, which must be JSON-ready and is kept."""
-        digest = _digest(json.dumps(key, sort_keys=True))
-        if digest in self.known:
-            return self.known[digest]
-        value = self.known[digest] = measure()
+        name = _digest(json.dumps(key, sort_keys=True))
+        if name in self.known:
+            return self.known[name]
+        value = self.known[name] = measure()
         if self.file is not None and self.writes:
             try:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"key": digest, "value": value}) + "\n")
+                append_line(self.file, self._line(name, value))
             except OSError as error:
                 warnings.warn(f"{self.file} cannot be written ({error}): the search cannot be resumed.", stacklevel=2)
                 self.file = None
         return value
 
-    def close(self) -> None:
-        """Remove the file: the search has ended, and its result is in the report."""
-        if self.file is not None and self.writes:
-            self.file.unlink(missing_ok=True)
+    def _line(self, name: str, value: Any) -> str:
+        assert self.file is not None
+        entry = json.dumps({"key": name, "value": value})
+        return f"{digest(entry, place_of(self.file))} {entry}"
+
+    def _read(self, file: Path) -> None:
+        try:
+            with open_plain(file) as stream:
+                *lines, rest = stream.read().split(b"\n")
+        except OSError as error:
+            self._drop(file, str(error))
+            return
+        bad = sum(not self._learnt(line, file) for line in lines)
+        if bad:
+            self._drop(file, f"{bad} of its {len(lines)} records are not what was written")
+        elif rest:  # what interrupted the search has cut off its last line
+            self._learnt(rest, file)
+            self._write_again(file)
+
+    def _learnt(self, line: bytes, file: Path) -> bool:
+        """Take over a record; false if it is damaged."""
+        told, _, entry = line.partition(b" ")
+        if told != digest(entry, place_of(file)).encode():
+            return False
+        record = json.loads(entry)  # what has its digest is what was written
+        self.known[record["key"]] = record["value"]
+        return True
+
+    def _drop(self, file: Path, reason: str) -> None:
+        if self.writes:
+            self._write_again(file)
+            warnings.warn(f"{file} is damaged ({reason}): what is missing is measured again.", stacklevel=4)
+
+    def _write_again(self, file: Path) -> None:
+        """Leave the good records alone, so that what is appended begins on a line of its own."""
+        if not self.writes:
+            return
+        try:
+            with replaced_file(file) as stream:
+                for name, value in self.known.items():
+                    stream.write(self._line(name, value).encode() + b"\n")
+        except OSError as error:
+            warnings.warn(f"{file} cannot be written ({error}): the search cannot be resumed.", stacklevel=5)
+            self.file = None
+
+
+def _lock(place: Path, lock: Lock, folder: bool) -> Path | None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.wait(f"The cache {place}")
+        if folder and is_there(place) and (place.is_symlink() or not place.is_dir()):
+            warnings.warn(f"{place} is damaged (it is no folder): what it kept is done again.", stacklevel=4)
+            remove(place)
+        if folder:
+            place.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        warnings.warn(f"{place} cannot be written ({error}): this run cannot be resumed.", stacklevel=4)
+        return None
+    return place
 
 
 def _stage_file(

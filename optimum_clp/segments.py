@@ -128,6 +128,22 @@ def kept_layers(segments: Iterable[LayerSegment], num_layers: int) -> list[int]:
     return [i for i in range(num_layers) if i not in removed]
 
 
+def further_segments(
+    before: Iterable[LayerSegment], then: Iterable[LayerSegment], num_layers: int
+) -> tuple[LayerSegment, ...]:
+    """What two cuts have removed together, in the dense model's numbering.
+
+    Args:
+        before (`Iterable[LayerSegment]`): The first cut, in that numbering.
+        then (`Iterable[LayerSegment]`): The second one, in the numbering of what the first has left.
+        num_layers (`int`): Decoder layers of the dense model.
+    """
+    before = list(before)
+    kept = kept_layers(before, num_layers)
+    gone = [LayerSegment(kept[i], kept[i] + 1) for s in then for i in range(s.start, s.stop)]
+    return check_segments([*before, *gone], num_layers)
+
+
 def target_state(kept: Sequence[int], layer: int, num_layers: int) -> int:
     """Which of the dense model's hidden states a layer of the cut model should put out.
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import os
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,22 +18,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .architecture.lookup import find_architecture, num_layers, within_context
 from .argument_types import check_argument
+from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
+from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
 from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
+from .origin import check_base, check_seal, weights_changed
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
 from .report.section import to_section
-from .resume import search_journal, tuning_folder, weights_fingerprint
+from .resume import Caches, search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
-from .segments import LayerSegment, check_segments, endpoint_layers
-from .surgery.description import describe_cut, describe_dense
+from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
+from .surgery.cut import separate
+from .surgery.description import CutStep, describe_cut, describe_dense
 
-_OF_A_FOLDER = ("quantization", "export", "evaluation")
+_OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
 _VOID = {
     "search": ("cut", "tuning", *_OF_A_FOLDER),  # once it has chosen other segments than before
@@ -44,6 +49,24 @@ _VOID = {
 }
 # steps after which what was saved before is not this model
 _UNSAVED = ("search", "cut", "tune")
+
+
+@dataclass(frozen=True)
+class Further:
+    """A model that was cut before, and is cut further.
+
+    Args:
+        model (`PreTrainedModel`): As it was given.
+        segments (`tuple[LayerSegment, ...]`): What it has lost, in the dense model's numbering; nothing if the given model
+            stands in for a dense one that cannot be had.
+        steps (`tuple[CutStep, ...]`): The cuts that it has been through.
+        name (`str` or `None`): Folder or Hub id.
+    """
+
+    model: PreTrainedModel
+    segments: tuple[LayerSegment, ...]
+    steps: tuple[CutStep, ...]
+    name: str | None
 
 
 @dataclass(eq=False)
@@ -64,6 +87,10 @@ class Session:
     Attributes:
         train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
             search and rounding look at.
+        further ([`Further`] or `None`): What is cut, if it was cut before.
+        cut_segments (`tuple[LayerSegment, ...]`): The last cut, in the numbering of the model that it was made in.
+        attempts ([`Attempts`]): What has failed of this run so far.
+        caches ([`Caches`]): What the stages keep on disk until the run has ended.
     """
 
     model: PreTrainedModel | None = None
@@ -76,12 +103,27 @@ class Session:
     onnx_file: OnnxCausalLM | None = None
     folder: Path | None = None
     train_rows: int | None = field(default=None, init=False)
+    further: Further | None = field(default=None, init=False)
+    cut_segments: tuple[LayerSegment, ...] = field(default=(), init=False)
+    attempts: Attempts = field(default_factory=Attempts, init=False)
+    caches: Caches = field(default_factory=Caches, init=False)
     _deadline: float | None = field(default=None, init=False)
+    _changed: bool = field(default=False, init=False)
+    _opened: Path | str | None = field(default=None, init=False)
+    _checked: PreTrainedModel | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
+        for name in ("model", "pruned_model"):
+            if getattr(self, name) is not None:
+                given = model_or_name(getattr(self, name))
+                if isinstance(given, str):
+                    remedy = "Open it: CLPPruner.from_pretrained(...)"
+                    raise ModelError.of(name, given, "it is the name of a model, not a model", remedy)
+                check_in_memory(given)
+                setattr(self, name, given)
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
@@ -101,6 +143,7 @@ class Session:
             self.pruned_model = None
         if step in _UNSAVED:
             self.folder = None
+            self.attempts.failed.clear()
         for section in _VOID[step]:
             setattr(self.report, section, None)
 
@@ -117,13 +160,15 @@ class Session:
                 if not name:
                     raise ModelError.of("base_model", name, "the report does not name it", "Name it")
                 like = self.pruned_model
-                self.model = load_model(
+                loaded = load_model(
                     name,
                     revision=base.get("revision"),
                     dtype="auto" if like is None else like.dtype,
                     device_map=None if like is None else {"": like.device},
                     quiet=self.quiet,
                 )
+                check_base(self.report, loaded, self.quiet)
+                self.model = self._checked = loaded
             except ModelError as error:
                 raise ModelError.of(
                     "base_model",
@@ -131,10 +176,45 @@ class Session:
                     f"this step needs the dense model, and it could not be loaded ({error.problems[0].rule})",
                     "Start from the dense model, or set the pruner's `model` to it",
                 ) from error
+        if self._opened is not None and self._checked is not self.model:  # the caller has set it
+            check_base(self.report, self.model, self.quiet)
+            self._checked = self.model
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            rule = "its weights were made within torch.inference_mode(), and no gradient passes through them"
+            remedy = "Load it outside of torch.inference_mode()"
+            raise ModelError.of("model", self.model.name_or_path or type(self.model).__name__, rule, remedy)
         return self.model
 
-    def cut_model(self) -> PreTrainedModel:
-        """The cut model.
+    def source(self) -> PreTrainedModel:
+        """The model that is searched and cut: the dense one; or, of a folder that was cut before, what is left there.
+
+        That one is compared with the first dense model, or with itself if the first cannot be had; a warning says which.
+        """
+        if self._opened is not None and self.pruned_model is not None and self.further is None:
+            self.further = self._cut_before(self.pruned_model)
+        return self.dense() if self.further is None else self.further.model
+
+    def _cut_before(self, given: PreTrainedModel) -> Further:
+        cut, name = self.report.cut or {}, str(self._opened)
+        steps = tuple(CutStep(s["model"], s["num_layers_before"], s["segments"]) for s in cut.get("chain", ()))
+        first = (self.report.base_model or {}).get("name_or_path")
+        steps = steps or (CutStep(first, cut["num_layers_before"], self.segments or ()),)
+        segments = self.segments or ()
+        try:
+            self.dense()
+            like = f"the first dense model, {first}"
+        except ModelError as error:
+            self.model, segments, like = given, (), f"itself, because of the first: {error.problems[0].rule}"
+            self.report.base_model = to_section(describe_dense(given, name, None))
+            self._checked = given
+        warnings.warn(
+            f"{name} was cut before, and is cut further; what comes out is compared with {like}.", stacklevel=4
+        )
+        self.segments = None
+        return Further(given, segments, steps, name)
+
+    def cut_model(self, copy: bool = False) -> PreTrainedModel:
+        """The cut model; with `copy`, it shares no storage with the dense one from now on.
 
         Raises:
             ConfigurationError: If nothing has been cut yet.
@@ -143,6 +223,9 @@ class Session:
             raise ConfigurationError.of(
                 "pruned_model", None, "nothing has been cut yet", "Call prune(), or search() and cut(), first"
             )
+        source = self.model if self.further is None else self.further.model
+        if copy and source is not None:
+            separate(self.pruned_model, source)
         return self.pruned_model
 
     def cut_or_dense_config(self) -> PretrainedConfig:
@@ -155,7 +238,7 @@ class Session:
         Raises:
             ConfigurationError: If there are none, or they do not fit the model.
         """
-        total, chosen = num_layers(self.dense().config), self.segments if given is None else given
+        total, chosen = num_layers(self.source().config), self.segments if given is None else given
         if chosen is None:
             raise ConfigurationError.of(
                 "segments", None, "there is nothing to cut yet", "Call search() first, or give segments"
@@ -164,9 +247,17 @@ class Session:
 
     def set_cut(self, model: PreTrainedModel, segments: tuple[LayerSegment, ...]) -> None:
         """Take over a cut model, and write the report's `cut` section."""
-        self.pruned_model, self.segments = model, segments
-        self.report.cut = to_section(describe_cut(self.dense(), model, segments))
-        if self.report.search and self.report.search["segments"] != self.report.cut["segments"]:
+        source, further, dense = self.source(), self.further, self.dense()
+        self.pruned_model, self.segments, self.cut_segments = model, segments, segments
+        if further is not None and further.segments:
+            self.segments = further_segments(further.segments, segments, num_layers(dense.config))
+        found = describe_cut(dense, model, self.segments)
+        if further is not None:
+            step = CutStep(further.name, num_layers(source.config), segments)
+            towards = "first dense model" if further.segments else "given model"
+            found = dataclasses.replace(found, chain=(*further.steps, step), towards=towards)
+        self.report.cut = to_section(found)
+        if self.report.search and self.report.search["segments"] != [s.to_list() for s in segments]:
             self.forget("cut elsewhere")
 
     def _start_clock(self, again: bool) -> None:
@@ -175,6 +266,11 @@ class Session:
         if again or budget is None or self._deadline is None:
             self._deadline = None if budget is None else time.monotonic() + seconds(budget)
             self.train_rows = None
+
+    def open_cut(self, name: str) -> None:
+        """The cut model comes from a folder: its weights are compared with the folder's report."""
+        assert self.pruned_model is not None
+        self._opened, self._changed = name, weights_changed(self.report, self.pruned_model, name, self.quiet)
 
     def stop_clock(self) -> None:
         """What a budget was for has ended; the next step that has one starts it anew."""
@@ -259,13 +355,18 @@ class Session:
 
     def search_journal(self) -> Path | None:
         """Where this search keeps what it measures; nowhere if the weights are not in memory."""
-        config, data = self.config, self.calibration()
+        config, data, source = self.config, self.calibration(), self.source()
+        weights = self.fingerprint() if source is self.dense() else weights_fingerprint(source, self.quiet)
         rows = data.train[: config.search.num_sequences], data.validation
-        return search_journal(self.dense(), self.fingerprint(), config.to_dict(), rows, config.calibration.cache_dir)
+        cache_dir = config.calibration.cache_dir
+        return self.caches.take(search_journal(source, weights, config.to_dict(), rows, cache_dir))
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
         models = self.dense(), self.cut_model()  # there must be both, before any text is written
+        if self._changed:
+            rule = "its weights were changed after its report was written: they are not what was cut there"
+            raise ModelError.of("model", str(self._opened), rule, "Give the folder as optimum-clp wrote it")
         config, data, segments = self.config, self.calibration(), self.segments or ()
         recipe = {
             "tuning": vars(config.tuning),
@@ -275,7 +376,9 @@ class Session:
         }
         masks = [mask for mask in (data.train_mask, data.validation_mask) if mask is not None]
         rows = data.train, data.validation, *masks
-        return tuning_folder(*models, self.fingerprint(), recipe, rows, config.calibration.cache_dir, self.quiet)
+        cache_dir = config.calibration.cache_dir
+        folder = tuning_folder(*models, self.fingerprint(), recipe, rows, cache_dir, self.quiet)
+        return self.caches.take(folder, folder=True)
 
     def measured_model(self, file_name: str | None) -> Any:
         """What there is to measure: an ONNX file of the folder that was opened or saved last, if it is named; else the
@@ -295,7 +398,7 @@ class Session:
         """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
         if given is None:
             return self.model
-        return given if isinstance(given, PreTrainedModel) else load_model(given, quiet=self.quiet)
+        return load_model(given, quiet=self.quiet)
 
 
 def _of_session(name: str) -> Any:
@@ -344,7 +447,8 @@ def open_session(
         ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
         ConfigurationError: If `file_name` is given with a model in memory.
     """
-    path = None if isinstance(model_or_path, PreTrainedModel) else os.fspath(model_or_path)
+    model_or_path = model_or_name(model_or_path)
+    path = None if isinstance(model_or_path, PreTrainedModel) else model_or_path
     session = Session(quiet=quiet, folder=Path(path) if path is not None and os.path.isdir(path) else None)
     ours = CLPConfig.CONFIG_NAME, REPORT_NAME
     recipe, record = (written_file(path, name, hub["revision"], hub["token"]) for name in ours)
@@ -352,6 +456,7 @@ def open_session(
         session.config = CLPConfig.from_pretrained(recipe)
     if record:
         session.report = CLPReport.load(record)
+        check_seal(session.report, str(path))
     if file_name is not None:
         if path is None:
             rule = "it names a file of a folder, and a model in memory has none"
@@ -361,6 +466,7 @@ def open_session(
         loaded = load_model(model_or_path, accept=find_architecture, quiet=quiet, **reading, **hub)
         if session.report.cut is not None:
             session.pruned_model = loaded
+            session.open_cut(str(path))
             session.segments = tuple(LayerSegment(*bounds) for bounds in session.report.cut["segments"])
         else:
             # what was measured before the cut, as by a search, is measured again

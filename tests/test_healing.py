@@ -11,7 +11,7 @@ from tiny_models import random_tokens, tiny_model
 from optimum_clp import healing
 from optimum_clp.calibration.rows import CalibrationData
 from optimum_clp.configuration.clp_config import CLPConfig
-from optimum_clp.healing import Healing
+from optimum_clp.healing import Healing, Pace
 from optimum_clp.pruner import CLPPruner
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
@@ -29,10 +29,16 @@ class Clock:
 
 
 class Workshop:
-    """Writes a row in a second and tunes on it in two; the loss is a known power of the tokens."""
+    """Writes a row in a second and tunes on it in two; the loss is a known power of the tokens.
 
-    def __init__(self, monkeypatch, folder=None):
+    Args:
+        once: Seconds that every tuning takes beside.
+        writing: Seconds for a row after the first 200.
+    """
+
+    def __init__(self, monkeypatch, folder=None, once=0.0, writing=1.0):
         self.clock, self.calls, self.folder = Clock(), [], folder
+        self.once, self.writing = once, writing
         monkeypatch.setattr(healing, "time", self.clock)
         self.dense = tiny_model()
         self.cut = cut_model(self.dense, [LayerSegment(2, 4)])
@@ -45,14 +51,14 @@ class Workshop:
         self.written = 0
 
     def text(self, rows):
-        self.clock.now += 1.0 * max(0, rows - self.written)
+        self.clock.now += sum(1.0 if row < 200 else self.writing for row in range(self.written, rows))
         self.written = max(self.written, rows)
         return dataclasses.replace(self.data, train=random_tokens(rows, LENGTH, seed=1))
 
     def tune(self, data, folder):
         rows = len(data.train)
         self.calls.append((rows, [p.detach().clone() for p in self.cut.model.layers[1].parameters()], folder))
-        self.clock.now += 2.0 * rows
+        self.clock.now += self.once + 2.0 * rows
         with torch.no_grad():
             for parameter in self.cut.model.layers[1].parameters():
                 parameter.add_(1.0)
@@ -74,12 +80,43 @@ def test_the_rest_of_the_time_buys_text(monkeypatch):
     assert rows[:-1] == [16, 32, 64, 128]
     assert rows[-1] % 8 == 0
     # all that was planned fits, and most of the time is used
-    assert 0.85 * 3000 < workshop.clock.now <= 3000
+    assert 0.9 * 3000 < workshop.clock.now <= 3000
     assert [pilot.num_tokens for pilot in result.forecast.pilots] == [320, 640, 1280, 2560]
     planned, more = result.forecast.predictions
     assert (planned.num_tokens, more.num_tokens) == (LENGTH * rows[-1], 10 * LENGTH * rows[-1])
     assert planned.loss == pytest.approx(loss_of(planned.num_tokens), rel=0.1)
     assert planned.low <= loss_of(planned.num_tokens) <= planned.high
+
+
+@pytest.mark.parametrize(("once", "writing"), [(40.0, 1.0), (0.0, 4.0), (40.0, 0.0), (20.0, 3.0)])
+def test_what_a_tuning_takes_once_and_text_at_another_pace(monkeypatch, once, writing):
+    workshop = Workshop(monkeypatch, once=once, writing=writing)
+    workshop.heal(3000)
+    assert 0.85 * 3000 < workshop.clock.now <= 3000
+
+
+def test_a_text_that_comes_to_its_end(monkeypatch):
+    workshop, asked = Workshop(monkeypatch), []
+    text = workshop.text
+
+    def short(rows):
+        asked.append(rows)
+        return text(min(rows, 300))
+
+    workshop.text = short
+    workshop.heal(3000)
+    assert workshop.calls[-1][0] == 296  # whole batches
+    assert sum(rows > 300 for rows in asked) == 1
+
+
+def test_pace():
+    found = [{"rows": rows, "seconds": 7 + 0.25 * rows} for rows in (16, 32, 64)]
+    pace = Pace.of(found)
+    assert (pace.once, pace.each_row) == pytest.approx((7, 0.25))
+    assert pace.rows(pace.seconds(100)) == pytest.approx(100)
+    assert Pace.of(found[:1]).seconds(32) == pytest.approx(2 * 11)
+    # the first one warms up: no line through these has a slope
+    assert Pace.of([{"rows": 16, "seconds": 9.0}, {"rows": 32, "seconds": 8.0}]).seconds(64) == pytest.approx(16)
 
 
 def test_every_pilot_and_the_healing_start_from_the_same_weights(monkeypatch):

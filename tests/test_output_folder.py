@@ -1,18 +1,25 @@
 import inspect
+import json
+from pathlib import Path
 
+import jsonschema
 import pytest
+import torch
 from tiny_models import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from zoo import ZOO, zoo_model
 
 from optimum_clp import CLPConfig, LayerSegment
-from optimum_clp.errors import ExportError, OutputError, QuantizationError
-from optimum_clp.exporters.export import ExportResult
-from optimum_clp.output_folder import check_writable, write_export, write_run
+from optimum_clp.errors import ConfigurationError, ExportError, OutputError, QuantizationError
+from optimum_clp.evaluation.outcome import Measurements
+from optimum_clp.exporters.export import ExportResult, _QuantizedFiles
+from optimum_clp.output_folder import check_writable, finish_run, write_export, write_run
 from optimum_clp.report.report import CLPReport
 from optimum_clp.session import Session
 from optimum_clp.surgery.cut import cut_model
 
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "clp_report.schema.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 SEGMENTS = (LayerSegment(2, 4),)
 
 
@@ -60,20 +67,108 @@ def test_an_export_has_no_weights_of_pytorch(session, tmp_path, monkeypatch):
     assert not any(name.endswith(".safetensors") for name in names)
 
 
-@pytest.mark.parametrize("write", [write_run, write_export])
-def test_what_fails_leaves_nothing_behind(session, tmp_path, write, monkeypatch):
-    def fail(*args, **options):
-        raise ExportError.of("file", "model.onnx", "planted", "None")
+def failing(*args, **options):
+    raise ExportError.of("file", "model.onnx", "planted", "None")
 
-    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", fail)
+
+def test_an_export_that_fails_leaves_nothing_behind(session, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_clp.output_folder.export_onnx", failing)
     session.config.export.enabled = True
     with pytest.raises(ExportError, match="planted"):
-        write(session, tmp_path / "out")
+        write_export(session, tmp_path / "out")
     assert session.folder is None and [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+@pytest.mark.parametrize("write", [write_run, write_export])
+def test_a_folder_that_is_not_empty_is_not_written_to(session, tmp_path, write):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(OutputError, match="it is not empty"):
         write(session, tmp_path / "out")
+
+
+STAGES = {
+    "ONNX export": "output_folder.export_onnx",
+    "evaluation": "output_folder.measure_outcome",
+    "evaluation of cut": "evaluation.outcome.Measurements.add_model",
+    "speeds": "evaluation.outcome.Measurements.add_speed",
+    "generation": "evaluation.deployment.measure_generation",
+    "plots": "output_folder.write_plots",
+    "model card": "output_folder.write_model_card",
+    "recipe": "configuration.clp_config.CLPConfig.save_pretrained",
+    "environment": "output_folder.environment_info",
+    "fingerprints": "output_folder.record_origin",
+    "report": "report.report.CLPReport.save",
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("error", [RuntimeError("Failed to find font DejaVu Sans"), MemoryError()])
+def test_nothing_after_the_weights_loses_them(session, tmp_path, monkeypatch, stage, error):
+    def fail(*args, **options):
+        raise error
+
+    session.config.export.enabled = stage == "ONNX export"
+    session.config.quantization.method = "rtn"
+    with monkeypatch.context() as patch:
+        patch.setattr(f"optimum_clp.{STAGES[stage]}", fail)
+        write_run(session, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 4
+    if stage == "report":
+        assert not (tmp_path / "out" / "clp_report.json").exists()
+        return
+    written = CLPReport.load(tmp_path / "out")
+    failures = {entry["stage"]: entry for entry in written.failures}
+    assert stage in failures and all(name == stage or name.startswith("evaluation of") for name in failures)
+    assert failures[stage]["error"].startswith(f"{type(error).__name__}: ")
+    assert failures[stage]["command"] == "optimum-clp finish --model out"
+    assert VALIDATOR.is_valid(json.loads((tmp_path / "out" / "clp_report.json").read_text()))
+
+
+@pytest.mark.parametrize("stage", ["speeds", "plots"])
+def test_what_failed_is_done_again(session, tmp_path, monkeypatch, stage):
+    weights = None
+    with monkeypatch.context() as patch:
+        patch.setattr(f"optimum_clp.{STAGES[stage]}", failing)
+        write_run(session, tmp_path / "out")
+        weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+        finish_run(session)
+        assert [entry["stage"] for entry in CLPReport.load(tmp_path / "out").failures] == [stage]
+    finish_run(session)
+    written = CLPReport.load(tmp_path / "out")
+    assert written.failures is None and written.evaluation["rows"][1]["decode_tokens_per_second"] > 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "cache"}
+    with pytest.raises(ConfigurationError, match="model is .*out': nothing in it has failed that could be done again"):
+        finish_run(session)
+
+
+def test_a_file_that_cannot_be_made_leaves_the_others(session, tmp_path, monkeypatch):
+    add = _QuantizedFiles.add
+
+    def fail(files, precision, *args, **options):
+        if precision.name == "int4":
+            raise QuantizationError.of("file", "model_q4.onnx", "planted", "None")
+        add(files, precision, *args, **options)
+
+    monkeypatch.setattr(_QuantizedFiles, "add", fail)
+    session.config.export.enabled = True
+    session.config.quantization.method, session.config.quantization.group_size = "rtn", 16
+    write_run(session, tmp_path / "out")
+    written = CLPReport.load(tmp_path / "out")
+    assert [entry["stage"] for entry in written.failures] == ["onnx int4 file"]
+    assert [entry["weights"] for entry in written.export["files"]] == ["float32", "int8"]
+    names = {file.name for file in (tmp_path / "out" / "onnx").iterdir()}
+    assert not any("q4" in name for name in names) and "model.onnx" in names
+
+
+@pytest.mark.parametrize("context", [8, 16, 40, 100, 158, 159])
+def test_speed_is_measured_within_a_short_context(context, tmp_path):
+    dense = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=16, n_head=2, vocab_size=97, n_positions=context)).eval()
+    measured = Measurements(torch.zeros(1, context, dtype=torch.int64), "zeros", None, context=context, quiet=True)
+    measured.add_model("cut", dense)
+    measured.add_speed({"cut": lambda: dense})
+    assert measured.rows[0].decode_tokens_per_second > 0
 
 
 def test_what_an_architecture_does_not_have_is_said_before_any_work():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -73,7 +74,7 @@ def test_names_are_what_they_always_were(dense, monkeypatch):
     fingerprint = resume.weights_fingerprint(dense, quiet=True)
     assert fingerprint == "500695d05703fc91af58ebef8564405e6bc0db931946e06dfbb39e9d128c2151"
     file = sample_cache.sample_file(dense, fingerprint, {"num_sequences": 4, "seed": 0}, "cache")
-    assert file.as_posix() == "cache/optimum_clp/self_written-6d014f06d2a0ed49f639c0f0d88b592b.safetensors"
+    assert file.as_posix() == "cache/optimum_clp/self_written-d87395139452dd518fbf18918dac7494.safetensors"
     assert tuning_folder(dense).as_posix() == "cache/optimum_clp/tuning-2399b3f7049d29e70a01f164b7862808"
 
 
@@ -87,7 +88,7 @@ def test_the_name_of_self_written_text_says_how_it_was_written(tmp_path):
     config = {key: value for key, value in model.config.to_dict().items() if key not in volatile}
     rules = {"start": 1, "ends": [2], "vocabulary": 97, "special": [0, 1, 2]}
     contents = [
-        2,
+        3,
         __version__,
         config,
         {**{key: value for key, value in asked.items() if key != "num_sequences"}, "rules": rules},
@@ -139,9 +140,68 @@ def test_weights_that_are_not_in_memory_have_no_name(dense):
     assert tuning_folder(dense) is None
 
 
-def test_a_folder_is_removed_when_its_stage_has_ended(tmp_path):
-    (tmp_path / "tuning" / "best").mkdir(parents=True)
-    resume.remove_folder(tmp_path / "tuning")
-    assert not (tmp_path / "tuning").exists()
-    for nothing in (tmp_path / "tuning", None):
-        resume.remove_folder(nothing)
+def test_caches_stay_until_the_run_has_ended_and_after_a_failure(tmp_path):
+    caches, journal, folder = resume.Caches(), tmp_path / "kept" / "search.jsonl", tmp_path / "kept" / "tuning"
+    with pytest.raises(RuntimeError), caches.run():
+        resume.Journal(caches.take(journal)).recall("key", lambda: 1)
+        raise RuntimeError
+    assert [path.name for path in journal.parent.iterdir()] == ["search.jsonl"]
+    with caches.run():
+        with caches.run():
+            assert resume.Journal(caches.take(journal)).known
+        with caches.run():
+            assert caches.take(folder, folder=True) == folder and folder.is_dir()
+        names = {"search.jsonl", "search.jsonl.lock", "tuning", "tuning.lock"}
+        assert {path.name for path in journal.parent.iterdir()} == names
+    assert list(journal.parent.iterdir()) == []
+    assert caches.take(None) is None
+
+
+def test_a_cache_that_cannot_be_made_costs_only_the_resumption(tmp_path):
+    (tmp_path / "file").write_text("")
+    caches = resume.Caches()
+    with caches.run(), pytest.warns(UserWarning, match="cannot be written .*: this run cannot be resumed"):
+        assert caches.take(tmp_path / "file" / "tuning", folder=True) is None
+
+
+def test_a_journal_takes_nothing_from_another_place_and_nothing_that_was_changed(tmp_path):
+    file, other = tmp_path / "search-a.jsonl", tmp_path / "search-b.jsonl"
+    for key in range(3):
+        resume.Journal(file).recall(key, lambda: 0.1)
+    assert file.stat().st_mode & 0o777 == 0o600
+    whole = file.read_bytes()
+    other.write_bytes(whole)
+    with pytest.warns(
+        UserWarning, match="is damaged .3 of its 3 records are not what was written.: what is missing is"
+    ):
+        assert resume.Journal(other).known == {}
+    for place in range(whole.index(b"\n") + 1):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert len(resume.Journal(file).known) in (1, 2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert resume.Journal(file).recall(0, lambda: 0.1) == 0.1
+
+
+def test_a_line_that_was_cut_off_is_no_damage_and_the_next_one_is_whole(tmp_path):
+    file = tmp_path / "search.jsonl"
+    for key in range(2):
+        resume.Journal(file).recall(key, lambda: 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for end in (b"abc", b"abc {"):
+            file.write_bytes(file.read_bytes() + end)
+            assert len(resume.Journal(file).known) == 2
+        file.write_bytes(file.read_bytes()[:-1])
+        resume.Journal(file).recall(2, lambda: 0.2)
+        assert len(resume.Journal(file).known) == 3
+
+
+def test_without_a_home_folder_nothing_is_kept(dense, monkeypatch):
+    def missing(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(resume.Path, "expanduser", missing)
+    with pytest.warns(UserWarning, match="There is no home folder: nothing is kept, .* Set calibration.cache_dir"):
+        assert resume.search_journal(dense, "f", {}, (ROWS,), None) is None

@@ -5,7 +5,8 @@ independent of each other, so that the guard can hold the description of the new
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +62,11 @@ def stored(config: PretrainedConfig, name: str) -> Any:
 
 
 class PerLayer(_OneField):
-    """A list with one entry for each layer."""
+    """A list with one entry for each layer, or a text with one letter."""
 
     def describe(self, config: PretrainedConfig, count: int) -> list[Any] | None:
         values = stored(config, self.name)
-        return list(values) if isinstance(values, (list, tuple)) and len(values) else None
+        return list(values) if isinstance(values, (list, tuple, str)) and len(values) else None
 
     def rewrite(self, old: PretrainedConfig, new: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         values = self.describe(old, count)
@@ -76,7 +77,66 @@ class PerLayer(_OneField):
         super().rewrite(old, new, kept, count)
 
     def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
-        setattr(new, self.name, type(stored(old, self.name))(wanted))
+        kind = type(stored(old, self.name))
+        setattr(new, self.name, "".join(wanted) if kind is str else kind(wanted))
+
+
+_SPEAKS_OF_LAYERS = re.compile(r"layer|block|pattern|freq|hybrid|sliding|window|topk|experts|heads|theta|schedule")
+
+
+def unknown_lists(config: PretrainedConfig, count: int, known: Iterable[str]) -> list[str]:
+    """Fields that no rule knows and that must be lists of all layers: as long as the stack, with a name that speaks of it.
+
+    Such fields come with checkpoints (`hybrid_layer_pattern`, `moe_layer_freq`); other readers go by them.
+
+    Args:
+        config (`PretrainedConfig`): Of the text decoder.
+        count (`int`): Number of layers.
+        known (`Iterable[str]`): Fields that have a rule.
+    """
+    covered = {config.attribute_map.get(name, name) for name in known}
+    return [
+        name
+        for name, values in sorted(vars(config).items())
+        if name not in covered and not name.startswith("_") and _lists_layers(name, values, count)
+    ]
+
+
+def _lists_layers(name: str, values: Any, count: int) -> bool:
+    kinds = (list, tuple, str) if "pattern" in name else (list, tuple)
+    named = _SPEAKS_OF_LAYERS.search(name) is not None
+    return named and count > 2 and isinstance(values, kinds) and len(values) == count
+
+
+class NestedLists(DepthField):
+    """The same in mappings: lists inside a config's own mappings that are as long as the stack, and are called so."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return ("lists in mappings",)
+
+    def describe(self, config: PretrainedConfig, count: int) -> list[Any] | None:
+        found = {
+            place: owner[name]
+            for place, owner, name in _places(vars(config))
+            if _lists_layers(name, owner[name], count)
+        }
+        return [{place: values[i] for place, values in found.items()} for i in range(count)] if found else None
+
+    def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
+        for place, owner, name in _places(vars(new)):
+            if place in wanted[0]:
+                values = [entry[place] for entry in wanted]
+                owner[name] = "".join(values) if isinstance(owner[name], str) else values
+
+
+def _places(mapping: dict[str, Any], outer: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Entries of nested mappings whose names speak of layers: dotted place, the mapping, the key."""
+    for name, value in mapping.items():
+        if isinstance(value, dict) and "rope" not in name and name != "quantization_config":
+            yield from _places(value, f"{outer}{name}.")
+        elif outer and isinstance(name, str):
+            yield f"{outer}{name}", mapping, name
 
 
 @dataclass(frozen=True)
@@ -91,6 +151,28 @@ class LayerIndices(_OneField):
 
     def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
         setattr(new, self.name, [j + self.base for j, inside in enumerate(wanted) if inside])
+
+
+@dataclass(frozen=True)
+class NestedIndices(DepthField):
+    """Lists of layers in a mapping, counted from `base` (Kimi Linear's `linear_attn_config`)."""
+
+    mapping: str
+    lists: tuple[str, ...]
+    base: int = 1
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.mapping,)
+
+    def describe(self, config: PretrainedConfig, count: int) -> list[Any] | None:
+        values = stored(config, self.mapping)
+        found = [name for name in self.lists if isinstance(values, dict) and name in values]
+        return [{n: i + self.base in values[n] for n in found} for i in range(count)] if found else None
+
+    def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
+        lists = {n: [j + self.base for j, inside in enumerate(wanted) if inside[n]] for n in wanted[0]}
+        setattr(new, self.mapping, {**stored(old, self.mapping), **lists})
 
 
 class FirstLayers(_OneField):
@@ -273,11 +355,14 @@ class RedundantPeriod(_OneField):
 
 
 class Dropped(_OneField):
-    """Layers that predict further tokens (multi-token prediction): transformers does not load them, so none are saved."""
+    """Layers that predict further tokens (multi-token prediction): a model does not hold them, so none are saved."""
 
     def rewrite(self, old: PretrainedConfig, new: PretrainedConfig, kept: Sequence[int], count: int) -> None:
         if stored(old, self.name):
             setattr(new, self.name, 0)
+        for value in vars(new).values():
+            if isinstance(value, dict) and value.get(self.name):
+                value[self.name] = 0
 
 
 @dataclass(frozen=True)
@@ -305,6 +390,17 @@ class Same(_OneField):
 
     def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
         setattr(new, self.name, len(wanted))
+
+
+class Multiple(_OneField):
+    """A number of parts of which every layer has equally many (LongCat's two attentions)."""
+
+    def describe(self, config: PretrainedConfig, count: int) -> list[Any] | None:
+        value = stored(config, self.name)
+        return None if value is None or value % count else [value // count] * count
+
+    def write(self, old: PretrainedConfig, new: PretrainedConfig, wanted: list[Any]) -> None:
+        setattr(new, self.name, sum(wanted))
 
 
 class ScaledByDepth(_OneField):

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..doors import ARCHITECTURES
 from ..errors import ConfigurationError, CutError, ModelError
 from ..segments import LayerSegment, candidate_segments, kept_layers
-from .fields import DepthField, NotRepresentable
+from .fields import DepthField, NotRepresentable, PerLayer, unknown_lists
 from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
 
 # where a model has positions for so many tokens and no more, in the order of lm-eval; transformers' attribute_map lets
@@ -135,7 +135,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def depth_fields(config: PretrainedConfig) -> tuple[DepthField, ...]:
     """The rules for all fields of this config that may say something about single layers."""
-    return COMMON_FIELDS + find_architecture(config).fields
+    rules = COMMON_FIELDS + find_architecture(config).fields
+    known = [name for rule in rules for name in rule.names]
+    return rules + tuple(map(PerLayer, unknown_lists(text_config(config), num_layers(config), known)))
 
 
 def describe_layers(config: PretrainedConfig) -> dict[str, list]:
@@ -226,9 +228,11 @@ def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     for condition in COMMON_CONDITIONS + architecture.conditions:
         condition.check(old, kept, count)
     new = copy.deepcopy(config)
+    # only plain weights are cut: it speaks of files that they were made from
+    vars(new).pop("quantization_config", None)
     inner = text_config(new)
     # lists first: transformers 5 checks their lengths against the count when the config is saved
-    for field in COMMON_FIELDS + architecture.fields:
+    for field in depth_fields(config):
         field.rewrite(old, inner, kept, count)
     setattr(inner, architecture.count, len(kept))
     return new

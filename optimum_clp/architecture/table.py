@@ -29,6 +29,9 @@ from .fields import (
     FirstLayers,
     LastLayers,
     LayerIndices,
+    Multiple,
+    NestedIndices,
+    NestedLists,
     Period,
     PerLayer,
     PerLayerOverrides,
@@ -66,6 +69,12 @@ COMMON_FIELDS: tuple[DepthField, ...] = (
     PerLayer("layers_block_type"),
     PerLayer("no_rope_layers"),
     PerLayerOverrides(),
+    NestedLists(),
+    # further tokens, by all the names that checkpoints have for them
+    Dropped("num_nextn_predict_layers"),
+    Dropped("num_mtp_layers"),
+    Dropped("mtp_num_hidden_layers"),
+    Dropped("mtp_num_layers"),
 )
 """Fields that mean the same in every config that has them."""
 
@@ -77,7 +86,6 @@ _PRIVATE_WINDOW = RedundantPeriod("_sliding_window_pattern", "layer_types", "ful
 _GLOBAL = RedundantPeriod("global_attn_every_n_layers", "layer_types", "full_attention")
 _NO_ROPE = RedundantPeriod("no_rope_layer_interval", "no_rope_layers", 0)
 _FIRST_DENSE = FirstLayers("first_k_dense_replace")
-_NEXT_TOKENS = Dropped("num_nextn_predict_layers")
 _FIRST_WINDOWLESS = FirstLayers("max_window_layers")
 _GEMMA4 = (
     Unless(
@@ -94,10 +102,10 @@ _SHARED_BLOCK = KindStays("layers_block_type", "hybrid", "hybrid layers share th
 _SHARED_INDEXER = (DonorsStay("indexer_types", "full", "shared"),)
 
 _PLAIN = """
-    apertus arcee aria_text axk1 axk2 biogpt bitnet bloom codegen cohere cohere2_moe cohere_compass_text ctrl cwm
-    dbrx deepseek_v32 doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4 glm4_moe_lite
+    apertus arcee aria_text axk1 axk2 biogpt bitnet bloom codegen cohere cohere_compass_text ctrl cwm
+    dbrx doge ernie4_5 falcon falcon_h1 falcon_mamba flex_olmo gemma gemma2 glm glm4 glm4_moe_lite
     gpt_bigcode gpt_neox gpt_oss gptj granite granitemoe granitemoehybrid granitemoeshared helium hunyuan_v1_dense
-    hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 lfm3 llama mamba mamba2 mellum
+    hy_v3 hyperclovax internlm3 iquestcoder jais2 jetmoe kolibri1 lfm3 llama mamba mamba2 mellum
     mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral ministral3 mistral mixtral moshi mpt nanochat nemotron
     nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen3_5_moe_text
     qwen3_5_text seed_oss solar_open stablelm starcoder2 vaultgemma xglm youtu
@@ -108,14 +116,16 @@ _ROWS = (
     Architecture("afmoe", (FirstLayers("num_dense_layers"), _GLOBAL)),
     Architecture(
         "bailing_hybrid",
-        (_FIRST_DENSE, _NEXT_TOKENS, RedundantPeriod("layer_group_size", "layer_types", "full_attention")),
+        (_FIRST_DENSE, RedundantPeriod("layer_group_size", "layer_types", "full_attention")),
     ),
     Architecture("beam", conditions=(IndexInTheMath("it scales the residual stream"),)),
     Architecture("bamba", (LayerIndices("attn_layer_indices"),)),
     Architecture("cohere2", (_WINDOW, _PRIVATE_WINDOW)),
+    Architecture("cohere2_moe", (_WINDOW,)),
     Architecture("deepseek_v2", (_FIRST_DENSE,)),
-    Architecture("deepseek_v3", (_FIRST_DENSE, _NEXT_TOKENS)),
-    Architecture("deepseek_v4", (_NEXT_TOKENS,)),
+    Architecture("deepseek_v32", (_FIRST_DENSE,)),
+    Architecture("deepseek_v3", (_FIRST_DENSE,)),
+    Architecture("deepseek_v4"),
     Architecture("diffllama", conditions=(IndexInTheMath("the initial lambda of its differential attention"),)),
     Architecture("dots1", (_FIRST_DENSE, _FIRST_WINDOWLESS)),
     Architecture("ernie4_5_moe", (SparseRange(),)),
@@ -126,7 +136,7 @@ _ROWS = (
     Architecture("gemma3_text", (_PRIVATE_WINDOW,)),
     Architecture("gemma4_text", _GEMMA4_FIELDS, _GEMMA4, threads_state=True),
     Architecture("gemma4_unified_text", _GEMMA4_FIELDS, _GEMMA4, threads_state=True),
-    Architecture("glm4_moe", (_FIRST_DENSE, _NEXT_TOKENS)),
+    Architecture("glm4_moe", (_FIRST_DENSE,)),
     Architecture("glm_moe_dsa", (PerLayer("indexer_types"), _FIRST_DENSE), _SHARED_INDEXER, threads_state=True),
     Architecture(
         "gpt2", conditions=(IndexInTheMath("attention scores are divided by it", "scale_attn_by_inverse_layer_idx"),)
@@ -135,6 +145,10 @@ _ROWS = (
     Architecture("gpt_neox_japanese", conditions=(Stays(-1, "the last layer alone has a bias in its attention"),)),
     Architecture("granite_swa", (PerLayer("layer_rope_theta"),)),
     Architecture("granitemoe_swa", (PerLayer("layer_rope_theta"),)),
+    Architecture(
+        "hunyuan_v1_moe",
+        tuple(map(PerLayer, ("moe_topk", "num_experts", "num_shared_expert", "moe_intermediate_size"))),
+    ),
     Architecture("hy_v4", (PerLayer("indexer_types"),), _SHARED_INDEXER, threads_state=True),
     Architecture("inkling_text", (LayerIndices("local_layer_ids"),)),
     Architecture(
@@ -144,12 +158,14 @@ _ROWS = (
             Period("expert_layer_period", "expert_layer_offset"),
         ),
     ),
-    Architecture("kimi_linear", (_FIRST_DENSE,)),
+    Architecture(
+        "kimi_linear", (_FIRST_DENSE, NestedIndices("linear_attn_config", ("full_attn_layers", "kda_layers")))
+    ),
     Architecture("laguna", (PerLayer("num_attention_heads_per_layer"),)),
     Architecture("lfm2", (LayerIndices("full_attn_idxs"),)),
     Architecture("lfm2_moe", (FirstLayers("num_dense_layers"),)),
     Architecture("llama4_text", (LayerIndices("moe_layers"), _NO_ROPE)),
-    Architecture("longcat_flash", count="num_layers"),
+    Architecture("longcat_flash", (Multiple("num_hidden_layers"),), count="num_layers"),
     Architecture("minicpm3", (ScaledByDepth("scale_depth"),)),
     Architecture(
         "modernbert-decoder",

@@ -7,7 +7,7 @@ at once or not at all, and carries a checksum.
 import contextlib
 import hashlib
 import os
-import uuid
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from transformers import PreTrainedModel
 
+from ..private_files import is_plain, is_there, place_of, remove, replaced_file
 from ..resume import cache_file
 from ..version import __version__
 
 # raised when the sampling or the file changes: every older file is then a miss
-_FORMAT = 2
+_FORMAT = 3
 _VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 
 
@@ -72,17 +73,20 @@ def load_sample(
     """What earlier runs have written, in whole batches or `total` rows; no rows if there is nothing. With or without roles."""
     none = torch.empty(0, sequence_length, dtype=torch.int64)
     nothing = Sample(none, torch.empty(0, dtype=torch.float64), none.byte() if roles else None)
-    if file is None or not os.path.exists(file):
+    if file is None or not is_there(file):
         return nothing
     try:
+        if not is_plain(file):
+            raise ValueError("it is no ordinary file")
         with safe_open(file, "pt") as stored:
             checksum = stored.metadata()["sha256"]
             told = stored.get_tensor("roles").clone() if roles else None
             sample = Sample(stored.get_tensor("tokens").long(), stored.get_tensor("losses").clone(), told)
         rows, length = sample.tokens.shape
-        if _checksum(sample) != checksum or length != sequence_length:
+        if _checksum(sample, file) != checksum or length != sequence_length:
             raise ValueError("the contents do not match the checksum")
     except Exception as error:
+        remove(file)  # first: where warnings are errors, the next run shall not stumble over it again
         warnings.warn(
             f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
         )
@@ -94,24 +98,32 @@ def save_sample(file: Path | None, sample: Sample) -> Path | None:
     """Replace the file at once; `None` if that cannot be done, so that it is tried and told only once."""
     if file is None:
         return None
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         contents = {"tokens": sample.tokens.int(), "losses": sample.losses}
         if sample.roles is not None:
             contents["roles"] = sample.roles
-        save_file(contents, temporary, metadata={"sha256": _checksum(sample)})
-        os.replace(temporary, file)
+        with replaced_file(file) as stream:
+            stream.write(save(contents, metadata={"sha256": _checksum(sample, file)}))
+        _remove_leftovers(file)
     except Exception as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         warnings.warn(f"{file} cannot be written ({error}): the calibration text is not kept.", stacklevel=3)
         return None
     return file
 
 
-def _checksum(sample: Sample) -> str:
-    checksum = hashlib.sha256(sample.tokens.long().contiguous().numpy().data)
+def _remove_leftovers(file: Path) -> None:
+    """Files that killed processes were writing; what is younger than an hour another one may be writing now."""
+    for left in file.parent.glob(f".{file.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.lstat().st_mtime > 3600:
+                remove(left)
+
+
+def _checksum(sample: Sample, file: Path) -> str:
+    """Of all tensors and of the file's place: another run's text is not this one's."""
+    checksum = hashlib.sha256(place_of(file).encode())
+    checksum.update(sample.tokens.long().contiguous().numpy().data)
     checksum.update(sample.losses.contiguous().numpy().data)
     if sample.roles is not None:
         checksum.update(sample.roles.contiguous().numpy().data)

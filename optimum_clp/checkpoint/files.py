@@ -5,9 +5,11 @@ not fit is filled up with random weights.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -56,6 +58,28 @@ _LEGACY_BASES = {
 }
 # fields that transformers 4 reads under another name; transformers 5 takes both
 _LEGACY_NAMES = {"qwen3_moe": {"num_experts": "num_local_experts"}}
+# types of which transformers 4 takes `rope_scaling` with these entries and no other
+_LONG_ENTRIES, _SCALED_ENTRIES = ("type", "short_factor", "long_factor"), ("type", "factor")
+_STRICT_SCALING = {"phi3": _LONG_ENTRIES, "olmo": _SCALED_ENTRIES, "olmo2": _SCALED_ENTRIES}
+# ends of the names of classes with another head than a language model's
+_OTHER_HEADS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "DoubleHeadsModel",
+    "RewardModel",
+)
+_PLAIN = ("F16", "BF16", "F32", "F64")
+# classes of transformers that load a quantized checkpoint in floating point
+_DEQUANTIZED_BY = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}
+# masks and tables that older versions of a type kept in its checkpoints, and computed: transformers leaves them out
+_ATTENTION_MASKS = r"\.(attn|attention)(\.attention)?\.(bias|masked_bias|causal_mask)$"
+_COMPUTED_KEYS = {
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "codegen", "openai-gpt"), _ATTENTION_MASKS),
+    "opt": r"^(model\.)?decoder\.version$",
+    "xglm": r"embed_positions\.weights$",
+}
 _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
@@ -73,10 +97,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if (folder / QUANTO_MAP_FILE).is_file():
         raise quanto_error(folder)
     if not (folder / CONFIG_FILE).is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise model_error(
-                folder, "it holds an adapter, not a model", "Merge the adapter into its base model first"
-            )
         remedy = "Give the folder that save_pretrained wrote, with config.json, weights and tokenizer"
         raise model_error(folder, "the folder has no config.json", remedy)
     return read_model_file(folder / CONFIG_FILE, folder)
@@ -101,7 +121,13 @@ def check_config(name: Any, config: dict[str, Any], trust_remote_code: bool) -> 
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         rule = f"its weights are quantized ({method or 'bitsandbytes'}); only dense weights can be cut and tuned"
-        raise model_error(name, rule, "Give the dense checkpoint that it was made from")
+        remedy = "Give the dense checkpoint that it was made from"
+        if method in _DEQUANTIZED_BY:
+            remedy += (
+                f"; or dequantize it: AutoModelForCausalLM.from_pretrained({str(name)!r}, quantization_config="
+                f"{_DEQUANTIZED_BY[method]}(dequantize=True)), and give that model"
+            )
+        raise model_error(name, rule, remedy)
     remote = "auto_map" in config
     if not isinstance(model_type, str) or not model_type:
         raise model_error(name, "its config.json has no model_type", "Fetch or save the model again")
@@ -125,18 +151,28 @@ def check_class(name: Any, model_type: str, classes: list[str], is_encoder_decod
         is_encoder_decoder (`bool`): As in `config.json`.
 
     Raises:
-        ModelError: If it is not; the message names its class.
+        ModelError: If it is not; the message names its class, and what to give instead.
     """
     shown = " / ".join(classes) or f"a model of type {model_type!r}"
     remedy = "Give a decoder-only model, such as one of the class LlamaForCausalLM"
     if is_encoder_decoder:
         raise model_error(name, f"{shown} is an encoder-decoder, not a causal language model", remedy)
-    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    if known.intersection(classes) if classes else model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *_registered_classes(model_type)}
+    decoder = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or bool(_registered_classes(model_type))
+    # a name that this transformers does not have is an older one, or somebody's own: the type decides then
+    if known.intersection(classes) or (decoder and all(map(_says_nothing, classes))):
         return
-    added = _registered_classes(model_type)
-    if not (added.intersection(classes) if classes else added):
-        raise model_error(name, f"{shown} is not a causal language model", remedy)
+    if any(cls.endswith(_OTHER_HEADS) for cls in classes):
+        remedy = "Give the causal language model that it was made from; cut that, and train the other head afterwards"
+    elif decoder and all(cls.endswith("Model") for cls in classes):
+        remedy = (
+            "It has no head for the next token: load it with AutoModelForCausalLM, or give a folder saved from that"
+        )
+    raise model_error(name, f"{shown} is not a causal language model", remedy)
+
+
+def _says_nothing(cls: str) -> bool:
+    return not hasattr(transformers, cls) and not cls.endswith((*_OTHER_HEADS, "ForMaskedLM", "Model"))
 
 
 def _registered_classes(model_type: str) -> set[str]:
@@ -145,6 +181,16 @@ def _registered_classes(model_type: str) -> set[str]:
         return set()
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     return {cls.__name__ for cls in (found if isinstance(found, (list, tuple)) else (found,))}
+
+
+def is_computed(model_type: str, key: str) -> bool:
+    """Whether a tensor of a checkpoint is one that older versions of the model type saved although it was never trained."""
+    return model_type in _COMPUTED_KEYS and re.search(_COMPUTED_KEYS[model_type], key) is not None
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model, in either format."""
+    return any((folder / name).is_file() for name in (SAFE_FILE, SAFE_INDEX, PICKLE_FILE, PICKLE_INDEX))
 
 
 def check_weight_files(folder: Path, use_safetensors: bool) -> None:
@@ -174,6 +220,20 @@ def check_weight_files(folder: Path, use_safetensors: bool) -> None:
         raise model_error(folder, "it has ONNX files, but no PyTorch weights", remedy)
     else:
         raise model_error(folder, "the folder has no weights (model.safetensors)", "Fetch or save the model again")
+
+
+def are_plain(folder: Path) -> bool:
+    """Whether a local folder's safetensors hold floating point numbers alone, whatever its `config.json` says of them."""
+    if (folder / SAFE_FILE).is_file():
+        files = [SAFE_FILE]
+    elif (folder / SAFE_INDEX).is_file():
+        files = _shards(folder, SAFE_INDEX)
+    else:
+        return False
+    for name in files:
+        if any(tensor["dtype"] not in _PLAIN for tensor in safetensors_header(folder / name, folder).values()):
+            return False
+    return True
 
 
 def _shards(folder: Path, index: str) -> list[str]:
@@ -212,8 +272,19 @@ def legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
         return _legacy_rope_by_kind(str(config.get("model_type")), rope)
     alone = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     scaling = {key: value for key, value in rope.items() if key not in alone}
-    plain = scaling.get("rope_type", "default") == "default"
-    return {**alone, "rope_scaling": None if plain else scaling}
+    if scaling.get("rope_type", "default") == "default":
+        return {**alone, "rope_scaling": None}
+    strict = _STRICT_SCALING.get(str(config.get("model_type")), ())
+    # what it says beside these is said elsewhere in the file, or transformers 4 could not take it anyway
+    original = scaling.get("original_max_position_embeddings")
+    beside = {"rope_type": scaling["rope_type"], "type": scaling["rope_type"]}
+    if original == config.get("original_max_position_embeddings", original):
+        beside["original_max_position_embeddings"] = original
+    entries = {"type": scaling["rope_type"], **scaling}
+    if strict and all(name in entries for name in strict) and entries.keys() - set(strict) <= beside.keys():
+        said = {} if original is None else {"original_max_position_embeddings": original}
+        return {**alone, **said, "rope_scaling": {name: entries[name] for name in strict}}
+    return {**alone, "rope_scaling": scaling}
 
 
 def _legacy_rope_by_kind(model_type: str, rope: dict[str, Any]) -> dict[str, Any]:

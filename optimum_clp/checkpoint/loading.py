@@ -16,16 +16,19 @@ from transformers.utils import logging as transformers_logging
 from ..doors import ARCHITECTURES
 from ..errors import CLPError, ModelError
 from ..model_files import check_folder, check_model_file
+from .adapters import adapter_base, merged
 from .errors import load_error, model_error, quanto_error
 from .files import (
     CONFIG_FILE,
     TOKENIZER_FILES,
-    check_class,
+    are_plain,
     check_config,
     check_weight_files,
+    is_computed,
     legacy_rope,
     read_config,
 )
+from .in_memory import check_in_memory, model_or_name
 
 
 def load_model(
@@ -43,8 +46,9 @@ def load_model(
     """Load a dense causal language model, in eval mode, and check that every weight came from the checkpoint.
 
     Args:
-        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, which is checked and returned as it is; a
-            local folder; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
+        model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, which is checked and returned without wrappers
+            such as `torch.compile`'s; a local folder, also of an adapter if `peft` is installed, which is merged into its
+            base model; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
         dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
         device_map: As in transformers. Weights that it offloads from memory are refused.
         revision (`str` or `None`): Branch, tag or commit on the Hub.
@@ -63,15 +67,22 @@ def load_model(
             quantized, it is not a causal language model, it needs code that may not be run, its weights do not fit
             its `config.json`, or one of them has values that are not finite.
     """
-    if isinstance(model_or_path, PreTrainedModel):
+    path, hub = model_or_name(model_or_path), {"revision": revision, "token": token}
+    if isinstance(path, PreTrainedModel):
         if accept is not None:
-            accept(model_or_path.config)
-        _check_in_memory(model_or_path)
-        return model_or_path
-    if not isinstance(model_or_path, (str, os.PathLike)):
-        remedy = "Give a PreTrainedModel, a local folder, or a Hub id"
-        raise ModelError.of("model", model_or_path, f"a {type(model_or_path).__name__} is not a model", remedy)
-    path, hub = os.fspath(model_or_path), {"revision": revision, "token": token}
+            accept(path.config)
+        check_in_memory(path)
+        check_finite(type(path).__name__, path)
+        return path
+    base = adapter_base(Path(path))
+    if base is not None:
+        options: dict[str, Any] = {
+            "trust_remote_code": trust_remote_code,
+            "use_safetensors": use_safetensors,
+            "token": token,
+        }
+        model = load_model(base, dtype=dtype, device_map=device_map, accept=accept, quiet=quiet, **options)
+        return merged(model, Path(path))
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
         accept(config)
@@ -95,7 +106,7 @@ def load_model(
         except Exception as error:
             raise load_error(path, error) from error
     model, info = loaded
-    _check_keys(path, info)
+    _check_keys(path, info, model.config.model_type)
     check_finite(path, model)
     return model.eval()
 
@@ -120,6 +131,9 @@ def load_config(
         ConfigurationError: If another package adds this model type and cannot be imported.
     """
     name, hub = os.fspath(path), {"revision": revision, "token": token}
+    base = adapter_base(Path(name))
+    if base is not None:
+        return load_config(base, token=token, trust_remote_code=trust_remote_code)
     if os.path.isdir(name):
         raw = read_config(Path(name))
         check_folder(Path(name), name)
@@ -130,25 +144,20 @@ def load_config(
     if raw.get("model_type") in ARCHITECTURES:
         # the package that adds a model type tells transformers of its classes when it is imported
         ARCHITECTURES.get(raw["model_type"])
+    stray = "quantization_config" in raw and os.path.isdir(name) and are_plain(Path(name))
+    if stray:  # somebody dequantized the weights and left it in the file
+        raw = {key: value for key, value in raw.items() if key != "quantization_config"}
     check_config(name, raw, trust_remote_code)
     # transformers 4 does not know rope_parameters
     rope = legacy_rope(raw) if version.parse(transformers_version).major < 5 else {}
     with transformers_quiet(bars=False):
         try:
-            return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **rope)
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **hub, **rope)
         except Exception as error:
             raise load_error(name, error) from error
-
-
-def _check_in_memory(model: PreTrainedModel) -> None:
-    name, config = type(model).__name__, model.config
-    if any(type(module).__module__.startswith("optimum.quanto") for module in model.modules()):
-        raise quanto_error(name)
-    if getattr(model, "hf_quantizer", None) is not None:
-        raise model_error(name, "its weights are quantized", "Give the dense model that it was made from")
-    if getattr(model, "_auto_class", None) is None:
-        check_class(name, config.model_type, [name], bool(config.is_encoder_decoder))
-    check_finite(name, model)
+    if stray:
+        vars(config).pop("quantization_config", None)
+    return config
 
 
 def _refuse_local_looking(path: str) -> None:
@@ -167,8 +176,10 @@ def _hub_config(repository: str, hub: dict[str, Any]) -> dict[str, Any]:
         raise load_error(repository, error) from error
 
 
-def _check_keys(name: str, info: dict[str, Any]) -> None:
+def _check_keys(name: str, info: dict[str, Any], model_type: str) -> None:
     """Refuse a model that transformers has filled up with random weights, or of which it has left weights out."""
+    unexpected = [key for key in info.get("unexpected_keys") or () if not is_computed(model_type, str(key))]
+    info = {**info, "unexpected_keys": unexpected}
     found = [
         (len(info[key]), what, sorted(map(str, info[key]))[0])
         for key, what in (

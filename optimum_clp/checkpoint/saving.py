@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ..architecture.lookup import text_config, within_context
+from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
-from ..forward.hooks import evaluation_mode
+from ..forward.hooks import at_rest, evaluation_mode, follows_length
 from ..model_files import read_model_file
 from ..report.origin import copy_files, origin_folder
 from .files import (
@@ -35,13 +36,27 @@ PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crÃªpes; they'd had ä
 
 @contextlib.contextmanager
 def _config_copies(model: PreTrainedModel) -> Iterator[None]:
-    """Let `save_pretrained` write its changes into copies of the model's configurations."""
+    """Let `save_pretrained` write its changes into copies of the model's configurations, which name no code of others."""
     config, generation_config = model.config, model.generation_config
     model.config, model.generation_config = copy.deepcopy(config), copy.deepcopy(generation_config)
+    _forget_unused_code(model)
     try:
         yield
     finally:
         model.config, model.generation_config = config, generation_config
+
+
+def _forget_unused_code(model: PreTrainedModel) -> None:
+    """Leave out of `auto_map` what names code that came with the dense model and was not trusted: it is not copied."""
+    code = getattr(model.config, "auto_map", None)
+    if code is None:
+        return
+    runs = {"AutoConfig": model.config._auto_class is not None}
+    kept = {name: source for name, source in code.items() if runs.get(name, model._auto_class is not None)}
+    if kept:
+        model.config.auto_map = kept
+    else:
+        del model.config.auto_map
 
 
 def has_tied_head(model: PreTrainedModel) -> bool:
@@ -188,6 +203,8 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
                 use_safetensors=True,
                 output_loading_info=True,
                 attn_implementation=model.config._attn_implementation,
+                # the code that the model in memory runs, copied beside it
+                trust_remote_code=model._auto_class is not None,
             )
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
@@ -206,6 +223,48 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
         _check_logits(path, model, reloaded.eval())
 
 
+def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
+    """Check that the configuration in a folder, read back, describes the model in memory: the looks of
+    [`verify_checkpoint`] that need no second copy of the weights.
+
+    Args:
+        folder (`str` or `os.PathLike`): What [`save_configs`] wrote.
+        model (`PreTrainedModel`): The model that it should describe, on the CPU; not changed.
+
+    Raises:
+        CutError: Names the first thing that differs.
+    """
+    path, trusted = str(folder), model._auto_class is not None
+    with transformers_quiet(bars=True):
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
+            config._attn_implementation = model.config._attn_implementation
+            reloaded = _built_without_weights(config, model.dtype, trusted)
+        except Exception as error:
+            raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
+    for name, buffer in model.named_buffers():
+        owner, _, attribute = name.rpartition(".")
+        if reloaded.get_buffer(name).is_meta:
+            setattr(reloaded.get_submodule(owner), attribute, buffer)
+    expected, found = model.state_dict(), reloaded.state_dict()
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in expected or key not in found or expected[key].shape != found[key].shape:
+            raise _differs(path, f"read back, its configuration asks for another tensor {key}")
+    _check_logits(path, model, reloaded.eval())
+
+
+def _built_without_weights(config: Any, dtype: torch.dtype, trusted: bool) -> PreTrainedModel:
+    for buffers_too in (False, True):
+        try:
+            with init_empty_weights(include_buffers=buffers_too):
+                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+        except RuntimeError:
+            # Mamba's kin exchange tensors while they are built (transformers 4.57): their buffers are not computed then
+            if buffers_too:
+                raise
+    raise AssertionError("one of the two has returned or raised")
+
+
 def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     key = different_buffer(model, reloaded)
     if key:
@@ -218,10 +277,15 @@ def _check_logits(path: str, model: PreTrainedModel, reloaded: PreTrainedModel) 
     generator = torch.Generator().manual_seed(0)
     length = within_context(PROBE_LENGTH, model.config)
     ids = torch.randint(text_config(model.config).vocab_size, (1, length), generator=generator)
-    with torch.no_grad(), evaluation_mode(model):
-        equal = torch.equal(*(m(ids, use_cache=False).logits for m in (model, reloaded)))
-    if not equal:
-        raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
+    rows: list[dict[str, Any]] = [{}]
+    limit = context_limit(model.config)
+    if limit is not None and follows_length(model):  # the last positions have other frequencies than the first
+        rows.append({"position_ids": torch.arange(limit - length, limit)[None]})
+    for options in rows:
+        with torch.no_grad(), evaluation_mode(model):
+            equal = torch.equal(*(m(ids, use_cache=False, **options).logits for m in (model, reloaded)))
+        if not equal:
+            raise _differs(path, "its tensors are equal, but read back it computes other logits: config.json differs")
 
 
 def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str | None:
@@ -231,9 +295,10 @@ def different_buffer(model: PreTrainedModel, reloaded: PreTrainedModel) -> str |
     what is read back has them in float32.
     """
     others = dict(reloaded.named_buffers())
-    for name, buffer in model.named_buffers():
-        if name not in others or not torch.equal(others[name].to(buffer.dtype), buffer.detach().cpu()):
-            return name
+    with at_rest(model):
+        for name, buffer in model.named_buffers():
+            if name not in others or not torch.equal(others[name].to(buffer.dtype), buffer.detach().cpu()):
+                return name
     return None
 
 

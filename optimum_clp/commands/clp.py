@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..version import __version__
-from . import evaluate, export, prune, quantize, search, tune
+from . import evaluate, export, finish, prune, quantize, search, tune
 from .arguments import strict
 from .running import execute
 
@@ -18,6 +18,7 @@ COMMANDS: dict[str, ModuleType] = {
     "quantize": quantize,
     "export": export,
     "evaluate": evaluate,
+    "finish": finish,
 }
 """Each module has `HELP`, `USAGE`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]` or `None`): Arguments; `None` takes those of the process.
 
     Returns:
-        `int`: Exit status: 0, 1 after an error, 130 after Ctrl-C.
+        `int`: Exit status, see [`~commands.running.execute`].
 
     Raises:
         SystemExit: With status 2, for options that cannot be understood.

@@ -4,9 +4,20 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from ..errors import TuningError
 from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
-from .running import Answer, exit_status, load_dense_config, load_pruner, output_folder, read_config, required_output
+from .running import (
+    INCOMPLETE,
+    Answer,
+    exit_status,
+    load_dense_config,
+    load_pruner,
+    output_folder,
+    read_config,
+    required_output,
+    written,
+)
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
@@ -42,10 +53,15 @@ def run(args: argparse.Namespace) -> Answer:
 
         check_repo_id(args.push_to_hub)
     pruner = load_pruner(args)
-    pruner.prune(config, output, overwrite=args.overwrite)
-    where, status = f"Written to {args.output}.", exit_status(pruner.report)
+    try:
+        pruner.prune(config, output, overwrite=args.overwrite)
+    except TuningError:
+        if not pruner.report.failures:  # nothing was written
+            raise
+    where, status = written(pruner.report, args.output), exit_status(pruner.report)
     if args.push_to_hub and status:
-        where += " Not uploaded: it falls short of what was required."
+        why = "a stage has failed" if status == INCOMPLETE else "it falls short of what was required"
+        where += f" Not uploaded: {why}."
     elif args.push_to_hub:
         pruner.push_to_hub(args.push_to_hub, **({"token": args.token} if args.token else {}))
         where += f" Uploaded to {args.push_to_hub}."

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -27,7 +28,13 @@ if TYPE_CHECKING:
 
 Answer = tuple[dict[str, Any], str] | tuple[dict[str, Any], str, int]
 """What a command returns: the result as JSON-ready values, and as text; and an exit status that is not 0."""
-FELL_SHORT = 4
+INCOMPLETE, FELL_SHORT = 3, 4
+# what libraries say where memory or address space is used up
+_OUT_OF_MEMORY = re.compile(
+    r"not enough memory|out of memory|can.?t allocate memory|cannot allocate memory|bad_alloc|bad allocation"
+    r"|failed to map segment|unable to mmap|failed to allocate|can't start new thread",
+    re.IGNORECASE,
+)
 
 
 def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespace) -> int:
@@ -38,7 +45,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         args (`argparse.Namespace`): Its arguments, with `json`, `quiet` and `debug`.
 
     Returns:
-        `int`: Exit status: the command's own (0, or 4 if the model falls short of what was required), 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
+        `int`: Exit status: the command's own (0; 3 if it wrote a folder in which a stage has failed; 4 if the model falls short of what was required), 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
 
     Raises:
         SystemExit: With status 2, if the output folder is missing and the command needs one.
@@ -48,6 +55,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         args.usage_error("the following arguments are required: OUTPUT")
     try:
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
+            _check_current_folder()
             result, text, *status = run(args)
         from ..processes import was_launched_first
 
@@ -67,9 +75,18 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
 
 
 def exit_status(report: "CLPReport") -> int:
-    """4 if the model that was written falls short of what the recipe requires, else 0."""
+    """3 if a stage has failed after the weights were there; 4 if the model falls short of what the recipe requires; else 0."""
+    if report.failures:
+        return INCOMPLETE
     required = (report.evaluation or {}).get("requirements", ())
     return 0 if all(entry["met"] for entry in required) else FELL_SHORT
+
+
+def written(report: "CLPReport", output: str) -> str:
+    """What a command says last: what has failed, and where all that is there was written."""
+    from ..report.failures import failure_lines
+
+    return "\n".join(filter(None, [failure_lines(report.failures, output), f"Written to {output}."]))
 
 
 @contextlib.contextmanager
@@ -85,14 +102,37 @@ def _only_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
+    shortage = _shortage(error)
+    if shortage is not None:
+        advice = "Free some, raise the limit (ulimit -v), or take a smaller model, dtype or batch size"
+        return f"memory is used up: this process may have no more ({shortage}). {advice}."
     if isinstance(error, CLPError):
         return str(error)
+    detail = str(error).strip() or "no message"
     if isinstance(error, OSError):
         full = "Free some space, or choose an output folder on another disk"
         advice = f". {full}." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return f"{shortened(str(error), 1000)}{advice}"
     detail = shortened(str(error).strip()) or "no message"
     return f"unexpected {type(error).__name__}: {detail}\nThe option --debug shows where it came from."
+
+
+def _check_current_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        rule = "it was deleted, and the libraries cannot be loaded in a folder that is not there"
+        raise OutputError.of("current folder", None, rule, "Change to one that exists (cd)") from error
+
+
+def _shortage(error: BaseException | None) -> str | None:
+    """What a library has said of memory that it could not have, here or below; `None` if it is something else."""
+    while error is not None:
+        detail = str(error).strip() or "no message"
+        if isinstance(error, MemoryError) or (not isinstance(error, CLPError) and _OUT_OF_MEMORY.search(detail)):
+            return detail.splitlines()[0][:200]
+        error = error.__cause__
+    return None
 
 
 def output_folder(args: argparse.Namespace) -> Path | None:
@@ -152,22 +192,12 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     """The config of the dense model of `--model`; no weights and no tokenizer are needed beside it.
 
     Raises:
-        ModelError: If there is none, it cannot be read, it is no causal language model's, or the model was cut before.
+        ModelError: If there is none, it cannot be read, or is no causal language model's.
     """
-    from ..checkpoint.errors import model_error
     from ..checkpoint.loading import load_config
-    from ..report.hub import written_file
-    from ..report.report import REPORT_NAME, CLPReport
 
     check_argument("--model", args.model, str | os.PathLike)
-    config = load_config(
-        args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code
-    )
-    record = written_file(args.model, REPORT_NAME, args.revision, args.token)
-    if record is not None and CLPReport.load(record).cut is not None:
-        remedy = "Give the dense model that its report names"
-        raise model_error(args.model, "it was cut before, and pruning starts from a dense model", remedy)
-    return config
+    return load_config(args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":

@@ -3,9 +3,10 @@
 import argparse
 from typing import Any
 
+from ..errors import TuningError
 from ..report.tables import cell
 from . import arguments
-from .running import Answer, exit_status, load_cut_pruner, required_output
+from .running import Answer, exit_status, load_cut_pruner, required_output, written
 
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -28,10 +29,14 @@ def run(args: argparse.Namespace) -> Answer:
     """Run `tune`; the answer is the report and the losses before and after."""
     output = required_output(args)
     pruner = load_cut_pruner(args)
-    pruner.tune(pruner.config)
+    try:
+        pruner.tune(pruner.config)
+    except TuningError as error:
+        if error.result is None:  # there are no weights to save
+            raise
     pruner.save_pretrained(output, overwrite=args.overwrite)
     result = pruner.report.to_dict()
-    text = f"{_outcome(result['tuning'])}\nWritten to {args.output}."
+    text = f"{_outcome(result['tuning'])}\n{written(pruner.report, args.output)}"
     return result, text, exit_status(pruner.report)
 
 

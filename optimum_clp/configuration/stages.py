@@ -261,6 +261,24 @@ class TuningConfig:
         "peak rate of AdamW in these passes",
         unset="0.18 / root of the hidden size, less for few steps",
     )
+    hidden_batch_size: int | None = setting(
+        None,
+        or_none(integer(1, _BATCH)),
+        "rows in one optimizer step of these passes, over all processes",
+        unset="half of `batch_size`, where that can be dealt out",
+    )
+    on_policy_rounds: int = setting(
+        0,
+        integer(0, _TIMES),
+        "rounds, after all that, in which the cut model learns from what it writes itself",
+        more="Rounds end when one does not help.",
+    )
+    on_policy_sequences: int = setting(
+        256,
+        integer(1, _ROWS),
+        "rows that it writes in each round",
+        more="As many of the given rows are learnt beside them, and an eighth as many are written to judge it.",
+    )
     batch_size: int = setting(
         8,
         integer(1, _BATCH),

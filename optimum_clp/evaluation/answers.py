@@ -7,14 +7,13 @@ sorted. Rows that have ended are left out as soon as they are half of the batch:
 works with every kind of cache.
 """
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import text_config
@@ -99,8 +98,7 @@ def write_answers(
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
-    mode = evaluation_mode(model) if isinstance(model, nn.Module) else contextlib.nullcontext()
-    with torch.no_grad(), mode, progress_bar(len(prompts), name, quiet) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(prompts), name, quiet) as bar:
         decoder = _Decoder(model, takes_back_its_cache(model))
         for first in range(0, len(order), batch_size):
             rows = order[first : first + batch_size]

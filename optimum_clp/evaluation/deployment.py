@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architecture.lookup import context_limit, within_context
+from ..attempts import Attempts
 from ..calibration.rows import CalibrationData, tokenize_dataset
 from ..calibration.sources import describe
 from ..configuration.clp_config import CLPConfig
@@ -128,7 +129,11 @@ class DeploymentChecks:
             )
 
     def measure(
-        self, models: Mapping[str, Callable[[], Any]], dense: PreTrainedModel | None, data: CalibrationData
+        self,
+        models: Mapping[str, Callable[[], Any]],
+        dense: PreTrainedModel | None,
+        data: CalibrationData,
+        attempts: Attempts,
     ) -> Deployment:
         """Measure all of it, and judge.
 
@@ -136,14 +141,17 @@ class DeploymentChecks:
             models (`Mapping[str, Callable]`): For each row's name a function that gives its model, dense first.
             dense (`PreTrainedModel` or `None`): The dense model.
             data ([`CalibrationData`]): Its test rows give the kinds of text apart, and what a base model goes on with.
+            attempts ([`Attempts`]): Texts, tasks and generation are stages of their own.
         """
-        texts = {**_by_kind(data), **self.texts}
-        generation = self._generation(models, dense, data.test) if self.config.evaluation.generation else None
-        return Deployment(
-            texts=self._texts(models, dense, texts),
-            tasks=self._tasks(models, dense is not None),
-            generation=generation,
-        )
+        found: dict[str, Any] = {}
+        with attempts.stage("generation"):
+            if self.config.evaluation.generation:
+                found["generation"] = self._generation(models, dense, data.test)
+        with attempts.stage("evaluation on other texts"):
+            found["texts"] = self._texts(models, dense, {**_by_kind(data), **self.texts})
+        with attempts.stage("tasks"):
+            found["tasks"] = self._tasks(models, dense is not None and "dense" in models)
+        return Deployment(**found)
 
     def _texts(
         self, models: Mapping[str, Callable[[], Any]], dense: PreTrainedModel | None, texts: Mapping[str, Tensor]

@@ -21,12 +21,22 @@ def has_loop(tokens: Sequence[int]) -> bool:
     Args:
         tokens (`Sequence[int]`): The answer, without the token that ends it.
     """
+    return loop_begin(tokens) is not None
+
+
+def loop_begin(tokens: Sequence[int]) -> int | None:
+    """Where the first 64 tokens of a loop begin, of any period; `None` if there is no loop.
+
+    Args:
+        tokens (`Sequence[int]`): The answer, without the token that ends it.
+    """
     tail = torch.tensor(tokens[-LAST_TOKENS:])
     if len(tail) < LOOP_TOKENS:
-        return False
+        return None
+    begins = []
     for period in range(1, LONGEST_PERIOD + 1):
         same = (tail[period:] == tail[:-period]).float()
         # of 64 tokens in a row, all but the first `period` have one to agree with
-        if same.unfold(0, LOOP_TOKENS - period, 1).mean(-1).max() >= AGREEMENT:
-            return True
-    return False
+        loops = same.unfold(0, LOOP_TOKENS - period, 1).mean(-1) >= AGREEMENT
+        begins += loops.nonzero()[:1, 0].tolist()
+    return len(tokens) - len(tail) + min(begins) if begins else None

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..architecture.lookup import num_layers
+from ..architecture.lookup import context_limit, num_layers
+from ..attempts import Attempts
 from ..calibration.rows import CalibrationData
 from ..forward.dense_outputs import DenseOutputs
 from ..precisions import PRECISIONS
@@ -84,10 +85,12 @@ def measure_outcome(
     checks: DeploymentChecks,
     dense: PreTrainedModel | None,
     pruned: PreTrainedModel,
+    source: PreTrainedModel | None = None,
     segments: Iterable[LayerSegment],
     tuned: bool,
     folder: Path,
     export: dict[str, Any] | None,
+    attempts: Attempts | None = None,
     batch_size: int = 8,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -99,32 +102,40 @@ def measure_outcome(
         checks ([`DeploymentChecks`]): What else is measured.
         dense (`PreTrainedModel` or `None`): The dense model; without it there are no rows `dense` and `cut`, and no KL.
         pruned (`PreTrainedModel`): The cut model, tuned or not.
+        source (`PreTrainedModel`, *optional*): What they were cut from, if that is not the dense model.
         segments (`Iterable[LayerSegment]`): What was cut.
         tuned (`bool`): Whether `pruned` was tuned; the untuned cut is then made again over the dense model's tensors.
         folder (`Path`): Where the ONNX files are.
         export (`dict` or `None`): The `export` section of the report.
+        attempts ([`Attempts`], *optional*): What cannot be measured is noted there; otherwise its error is raised.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bars.
 
     Returns:
         `dict`: The `evaluation` section of the report.
     """
-    measurements = Measurements(data.test, text, dense, batch_size=batch_size, quiet=quiet)
+    attempts = attempts or Attempts(strict=True)
+    context = context_limit(pruned.config)
+    measurements = Measurements(data.test, text, dense, context=context, batch_size=batch_size, quiet=quiet)
     models: dict[str, PreTrainedModel] = {}
     if dense is not None:
         models["dense"] = dense
         if tuned:
-            models["cut"] = cut_model(dense, segments)
+            models["cut"] = cut_model(source or dense, segments)
     models["tuned" if tuned else "cut"] = pruned
     makers: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        measurements.add_model(name, model)
-        makers[name] = partial(_given, model)
+        with attempts.stage(f"evaluation of {name}"):
+            measurements.add_model(name, model)
+            makers[name] = partial(_given, model)
     for entry in export["files"] if export else ():
-        measurements.add_file(folder, entry, pruned)
-        makers[PRECISIONS[entry["weights"]].row_name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
-    measurements.add_speed(makers)
-    found = checks.measure(makers, dense, data)
+        name = PRECISIONS[entry["weights"]].row_name
+        with attempts.stage(f"evaluation of {name}"):
+            measurements.add_file(folder, entry, pruned)
+            makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
+    with attempts.stage("speeds"):
+        measurements.add_speed(makers)
+    found = checks.measure(makers, dense, data, attempts)
     retention = measurements.retention()
     judged = verdicts(found.generation, retention)
     return measurements.to_dict(
@@ -139,12 +150,23 @@ class Measurements:
         tokens (`Tensor`): int64 `[rows, length]`, the test rows.
         text (`str`): What they are, in a few words.
         dense (`PreTrainedModel` or `None`): For KL and agreement; `None` leaves these out.
+        context (`int` or `None`): Longest text that the models take, in tokens, at least 4.
         batch_size (`int`): Rows in one forward pass.
         quiet (`bool`): No progress bars.
     """
 
-    def __init__(self, tokens: Tensor, text: str, dense: PreTrainedModel | None, *, batch_size: int = 8, quiet: bool):
+    def __init__(
+        self,
+        tokens: Tensor,
+        text: str,
+        dense: PreTrainedModel | None,
+        *,
+        context: int | None = None,
+        batch_size: int = 8,
+        quiet: bool,
+    ):
         self.tokens, self.text, self.batch_size, self.quiet = tokens, text, batch_size, quiet
+        self.context = context
         self.reference = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch_size, quiet=quiet)
         self.rows: list[MeasuredRow] = []
 
@@ -160,8 +182,11 @@ class Measurements:
 
     def add_speed(self, models: dict[str, Callable[[], Any]]) -> None:
         """Measure the speed of every row, interleaved; `models` gives each row's model when it is called."""
-        prompt = self.tokens[:1, :PROMPT_TOKENS]
-        speeds = measure_speed(models, prompt, new_tokens=NEW_TOKENS, quiet=self.quiet)
+        new, length = NEW_TOKENS, PROMPT_TOKENS
+        if self.context is not None and self.context < length + new - 1:  # the last new token is not read again
+            new = max(2, min(new, self.context // 2))
+            length = self.context + 1 - new
+        speeds = measure_speed(models, self.tokens[:1, :length], new_tokens=new, quiet=self.quiet)
         self.rows = [
             replace(
                 row,

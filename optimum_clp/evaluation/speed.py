@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..forward.decoding import cache_keyword, cache_of, takes_back_its_cache
+from ..forward.hooks import evaluation_mode
 from ..progress import progress_bar
 
 
@@ -55,8 +56,9 @@ def measure_speed(
             for name, make in models.items():
                 model = make()
                 cached = takes_back_its_cache(model)
-                _decode(model, prompt[:, :8], 2, cached)  # warm-up: allocations, kernels picked at first use
-                first, rest = _decode(model, prompt, new_tokens, cached)
+                with evaluation_mode(model):
+                    _decode(model, prompt[:, :8], 2, cached)  # warm-up: allocations, kernels picked at first use
+                    first, rest = _decode(model, prompt, new_tokens, cached)
                 prefill[name].append(prompt.shape[1] / first)
                 decode[name].append((new_tokens - 1) / rest)
                 del model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..forward.dense_outputs import DenseOutputs
+from ..forward.hooks import evaluation_mode
 from ..forward.losses import kl_divergence, next_token_cross_entropy
 from ..progress import progress_bar
 
@@ -56,7 +57,7 @@ def evaluate_tokens(
     loss = kl = dense_loss = 0.0
     agree = count = positions = 0
     device = getattr(model, "device", torch.device("cpu"))
-    with torch.no_grad(), progress_bar(len(tokens), "Evaluation", quiet) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(tokens), "Evaluation", quiet) as bar:
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             batch = tokens[rows].to(device)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
+from ..attempts import Attempts
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
 from ..errors import ConfigurationError, ExportError
@@ -44,6 +45,7 @@ def export_onnx(
     quantization: QuantizationConfig | None = None,
     *,
     calibration: torch.Tensor | None = None,
+    attempts: Attempts | None = None,
     seed: int = 0,
     quiet: bool = False,
 ) -> ExportResult:
@@ -63,6 +65,8 @@ def export_onnx(
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
         quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
         calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.weights.needs_calibration`].
+        attempts ([`Attempts`], *optional*): A quantized file that cannot be made is noted there, and the others are written;
+            without it nothing is.
         seed (`int`): Of the tokens of the check.
         quiet (`bool`): No progress bar.
 
@@ -76,6 +80,7 @@ def export_onnx(
     """
     export = export or ExportConfig()
     quantization = quantization or QuantizationConfig()
+    attempts = attempts or Attempts(strict=True)
     check_calibration(quantization, calibration)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,8 @@ def export_onnx(
         bar.update(2)
         files = _QuantizedFiles(copied, graph, export, quantization, writer)
         for name in quantization.weights:
-            files.add(PRECISIONS[name], calibration, seed=seed, quiet=quiet)
+            with attempts.stage(f"{PRECISIONS[name].row_name} file"):
+                files.add(PRECISIONS[name], calibration, seed=seed, quiet=quiet)
             bar.update()
         writer.publish(directory / "onnx")
     return ExportResult(
@@ -108,13 +114,16 @@ def export_onnx(
     )
 
 
-def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportResult) -> dict[str, str | None]:
+def write_runtime_configs(
+    folder: Path, model: PreTrainedModel, result: ExportResult, attempts: Attempts | None = None
+) -> dict[str, str | None]:
     """Write what each runtime of the registry reads beside the files, such as onnxruntime-genai's `genai_config.json`.
 
     Args:
         folder (`Path`): With `config.json` and the files of `result`.
         model ([`~transformers.PreTrainedModel`]): The model that was exported.
         result ([`ExportResult`]): From [`export_onnx`].
+        attempts ([`Attempts`], *optional*): What cannot be written is noted there; otherwise its error is raised.
 
     Returns:
         `dict[str, str | None]`: For each runtime why nothing was written for it (a package that cannot be imported is such a
@@ -128,9 +137,12 @@ def write_runtime_configs(folder: Path, model: PreTrainedModel, result: ExportRe
             # nobody has asked for an installed package's runtime: it costs its own files, not the run
             obstacles[name] = error.problems[0].rule
             continue
-        obstacles[name] = runtime.obstacle(model, result)
-        if obstacles[name] is None:
-            runtime.write(folder, model, result)
+        obstacle: str | None = "they could not be written"
+        with (attempts or Attempts(strict=True)).stage(f"files for {name}"):
+            if (found := runtime.obstacle(model, result)) is None:
+                runtime.write(folder, model, result)
+            obstacle = found
+        obstacles[name] = obstacle
     return obstacles
 
 

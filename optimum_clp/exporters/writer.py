@@ -56,9 +56,9 @@ class FileWriter:
         """
         file = self.staging / precision.onnx_file
         written = save_graph(graph, file)
-        self.written |= dict.fromkeys(written)
         error = self.check.error(file)
         check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
+        self.written |= dict.fromkeys(written)
         self.files.append(
             ExportedFile(
                 file=f"onnx/{file.name}",

@@ -7,6 +7,7 @@ the logits are wanted. The hidden states that enter other layers can be kept in 
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from ..errors import TuningError
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
-from .hooks import recorded_inputs, run_without_head
+from .hooks import evaluation_mode, recorded_inputs, run_without_head
 from .layer_stack import LayerStack
 
 
@@ -35,7 +36,6 @@ class StateStore:
     def __init__(self, folder: Path | None = None, memory: float = math.inf):
         self.folder = folder
         self.free_memory = memory
-        self._files = 0
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """An uninitialised tensor on the CPU."""
@@ -43,18 +43,18 @@ class StateStore:
         if self.folder is None or size <= self.free_memory:
             self.free_memory -= size
             return torch.empty(*shape, dtype=dtype)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:
             rule = f"the hidden states of the tuning text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
             remedy = (
                 "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
             )
             raise TuningError.of("calibration.cache_dir", str(self.folder), rule, remedy)
-        self._files += 1
-        file = self.folder / f"states-{os.getpid()}-{self._files}.bin"
-        stored = torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        descriptor, file = tempfile.mkstemp(".bin", "states-", self.folder)
+        os.close(descriptor)
+        stored = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
         # the mapping keeps the contents alive, and the name would outlive a process that is killed
-        file.unlink()
+        os.unlink(file)
         return stored
 
 
@@ -93,6 +93,7 @@ class DenseOutputs:
         batches = torch.arange(len(tokens)).split(batch_size)
         with (
             torch.no_grad(),
+            evaluation_mode(model),
             recorded_inputs(self.stack.layers, wanted) as found,
             progress_bar(len(tokens), "Dense model", quiet) as bar,
         ):
@@ -120,5 +121,9 @@ class DenseOutputs:
         """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""
         tokens = self.tokens[rows].to(self.model.device)
         last = len(self.stack)
-        with torch.no_grad(), self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)):
+        with (
+            torch.no_grad(),
+            evaluation_mode(self.model),
+            self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)),
+        ):
             return self.model(input_ids=tokens, use_cache=False).logits

@@ -22,15 +22,77 @@ AfterForward = Callable[[nn.Module, tuple, dict[str, Any], Any], Any]
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and skipped layers; every module's own mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Without dropout, skipped layers and compiled code; every module's own mode is put back, and what it has changed of
+    itself while it ran (rotary frequencies that follow the length of the text). An ONNX file has no modes."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = [(module, module.training, module._compiled_call_impl) for module in model.modules()]
     model.eval()
+    for module, _, compiled in modes:
+        if compiled is not None:
+            module._compiled_call_impl = None
+    try:
+        with _own_state_kept(model):
+            yield
+    finally:
+        for module, mode, compiled in modes:
+            module.training = mode
+            if compiled is not None:
+                module._compiled_call_impl = compiled
+
+
+@contextmanager
+def _own_state_kept(model: nn.Module) -> Iterator[None]:
+    """Put back what modules with buffers outside the checkpoint change of themselves in a forward pass, in place or not."""
+    before = [
+        (module, _public(module), dict(module._buffers), [(b, b.clone()) for b in computed_buffers(module).values()])
+        for module in model.modules()
+        if module._non_persistent_buffers_set
+    ]
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with torch.no_grad():
+            for module, attributes, buffers, values in before:
+                for name in _public(module).keys() - attributes.keys():
+                    delattr(module, name)
+                vars(module).update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+                for buffer, value in values:
+                    buffer.copy_(value)
+
+
+def _public(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in ("forward", "training")}
+
+
+def computed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own float buffers that a checkpoint does not hold, and that its class computes: rotary frequencies."""
+    names = module._non_persistent_buffers_set
+    return {n: b for n, b in module._buffers.items() if n in names and b is not None and b.is_floating_point()}
+
+
+@contextmanager
+def at_rest(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, as if no long text had ever been read: some rotary embeddings keep the frequencies of the last one."""
+    with evaluation_mode(model):
+        if model.device.type != "meta" and follows_length(model):
+            with torch.no_grad():
+                run_without_head(model, torch.zeros(1, 1, dtype=torch.long))
+        yield
+
+
+def follows_length(model: nn.Module) -> bool:
+    """Whether its rotary frequencies depend on how long the text is (`longrope`, dynamic scaling)."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds.values() if isinstance(kinds, dict) else (kinds,)
+        if any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in kinds):
+            return True
+    return False
 
 
 @contextmanager

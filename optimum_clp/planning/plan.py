@@ -16,7 +16,8 @@ from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
 from ..precisions import FLOAT32
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
-from ..surgery.cut import cut_model, without_weights
+from ..surgery.assembly import without_weights
+from ..surgery.cut import cut_model
 from ..surgery.guard import check_cut
 from ..surgery.sizes import count_bytes, count_parameters
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory

@@ -161,11 +161,21 @@ def _removed(report: CLPReport, folder: Path) -> str:
         f"went: {format_count(before)} parameters became {format_count(after)} ({after / before - 1:+.1%}). What is "
         f"left is an ordinary checkpoint of {cut['num_layers_after']} layers.",
     ]
+    if len(cut.get("chain", ())) > 1:
+        lines.append(_chain(cut))
     search = report.to_dict()["search"]
     if search and search["segments"] == cut["segments"]:  # else the layers were chosen by hand
         lines.append(_choice(report, search))
         lines += _picture(folder, SEARCH_PLOT, "KL divergence of each scored cut, and importance of each layer")
     return "\n\n".join(lines)
+
+
+def _chain(cut: dict[str, Any]) -> str:
+    steps = ", then ".join(
+        f"{', '.join(f'[{start}, {stop})' for start, stop in step['segments'])} of {step['num_layers_before']} layers"
+        for step in cut["chain"]
+    )
+    return f"That came about in {len(cut['chain'])} cuts: {steps}. What is left was made like the {cut['towards']}."
 
 
 def _choice(report: CLPReport, search: dict[str, Any]) -> str:

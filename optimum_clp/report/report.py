@@ -26,7 +26,7 @@ from .tables import Column, format_bytes, format_count, markdown_table, record_c
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
-_LISTS = ("quantization",)
+_LISTS = ("quantization", "failures")
 _SECTIONS = (
     "environment",
     "base_model",
@@ -37,6 +37,7 @@ _SECTIONS = (
     "quantization",
     "export",
     "evaluation",
+    "failures",
 )
 _HEADER = ("schema_version", "clp_version", "created")
 _ABSOLUTE_PATH = re.compile(r"(?<![\w:/\\.])(?:~?[/\\]|[A-Za-z]:[/\\])(?:[^\s/\\\"'(),;]+[/\\]+)*(?=[^\s/\\])")
@@ -62,6 +63,7 @@ class CLPReport:
         quantization (`list[dict]` or `None`): One entry for each optimum-quanto folder; sizes in bytes.
         export (`dict` or `None`): One entry for each ONNX file; sizes in bytes.
         evaluation (`dict` or `None`): The text that was measured on, and one row for each model or file.
+        failures (`list[dict]` or `None`): What has failed after the weights were there, and what repeats it.
         environment (`dict` or `None`): See [`environment_info`].
         created (`str`): ISO 8601 time in UTC.
         clp_version (`str`): Version of this package that made the report.
@@ -76,6 +78,9 @@ class CLPReport:
     quantization: Annotated[list[dict[str, Any]] | None, Key("Folders with optimum-quanto weights.")] = None
     export: Annotated[dict[str, Any] | None, Key("ONNX files.")] = None
     evaluation: Annotated[dict[str, Any] | None, Key("One row for each model or file.")] = None
+    failures: Annotated[
+        list[dict[str, Any]] | None, Key("What has failed after the weights were there.", added=True)
+    ] = None
     environment: Annotated[dict[str, Any] | None, Key("Versions and machine.")] = None
     created: Annotated[
         str,
@@ -94,6 +99,8 @@ class CLPReport:
         for section, key in (("calibration", "source"), ("evaluation", "text")):
             if output[section] and isinstance(output[section].get(key), str):
                 output[section][key] = _ABSOLUTE_PATH.sub("", output[section][key])
+        for entry in output["failures"] or ():
+            entry["error"] = _ABSOLUTE_PATH.sub("", entry["error"])
         return output
 
     @classmethod

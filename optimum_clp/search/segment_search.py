@@ -50,8 +50,8 @@ def search_segments(
         attention_mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding, which is measured by
             nothing; without it the rows are full.
         seed (`int`): Of everything random. The same seed gives the same result on the same machine.
-        journal (`Path`, *optional*): File that keeps what was measured until the search has ended, so that an
-            interrupted search, started again with the same arguments, goes on where it was.
+        journal (`Path`, *optional*): File that keeps what was measured, so that an interrupted search, started again with
+            the same arguments, goes on where it was. Whoever names it removes it.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -67,7 +67,6 @@ def search_segments(
     with evaluation_mode(model):
         objective = _objective(model, tokens, attention_mask, config, kept, quiet)
         board, outcome = _search(objective, num_removed, num_segments, config, seed)
-    kept.close()
     return _result(board, outcome, config, num_removed, begin)
 
 
@@ -129,7 +128,6 @@ def search_within_budget(
             "max_perplexity_increase", max_perplexity_increase, rule, "Allow more, or give a pruning_ratio"
         )
     objective.spend(len(check.tokens) / len(objective.tokens), check.spent, check.layer_passes)
-    kept.close()
     board, outcome, _ = tried[low]
     return _result(board, outcome, config, counts[low], begin, lengths)
 

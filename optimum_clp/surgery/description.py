@@ -23,7 +23,17 @@ class DenseModel:
     num_layers: Annotated[int, Key(minimum=1)]
     num_parameters: Annotated[int, Key(minimum=1)]
     dtype: str
+    fingerprint: Annotated[str | None, Key("Hash of every bit of its weights.", sparse=True)] = None
     origin: Annotated[Origin | None, Key("What its own card says.", added=True, sparse=True)] = None
+
+
+@dataclass(frozen=True)
+class CutStep:
+    """One of several cuts, one after the other."""
+
+    model: Annotated[str | None, Key("What was cut: Hub id or folder, as the user gave it.")]
+    num_layers_before: Annotated[int, Key(minimum=1)]
+    segments: Annotated[tuple[LayerSegment, ...], Key("In the numbering of that model.")]
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,21 @@ class Cut:
     num_layers_after: Annotated[int, Key(minimum=1)]
     num_parameters_before: Annotated[int, Key(minimum=1)]
     num_parameters_after: Annotated[int, Key(minimum=1)]
+    chain: Annotated[
+        tuple[CutStep, ...],
+        Key(
+            "The cuts, where a model that was cut before has been cut further; `segments` is what they come to.",
+            sparse=True,
+        ),
+    ] = ()
+    towards: Annotated[
+        str | None,
+        Key("Of a further cut: what it was made like, the `first dense model` or the `given model`.", sparse=True),
+    ] = None
+    fingerprint: Annotated[str | None, Key("Hash of every bit of the cut model's weights.", sparse=True)] = None
+    seal: Annotated[
+        str | None, Key("Hash of `segments` and both fingerprints: what a later stage relies on.", sparse=True)
+    ] = None
 
 
 def describe_dense(model: PreTrainedModel, name: str | None, revision: str | None) -> DenseModel:

@@ -25,8 +25,9 @@ from ..architecture.lookup import (
     text_config,
     within_context,
 )
-from ..errors import CutError
+from ..errors import CutError, ModelError
 from ..forward.hooks import evaluation_mode, hand_on, output_lengths, replaced_forward, run_without_head
+from .assembly import computes_alike, old_name, uncut_twin
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""
@@ -42,6 +43,10 @@ _WINDOW_NAMES = ("sliding_window", "attention_window_size", "attention_chunk_siz
 def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> None:
     """Check that every layer of `cut` is the dense layer it stands for, and everything around the layers is the same.
 
+    Values that were set on the dense model after it was built (by `resize_token_embeddings`, gradient checkpointing, a
+    user's own notes) are in no config, so that a saved model loses them, cut or not. Where there are such, the cut model is
+    held against an [`uncut_twin`] instead, if that computes what the dense model does.
+
     Args:
         cut (`PreTrainedModel`): What was built from the new config.
         dense (`PreTrainedModel`): The model it came from.
@@ -53,6 +58,8 @@ def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> 
     differences = [*_count_difference(cut, kept), *_description_differences(cut.config, dense.config, kept)]
     if not differences:
         differences = [*_module_differences(cut, dense, kept), *_tensor_differences(cut, dense, kept)]
+        if not differences:
+            differences = _value_differences_but_for_changes(cut, dense, kept)
     if not differences and dense.device.type != "meta":
         differences = list(_argument_differences(cut, dense, kept))
     if differences:
@@ -63,6 +70,68 @@ def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> 
             f"the dense model has {should!r} there ({len(differences)} differences in all)",
             "The config cannot express this cut; nothing was written and the dense model is unchanged",
         )
+
+
+def _value_differences_but_for_changes(
+    cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]
+) -> list[Difference]:
+    """Plain values that differ, but for those that the dense model's own config does not know either."""
+    differences = list(_setting_differences(cut, dense, kept))
+    if not differences or dense.device.type == "meta":
+        return differences
+    twin = uncut_twin(dense)
+    _check_unchanged(dense, twin, list(_setting_differences(twin, dense, range(num_layers(dense.config)))))
+    return list(_setting_differences(cut, twin, kept))
+
+
+def _check_unchanged(dense: PreTrainedModel, twin: PreTrainedModel, changes: Sequence[Difference]) -> None:
+    """Refuse a model that is not what its config says, in a way that matters: cut and saved, it would be another."""
+    shown = [change for change in changes if change[0].rpartition(".")[2] in _WINDOW_NAMES]
+    if not shown and changes and not computes_alike(dense, twin):
+        shown = list(changes)
+    if shown:
+        what, should, is_ = shown[0]
+        raise CutError.of(
+            f"dense model, {what}",
+            is_,
+            f"it was changed after the model was built: its config says {should!r}, which is what a saved model would compute "
+            f"with ({len(shown)} differences in all)",
+            "Change the config, build the model from it, and load the weights into that; the model is as it was",
+        )
+
+
+def check_uncut(dense: PreTrainedModel) -> None:
+    """Check before any work that a dense model is what its config says, in all that no cut could keep.
+
+    Args:
+        dense (`PreTrainedModel`): Every weight in memory; not changed.
+
+    Raises:
+        ModelError: If layers were deleted, moved or repeated by hand, so that they do not know their places.
+        CutError: If it was changed since it was built, and computes other than its config says.
+    """
+    layers, everything = list(decoder_layers(dense)), range(num_layers(dense.config))
+    if len(set(map(id, layers))) < len(layers):
+        first = next(i for i, layer in enumerate(layers) if layer in layers[:i])
+        raise ModelError.of(
+            "model",
+            type(dense).__name__,
+            f"layer {first} is the same object as an earlier layer, and a saved model would have two",
+            "Copy it, copy.deepcopy(layer), save the model and load it again",
+        )
+    twin = uncut_twin(dense)
+    changes = list(_setting_differences(twin, dense, everything))
+    stale = [change for change in changes if change[0].rpartition(".")[2] in _INDEX_NAMES]
+    if stale:
+        what, should, is_ = stale[0]
+        raise ModelError.of(
+            "model",
+            type(dense).__name__,
+            f"{what} is {is_} instead of {should}: its layers were removed or moved by hand, and a cache would mix them up",
+            "Save the model and load it again, or give each layer its place: "
+            "for i, layer in enumerate(layers): layer.self_attn.layer_idx = i",
+        )
+    _check_unchanged(dense, twin, changes)
 
 
 def _count_difference(cut: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
@@ -84,19 +153,9 @@ def _description_differences(
             yield f"config.{names}", found.get(names), should
 
 
-def old_name(path: str, kept: Sequence[int], name: str) -> str:
-    """The dense model's name for a module or tensor of the cut model, whose layers are at `path`."""
-    prefix = path + "."
-    if not name.startswith(prefix):
-        return name
-    index, dot, rest = name[len(prefix) :].partition(".")
-    return f"{prefix}{kept[int(index)]}{dot}{rest}"
-
-
 def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
-    path, before = decoder_path(dense), num_layers(dense.config)
-    gone = _gone_kinds(dense, kept)
-    old_modules = dict(dense.named_modules(remove_duplicate=False))
+    """Modules that one of them lacks, and modules of another class."""
+    path, old_modules = decoder_path(dense), dict(dense.named_modules(remove_duplicate=False))
     expected = {n for n in old_modules if _survives(n, path, kept)}
     for name, module in cut.named_modules(remove_duplicate=False):
         dense_name = old_name(path, kept, name)
@@ -107,7 +166,18 @@ def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
             yield where, type(module).__name__, None
         elif type(module) is not type(counterpart):
             yield f"class of {where}", type(module).__name__, type(counterpart).__name__
-        elif name.startswith(path + "."):
+    for name in sorted(expected):
+        yield f"dense model's {name}", None, type(old_modules[name]).__name__
+
+
+def _setting_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:
+    """Plain values of modules that differ, in two models of the same modules."""
+    path, before = decoder_path(dense), num_layers(dense.config)
+    gone = _gone_kinds(dense, kept)
+    old_modules = dict(dense.named_modules(remove_duplicate=False))
+    for name, module in cut.named_modules(remove_duplicate=False):
+        counterpart, where = old_modules[old_name(path, kept, name)], _shown(path, name)
+        if name.startswith(path + "."):
             index = int(name[len(path) + 1 :].partition(".")[0])
             for attribute, is_, should in _attribute_differences(module, counterpart):
                 should = _new_index(old_modules, path, name, index, attribute, should)
@@ -121,8 +191,6 @@ def _module_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Sequ
                 fits = is_ == should or is_count or _of_all_layers(is_, should, kept, before)
                 if not fits and not _of_gone(attribute, is_, should, gone):
                     yield f"{where}.{attribute}".lstrip("."), is_, should
-    for name in sorted(expected):
-        yield f"dense model's {name}", None, type(old_modules[name]).__name__
 
 
 def _of_all_layers(is_: Any, should: Any, kept: Sequence[int], before: int) -> bool:

@@ -47,8 +47,8 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def micro_batch_size(batch_size: int, accumulation: int, processes: int) -> int:
-    """Rows in one forward pass of one process.
+def micro_batch_size(setting: str, batch_size: int, accumulation: int, processes: int) -> int:
+    """Rows in one forward pass of one process; `setting` is where the global batch comes from.
 
     Raises:
         ConfigurationError: If the global batch cannot be dealt out evenly.
@@ -59,5 +59,5 @@ def micro_batch_size(batch_size: int, accumulation: int, processes: int) -> int:
             "accumulation steps"
         )
         remedy = f"Choose a multiple of {accumulation * processes}, or fewer accumulation steps or processes"
-        raise ConfigurationError.of("tuning.batch_size", batch_size, rule, remedy)
+        raise ConfigurationError.of(setting, batch_size, rule, remedy)
     return batch_size // (accumulation * processes)

@@ -1,23 +1,27 @@
 """What a training run keeps on disk: the best weights, and checkpoints from which it goes on."""
 
+import copy
 import json
 import math
 import os
 import random
-import shutil
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..processes import broadcast
+from ..errors import TuningError
+from ..private_files import digest, file_digest, make_private, open_plain, place_of, remove, replaced_file
+from ..processes import broadcast, gathered
 from .overparametrization import plain_weights
 from .result import TuningStep
 
@@ -69,32 +73,61 @@ class BestWeights:
     Args:
         accelerator (`Accelerator`): Of the run.
         folder (`Path`): Where the file lies.
+
+    Attributes:
+        digest (`str` or `None`): SHA-256 of the file, in the first process.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path):
         self.accelerator, self.folder = accelerator, folder
+        self.digest: str | None = None
+        self._held: dict[str, Tensor] | None = None
 
     def save(self, student: nn.Module, step: int) -> None:
         """Keep the student's weights as those of a step: what is left of products, under ordinary names."""
         weights = self.accelerator.get_state_dict(student)
-        if self.accelerator.is_main_process:
-            weights = plain_weights(weights)
-            temporary = self._file(step).with_suffix(".tmp")
-            torch.save({name: tensor.detach().cpu() for name, tensor in weights.items()}, temporary)
-            os.replace(temporary, self._file(step))
+        if not self.accelerator.is_main_process:
+            return
+        kept = {name: tensor.detach().cpu() for name, tensor in plain_weights(weights).items()}
+        try:
+            with replaced_file(self._file(step)) as stream:
+                torch.save(kept, stream)
+            self.digest, self._held = file_digest(self._file(step)), None
+        # torch says of a full disk what it likes
+        except (OSError, RuntimeError) as error:
+            warnings.warn(
+                f"{self._file(step)} cannot be written ({error}): the best weights stay in memory.", stacklevel=2
+            )
+            self.digest, self._held = None, copy.deepcopy(kept)
 
     def load(self, step: int) -> dict[str, Tensor] | None:
-        """The state dict that was kept at a step, on the CPU; `None` in all processes but the first."""
+        """The state dict that was kept at a step, on the CPU; `None` in all processes but the first.
+
+        Raises:
+            TuningError: If the file has been damaged since.
+        """
         self.accelerator.wait_for_everyone()
         if not self.accelerator.is_main_process:
             return None
+        if self._held is not None:
+            return self._held
+        if not self.is_whole(step, self.digest):
+            rule = "its bytes are not those that were written in this run"
+            remedy = "Run the same command again: it begins where the file is good. Check the disk"
+            raise TuningError.of("best weights", str(self._file(step)), rule, remedy)
         return torch.load(self._file(step), map_location="cpu", mmap=True, weights_only=True)
 
-    def drop_others(self, step: int) -> None:
-        """Remove the files of other steps."""
-        for other in self.folder.glob("best-*") if self.accelerator.is_main_process else ():
-            if other != self._file(step):
-                other.unlink(missing_ok=True)
+    def is_whole(self, step: int, digest: str | None) -> bool:
+        """Whether the file of a step is there, with this digest."""
+        with suppress(OSError):
+            return file_digest(self._file(step)) == digest
+        return False
+
+    def drop_others(self, step: int | None) -> None:
+        """Remove the files of other steps; all if `None`."""
+        for other in self.folder.glob("*best-*") if self.accelerator.is_main_process else ():
+            if step is None or other != self._file(step):
+                remove(other)
 
     def _file(self, step: int) -> Path:
         return self.folder / f"best-{step}.pt"
@@ -103,14 +136,18 @@ class BestWeights:
 class Checkpoints:
     """Everything that a run needs to go on to the same weights: one folder at a time, which is whole or not there.
 
+    Its last file says which files there are, with the digest of each, of the best weights, and of itself: where anything is
+    another, the checkpoint is dropped, with a warning, and the run begins anew.
+
     Args:
         accelerator (`Accelerator`): Of the run; it has prepared the student and the optimizer.
         folder (`Path`): Where they lie.
         seconds (`float`): Between two of them, at least.
+        best ([`BestWeights`]): Of the run; they lie in the same folder.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, seconds: float):
-        self.accelerator, self.folder, self.seconds = accelerator, folder, seconds
+    def __init__(self, accelerator: Accelerator, folder: Path, seconds: float, best: BestWeights):
+        self.accelerator, self.folder, self.seconds, self.best = accelerator, folder, seconds, best
         self._last = time.monotonic()
 
     def save_if_due(self, state: TrainingState) -> bool:
@@ -124,33 +161,122 @@ class Checkpoints:
             due = bool(broadcast(torch.tensor(float(due), device=self.accelerator.device)).item())
         if not due:
             return False
-        target = self.folder / f"checkpoint-{state.step}"
-        temporary = target.with_suffix(".tmp")
+        try:
+            saved = self._save(state)
+        except (OSError, RuntimeError) as error:
+            if self.accelerator.num_processes > 1:
+                raise  # the others wait
+            warnings.warn(f"{self.folder} cannot be written ({error}): no more checkpoints.", stacklevel=2)
+            remove(self._folder_of(state).with_suffix(".tmp"))
+            saved, self.seconds = False, math.inf
+        self._last = time.monotonic()
+        return saved
+
+    def _save(self, state: TrainingState) -> bool:
+        target = self._folder_of(state)
+        temporary, first = target.with_suffix(".tmp"), self.accelerator.is_main_process
+        if first:
+            remove(temporary)
+            temporary.mkdir(mode=0o700)
+        self.accelerator.wait_for_everyone()
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            (temporary / _PROGRESS).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)
+        # weights that lie in memory alone are lost with this process
+        whole = not first or self.best.digest is not None
+        if first and not whole:
+            remove(temporary)
+        elif first:
+            self._seal(temporary, target.name, state)
+            make_private(temporary)
+            remove(target)
             os.replace(temporary, target)
-            for other in self.folder.glob("checkpoint-*"):
-                if other != target:
-                    shutil.rmtree(other, ignore_errors=True)
+            self._drop(others_than=target)
         self.accelerator.wait_for_everyone()
-        self._last = time.monotonic()
-        return True
+        return whole
 
     def resume(self) -> TrainingState | None:
-        """Go on from the last whole checkpoint in the folder, if there is one."""
-        found = sorted(
-            (file.parent for file in self.folder.glob(f"checkpoint-*/{_PROGRESS}") if file.parent.suffix != ".tmp"),
-            key=lambda folder: int(folder.name.removeprefix("checkpoint-")),
-        )
-        self.accelerator.wait_for_everyone()
-        if not found:
+        """Go on from the last checkpoint in the folder, if there is one that is whole; what is not goes."""
+        found = gathered(self._found() if self.accelerator.is_main_process else None)[0]
+        if found is None:
             return None
+        name, state, self.best.digest = found
         with _global_random_state_kept():
-            self.accelerator.load_state(str(found[-1]))
-        return TrainingState.from_dict(json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8")))
+            self.accelerator.load_state(str(self.folder / name))
+        return TrainingState.from_dict(state)
+
+    def _found(self) -> tuple[str, dict[str, Any], str] | None:
+        """The last whole checkpoint: its name, its state, and the digest of the best weights."""
+        for folder in sorted(
+            self.folder.glob("checkpoint-*"), key=lambda folder: folder.lstat().st_mtime_ns, reverse=True
+        ):
+            if folder.suffix == ".tmp":
+                continue
+            try:
+                values = self._unsealed(folder)
+            except (OSError, ValueError) as error:
+                remove(folder)
+                warnings.warn(f"{folder} is damaged ({error}): what it kept is trained again.", stacklevel=4)
+                continue
+            self._drop(others_than=folder)
+            return folder.name, values["state"], values["best"]
+        self._drop()
+        self.best.drop_others(None)
+        return None
+
+    def _unsealed(self, folder: Path) -> dict[str, Any]:
+        """What the last file of a checkpoint says.
+
+        Raises:
+            OSError, ValueError: If it is not what was written.
+        """
+        if folder.is_symlink():
+            raise ValueError("it is a link")
+        with open_plain(folder / _PROGRESS) as stream:
+            told, _, text = stream.read().partition(b" ")
+        if told != digest(text, self._place(folder.name)).encode():
+            raise ValueError(f"its {_PROGRESS} is not what was written")
+        values = json.loads(text)
+        if values["versions"] != _versions():
+            raise ValueError(f"it was written with {values['versions']}")
+        if _files_of(folder) != {*values["files"], _PROGRESS}:
+            raise ValueError("its files are not those that were written")
+        for name, written in values["files"].items():
+            if file_digest(folder / name) != written:
+                raise ValueError(f"its {name} is not what was written")
+        state = values["state"]
+        if not self.best.is_whole(state["best_step"], values["best"]):
+            raise ValueError("the best weights beside it are not what was written")
+        return values
+
+    def _seal(self, folder: Path, name: str, state: TrainingState) -> None:
+        files = {name: file_digest(folder / name) for name in _files_of(folder)}
+        values = {"state": asdict(state), "best": self.best.digest, "files": files, "versions": _versions()}
+        text = json.dumps(values)
+        with replaced_file(folder / _PROGRESS) as stream:
+            stream.write(f"{digest(text, self._place(name))} {text}".encode())
+
+    def _place(self, name: str) -> str:
+        return f"{place_of(self.folder)}/{name}"
+
+    def _folder_of(self, state: TrainingState) -> Path:
+        return self.folder / f"checkpoint-{state.step}"
+
+    def _drop(self, others_than: Path | None = None) -> None:
+        """Remove all checkpoints, begun ones too, but one."""
+        for other in self.folder.glob("checkpoint-*"):
+            if other != others_than:
+                remove(other)
+
+
+def _files_of(folder: Path) -> set[str]:
+    return {
+        file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()
+    }
+
+
+def _versions() -> list[str]:
+    """Of what reads a checkpoint."""
+    return [f"torch {torch.__version__}", f"accelerate {accelerate.__version__}"]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..doors import STARTS
 from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
+from ..processes import world_size
 from ..segments import target_state
 from .accelerator import tuning_accelerator
 from .loop import TrainingLoop
@@ -124,7 +125,7 @@ class _Tuning:
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
-        self.stages = stages_of(config, text_config(model.config).hidden_size, num_rows)
+        self.stages = stages_of(config, text_config(model.config).hidden_size, num_rows, world_size())
         self.weights = dict(self.stages[-1].loss)
         self.start_targets, self.loss_targets = self._targets(len(decoder_layers(dense)))
 

@@ -67,11 +67,7 @@ class TrainingLoop:
         self.stages, self.judge = stages, stages[-1].loss
         self.seed, self.folder, self.start = seed, folder, start
         self.annealing = annealing
-        self.batch_size = min(config.batch_size, len(train))
-        self.micro_batch = micro_batch_size(
-            self.batch_size, config.gradient_accumulation_steps, accelerator.num_processes
-        )
-        self.per_epoch = len(train) // self.batch_size
+        self.micro_batches = [self._micro_batch(stage) for stage in stages]
         self.total = sum(map(self._steps, stages))
         make = torch.optim.AdamW if shards_weights(accelerator) else MasterAdamW
         rate = stages[0].learning_rate
@@ -80,11 +76,12 @@ class TrainingLoop:
         self.state = TrainingState()
         self._order: tuple[int, Tensor] | None = None
         self._best = BestWeights(accelerator, folder)
-        self._checkpoints = Checkpoints(accelerator, folder, config.checkpoint_seconds) if checkpoints else None
+        seconds = config.checkpoint_seconds
+        self._checkpoints = Checkpoints(accelerator, folder, seconds, self._best) if checkpoints else None
 
     def run(self) -> TrainingState:
         """Train until the end, until patience runs out, or until a loss is not finite."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._start_trackers()
         if self._checkpoints is not None:
             self.state = self._checkpoints.resume() or self.state
@@ -138,7 +135,17 @@ class TrainingLoop:
             self._best.drop_others(state.best_step)
 
     def _steps(self, stage: Stage) -> int:
-        return self.per_epoch * stage.epochs
+        return stage.steps_per_epoch(len(self.train)) * stage.epochs
+
+    def _micro_batch(self, stage: Stage) -> int:
+        """Rows in one forward pass of one process."""
+        rows = min(stage.batch_size, len(self.train))
+        setting = "batch_size" if stage is self.stages[-1] else "hidden_batch_size"
+        processes = self.accelerator.num_processes
+        return micro_batch_size(f"tuning.{setting}", rows, self.config.gradient_accumulation_steps, processes)
+
+    def _tokens(self, stage: Stage, steps: int) -> int:
+        return steps * min(stage.batch_size, len(self.train)) * self.train.outputs.tokens.shape[1]
 
     def best_weights(self) -> dict[str, Tensor] | None:
         """The state dict of the student with the best validation loss, on the CPU; `None` in all processes but the first."""
@@ -148,19 +155,23 @@ class TrainingLoop:
     def num_tokens(self) -> int:
         """Tokens that the steps so far have trained on, in all processes together, repeats counted."""
         state = self.state
-        done = state.step - (state.stopped == "nan" and not math.isfinite(state.last_loss))
-        return done * self.batch_size * self.train.outputs.tokens.shape[1]
+        lost = state.stopped == "nan" and not math.isfinite(state.last_loss)
+        tokens = sum(self._tokens(stage, steps) for stage, steps in self._done())
+        return tokens - (self._tokens(self.stages[state.stage], 1) if lost and state.stage_step else 0)
 
     def records(self) -> tuple[StageRecord, ...]:
         """What each stage has done that was begun."""
-        tokens = self.batch_size * self.train.outputs.tokens.shape[1]
+        return tuple(
+            StageRecord(dict(stage.loss), steps, stage.learning_rate, self._tokens(stage, steps))
+            for stage, steps in self._done()
+        )
+
+    def _done(self) -> list[tuple[Stage, int]]:
+        """The stages that were begun, and their steps."""
         done = [*self.state.stage_steps]
         if self.state.stage < len(self.stages):
             done.append(self.state.stage_step)
-        return tuple(
-            StageRecord(dict(stage.loss), steps, stage.learning_rate, steps * tokens)
-            for stage, steps in zip(self.stages, done, strict=False)
-        )
+        return list(zip(self.stages, done, strict=False))
 
     def _set_rate(self, stage: Stage, steps: int) -> float:
         warmup, step = max(1, round(self.config.warmup_ratio * steps)), self.state.stage_step
@@ -172,20 +183,22 @@ class TrainingLoop:
             group["lr"] = stage.learning_rate * share
         return stage.learning_rate * share
 
-    def _rows(self, step: int) -> Tensor:
-        """The rows of a global batch, int64 `[batch]`; what does not fill the last batch of an epoch is left out."""
-        epoch, place = divmod(step, self.per_epoch)
+    def _rows(self) -> Tensor:
+        """The rows of the next global batch, int64 `[batch]`; what does not fill the last one of an epoch is left out."""
+        stage = self.stages[self.state.stage]
+        epoch, place = divmod(self.state.stage_step, stage.steps_per_epoch(len(self.train)))
+        epoch += sum(earlier.epochs for earlier in self.stages[: self.state.stage])
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed)
             for _ in range(epoch + 1):
                 order = torch.randperm(len(self.train), generator=generator)
             self._order = (epoch, order)
-        return self._order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self._order[1].split(stage.batch_size)[place]
 
     def _train_step(self) -> bool:
         """One optimizer step; false if the loss or its gradient is not finite, and then no weight has changed."""
         accelerator, stage = self.accelerator, self.stages[self.state.stage]
-        parts = self._rows(self.state.step).split(self.micro_batch)
+        parts = self._rows().split(self.micro_batches[self.state.stage])
         logits = TEACHER_LOGITS in needs_of(stage.loss)
         total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
@@ -241,7 +254,7 @@ class TrainingLoop:
         """The loss of every validation row, float64 `[rows]`, in every process."""
         accelerator = self.accelerator
         losses = torch.zeros(len(self.validation), dtype=torch.float64)
-        parts = torch.arange(len(self.validation)).split(self.micro_batch)
+        parts = torch.arange(len(self.validation)).split(self.micro_batches[-1])
         logits = TEACHER_LOGITS in needs_of(self.judge)
         with torch.no_grad():
             # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing

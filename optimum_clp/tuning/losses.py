@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..doors import LOSSES
 from ..errors import ConfigurationError
-from ..forward.losses import kl_divergence, next_token_cross_entropy
+from ..forward.losses import jensen_shannon_divergence, kl_divergence, next_token_cross_entropy
 
+# the dense model's most likely tokens that Jensen-Shannon divergence tells apart
+_TOP = 100
 LOGITS, TEACHER_LOGITS, STATES = NEEDS = ("logits", "teacher_logits", "states")
 
 
@@ -102,6 +104,23 @@ class Distillation:
     def __call__(self, batch: LossBatch) -> Tensor:
         assert batch.logits is not None and batch.teacher_logits is not None
         return row_means(kl_divergence(batch.teacher_logits, batch.logits), batch.mask)
+
+
+class JensenShannon:
+    """`jsd`: the mean over all tokens of the Jensen-Shannon divergence between the dense model and the cut one, in nats.
+
+    For text that the cut model writes itself (`on_policy.py`): where it is sure of what the dense model would hardly say,
+    the KL of the former from the latter has no bound, and a few tokens are the whole loss. On the dense model's 100 most
+    likely tokens, the others as one (generalized knowledge distillation, arXiv 2306.13649, with the cut of ShortOPD,
+    arXiv 2607.13124).
+    """
+
+    needs = frozenset({LOGITS, TEACHER_LOGITS})
+
+    def __call__(self, batch: LossBatch) -> Tensor:
+        assert batch.logits is not None and batch.teacher_logits is not None
+        divergence = jensen_shannon_divergence(batch.teacher_logits, batch.logits, _TOP)
+        return row_means(divergence, batch.mask)
 
 
 class CrossEntropy:

@@ -52,6 +52,25 @@ class StartRecord(TypedDict):
 
 
 @dataclass(frozen=True)
+class OnPolicyRound:
+    """A round of learning from what the cut model itself has written.
+
+    Args:
+        num_tokens (`int`): Tokens of its own that it learnt from.
+        own_loss_before (`float`): Jensen-Shannon divergence on other text of its own, written before the round, nats per token.
+        own_loss (`float`): On the same text with the weights that were kept.
+        improved (`bool`): Whether other weights were kept than before.
+        seconds (`float`): Wall-clock time, writing included.
+    """
+
+    num_tokens: Annotated[int, Key("Of its own text, that it learnt from.", minimum=0)]
+    own_loss_before: float
+    own_loss: float
+    improved: bool
+    seconds: Annotated[float, Key(minimum=0)] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class TuningResult:
     """What tuning did.
 
@@ -73,6 +92,7 @@ class TuningResult:
         num_tokens (`int`): Tokens that were trained on, repeats counted.
         num_processes (`int`): Processes that shared the work.
         forecast ([`Forecast`] or `None`): Of a time budget's pilots.
+        on_policy (`tuple[OnPolicyRound, ...]` or `None`): What was learnt after all that, from the model's own text.
         seconds (`float`): Wall-clock time, the dense model's pass included.
         cache_seconds (`float`): The dense model's pass alone.
     """
@@ -103,6 +123,10 @@ class TuningResult:
     seconds: Annotated[float, Key(minimum=0)] = field(compare=False)
     cache_seconds: Annotated[float, Key("Part of seconds: the dense model's pass.", minimum=0)] = field(compare=False)
     forecast: Annotated[Forecast | None, Key("What short pilots foretold, under a time budget.", sparse=True)] = None
+    on_policy: Annotated[
+        tuple[OnPolicyRound, ...] | None,
+        Key("Rounds on the cut model's own text, after all of the above.", sparse=True),
+    ] = None
 
     def to_dict(self) -> dict[str, Any]:
         """The `tuning` section of the report."""

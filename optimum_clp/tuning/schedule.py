@@ -4,8 +4,8 @@ Every stage trains the same layers on the same rows. They differ in the loss, an
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from ..configuration.stages import TuningConfig
@@ -27,12 +27,18 @@ class Stage:
         epochs (`int`): Passes over the rows, at least 1.
         learning_rate (`float`): Peak rate of AdamW.
         evaluations (`int`): How often the weights are judged, evenly, at least 1; at the end in any case.
+        batch_size (`int`): Rows in one step of all processes, at least 1; with fewer rows all of them are a step.
     """
 
     loss: Mapping[str, float]
     epochs: int
     learning_rate: float
     evaluations: int
+    batch_size: int
+
+    def steps_per_epoch(self, num_rows: int) -> int:
+        """Steps of a pass over so many rows; what does not fill the last one is left out."""
+        return num_rows // min(self.batch_size, num_rows)
 
 
 @dataclass(frozen=True)
@@ -52,23 +58,29 @@ class StageRecord:
     num_tokens: Annotated[int, Key("Repeats counted.", minimum=0)]
 
 
-def stages_of(config: TuningConfig, hidden_size: int, num_rows: int) -> tuple[Stage, ...]:
+def stages_of(config: TuningConfig, hidden_size: int, num_rows: int, num_processes: int = 1) -> tuple[Stage, ...]:
     """The stages that a recipe asks for: hidden states alone, then its loss, which also judges all weights.
 
     Args:
-        config ([`TuningConfig`]): Epochs, rates and loss.
+        config ([`TuningConfig`]): Epochs, rates, batches and loss.
         hidden_size (`int`): Of the model.
         num_rows (`int`): Train rows.
+        num_processes (`int`): That share the rows of a step.
     """
     rate = config.learning_rate or default_learning_rate(hidden_size)
     loss = {name: weight for name, weight in config.loss_weights().items() if weight}
-    stages: Sequence[Stage] = ()
-    if config.hidden_epochs:
-        steps = config.hidden_epochs * (num_rows // min(config.batch_size, num_rows))
-        hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size, steps)
-        judgements = max(1, min(_JUDGEMENTS_OF_HIDDEN, steps // _STEPS_BETWEEN_JUDGEMENTS))
-        stages = (Stage({HIDDEN: 1.0}, config.hidden_epochs, hidden_rate, judgements),)
-    return (*stages, Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch))
+    judged = Stage(loss, config.epochs, rate, config.epochs * config.evaluations_per_epoch, config.batch_size)
+    if not config.hidden_epochs:
+        return (judged,)
+    batch_size = config.hidden_batch_size
+    if batch_size is None:
+        half, uneven = divmod(config.batch_size, 2 * config.gradient_accumulation_steps * num_processes)
+        batch_size = config.batch_size if uneven or not half else config.batch_size // 2
+    hidden = Stage({HIDDEN: 1.0}, config.hidden_epochs, 0.0, 0, batch_size)
+    steps = config.hidden_epochs * hidden.steps_per_epoch(num_rows)
+    hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size, steps)
+    judgements = max(1, min(_JUDGEMENTS_OF_HIDDEN, steps // _STEPS_BETWEEN_JUDGEMENTS))
+    return replace(hidden, learning_rate=hidden_rate, evaluations=judgements), judged
 
 
 def default_hidden_learning_rate(hidden_size: int, steps: int) -> float:

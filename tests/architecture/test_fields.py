@@ -153,3 +153,28 @@ def test_a_property_is_not_a_stored_field():
 
     assert stored(Config(), "kinds") is None
     PerLayer("kinds").rewrite(Config(), Config(), [0], COUNT)
+
+
+def test_hunyuan_has_experts_and_choices_of_them_layer_by_layer(tmp_path):
+    """As Hunyuan-A13B's config.json: lists, whose entries may differ."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from zoo import ALL, zoo_config
+
+    from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
+    from optimum_clp.segments import LayerSegment
+    from optimum_clp.surgery.cut import cut_model
+
+    (tiny,) = [t for t in ALL if t.model_type == "hunyuan_v1_moe"]
+    config = zoo_config(tiny)
+    config.moe_topk = [1, 2, 3, 1, 2, 3, 1, 2]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.config.num_shared_expert = [1, 1, 2, 1, 1, 1, 1, 2]
+    smaller = cut_model(model, [LayerSegment(3, 5)])
+    assert smaller.config.moe_topk == [1, 2, 3, 3, 1, 2]
+    assert smaller.config.num_shared_expert == [1, 1, 2, 1, 1, 2]
+    chosen = [{m.top_k for m in layer.modules() if hasattr(m, "top_k")} for layer in smaller.model.layers]
+    assert chosen == [{1}, {2}, {3}, {3}, {1}, {2}]
+    save_checkpoint(smaller, None, tmp_path)
+    verify_checkpoint(tmp_path, smaller)

@@ -98,6 +98,23 @@ def test_tokens_follow_the_models_distribution(write, temperature):
     assert visits.min() > 500
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_token_is_the_cumulative_distribution_inverted_at_the_rows_next_number(write, temperature):
+    # vocabularies of less than one block, of some blocks, and of some and a part; half of the tokens hardly happen
+    for size in (200, 512, 600):
+        transitions = torch.randn(size, size, generator=torch.Generator().manual_seed(size)).exp()
+        transitions[:, 1 : size - 1 : 2] = 1e-20
+        model = markov_model(transitions / transitions.sum(-1, keepdim=True), bos_token_id=0, eos_token_id=None)
+        tokens = write(model, 5, 40, batch_size=5, seed=7, temperature=temperature)
+        likelihoods = transitions.double().pow(1 / temperature)
+        for index, row in enumerate(tokens):
+            uniforms = writing.random_stream(7, index, 40)
+            cumulative = likelihoods[row[:-1]].cumsum(-1)
+            below = (cumulative < uniforms[1:, None] * cumulative[:, -1:]).sum(-1)
+            # rounding decides only where a number is at a border
+            assert (below == row[1:]).float().mean() > 0.97
+
+
 def test_document_ends_are_followed_by_bos_and_rows_are_full(write):
     tokens = write(markov_model(some_transitions(), bos_token_id=1, eos_token_id=[2, 5]), 20, 60)
     assert tokens.shape == (20, 60) and tokens.dtype == torch.int64 and tokens.device.type == "cpu"

@@ -22,6 +22,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from zoo import ZOO, zoo_model
 
 from optimum_clp.checkpoint.files import QUANTO_MODEL_TYPE, legacy_rope
 from optimum_clp.checkpoint.loading import check_finite, load_model, load_tokenizer
@@ -164,7 +165,7 @@ def test_no_config(folder):
     (folder / "config.json").unlink()
     refuses(r"the folder has no config\.json\. Give the folder that save_pretrained wrote", folder)
     (folder / "adapter_config.json").write_text("{}")
-    refuses("it holds an adapter, not a model. Merge the adapter", folder)
+    refuses("it holds an adapter, and its adapter_config.json does not name the model that it is for", folder)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", r"config\.json is malformed"), ("[1]", "holds no JSON object")])
@@ -202,6 +203,68 @@ def test_encoder_and_encoder_decoder(tmp_path):
         refuses(message, tmp_path / type(model).__name__)
 
 
+@pytest.mark.parametrize("name", ["MPTForCausalLM", "LLaMAForCausalLM", "GPTRefactForCausalLM", "MyLlama"])
+def test_a_class_that_transformers_does_not_have_says_nothing(folder, name):
+    edit_json(folder / "config.json", architectures=[name])
+    assert type(load_model(folder, quiet=True)).__name__ == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("MyForSequenceClassification", "Give the causal language model that it was made from"),
+        ("LlamaForSequenceClassification", "Give the causal language model that it was made from"),
+        ("GPT2DoubleHeadsModel", "Give the causal language model that it was made from"),
+        ("LlamaModel", "It has no head for the next token"),
+        ("MPTModel", "It has no head for the next token"),
+        ("BertForMaskedLM", "Give a decoder-only model"),
+        ("LlavaForConditionalGeneration", "Give a decoder-only model"),
+    ],
+)
+def test_a_class_with_another_head_is_refused(folder, name, remedy):
+    edit_json(folder / "config.json", architectures=[name])
+    refuses(f"{name} is not a causal language model. {remedy}", folder)
+
+
+OLD = {
+    "gpt2": {"h.{}.attn.bias": torch.ones(1, 1, 9, 9), "h.{}.attn.masked_bias": torch.tensor(-1e4)},
+    "gpt_neo": {
+        "transformer.h.{}.attn.attention.bias": torch.ones(1, 1, 9, 9),
+        "transformer.h.{}.attn.attention.masked_bias": torch.tensor(-1e9),
+    },
+    "gptj": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9), "transformer.h.{}.attn.masked_bias": torch.ones(1)},
+    "codegen": {"transformer.h.{}.attn.causal_mask": torch.ones(1, 1, 9, 9)},
+    "gpt_neox": {"gpt_neox.layers.{}.attention.bias": torch.ones(1, 1, 9, 9)},
+    "gpt_bigcode": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9)},
+    "openai-gpt": {"transformer.h.{}.attn.bias": torch.ones(1, 1, 9, 9)},
+    "llama": {"model.layers.{}.self_attn.rotary_emb.inv_freq": torch.ones(8)},
+}
+
+
+@pytest.mark.parametrize("model_type", OLD)
+def test_masks_that_old_checkpoints_carry_are_left_out(model_type, tmp_path):
+    (tiny,) = [t for t in ZOO if t.name == model_type]
+    model = zoo_model(tiny)
+    model.save_pretrained(tmp_path)
+
+    def add(tensors):
+        if model_type == "gpt2":  # as openai-community/gpt2 has it
+            for key in list(tensors):
+                tensors[key.removeprefix("transformer.")] = tensors.pop(key)
+        for name, value in OLD[model_type].items():
+            tensors |= {name.format(layer): value.clone() for layer in range(8)}
+        return tensors
+
+    edit_weights(tmp_path, add)
+    found = load_model(tmp_path, quiet=True)
+    assert all(torch.equal(tensor, found.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_mask_that_no_version_of_the_type_had_is_refused(folder):
+    edit_weights(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.bias": torch.ones(1, 1, 9, 9)}))
+    refuses("1 weights are in the checkpoint but not in the model, the first is model.layers.0.self_attn.bias", folder)
+
+
 def test_unknown_type_and_remote_code(folder):
     edit_json(folder / "config.json", model_type="new_model")
     refuses("its type 'new_model' is unknown to the installed transformers. Check config.json, or upgrade", folder)
@@ -213,7 +276,20 @@ def test_unknown_type_and_remote_code(folder):
     assert not (folder / "ran").exists()
 
 
+def test_a_stray_quantization_config_beside_plain_weights(folder):
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    model = load_model(folder, quiet=True)
+    assert not hasattr(model.config, "quantization_config")
+    assert all(torch.equal(tensor, tiny_model().state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
 def test_quantized_checkpoint(folder):
+    def cast(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
+
+    edit_weights(folder, cast)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    refuses(r"its weights are quantized \(fp8\).*quantization_config=FineGrainedFP8Config\(dequantize=True\)", folder)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
     refuses(r"its weights are quantized \(gptq\).*Give the dense checkpoint", folder)
     edit_json(folder / "config.json", quantization_config={"load_in_8bit": True})

@@ -1,11 +1,17 @@
+import json
 import os
 import re
+import shutil
 import stat
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from optimum_clp.checkpoint.output import check_output, staged_folder
+from optimum_clp.checkpoint.output import check_output, claimed_output, staged_folder
+from optimum_clp.checkpoint.placing import MountedPlacing, Placing
 from optimum_clp.errors import OutputError
 
 
@@ -110,11 +116,121 @@ def test_git_repository_is_refused(old):
         check_output(old, overwrite=True)
 
 
-def test_mount_point_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(tmp_path / "disk"))
-    (tmp_path / "disk").mkdir()
-    with pytest.raises(OutputError, match="it is a mount point"):
-        check_output(tmp_path / "disk")
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A mount point with a former result."""
+    folder = tmp_path / "disk"
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(folder))
+    (folder / "onnx").mkdir(parents=True)
+    (folder / "lost+found").mkdir()
+    (folder / "config.json").write_text("old")
+    (folder / "onnx" / "old.onnx").write_text("old")
+    return folder
+
+
+def test_a_mount_point_is_written_into(disk):
+    with pytest.raises(OutputError, match="it is not empty"):
+        check_output(disk)
+    with staged_folder(disk, overwrite=True) as folder:
+        assert folder.parent == disk and listing(disk)["config.json"] == "old"
+        (folder / "config.json").write_text("new")
+    assert {p.name for p in disk.iterdir()} == {"lost+found", "config.json"} and listing(disk) == {
+        "config.json": "new"
+    }
+    (disk / "config.json").unlink()
+    with staged_folder(disk) as folder:
+        (folder / "x").write_text("1")
+    assert listing(disk) == {"x": "1"}
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+@pytest.mark.parametrize("fails", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_replacement_that_stops_anywhere_is_finished_or_undone(disk, monkeypatch, mounted, fails, killed):
+    if not mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: False)
+    before, after, rename, calls = listing(disk), {"config.json": "new", "onnx/new.onnx": "new"}, Path.rename, []
+
+    class Killed(BaseException):
+        """After it nothing is done."""
+
+    def failing(path, target):
+        calls.append(path)
+        if len(calls) == fails:
+            raise Killed if killed else OSError("planted")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        if killed:
+            patch.setattr(Placing, "put_back", lambda *_: None)
+            patch.setattr(MountedPlacing, "put_back", lambda *_: None)
+        with suppress(Killed, OutputError), staged_folder(disk, overwrite=True) as folder:
+            (folder / "onnx").mkdir()
+            (folder / "config.json").write_text("new")
+            (folder / "onnx" / "new.onnx").write_text("new")
+    for folder in list(disk.parent.rglob("*.finished")):
+        assert listing(folder) == after
+        shutil.rmtree(folder)
+    with claimed_output(disk, overwrite=True):
+        pass
+    assert listing(disk) in (before, after)
+    assert not [p for p in (*disk.iterdir(), *disk.parent.iterdir()) if p.name[0] == "."]
+
+
+def test_former_content_that_may_not_be_written_to_goes(old):
+    (old / "onnx").chmod(0o500)
+    with staged_folder(old, overwrite=True) as folder:
+        (folder / "x").write_text("1")
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_what_killed_runs_have_left_is_put_in_order(old):
+    for name in (".old.0123abcd.tmp", ".old.0123abcd.old", ".old.fedcba98.tmp", ".old.finished"):
+        (old.parent / name).mkdir()
+    with claimed_output(old, overwrite=True):
+        assert {p.name for p in old.parent.iterdir()} == {"old", ".old.lock", ".old.finished"}
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path):
+    lock = tmp_path / ".out.lock"
+    code = (
+        f"import fcntl, os, time\nf = open({str(lock)!r}, 'w')\nfcntl.flock(f, fcntl.LOCK_EX)\n"
+        'f.write(\'{"pid": %d, "host": "elsewhere", "since": "noon"}\' % os.getpid()); f.flush()\n'
+        "print(flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    message = rf"output folder is .*out': process {other.pid} on elsewhere \(since noon\) is writing to it. Wait until"
+    with pytest.raises(OutputError, match=message), claimed_output(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    other.kill()
+    other.communicate()
+    with claimed_output(tmp_path / "out"), staged_folder(tmp_path / "out"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_parents_that_were_made_for_nothing_go(tmp_path):
+    with pytest.raises(RuntimeError), claimed_output(tmp_path / "a" / "b" / "c"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_home_or_a_current_folder(tmp_path, monkeypatch):
+    def missing():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", missing)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert check_output(tmp_path / "out") == tmp_path / "out"
+    with pytest.raises(
+        OutputError, match="it leads nowhere .*: the current folder may be gone. Give an absolute path"
+    ):
+        check_output("out")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

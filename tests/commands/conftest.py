@@ -80,6 +80,10 @@ class FakePruner:
     def save_pretrained(self, save_directory, push_to_hub=False, *, overwrite=False):
         self._stage("save_pretrained", save_directory, overwrite=overwrite)
 
+    def finish(self):
+        self._stage("finish")
+        self.report.failures = None
+
     def push_to_hub(self, repo_id, **options):
         self._stage("push_to_hub", repo_id, **options)
 

@@ -9,6 +9,7 @@ from optimum_clp.commands.clp import COMMANDS, main
 from optimum_clp.commands.search import scored_segments
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
+from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
 
 
@@ -34,6 +35,68 @@ def test_prune_runs_everything_and_prints_the_table(pruner, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.out == f"{example_report().to_table()}\nWritten to out.\n"
     assert "library noise on stdout" in captured.err and "library noise on stderr" in captured.err
+
+
+FAILED = [{"stage": "plots", "error": "RuntimeError: no font", "command": "optimum-clp finish --model out"}]
+
+
+@pytest.mark.parametrize("command", ["prune --model m", "tune --model cut"])
+def test_a_stage_that_failed_is_named_and_the_status_is_3(command, pruner, monkeypatch, capsys):
+    monkeypatch.setattr(CLPReport, "failures", FAILED, raising=False)
+    real = CLPReport.__init__
+
+    def failed(report, *args, **options):
+        real(report, *args, **{**options, "failures": FAILED})
+
+    monkeypatch.setattr(CLPReport, "__init__", failed)
+    assert (
+        main(f"{command} --quiet --push-to-hub me/m out".split() if "prune" in command else f"{command} out".split())
+        == 3
+    )
+    out = capsys.readouterr().out
+    assert (
+        "Failed: plots (RuntimeError: no font)\n  repeat it with: optimum-clp finish --model out\nWritten to out."
+        in out
+    )
+    assert "push_to_hub" not in names(pruner)
+
+
+def test_finish_does_again_what_failed(pruner, capsys):
+    assert main("finish --model cut --quiet".split()) == 0
+    assert names(pruner) == ["from_pretrained", "finish"]
+    assert capsys.readouterr().out == f"{example_report().to_table()}\nWritten to cut.\n"
+
+
+def caused_by(cause):
+    error = ModelError(Problem("model", "m", "it could not be read (can't start new thread)", "Fetch it again"))
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
+        RuntimeError("std::bad_alloc"),
+        caused_by(RuntimeError("can't start new thread")),
+    ],
+)
+def test_too_little_memory_is_said_in_words(error, pruner, capsys):
+    pruner.fails_with = error
+    assert main("prune --model m --quiet out".split()) == 1
+    assert "memory is used up: this process may have no more (" in error_of(capsys)
+
+
+def test_a_current_folder_that_was_deleted_is_said_at_once(pruner, tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(f"prune --model m --quiet {tmp_path / 'out'}".split()) == 1
+    assert "current folder is None: it was deleted, and the libraries cannot be loaded" in error_of(capsys)
+    assert pruner.calls == []
 
 
 def test_loading_options_are_passed_on(pruner):
@@ -382,7 +445,6 @@ def test_output_folder_that_holds_the_model_is_refused(pruner, tmp_path, capsys)
         ),
         (PermissionError(errno.EACCES, "Permission denied", "w.bin"), "[Errno 13] Permission denied: 'w.bin'"),
         (RuntimeError("shape '[3]' is invalid"), "unexpected RuntimeError: shape '[3]' is invalid"),
-        (MemoryError(), "unexpected MemoryError: no message"),
     ],
 )
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
@@ -407,7 +469,7 @@ def test_interrupt_is_status_130(pruner, capsys):
     assert capsys.readouterr().err == "optimum-clp: interrupted\n"
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("search", "evaluate")])
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("search", "evaluate", "finish")])
 def test_missing_output_is_a_usage_error(name, pruner, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--model", "m", "--quiet"])

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from report_example import example_report
 from tiny_models import tiny_config
 from transformers import AutoConfig, BertConfig, T5Config
 
@@ -100,7 +99,6 @@ def test_bad_option_is_one_message(options, message, folder, capsys):
         (lambda folder: (folder / "config.json").write_text("{"), "model is 'm': its config.json is malformed"),
         (lambda folder: BertConfig().save_pretrained(folder), "model_type is 'bert': "),
         (lambda folder: T5Config().save_pretrained(folder), "T5|t5"),
-        (lambda folder: example_report().save(folder), "model is 'm': it was cut before"),
     ],
 )
 def test_bad_folder_is_one_message(write, message, folder, capsys):

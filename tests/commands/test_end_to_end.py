@@ -177,9 +177,40 @@ def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_sa
     monkeypatch.setattr(losses, "kl_divergence", planted)
     line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
     status, out, err = call(line, capsys)
-    assert status == 1 and out == ""
-    assert err.count("\n") == 1 and "tuning loss is nan: it must stay finite" in err and "were kept" in err
+    assert status == 3 and err == ""
+    assert "Failed: tuning (tuning loss is nan: it must stay finite" in out and "were kept" in out
+    assert "  repeat it with: optimum-clp tune --model out --learning-rate RATE out-tuned\nWritten to out." in out
     assert json.loads((workplace / "out" / "clp_report.json").read_text())["tuning"]["stopped"] == "nan"
+
+
+def test_a_learning_rate_beyond_all_measure_leaves_the_best_weights_and_status_3(workplace, capsys):
+    line = (
+        f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export --learning-rate 1e30 out"
+    )
+    status, out, err = call(line, capsys)
+    report = json.loads((workplace / "out" / "clp_report.json").read_text())
+    assert (status, err) == (3, "") and [entry["stage"] for entry in report["failures"]] == ["tuning"]
+    assert report["tuning"]["best_validation_loss"] <= report["tuning"]["initial_validation_loss"]
+    status, out, err = call("tune --model out --learning-rate 1e-3 --quiet out-tuned", capsys)
+    assert status == 0
+    status, out, err = call("finish --model out --quiet", capsys)
+    assert status == 1 and "nothing in it has failed that could be done again" in err
+
+
+def test_plots_that_fail_cost_the_plots_alone_and_finish_makes_them(workplace, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Failed to find font DejaVu Sans")
+
+    line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
+    with monkeypatch.context() as patch:
+        patch.setattr("optimum_clp.output_folder.write_plots", fail)
+        status, out, err = call(line, capsys)
+    assert (status, err) == (3, "") and "Failed: plots (RuntimeError: Failed to find font DejaVu Sans)" in out
+    assert not (workplace / "out" / "plots").exists() and (workplace / "out" / "model.safetensors").exists()
+    status, out, err = call("finish --model out --quiet", capsys)
+    assert (status, err) == (0, "")
+    report = json.loads((workplace / "out" / "clp_report.json").read_text())
+    assert report["failures"] is None and report["evaluation"]["rows"]
 
 
 def test_a_missing_model_is_refused(workplace, capsys):

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from optimum_clp.evaluation.loops import has_loop
+from optimum_clp.evaluation.loops import has_loop, loop_begin
 
 
 def plain(tokens):
@@ -48,3 +48,10 @@ def test_it_is_the_definition():
 )
 def test_where_it_begins_and_ends(tokens, loops):
     assert has_loop(tokens) is loops
+
+
+def test_where_the_first_loop_begins():
+    before = list(range(100, 150))
+    assert loop_begin([*before, *[7] * 80]) == 50 - 6  # a tenth may disagree
+    assert loop_begin([*range(100, 800), *[1, 2, 3] * 40]) == 700 - 6
+    assert loop_begin(before) is None

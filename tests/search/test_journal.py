@@ -60,7 +60,7 @@ def test_an_interrupted_search_goes_on_where_it_was(strategy, num_segments, tmp_
         resumed = search(file)
     assert resumed == uninterrupted
     assert len(computed) == total - 5
-    assert not file.exists()
+    assert len(file.read_text().splitlines()) == total
 
 
 def test_a_search_for_a_quality_budget_is_resumed(tmp_path, monkeypatch):
@@ -125,7 +125,6 @@ def test_what_cannot_be_written_is_told_once(tmp_path):
     with pytest.warns(UserWarning, match="cannot be written .*: the search cannot be resumed"):
         assert journal.recall("key", lambda: [1.5]) == [1.5]
     assert journal.recall("other", lambda: 2) == 2
-    journal.close()
 
 
 def test_a_journals_name_depends_on_all_of_its_contents(tmp_path):

@@ -30,6 +30,13 @@ def plain_kd(batch):
     return (teacher.exp() * (teacher - student)).sum(-1).mean(-1)
 
 
+def plain_jsd(batch):
+    # a vocabulary of less than 100 tokens: there is no rest
+    p, q = (logits.double().softmax(-1) for logits in (batch.teacher_logits, batch.logits))
+    m = (p + q) / 2
+    return ((p * (p / m).log() + q * (q / m).log()) / 2).sum(-1).mean(-1)
+
+
 def plain_ce(batch):
     losses = [F.cross_entropy(row[:-1].double(), ids[1:]) for row, ids in zip(batch.logits, batch.tokens, strict=True)]
     return torch.stack(losses)
@@ -44,7 +51,7 @@ def plain_hidden(batch):
 
 
 # the formula, and whether it is 0 where the cut model is the dense one
-PLAIN = {"kd": (plain_kd, True), "ce": (plain_ce, False), "hidden": (plain_hidden, True)}
+PLAIN = {"kd": (plain_kd, True), "jsd": (plain_jsd, True), "ce": (plain_ce, False), "hidden": (plain_hidden, True)}
 
 
 def made(*shape, seed, dtype=torch.float32):
@@ -141,6 +148,9 @@ def plain_masked(name, batch):
         logits, teacher = (x[row].double().log_softmax(-1) for x in (batch.logits, batch.teacher_logits))
         of = {
             "kd": lambda t, s=logits, d=teacher: (d[t].exp() * (d[t] - s[t])).sum(),
+            "jsd": lambda t, s=logits, d=teacher: (
+                sum((part[t].exp() * (part[t] - ((s[t].exp() + d[t].exp()) / 2).log())).sum() for part in (s, d)) / 2
+            ),
             "ce": lambda t, s=logits, r=row: -s[t, batch.tokens[r, t + 1]],
             "hidden": lambda t, r=row: (
                 sum(
@@ -291,7 +301,7 @@ def test_a_loss_that_is_registered_can_be_tuned_with(registered):
 
 
 def test_losses_that_cannot_be_used_are_refused(registered):
-    with pytest.raises(ConfigurationError, match="loss is 'mse': it must be one of 'kd', 'ce', 'hidden'"):
+    with pytest.raises(ConfigurationError, match="loss is 'mse': it must be one of 'kd', 'jsd', 'ce', 'hidden'"):
         weighted_losses({"kd": 1.0, "mse": 0.5})
     registered("greedy", type("Greedy", (), {"needs": frozenset({"gradients"})}))
     with pytest.raises(ConfigurationError) as error:

@@ -7,7 +7,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp.configuration.stages import TuningConfig
-from optimum_clp.errors import TuningError
+from optimum_clp.errors import ConfigurationError, TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
@@ -43,15 +43,15 @@ def whole():
 def test_both_stages_are_run_and_judged_by_the_loss_of_the_last(whole):
     cut, result = whole
     assert [(dict(s.loss), s.steps, s.learning_rate) for s in result.stages] == [
-        ({"hidden": 1.0}, 12, 3e-3),
+        ({"hidden": 1.0}, 24, 3e-3),
         ({"kd": 1.0}, 8, 1e-3),
     ]
-    assert [s.num_tokens for s in result.stages] == [12 * 4 * 20, 8 * 4 * 20]
-    assert (result.steps, result.num_tokens, result.loss) == (20, 20 * 4 * 20, {"kd": 1.0})
+    assert [s.num_tokens for s in result.stages] == [24 * 2 * 20, 8 * 4 * 20]
+    assert (result.steps, result.num_tokens, result.loss) == (32, 20 * 4 * 20, {"kd": 1.0})
     steps = [entry.step for entry in result.history]
-    assert steps == [0, 12, 14, 16, 18, 20]
+    assert steps == [0, 24, 26, 28, 30, 32]
     # the train loss of hidden states is in another unit, and is left out
-    assert [entry.train_loss is not None for entry in result.history] == [s > 12 for s in steps]
+    assert [entry.train_loss is not None for entry in result.history] == [s > 24 for s in steps]
     assert result.initial_validation_loss == pytest.approx(
         divergence(cut_model(DENSE, [LayerSegment(2, 4)])), rel=1e-4
     )
@@ -60,9 +60,9 @@ def test_both_stages_are_run_and_judged_by_the_loss_of_the_last(whole):
 
 def test_the_rate_of_each_stage_rises_and_falls(whole):
     rates = {entry.step: entry.learning_rate for entry in whole[1].history}
-    assert rates[14] > rates[16] > rates[18] > rates[20] > 0
-    assert rates[12] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 10 / 11)))
-    assert rates[12] < rates[14]
+    assert rates[26] > rates[28] > rates[30] > rates[32] > 0
+    assert rates[24] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 22 / 23)))
+    assert rates[24] < rates[26]
 
 
 def test_in_the_first_stage_nothing_above_the_cut_runs(monkeypatch):
@@ -88,7 +88,7 @@ def test_in_the_first_stage_nothing_above_the_cut_runs(monkeypatch):
     assert set(seen[0]) == {0} and min(seen[1]) >= 1
 
 
-@pytest.mark.parametrize("stop_at", [5, 11, 12, 13, 19])
+@pytest.mark.parametrize("stop_at", [5, 23, 24, 25, 31])
 def test_a_run_that_fails_in_any_stage_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch, whole):
     step = TrainingLoop._train_step
 
@@ -110,7 +110,7 @@ def test_a_stage_that_no_longer_helps_gives_way_to_the_next():
     # a rate at which every step harms: the stage of hidden states ends early, and the other one is run
     _, result = tuned(hidden_epochs=64, hidden_learning_rate=0.3, patience=2, learning_rate=1e-12)
     first, second = result.stages
-    assert (first.steps, second.steps) == (128, 4)
+    assert (first.steps, second.steps) == (256, 4)
     assert (result.stopped, result.best_step) == ("patience", 0)
     assert not result.improved
 
@@ -129,14 +129,35 @@ def test_without_hidden_epochs_there_is_one_stage():
     assert stage.learning_rate == default_learning_rate(4096)
 
 
+def test_a_step_of_hidden_states_has_half_of_the_rows_where_they_can_be_dealt_out():
+    def rows(processes=1, **settings):
+        return stages_of(TuningConfig(**settings), 64, 1024, processes)[0].batch_size
+
+    assert rows() == 4
+    assert rows(4) == 4
+    assert rows(8) == 8
+    assert rows(2, gradient_accumulation_steps=4) == 8
+    assert rows(batch_size=1) == 1
+    assert rows(8, hidden_batch_size=16) == 16
+
+
+def test_a_batch_that_cannot_be_dealt_out_names_its_setting():
+    settings = {"gradient_accumulation_steps": 2, "batch_size": 4}
+    rule = "a step of 3 rows must be dealt out evenly to 1 processes times 2 accumulation steps"
+    with pytest.raises(ConfigurationError, match=f"tuning.hidden_batch_size is 3: {rule}"):
+        tuned(hidden_batch_size=3, **settings)
+    with pytest.raises(ConfigurationError, match="tuning.batch_size is 5: a step of 5 rows"):
+        tuned(**{**settings, "batch_size": 5, "hidden_batch_size": 4})
+
+
 def test_the_rate_of_hidden_states_follows_width_and_steps():
     def rate(hidden_size, rows, **settings):
         return stages_of(TuningConfig(**settings), hidden_size, rows)[0].learning_rate
 
     assert rate(576, 1024) == pytest.approx(7.5e-3)
     assert rate(4 * 576, 1024) == pytest.approx(7.5e-3 / 2)
-    # six passes over 64 rows in batches of 8 are 48 steps of the 300 that take the whole rate
-    assert rate(576, 64) == pytest.approx(7.5e-3 * math.sqrt(48 / 300))
-    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(24 / 300))
+    # six passes over 64 rows in batches of 4 are 96 steps of the 300 that take the whole rate
+    assert rate(576, 64) == pytest.approx(7.5e-3 * math.sqrt(96 / 300))
+    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(48 / 300))
     assert rate(576, 4, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(6 / 300))
     assert rate(576, 64, hidden_learning_rate=1e-3) == 1e-3
