@@ -1,7 +1,7 @@
 """The kinds of arguments that public functions take, checked at the door by their own annotations.
 
-Without it `prune(5)` ends in an `AttributeError` somewhere below, some calls after minutes. A model's kind is not judged here
-beyond plain data: the door for models (`checkpoint.loading`) unwraps some objects, and says what to call on others.
+Without it `prune(5)` ends in an `AttributeError` somewhere below, some calls after minutes. A model's kind is not judged here:
+the door for models (`checkpoint.in_memory`) unwraps some objects, and says what to call on others.
 """
 
 import collections.abc
@@ -17,7 +17,6 @@ from .errors import ConfigurationError
 
 _Checked = TypeVar("_Checked", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
-_PLAIN = (bool, int, float, complex, bytes, bytearray, list, tuple, dict, set, frozenset)
 # in bytes, on Linux
 _LONGEST_PATH, _LONGEST_NAME = 4096, 255
 
@@ -103,9 +102,7 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, (int, float))
     if kind in (collections.abc.Iterable, collections.abc.Sequence):
         return isinstance(value, kind) and not isinstance(value, (str, bytes, Mapping))
-    if kind.__name__ == "PreTrainedModel":
-        return not isinstance(value, (*_PLAIN, str))
-    return isinstance(value, kind)
+    return kind.__name__ == "PreTrainedModel" or isinstance(value, kind)
 
 
 def _said(kind: Any) -> str:

@@ -79,10 +79,8 @@ def test_models_are_judged_by_their_own_door():
     def run(model: PreTrainedModel | str):
         return model
 
-    assert run("a/b") == "a/b" and isinstance(run(wrapped := LayerLike()), LayerLike) and wrapped
-    for plain in (5, b"x", [1], {"a": 1}, True, 2.5):
-        with pytest.raises(ConfigurationError, match="must be a PreTrainedModel or a string"):
-            run(plain)
+    for given in ("a/b", LayerLike(), 5, b"x"):
+        assert run(given) is given
 
 
 def test_pythons_own_errors_of_arguments_stay():
