@@ -20,8 +20,9 @@ from optimum.quanto import QLinear, QTensor, WeightQBitsTensor, qtype, qtypes, q
 from optimum.quanto.library.extensions import get_extension, is_extension_available
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
+from .architecture.containers import reader
 from .checkpoint.errors import model_error
 from .checkpoint.files import (
     CONFIG_FILE,
@@ -322,7 +323,7 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     config, kinds = _read_description(folder)
     # random weights are not wanted, and transformers 4 cannot make those of some state-space layers without memory
     with init_empty_weights(), mock.patch.object(PreTrainedModel, "initialize_weights", lambda model: None):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = reader(config.model_type, (config.architectures or [None])[0]).from_config(config, dtype=config.dtype)
     for name, kind in kinds.items():
         model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
     # tensors in a file are aligned to 8 bytes; PyTorch's int8 kernel for bfloat16 crashes the process below 16

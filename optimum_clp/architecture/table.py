@@ -207,9 +207,7 @@ _ENCODER_DECODERS = """
     bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart prophetnet
     speech_to_text_2 trocr whisper xlm-prophetnet
 """.split()
-_MULTIMODAL = (
-    "dots3_note emu3 fuyu gemma4 gemma4_unified git got_ocr2 mllama moss_transcribe_diarize phi4_multimodal".split()
-)
+_MULTIMODAL = "dots3_note emu3 fuyu git mllama moss_transcribe_diarize phi4_multimodal".split()
 _PER_LAYER_EMBEDDING = (
     "every layer has its own slice of one embedding and shares keys and values with others: a cut would have to rewrite "
     "tensors, and its config.json says by the number of layers which layers share",

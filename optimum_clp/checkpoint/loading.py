@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from packaging import version
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from ..architecture.containers import reader
 from ..doors import ARCHITECTURES
 from ..errors import CLPError
 from .adapters import adapter_base, merged
@@ -84,7 +85,7 @@ def load_model(
         check_weight_files(Path(path), use_safetensors)
     with transformers_quiet(bars=quiet):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = reader(config.model_type, (config.architectures or [None])[0]).from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,

@@ -4,14 +4,15 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from ..architecture.containers import reader
 from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import at_rest, evaluation_mode, follows_length
@@ -148,7 +149,7 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
     path = str(folder)
     with transformers_quiet(bars=True):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = reader(model.config.model_type, type(model).__name__).from_pretrained(
                 path,
                 dtype="auto",
                 use_safetensors=True,
@@ -190,7 +191,8 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
             config._attn_implementation = model.config._attn_implementation
-            reloaded = _built_without_weights(config, model.dtype, trusted)
+            build = reader(config.model_type, type(model).__name__).from_config
+            reloaded = _built_without_weights(lambda: build(config, dtype=model.dtype, trust_remote_code=trusted))
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
     for name, buffer in model.named_buffers():
@@ -204,11 +206,11 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     _check_logits(path, model, reloaded.eval())
 
 
-def _built_without_weights(config: Any, dtype: torch.dtype, trusted: bool) -> PreTrainedModel:
+def _built_without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     for buffers_too in (False, True):
         try:
             with init_empty_weights(include_buffers=buffers_too):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+                return build()
         except RuntimeError:
             # Mamba's kin exchange tensors while they are built (transformers 4.57): their buffers are not computed then
             if buffers_too:
