@@ -44,3 +44,9 @@ def text_type(config: PretrainedConfig) -> str | None:
     """The model type of the text decoder in a container; `None` where the model is a text decoder itself."""
     inner = config.get_text_config(decoder=True)
     return None if inner is config else inner.model_type
+
+
+def fed_layers(config: PretrainedConfig) -> int:
+    """How many of the decoder's first layers another part adds to while it runs (DeepStack's features of an image)."""
+    indexes = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None)
+    return len(indexes or ())

@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..doors import ARCHITECTURES
 from ..errors import ConfigurationError, CutError, ModelError
 from ..segments import LayerSegment, candidate_segments, kept_layers
-from .containers import container_class, text_type
+from .containers import container_class, fed_layers, text_type
 from .fields import DepthField, NotRepresentable, PerLayer, unknown_lists
-from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
+from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, CONTAINED, REFUSED, Architecture
 
 # where a model has positions for so many tokens and no more, in the order of lm-eval; transformers' attribute_map lets
 # GPT-2's n_positions and DBRX's max_seq_len answer to the second name as well
@@ -62,7 +62,7 @@ def _contained(config: PretrainedConfig) -> Architecture | None:
     kind, whole = text_type(config), container_class(str(config.model_type))
     if kind is None or whole is None:
         return None
-    found = BUILT_IN.get(kind) or _added(kind)
+    found = BUILT_IN.get(kind) or CONTAINED.get(kind) or _added(kind)
     if found is None:
         rule, remedy = REFUSED.get(
             kind, ("that type is not one whose cuts are tested", "Add it, see docs/architectures.md")
@@ -251,6 +251,9 @@ def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     old, count = text_config(config), num_layers(config)
     for condition in COMMON_CONDITIONS + architecture.conditions:
         condition.check(old, kept, count)
+    fed = fed_layers(config)
+    if list(kept[:fed]) != [*range(fed)]:
+        raise NotRepresentable(f"the first {fed} layers must stay, because the image is added to what leaves them")
     new = copy.deepcopy(config)
     # only plain weights are cut: it speaks of files that they were made from
     vars(new).pop("quantization_config", None)

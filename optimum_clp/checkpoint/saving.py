@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..architecture.containers import reader
+from ..architecture.containers import reader, text_type
 from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import at_rest, evaluation_mode, follows_length
@@ -21,6 +21,7 @@ from .files import (
     make_tokenizer_portable,
 )
 from .loading import transformers_quiet
+from .processors import copy_processor
 
 PROBE_LENGTH = 64
 
@@ -63,7 +64,8 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike) -> None:
-    """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings.
+    """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings; beside a model that
+    reads images or sound, also the processor's files that lay beside the dense one.
 
     transformers 4.57 and 5 read the same model and the same token ids from it. No path of this machine is in it. The
     model is not changed, and may share its tensors with others.
@@ -81,6 +83,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
             settings.to_json_file(folder / "generation_config.json")
     make_config_portable(folder, has_tied_head(model))
     save_tokenizer(tokenizer, folder)
+    if text_type(model.config) is not None:
+        copy_processor(model.name_or_path, folder)
 
 
 def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
                 dtype="auto",
                 use_safetensors=True,
                 output_loading_info=True,
-                attn_implementation=model.config._attn_implementation,
+                attn_implementation=_attention_of(model),
                 # the code that the model in memory runs, copied beside it
                 trust_remote_code=model._auto_class is not None,
             )
@@ -175,6 +179,14 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
         _check_logits(path, model, reloaded.eval())
 
 
+def _attention_of(model: PreTrainedModel) -> str | dict[str, str]:
+    """The attention of a model, by the names of its parts where it has several."""
+    own = model.config._attn_implementation
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    found = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    return {"": own, **found} if found else own
+
+
 def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     """Check that the configuration in a folder, read back, describes the model in memory: the looks of
     [`verify_checkpoint`] that need no second copy of the weights.
@@ -190,9 +202,9 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     with transformers_quiet(bars=True):
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-            config._attn_implementation = model.config._attn_implementation
             build = reader(config.model_type, type(model).__name__).from_config
-            reloaded = _built_without_weights(lambda: build(config, dtype=model.dtype, trust_remote_code=trusted))
+            options = {"dtype": model.dtype, "trust_remote_code": trusted, "attn_implementation": _attention_of(model)}
+            reloaded = _built_without_weights(lambda: build(config, **options))
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
     for name, buffer in model.named_buffers():
