@@ -323,7 +323,7 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     config, kinds = _read_description(folder)
     # random weights are not wanted, and transformers 4 cannot make those of some state-space layers without memory
     with init_empty_weights(), mock.patch.object(PreTrainedModel, "initialize_weights", lambda model: None):
-        model = reader(config.model_type, (config.architectures or [None])[0]).from_config(config, dtype=config.dtype)
+        model = reader(config.model_type, *(config.architectures or ())[:1]).from_config(config, dtype=config.dtype)
     for name, kind in kinds.items():
         model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
     # tensors in a file are aligned to 8 bytes; PyTorch's int8 kernel for bfloat16 crashes the process below 16

@@ -16,7 +16,7 @@ def container_class(model_type: str) -> str | None:
     return next((names[model_type] for _, names in _readers() if model_type in names), None)
 
 
-def reader(model_type: str, class_name: str | None) -> Any:
+def reader(model_type: str, class_name: str | None = None) -> Any:
     """The Auto class that reads a model.
 
     Args:

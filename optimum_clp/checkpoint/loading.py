@@ -75,9 +75,9 @@ def load_model(
         return path
     base = adapter_base(Path(path))
     if base is not None:
-        options = {"trust_remote_code": trust_remote_code, "use_safetensors": use_safetensors, "token": token}
-        model = load_model(base, dtype=dtype, device_map=device_map, accept=accept, quiet=quiet, **options)
-        return merged(model, Path(path))
+        reading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "use_safetensors": use_safetensors}
+        reading |= {"token": token, "trust_remote_code": trust_remote_code, "accept": accept, "quiet": quiet}
+        return merged(load_model(base, **reading), Path(path))
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
         accept(config)
@@ -85,7 +85,7 @@ def load_model(
         check_weight_files(Path(path), use_safetensors)
     with transformers_quiet(bars=quiet):
         try:
-            loaded: Any = reader(config.model_type, (config.architectures or [None])[0]).from_pretrained(
+            loaded: Any = reader(config.model_type, *(config.architectures or ())[:1]).from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,

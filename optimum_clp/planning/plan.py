@@ -167,7 +167,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ModelError: If transformers cannot build it.
     """
     try:
-        auto = reader(config.model_type, (config.architectures or [None])[0])
+        auto = reader(config.model_type, *(config.architectures or ())[:1])
         model = without_weights(lambda: auto.from_config(copy.deepcopy(config), dtype=dtype))
     # whatever a model's class makes of a malformed config, the user gets one message
     except Exception as error:

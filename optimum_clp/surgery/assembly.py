@@ -51,7 +51,8 @@ def uncut_twin(dense: PreTrainedModel) -> PreTrainedModel:
 def computes_alike(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Whether two models over the same tensors give equal logits, bit for bit, for one short row of tokens."""
     length = within_context(_SHORT_ROW, model.config)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(other):
         return torch.equal(*(m(input_ids=ids, use_cache=False).logits for m in (model, other)))
