@@ -188,8 +188,10 @@ _ROWS = (
     Architecture("zamba", conditions=(_SHARED_BLOCK,)),
 )
 
-# their checkpoints are opened as text models: transformers gives the model the text part of the config
+# transformers reads these as text models as well as with their other parts, or has one class for both
 _TEXT_MODELS = {
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "llama4": "llama4_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",

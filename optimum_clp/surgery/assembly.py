@@ -77,6 +77,7 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 def _take_over_tensors(cut: PreTrainedModel, dense: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Replace every tensor of `cut` by one over the storage of its counterpart in `dense`."""
     taken: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+    copies: dict[int, Tensor] = {}  # and so do buffers that layers share
     for module_name, module in cut.named_modules(remove_duplicate=False):
         source_name = old_name(path, kept, module_name)
         try:
@@ -92,9 +93,10 @@ def _take_over_tensors(cut: PreTrainedModel, dense: PreTrainedModel, path: str, 
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = _counterpart(source, name, source_name)
-        for name in computed_buffers(module):
+        for name, buffer in computed_buffers(module).items():
             # these may be written in place while a model runs
-            module._buffers[name] = module._buffers[name].clone()
+            copies.setdefault(id(buffer), buffer.clone())
+            module._buffers[name] = copies[id(buffer)]
         for name, value in list(vars(module).items()):
             # rotary embeddings keep a tensor that is neither parameter nor buffer
             if isinstance(value, Tensor):
