@@ -95,7 +95,8 @@ def _take_over_tensors(cut: PreTrainedModel, dense: PreTrainedModel, path: str, 
                 module._buffers[name] = _counterpart(source, name, source_name)
         for name, buffer in computed_buffers(module).items():
             # these may be written in place while a model runs
-            copies.setdefault(id(buffer), buffer.clone())
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.clone()
             module._buffers[name] = copies[id(buffer)]
         for name, value in list(vars(module).items()):
             # rotary embeddings keep a tensor that is neither parameter nor buffer
