@@ -20,8 +20,9 @@ from optimum.quanto import QLinear, QTensor, WeightQBitsTensor, qtype, qtypes, q
 from optimum.quanto.library.extensions import get_extension, is_extension_available
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 
+from .architecture.containers import reader
 from .argument_types import check_arguments
 from .checkpoint.errors import load_error, model_error
 from .checkpoint.files import (
@@ -324,7 +325,7 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     config, kinds = _read_description(folder)
     # random weights are not wanted, and transformers 4 cannot make those of some state-space layers without memory
     with init_empty_weights(), mock.patch.object(PreTrainedModel, "initialize_weights", lambda model: None):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = reader(config.model_type, *(config.architectures or ())[:1]).from_config(config, dtype=config.dtype)
     for name, kind in kinds.items():
         model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
     # tensors in a file are aligned to 8 bytes; PyTorch's int8 kernel for bfloat16 crashes the process below 16

@@ -14,8 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..doors import ARCHITECTURES
 from ..errors import ConfigurationError, CutError, ModelError
 from ..segments import LayerSegment, candidate_segments, kept_layers
+from .containers import container_class, fed_layers, text_type
 from .fields import DepthField, NotRepresentable, PerLayer, unknown_lists
-from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, REFUSED, Architecture
+from .table import BUILT_IN, COMMON_CONDITIONS, COMMON_FIELDS, CONTAINED, REFUSED, Architecture
 
 # where a model has positions for so many tokens and no more, in the order of lm-eval; transformers' attribute_map lets
 # GPT-2's n_positions and DBRX's max_seq_len answer to the second name as well
@@ -36,7 +37,7 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
     model_type = str(getattr(config, "model_type", None))
     if model_type in REFUSED:
         raise ModelError.of("model_type", model_type, *REFUSED[model_type])
-    architecture = BUILT_IN.get(model_type) or _added(model_type)
+    architecture = BUILT_IN.get(model_type) or _added(model_type) or _contained(config)
     if architecture is None:
         raise ModelError.of(
             "model_type",
@@ -50,6 +51,29 @@ def find_architecture(config: PretrainedConfig) -> Architecture:
         if reason is not None:
             raise ModelError.of("model_type", model_type, *reason)
     return architecture
+
+
+def _contained(config: PretrainedConfig) -> Architecture | None:
+    """The row of the text decoder in a container, whose other parts hand it embeddings and are left alone.
+
+    Raises:
+        ModelError: If its text decoder is of a type that cannot be cut.
+    """
+    kind, whole = text_type(config), container_class(str(config.model_type))
+    if kind is None or whole is None:
+        return None
+    found = BUILT_IN.get(kind) or CONTAINED.get(kind) or _added(kind)
+    if found is None:
+        rule, remedy = REFUSED.get(
+            kind, ("that type is not one whose cuts are tested", "Add it, see docs/architectures.md")
+        )
+        raise ModelError.of(
+            "model_type",
+            config.model_type,
+            f"{whole} holds a text decoder of type {kind!r}: {rule}",
+            f"{remedy}; `model.get_decoder()` takes it out of the loaded model",
+        )
+    return found
 
 
 def _added(model_type: str) -> Architecture | None:
@@ -227,6 +251,9 @@ def _rewritten(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfi
     old, count = text_config(config), num_layers(config)
     for condition in COMMON_CONDITIONS + architecture.conditions:
         condition.check(old, kept, count)
+    fed = fed_layers(config)
+    if list(kept[:fed]) != [*range(fed)]:
+        raise NotRepresentable(f"the first {fed} layers must stay, because the image is added to what leaves them")
     new = copy.deepcopy(config)
     # only plain weights are cut: it speaks of files that they were made from
     vars(new).pop("quantization_config", None)

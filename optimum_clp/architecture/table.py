@@ -188,8 +188,10 @@ _ROWS = (
     Architecture("zamba", conditions=(_SHARED_BLOCK,)),
 )
 
-# their checkpoints are opened as text models: transformers gives the model the text part of the config
+# transformers reads these as text models as well as with their other parts, or has one class for both
 _TEXT_MODELS = {
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "llama4": "llama4_text",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",
@@ -199,6 +201,17 @@ BUILT_IN: dict[str, Architecture] = {row.model_type: row for row in _ROWS}
 BUILT_IN |= {outer: BUILT_IN[inner] for outer, inner in _TEXT_MODELS.items()}
 """By `model_type`: those whose cuts the contract suite tests."""
 
+CONTAINED: dict[str, Architecture] = {
+    row.model_type: row
+    for row in (
+        Architecture("qwen2_vl_text", (_FIRST_WINDOWLESS,)),
+        Architecture("qwen2_5_vl_text", (_FIRST_WINDOWLESS,)),
+        Architecture("qwen3_vl_text"),
+        Architecture("qwen3_vl_moe_text", (SparseStep(),)),
+    )
+}
+"""By `model_type`: text decoders that are only found inside a container with other parts."""
+
 _ENCODERS = """
     bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert qdqbert rembert roberta
     roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xmod
@@ -207,8 +220,10 @@ _ENCODER_DECODERS = """
     bart bigbird_pegasus blenderbot blenderbot-small marian mbart musicgen musicgen_melody mvp pegasus plbart prophetnet
     speech_to_text_2 trocr whisper xlm-prophetnet
 """.split()
-_MULTIMODAL = (
-    "dots3_note emu3 fuyu gemma4 gemma4_unified git got_ocr2 mllama moss_transcribe_diarize phi4_multimodal".split()
+_MULTIMODAL = "dots3_note emu3 fuyu git mllama moss_transcribe_diarize phi4_multimodal".split()
+_NEEDS_AN_IMAGE = (
+    "it cannot run without an image, so that its text decoder cannot be searched",
+    "Cut its text decoder: give `model.language_model`, which is a causal language model",
 )
 _PER_LAYER_EMBEDDING = (
     "every layer has its own slice of one embedding and shares keys and values with others: a cut would have to rewrite "
@@ -230,6 +245,7 @@ REFUSED: dict[str, Refusal] = {
             "Save its text decoder as a model of its own, if it has one, and cut that",
         ),
     ),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _NEEDS_AN_IMAGE),
     "blt": ("it is made of several stacks of layers (bytes, patches, bytes)", _ANOTHER),
     "cpmant": ("its cached generation is broken in transformers 4.57 and inexact in 5.23", _ANOTHER),
     "dots3_note_text": ("layers differ in their number of heads in a way that is not tested", _ANOTHER),
@@ -237,6 +253,10 @@ REFUSED: dict[str, Refusal] = {
     "gemma3n_text": _PER_LAYER_EMBEDDING,
     "gemma4_assistant": ("it drafts for another model, whose keys and values it reads", "Cut the other model"),
     "gemma4_unified_assistant": ("it drafts for another model, whose keys and values it reads", "Cut the other model"),
+    **dict.fromkeys(
+        ("got_ocr2", "pp_chart2table"),
+        ("read back, it computes other logits, cut or not", "Use another type for reading text in images"),
+    ),
     "hrm_text": ("it runs its layers several times, in cycles, so that no layer has one place in the stack", _ANOTHER),
     "inkling2_text": ("blocks of layers share residuals by the layers' index", _ANOTHER),
     "mega": ("transformers has removed it", _ANOTHER),
@@ -250,6 +270,7 @@ REFUSED: dict[str, Refusal] = {
         "it divides its weights in place while it runs, by an amount that depends on the layer's index",
         "Use a Mamba or xLSTM model for a recurrent one",
     ),
+    "shieldgemma2": ("it is a classifier of images over a Gemma 3", "Use the Gemma 3 (gemma3) that it was made from"),
     "transfo-xl": ("transformers has removed it", _ANOTHER),
     "xlnet": ("its layers carry two streams, and it predicts in permuted order", _ANOTHER),
     "zamba2": ("its shared transformer block keeps an adapter for each place in the stack where it is used", _ANOTHER),

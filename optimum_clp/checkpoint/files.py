@@ -13,6 +13,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from ..architecture.containers import container_class
 from ..model_files import read_model_file, safetensors_header
 from .errors import model_error, quanto_error
 
@@ -158,7 +159,9 @@ def check_class(name: Any, model_type: str, classes: list[str], is_encoder_decod
     if is_encoder_decoder:
         raise model_error(name, f"{shown} is an encoder-decoder, not a causal language model", remedy)
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *_registered_classes(model_type)}
+    known.add(container_class(model_type) or "")
     decoder = model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or bool(_registered_classes(model_type))
+    decoder = decoder or container_class(model_type) is not None
     # a name that this transformers does not have is an older one, or somebody's own: the type decides then
     if known.intersection(classes) or (decoder and all(map(_says_nothing, classes))):
         return

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from packaging import version
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import __version__ as transformers_version
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from ..architecture.containers import reader
 from ..doors import ARCHITECTURES
 from ..errors import CLPError, ModelError
 from ..model_files import check_folder, check_model_file
@@ -76,13 +77,9 @@ def load_model(
         return path
     base = adapter_base(Path(path))
     if base is not None:
-        options: dict[str, Any] = {
-            "trust_remote_code": trust_remote_code,
-            "use_safetensors": use_safetensors,
-            "token": token,
-        }
-        model = load_model(base, dtype=dtype, device_map=device_map, accept=accept, quiet=quiet, **options)
-        return merged(model, Path(path))
+        reading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "use_safetensors": use_safetensors}
+        reading |= {"token": token, "trust_remote_code": trust_remote_code, "accept": accept, "quiet": quiet}
+        return merged(load_model(base, **reading), Path(path))
     config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
     if accept is not None:
         accept(config)
@@ -90,7 +87,7 @@ def load_model(
         check_weight_files(Path(path), use_safetensors)
     with transformers_quiet(bars=quiet):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = reader(config.model_type, *(config.architectures or ())[:1]).from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,

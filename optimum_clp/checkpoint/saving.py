@@ -6,14 +6,15 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel
 
+from ..architecture.containers import reader, text_type
 from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import at_rest, evaluation_mode, follows_length
@@ -27,6 +28,7 @@ from .files import (
     write_json,
 )
 from .loading import transformers_quiet
+from .processors import copy_processor
 
 PROBE_LENGTH = 64
 
@@ -69,7 +71,8 @@ def has_tied_head(model: PreTrainedModel) -> bool:
 
 
 def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike) -> None:
-    """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings.
+    """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings; beside a model that
+    reads images or sound, also the processor's files that lay beside the dense one.
 
     transformers 4.57 and 5 read the same model and the same token ids from it. No path of this machine is in it. The
     model is not changed, and may share its tensors with others.
@@ -87,6 +90,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
             settings.to_json_file(folder / "generation_config.json")
     make_config_portable(folder, has_tied_head(model))
     save_tokenizer(tokenizer, folder)
+    if text_type(model.config) is not None:
+        copy_processor(model.name_or_path, folder)
 
 
 def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -197,12 +202,12 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
     path = str(folder)
     with transformers_quiet(bars=True):
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = reader(model.config.model_type, type(model).__name__).from_pretrained(
                 path,
                 dtype="auto",
                 use_safetensors=True,
                 output_loading_info=True,
-                attn_implementation=model.config._attn_implementation,
+                attn_implementation=_attention_of(model),
                 # the code that the model in memory runs, copied beside it
                 trust_remote_code=model._auto_class is not None,
             )
@@ -223,6 +228,14 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
         _check_logits(path, model, reloaded.eval())
 
 
+def _attention_of(model: PreTrainedModel) -> str | dict[str, str]:
+    """The attention of a model, by the names of its parts where it has several."""
+    own = model.config._attn_implementation
+    parts = {name: getattr(model.config, name, None) for name in model.config.sub_configs}
+    found = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PretrainedConfig)}
+    return {"": own, **found} if found else own
+
+
 def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     """Check that the configuration in a folder, read back, describes the model in memory: the looks of
     [`verify_checkpoint`] that need no second copy of the weights.
@@ -238,8 +251,9 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     with transformers_quiet(bars=True):
         try:
             config = AutoConfig.from_pretrained(path, trust_remote_code=trusted)
-            config._attn_implementation = model.config._attn_implementation
-            reloaded = _built_without_weights(config, model.dtype, trusted)
+            build = reader(config.model_type, type(model).__name__).from_config
+            options = {"dtype": model.dtype, "trust_remote_code": trusted, "attn_implementation": _attention_of(model)}
+            reloaded = _built_without_weights(lambda: build(config, **options))
         except Exception as error:
             raise _differs(path, f"transformers cannot read it ({' '.join(str(error).split())[:300]})") from error
     for name, buffer in model.named_buffers():
@@ -253,11 +267,11 @@ def verify_config(folder: str | os.PathLike, model: PreTrainedModel) -> None:
     _check_logits(path, model, reloaded.eval())
 
 
-def _built_without_weights(config: Any, dtype: torch.dtype, trusted: bool) -> PreTrainedModel:
+def _built_without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     for buffers_too in (False, True):
         try:
             with init_empty_weights(include_buffers=buffers_too):
-                return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trusted)
+                return build()
         except RuntimeError:
             # Mamba's kin exchange tensors while they are built (transformers 4.57): their buffers are not computed then
             if buffers_too:

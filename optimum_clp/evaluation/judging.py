@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..forward.dense_outputs import DenseOutputs
+from ..forward.hooks import evaluation_mode
 from ..forward.losses import kl_divergence, next_token_cross_entropy
 from ..progress import progress_bar
 
-# logits of a whole text are a vocabulary wide: few texts at a time
 BATCH = 4
 Sums = list[tuple[float, int]]
 """For each answer the sum over its tokens, and their number."""
@@ -61,7 +61,8 @@ class JudgedAnswers:
         """`KL(dense || model)` along each answer, in nats."""
         device = getattr(model, "device", torch.device("cpu"))
         found = []
-        with torch.no_grad(), progress_bar(len(self.tokens), f"Dense answers, {name}", self.quiet) as bar:
+        shown = progress_bar(len(self.tokens), f"Dense answers, {name}", self.quiet)
+        with torch.no_grad(), evaluation_mode(model), shown as bar:
             for rows in self._batches():
                 ids = self.tokens[rows].to(device)
                 said = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..architecture.lookup import context_limit, text_config
 from ..argument_types import check_arguments
 from ..errors import CalibrationError, ConfigurationError, ModelError
+from ..forward.hooks import evaluation_mode
 from ..json_files import JsonProblem, json_lines
 from ..progress import progress_bar
 from ..report.section import to_section
@@ -360,7 +361,7 @@ def _log_likelihoods(
     device = getattr(model, "device", torch.device("cpu"))
     # neighbours of one length need little padding; the longest come first, where memory would run out
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
-    with torch.no_grad(), progress_bar(len(requests), f"Task {name}", quiet) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(requests), f"Task {name}", quiet) as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             ids = torch.zeros(len(batch), len(requests[batch[0]].ids) - 1, dtype=torch.int64)

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .hooks import evaluation_mode
+
 # of the argument of `forward` and the field of its output: since transformers 5.24, and before it. A model's own code may
 # keep the old name, so the version does not tell
 _NAMES = ("cache", "past_key_values")
@@ -64,7 +66,7 @@ def takes_back_its_cache(model: Any) -> bool:
     ids = torch.tensor([[0, 2, 1]], device=device)
     mask = torch.ones_like(ids)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluation_mode(model):
             cache = cache_of(model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True))
             if cache is None:
                 return False

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from ..architecture.containers import reader
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
 from ..argument_types import check_arguments
 from ..configuration.clp_config import CLPConfig
@@ -168,7 +169,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedMod
         ModelError: If transformers cannot build it.
     """
     try:
-        model = without_weights(lambda: AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype))
+        auto = reader(config.model_type, *(config.architectures or ())[:1])
+        model = without_weights(lambda: auto.from_config(copy.deepcopy(config), dtype=dtype))
     # whatever a model's class makes of a malformed config, the user gets one message
     except Exception as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__

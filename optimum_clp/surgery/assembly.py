@@ -1,7 +1,7 @@
 """A model of the same class over another one's tensors: what a cut model is, and an uncut one to compare with."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -51,7 +51,8 @@ def uncut_twin(dense: PreTrainedModel) -> PreTrainedModel:
 def computes_alike(model: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Whether two models over the same tensors give equal logits, bit for bit, for one short row of tokens."""
     length = within_context(_SHORT_ROW, model.config)
-    vocabulary = cast(Tensor, model.get_input_embeddings().weight).shape[0]
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(other):
         return torch.equal(*(m(input_ids=ids, use_cache=False).logits for m in (model, other)))
@@ -76,6 +77,7 @@ def without_weights(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
 def _take_over_tensors(cut: PreTrainedModel, dense: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Replace every tensor of `cut` by one over the storage of its counterpart in `dense`."""
     taken: dict[int, nn.Parameter] = {}  # tied parameters stay one object
+    copies: dict[int, Tensor] = {}  # and so do buffers that layers share
     for module_name, module in cut.named_modules(remove_duplicate=False):
         source_name = old_name(path, kept, module_name)
         try:
@@ -91,9 +93,11 @@ def _take_over_tensors(cut: PreTrainedModel, dense: PreTrainedModel, path: str, 
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = _counterpart(source, name, source_name)
-        for name in computed_buffers(module):
+        for name, buffer in computed_buffers(module).items():
             # these may be written in place while a model runs
-            module._buffers[name] = module._buffers[name].clone()
+            if id(buffer) not in copies:
+                copies[id(buffer)] = buffer.clone()
+            module._buffers[name] = copies[id(buffer)]
         for name, value in list(vars(module).items()):
             # rotary embeddings keep a tensor that is neither parameter nor buffer
             if isinstance(value, Tensor):

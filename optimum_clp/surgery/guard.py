@@ -185,7 +185,8 @@ def _setting_differences(cut: PreTrainedModel, dense: PreTrainedModel, kept: Seq
                     yield f"{where}.{attribute}", is_, should
         else:
             for attribute, is_, should in _attribute_differences(module, counterpart):
-                if attribute.endswith("layer_idx") and isinstance(should, int):
+                inside = name.startswith(path.rpartition(".")[0])  # a vision tower has layers of its own
+                if attribute.endswith("layer_idx") and isinstance(should, int) and inside:
                     should = sum(i < should for i in kept)  # a border between layers
                 is_count = (is_, should) == (len(kept), before)
                 fits = is_ == should or is_count or _of_all_layers(is_, should, kept, before)

@@ -12,7 +12,7 @@ from big_shapes import BIG_SHAPES, PUBLISHED
 from safetensors import safe_open
 from tiny_models import MODEL_TYPES, VOCABULARY, random_tokens, tiny_config
 from tiny_onnx import exported_llama, onnx_test_model
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from zoo import ALL, zoo_config
 
 from optimum_clp import plan_pruning
@@ -137,7 +137,7 @@ def test_no_weight_of_70_billion_is_allocated(tmp_path):
 
 def real_model(config, dtype):
     torch.manual_seed(0)
-    return plan_module.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def file_of_tensors(folder):
