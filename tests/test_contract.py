@@ -307,6 +307,7 @@ EXPLAINED = {
     "max_window_layers": BESIDE,
     "no_rope_layer_interval": BESIDE,
     "num_hidden_layers": "LongCat's cache has two entries for each layer, and grows as they come",
+    "num_mtp_layers": "a name of num_nextn_predict_layers",
     "num_nextn_predict_layers": "transformers has no layers for further tokens, and reads this nowhere",
     "sliding_window_pattern": BESIDE,
     "_sliding_window_pattern": BESIDE,

@@ -19,6 +19,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     GenerationConfig,
+    Phi3Config,
+    Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -140,6 +142,31 @@ def test_legacy_rope():
         "partial_rotary_factor": 0.5,
         "rope_scaling": LLAMA3,
     }
+
+
+LONG = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "expected"),
+    [
+        ("phi3", {**LONG, "type": "longrope"}, {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+        ("phi3", {**LONG, "attention_factor": 1.5}, {**LONG, "attention_factor": 1.5}),  # cannot be said in three
+        ("phimoe", LONG, LONG),
+        ("olmo2", {"rope_type": "linear", "factor": 2.0}, {"type": "linear", "factor": 2.0}),
+        ("olmo", {"rope_type": "dynamic", "type": "dynamic", "factor": 4.0}, {"type": "dynamic", "factor": 4.0}),
+        ("llama", {"rope_type": "linear", "factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    ],
+)
+def test_legacy_rope_where_transformers_4_counts_the_entries(model_type, rope, expected):
+    found = legacy_rope({"model_type": model_type, "rope_parameters": {"rope_theta": 5.0, **rope}})
+    assert found.pop("rope_theta") == 5.0
+    assert found.pop("rope_scaling") == expected
+    assert found == (
+        {"original_max_position_embeddings": 32}
+        if expected.get("long_factor") and model_type == "phi3" and "attention_factor" not in rope
+        else {}
+    )
 
 
 # loading what is wrong
@@ -549,6 +576,19 @@ def test_another_transformers_reads_the_same_model_and_token_ids(tmp_path):
     expected, ids, tokenizer = {}, random_tokens(1, 60), tiny_tokenizer(prefix_space=True)
     variants = {name: tiny_model(name, rope_theta=500000.0) for name in MODEL_TYPES}
     variants["llama3"] = tiny_model(rope_theta=500000.0, rope_scaling=dict(LLAMA3), tie_word_embeddings=True)
+    variants["longrope"] = Phi3ForCausalLM(
+        Phi3Config(
+            vocab_size=97,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            original_max_position_embeddings=24,
+            pad_token_id=0,
+            rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]},
+        )
+    ).eval()
     for name, model in variants.items():
         with warnings.catch_warnings():
             # transformers 5 reads every tokenizer of a qwen2 model as Qwen2's
