@@ -6,6 +6,7 @@ chunks of 1024 (head, loss and gradient together, one thread, bfloat16).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,15 +30,12 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     Returns:
         `Tensor`: float32, shape `[...]`, at least 0 up to rounding.
     """
-    vocabulary = student_logits.shape[-1]
-    teacher = teacher_logits.detach().reshape(-1, vocabulary)
-    student = student_logits.reshape(-1, vocabulary)
-    size = chunk_tokens(vocabulary)
-    parts = [
-        F.kl_div(s.float().log_softmax(-1), t.float().log_softmax(-1), log_target=True, reduction="none").sum(-1)
-        for t, s in zip(teacher.split(size), student.split(size), strict=True)
-    ]
-    return torch.cat(parts).reshape(student_logits.shape[:-1])
+    return _in_chunks(_kl, teacher_logits, student_logits)
+
+
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    logs = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    return F.kl_div(*logs, log_target=True, reduction="none").sum(-1)
 
 
 def jensen_shannon_divergence(teacher_logits: Tensor, student_logits: Tensor, top: int) -> Tensor:
@@ -54,15 +52,10 @@ def jensen_shannon_divergence(teacher_logits: Tensor, student_logits: Tensor, to
     Returns:
         `Tensor`: float32, shape `[...]`, at least 0 up to rounding.
     """
-    vocabulary = student_logits.shape[-1]
-    teacher = teacher_logits.detach().reshape(-1, vocabulary)
-    student = student_logits.reshape(-1, vocabulary)
-    size = chunk_tokens(vocabulary)
-    parts = [
-        _jensen_shannon(t, s, min(top, vocabulary))
-        for t, s in zip(teacher.split(size), student.split(size), strict=True)
-    ]
-    return torch.cat(parts).reshape(student_logits.shape[:-1])
+    count = min(top, student_logits.shape[-1])
+    return _in_chunks(
+        lambda teacher, student: _jensen_shannon(teacher, student, count), teacher_logits, student_logits
+    )
 
 
 def _jensen_shannon(teacher: Tensor, student: Tensor, top: int) -> Tensor:
@@ -70,6 +63,17 @@ def _jensen_shannon(teacher: Tensor, student: Tensor, top: int) -> Tensor:
     given, own = (_with_rest(part) for part in (likely, student.float().log_softmax(-1).gather(-1, indices)))
     middle = torch.logaddexp(given, own) - math.log(2)
     return 0.5 * ((given.exp() * (given - middle)).sum(-1) + (own.exp() * (own - middle)).sum(-1))
+
+
+def _in_chunks(
+    divergence: Callable[[Tensor, Tensor], Tensor], teacher_logits: Tensor, student_logits: Tensor
+) -> Tensor:
+    """A divergence of each token, from logits `[tokens, vocab]` of some tokens at a time."""
+    vocabulary = student_logits.shape[-1]
+    pairs = (
+        x.reshape(-1, vocabulary).split(chunk_tokens(vocabulary)) for x in (teacher_logits.detach(), student_logits)
+    )
+    return torch.cat([divergence(*pair) for pair in zip(*pairs, strict=True)]).reshape(student_logits.shape[:-1])
 
 
 def _with_rest(likely: Tensor) -> Tensor:
