@@ -66,15 +66,16 @@ def _round(session: Session, data: CalibrationData, number: int, folder: Path | 
     asked: dict[str, Any] = {
         "batch_size": config.calibration.generation_batch_size,
         "cache_dir": config.calibration.cache_dir,
+        "quiet": session.quiet,
     }
-    asked["quiet"] = session.quiet
 
-    def own(rows: Tensor, count: int) -> TextRows:
-        seed = config.seed + number
+    def own(rows: Tensor, count: int, seed: int) -> TextRows:
         return without_loops(practice_rows(model, session.tokenizer, rows, num_sequences=count, seed=seed, **asked))
 
-    learnt = own(data.train, size)
-    judged = own(data.validation, max(1, round(_VALIDATION_SHARE * size)))
+    # plain text depends on the seed alone: with the same one, the rows that judge would be rows that are learnt
+    seed = config.seed + 2 * number
+    learnt = own(data.train, size, seed)
+    judged = own(data.validation, max(1, round(_VALIDATION_SHARE * size)), seed + 1)
     # other given rows in every round
     chosen = (torch.arange(size) + number * size) % len(data.train)
     mask = None if data.train_mask is None else data.train_mask[chosen]

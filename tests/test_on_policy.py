@@ -93,6 +93,16 @@ def test_a_round_that_does_not_help_is_the_last_and_leaves_no_trace(tmp_path, le
         assert all(torch.equal(a, b) for a, b in zip(learnt[-1][4], now, strict=True))
 
 
+def test_a_base_model_is_judged_on_other_text_than_it_learns_from(tmp_path, learnt):
+    pruner = pruner_of(tmp_path)
+    pruner.tokenizer.chat_template = None
+    pruner.tune()
+    assert learnt
+    for train, validation, *_ in learnt:
+        rows = {tuple(row) for row in train[:16].tolist()}
+        assert len(rows) == 16 and not rows & {tuple(row) for row in validation[:2].tolist()}
+
+
 def test_without_rounds_nothing_is_written(tmp_path, learnt):
     pruner = pruner_of(tmp_path, rounds=0)
     pruner.tune()
