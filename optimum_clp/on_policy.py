@@ -67,6 +67,7 @@ def _round(session: Session, data: CalibrationData, number: int, folder: Path | 
         "batch_size": config.calibration.generation_batch_size,
         "cache_dir": config.calibration.cache_dir,
         "quiet": session.quiet,
+        "dealt": True,
     }
 
     def own(rows: Tensor, count: int, seed: int) -> TextRows:

@@ -233,7 +233,7 @@ def _quantization_rows(session: Session) -> torch.Tensor | None:
     if not needs_calibration(quantization):
         return None
     if session.model is not None or text.dataset is not None:
-        return session.calibration().train[: quantization.calibration_sequences]
+        return session.outcome_text().train[: quantization.calibration_sequences]
     # a cut folder is exported without its dense model: the cut one writes the text
     rows = min(quantization.calibration_sequences, text.train_sequences)
     text = dataclasses.replace(text, train_sequences=rows, validation_sequences=1, test_sequences=1)
@@ -241,7 +241,7 @@ def _quantization_rows(session: Session) -> torch.Tensor | None:
 
 
 def _measure(session: Session, folder: Path, attempts: Attempts) -> None:
-    data, seed, report = session.calibration(), session.config.seed, session.report
+    data, seed, report = session.outcome_text(), session.config.seed, session.report
     dataset = session.config.calibration.dataset
     written = f"text that the dense model wrote (seed {seed + 1}; calibrated on seed {seed})"
     report.evaluation = measure_outcome(

@@ -130,7 +130,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         config, dense = session.use(config), session.source()
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))  # before any text is had
         with session.caches.run():
-            data, journal = session.calibration(), session.search_journal()
+            data, journal = session.search_text(), session.search_journal()
             result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
         if result.segments != self.segments:
             session.forget("search")

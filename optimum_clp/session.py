@@ -294,8 +294,12 @@ class Session:
             return dataclasses.replace(settings, train_sequences=max(1, round(config.tuning.tokens / length)))
         return settings
 
-    def calibration(self) -> CalibrationData:
+    def calibration(self, train_rows: int | None = None, *, dealt: bool = True) -> CalibrationData:
         """The recipe's text, read or written once for each recipe; also the report's `calibration` section.
+
+        Args:
+            train_rows (`int`, *optional*): No more train rows than these.
+            dealt (`bool`): All processes of a group ask for it, and each one writes a part.
 
         Raises:
             CalibrationError: If it cannot be had.
@@ -305,6 +309,8 @@ class Session:
                 "text", None, "an ONNX file alone has no test rows", "Name the text to measure on"
             )
         settings = self._text_settings()
+        if train_rows is not None:
+            settings = dataclasses.replace(settings, train_sequences=min(settings.train_sequences, train_rows))
         source = self._text_key(settings)
         if self._text is None or self._text[0] != source:
             writes = self.config.calibration.dataset is None
@@ -319,10 +325,23 @@ class Session:
                 self.quiet,
                 fingerprint=self.fingerprint() if writes else None,
                 dense=self.dense,
+                dealt=dealt,
             )
             self._text = source, data
         self.report.calibration = self._text[1].to_dict()
         return self._text[1]
+
+    def search_text(self) -> CalibrationData:
+        """The text of a search: no more train rows than it looks at, as writing all of them takes longer than the search."""
+        return self.calibration(self.config.search.num_sequences)
+
+    def outcome_text(self) -> CalibrationData:
+        """The text that what comes out is rounded and measured on: untuned, with no more train rows than rounding looks at.
+
+        In a group of processes the first one asks for it alone.
+        """
+        rows = None if self.report.tuning else self.config.quantization.calibration_sequences
+        return self.calibration(rows, dealt=False)
 
     def rows(self, text: Any, model: Any) -> torch.Tensor:
         """Token rows to measure a model on: of a given text, or else the recipe's own test rows; int64 `[rows, length]`."""
@@ -355,7 +374,7 @@ class Session:
 
     def search_journal(self) -> Path | None:
         """Where this search keeps what it measures; nowhere if the weights are not in memory."""
-        config, data, source = self.config, self.calibration(), self.source()
+        config, data, source = self.config, self.search_text(), self.source()
         weights = self.fingerprint() if source is self.dense() else weights_fingerprint(source, self.quiet)
         rows = data.train[: config.search.num_sequences], data.validation
         cache_dir = config.calibration.cache_dir

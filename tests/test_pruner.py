@@ -204,6 +204,17 @@ def test_a_model_without_tokenizer_writes_its_own_text(tmp_path):
     assert not (tmp_path / "out" / "tokenizer.json").exists()
 
 
+def test_a_copy_can_be_trained_as_a_whole(tmp_path):
+    dense = tiny_model(tie_word_embeddings=True)
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    smaller = CLPPruner.from_pretrained(dense, quiet=True).prune(recipe(tmp_path), copy=True)
+    assert smaller.lm_head.weight is smaller.model.embed_tokens.weight
+    with torch.no_grad():
+        for tensor in (*smaller.parameters(), *smaller.buffers()):
+            tensor.add_(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in dense.state_dict().items())
+
+
 def test_given_text_is_used(dense_folder, tmp_path):
     words = " ".join(f"w{i}" for i in random_tokens(1, 800)[0].tolist())
     (tmp_path / "text.txt").write_text(words)

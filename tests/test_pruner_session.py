@@ -89,6 +89,22 @@ def test_text_is_written_once_for_each_recipe_and_the_weights_are_read_once_for_
     assert (len(texts), len(readings)) == (3, 4)
 
 
+def test_each_step_has_the_train_rows_that_it_looks_at(tmp_path):
+    """Writing the others takes longer than the step."""
+    config = changed(recipe(tmp_path, train_sequences=9), search={"num_sequences": 3})
+    config.quantization.calibration_sequences = 5
+    session = Session(tiny_model(), tiny_tokenizer(), config, quiet=True)
+    searched, rounded, tuned = session.search_text(), session.outcome_text(), session.calibration()
+    assert [len(data.train) for data in (searched, rounded, tuned)] == [3, 5, 9]
+    # what is searched on is tuned on, and what chooses the weights is the same
+    assert all((tuned.train == row).all(-1).any() for row in searched.train)
+    assert torch.equal(searched.validation, tuned.validation) and torch.equal(searched.test, tuned.test)
+    session.report.tuning = {"layers": [1, 2]}
+    assert session.outcome_text() is tuned
+    config.search.num_sequences = 32
+    assert session.search_text() is tuned
+
+
 def test_given_rows_are_no_longer_than_the_model_can_take():
     words = [" ".join(f"w{3 + i % 90}" for i in range(400))]
     session = Session(tiny_model(), tiny_tokenizer())

@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,6 +56,7 @@ def sample_conversations(
     cache_dir: str | os.PathLike | None = None,
     fingerprint: str | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> Sample:
     """Let a chat model write rows of conversations.
 
@@ -63,7 +65,7 @@ def sample_conversations(
         tokenizer (`PreTrainedTokenizerBase`): With a chat template.
         openings (`Sequence[str]`): First words of the user, which the model goes on from.
         openings_share (`float`): Of the conversations, in [0, 1]: those that begin with one of `openings`.
-        cache_dir, fingerprint, quiet: As in [`Writing`].
+        cache_dir, fingerprint, quiet, dealt: As in [`Writing`].
 
     Returns:
         [`Sample`]: Its `roles` are 0 for the template's tokens, 1 for the user's and 2 for the assistant's; the token that
@@ -82,7 +84,8 @@ def sample_conversations(
         return _Talk(template, limits, uniforms, words, openings_share).script()
 
     size = num_sequences, sequence_length, seed, temperature, batch_size, document_rules(model, tokenizer).vocabulary
-    writing = Writing(model, *size, grows, roles=True, cache_dir=cache_dir, fingerprint=fingerprint, quiet=quiet)
+    kept: dict[str, Any] = {"cache_dir": cache_dir, "fingerprint": fingerprint, "quiet": quiet, "dealt": dealt}
+    writing = Writing(model, *size, grows, roles=True, **kept)
     return write_sample(writing, script, {**writing.parameters(), **parameters})
 
 
@@ -99,6 +102,7 @@ def sample_answers(
     cache_dir: str | os.PathLike | None = None,
     fingerprint: str | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> Sample:
     """Let a chat model answer prompts, one after the other in each row.
 
@@ -107,7 +111,7 @@ def sample_answers(
         prompts (`Sequence[Sequence[int]]`): Tokens up to where the assistant begins to write. Each is answered about as often
             as the others.
         num_sequences, sequence_length, seed, temperature, batch_size: As in [`Writing`].
-        cache_dir, fingerprint, quiet: As in [`Writing`].
+        cache_dir, fingerprint, quiet, dealt: As in [`Writing`].
 
     Returns:
         [`Sample`]: Its `roles` are 2 for the assistant's tokens and 0 for the others.
@@ -123,7 +127,8 @@ def sample_answers(
         return _Talk(template, limits, uniforms).answers(prompts, row)
 
     size = num_sequences, sequence_length, seed, temperature, batch_size, document_rules(model, tokenizer).vocabulary
-    writing = Writing(model, *size, roles=True, cache_dir=cache_dir, fingerprint=fingerprint, quiet=quiet)
+    kept: dict[str, Any] = {"cache_dir": cache_dir, "fingerprint": fingerprint, "quiet": quiet, "dealt": dealt}
+    writing = Writing(model, *size, roles=True, **kept)
     return write_sample(writing, script, {**writing.parameters(), **parameters})
 
 

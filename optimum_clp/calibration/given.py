@@ -45,6 +45,7 @@ def given_rows(
     *,
     dense: Callable[[], PreTrainedModel] | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> list[TextRows]:
     """Rows of the text that `config` names, passages shuffled by `seed`.
 
@@ -57,6 +58,7 @@ def given_rows(
         seed (`int`): Same seed, same rows.
         dense (`Callable`, *optional*): Gives the model that answers prompts; `model` if not given.
         quiet (`bool`): No progress bar.
+        dealt (`bool`): Of the answers, as in [`~calibration.writing.Writing`].
 
     Returns:
         `list[TextRows]`: One for each of `sizes`; of a text that is short with fewer rows, and a warning.
@@ -76,7 +78,7 @@ def given_rows(
     if first is not None and first.messages:
         if first.messages[-1]["role"] != "assistant":
             answering = model if dense is None else dense()
-            return _answered(config, tokenizer, answering, shuffled, sizes, length, seed, quiet)
+            return _answered(config, tokenizer, answering, shuffled, sizes, length, seed, quiet, dealt)
         tokens, said = conversation_rows(shuffled, model_template(model, tokenizer), tokenizer, rows, length)
         found = tokens.flatten()
     else:
@@ -98,6 +100,7 @@ def _answered(
     length: int,
     seed: int,
     quiet: bool,
+    dealt: bool,
 ) -> list[TextRows]:
     """Prompts with the dense model's own answers; no two splits share one."""
     messages = (passage.messages for passage in _of_one_kind(passages, "prompts"))
@@ -120,6 +123,7 @@ def _answered(
             batch_size=config.generation_batch_size,
             cache_dir=config.cache_dir,
             quiet=quiet,
+            dealt=dealt,
         )
         assert sample.roles is not None
         mask = sample.roles == ASSISTANT if config.mask == "assistant" else None

@@ -36,6 +36,7 @@ def own_rows(
     *,
     fingerprint: str | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> tuple[list[TextRows], TextStatistics]:
     """Let the dense model write the rows of each split: `conversation_share` of them conversations, if it has a template.
 
@@ -48,6 +49,7 @@ def own_rows(
         seed (`int`): Of train and validation rows; test rows are a sample of its own, with `seed + 1`.
         fingerprint (`str`, *optional*): Of the weights.
         quiet (`bool`): No progress bar.
+        dealt (`bool`): As in [`~calibration.writing.Writing`].
 
     Returns:
         `tuple`: The rows of each split, and what the train rows are like.
@@ -61,7 +63,7 @@ def own_rows(
     for kind, counts in kinds.items():
         if not sum(counts):
             continue
-        writer = _Writer(config, tokenizer, model, kind, length, fingerprint, quiet)
+        writer = _Writer(config, tokenizer, model, kind, length, fingerprint, quiet, dealt)
         written = writer.sample(sum(counts[:2]), seed)
         # what is measured on is a sample of its own, not the rest of the one that was tuned on
         held_out = writer.sample(counts[2], seed + 1, grows=False) if counts[2] else None
@@ -92,6 +94,7 @@ class _Writer:
     length: int
     fingerprint: str | None
     quiet: bool
+    dealt: bool
 
     def sample(self, rows: int, seed: int, grows: bool = True) -> Sample:
         config = self.config
@@ -105,6 +108,7 @@ class _Writer:
             "cache_dir": config.cache_dir,
             "fingerprint": self.fingerprint,
             "quiet": self.quiet,
+            "dealt": self.dealt,
         }
         if self.kind == PLAIN:
             return sample_text(self.model, tokenizer=self.tokenizer, **options)

@@ -32,6 +32,7 @@ def practice_rows(
     batch_size: int,
     cache_dir: str | os.PathLike | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> TextRows:
     """Let a model write rows of its own.
 
@@ -40,13 +41,14 @@ def practice_rows(
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its template tells questions and answers apart.
         rows (`Tensor`): int64 `[rows, length]`: conversations among them give the questions.
         num_sequences (`int`): Rows to write, at least 1, as long as these.
-        seed, batch_size, cache_dir, quiet: As in [`~calibration.writing.Writing`].
+        seed, batch_size, cache_dir, quiet, dealt: As in [`~calibration.writing.Writing`].
 
     Returns:
         [`TextRows`]: Of the kind `"own"`. With a mask of what the model itself has said, if it answers questions.
     """
     options: dict[str, Any] = {"num_sequences": num_sequences, "sequence_length": rows.shape[1], "seed": seed}
     options |= {"temperature": TEMPERATURE, "batch_size": batch_size, "cache_dir": cache_dir, "quiet": quiet}
+    options["dealt"] = dealt
     try:
         template = model_template(model, tokenizer)
     except CalibrationError:

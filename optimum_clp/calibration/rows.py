@@ -86,6 +86,7 @@ def load_calibration(
     *,
     fingerprint: str | None = None,
     dense: Callable[[], PreTrainedModel] | None = None,
+    dealt: bool = False,
 ) -> CalibrationData:
     """Read or write the text that `config` asks for, and split it.
 
@@ -99,6 +100,7 @@ def load_calibration(
         quiet (`bool`): No progress bar.
         fingerprint (`str`, *optional*): Of the weights, if [`weights_fingerprint`] was taken before.
         dense (`Callable`, *optional*): Gives the dense model where `model` may be a cut one, for prompts to be answered.
+        dealt (`bool`): In a group of processes, all of which make this call, each one writes a part of the text.
 
     Returns:
         [`CalibrationData`]. The three splits of given text follow one another in the shuffled source, so a document can
@@ -118,10 +120,11 @@ def load_calibration(
     if config.dataset is not None:
         given = [size - count for size, count in zip(sizes, own, strict=True)]
         # train rows come last: the others stay the same when there are more of them
-        parts.append(given_rows(config, tokenizer, model, given[::-1], length, seed, dense=dense, quiet=quiet)[::-1])
+        known: dict[str, Any] = {"dense": dense, "quiet": quiet, "dealt": dealt}
+        parts.append(given_rows(config, tokenizer, model, given[::-1], length, seed, **known)[::-1])
     if sum(own):
         written, statistics = own_rows(
-            config, tokenizer, model, own, length, seed, fingerprint=fingerprint, quiet=quiet
+            config, tokenizer, model, own, length, seed, fingerprint=fingerprint, quiet=quiet, dealt=dealt
         )
         parts.append(written)
     train, validation, test = (joined(pieces) for pieces in zip(*parts, strict=True))

@@ -45,13 +45,14 @@ def sample_text(
     cache_dir: str | os.PathLike | None = None,
     fingerprint: str | None = None,
     quiet: bool = False,
+    dealt: bool = False,
 ) -> Sample:
     """Let the model write rows of plain text.
 
     Args:
         model, num_sequences, sequence_length, seed, temperature, batch_size, grows: As in [`Writing`].
         tokenizer (`PreTrainedTokenizerBase` or `None`): If given, ids that it does not have are never written.
-        cache_dir, fingerprint, quiet: As in [`Writing`].
+        cache_dir, fingerprint, quiet, dealt: As in [`Writing`].
 
     Returns:
         [`Sample`]: int64 tokens `[num_sequences, sequence_length]` on the CPU, and the model's own loss on each row.
@@ -72,6 +73,7 @@ def sample_text(
         cache_dir=cache_dir,
         fingerprint=fingerprint,
         quiet=quiet,
+        dealt=dealt,
     )
     parameters = {**writing.parameters(), "rules": asdict(rules)}
     return write_sample(writing, lambda row, uniforms: _documents(rules, uniforms), parameters)

@@ -8,8 +8,9 @@ What is written is kept on disk, batch by batch: a second run reads it, and an i
 import hashlib
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from ..errors import CalibrationError
 from ..forward.decoding import cache_keyword, cache_of, fast_decoding, last_logits_only, takes_back_its_cache
 from ..forward.hooks import evaluation_mode
+from ..processes import gathered, is_first, rank, world_size
 from ..progress import progress_bar
 from ..resume import weights_fingerprint
 from .sample_cache import Sample, load_sample, sample_file, save_sample
@@ -66,6 +68,8 @@ class Writing:
             for Hugging Face's cache folder (`HF_HOME`).
         fingerprint (`str` or `None`): Of the weights, if [`weights_fingerprint`] was taken before.
         quiet (`bool`): No progress bar.
+        dealt (`bool`): In a group of processes (`torch.distributed`), all of which make this call, each one writes some of
+            the batches, and every one gets all rows; the first keeps them on disk.
     """
 
     model: PreTrainedModel
@@ -80,11 +84,18 @@ class Writing:
     cache_dir: str | os.PathLike | None = None
     fingerprint: str | None = None
     quiet: bool = False
+    dealt: bool = False
 
     def parameters(self) -> dict[str, Any]:
         """What the text depends on beside the weights and the scripts."""
         names = ["sequence_length", "seed", "temperature", "batch_size", *([] if self.grows else ["num_sequences"])]
         return {name: getattr(self, name) for name in names}
+
+    def batches(self, done: int) -> list[range]:
+        """The batches of rows that are left to write after so many."""
+        size, total = self.batch_size, self.num_sequences
+        # rounding differs with the size of a batch, and a row should not depend on how many are wanted
+        return [range(at, at + size if self.grows else min(at + size, total)) for at in range(done, total, size)]
 
 
 def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], parameters: dict[str, Any]) -> Sample:
@@ -102,22 +113,34 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
     model, total, length = writing.model, writing.num_sequences, writing.sequence_length
     fingerprint = writing.fingerprint or weights_fingerprint(model, writing.quiet)
     file = sample_file(model, fingerprint, parameters, writing.cache_dir)
-    expected = None if writing.grows else total
-    sample = load_sample(file, length, writing.batch_size, expected, roles=writing.roles)
+    exchanged, mine = (gathered, rank()) if writing.dealt else (_alone, 0)
+    keeps = not writing.dealt or is_first()
+    # what one process has found on its disk may not be what another has
+    sample = exchanged(_found(writing, file) if keeps else None)[0]
     saved = time.monotonic()
     with evaluation_mode(model):
         cached = len(sample.tokens) < total and takes_back_its_cache(model)
-    with progress_bar(total * length, "Writing calibration text", writing.quiet) as bar:
+    with progress_bar(total * length, "Writing calibration text", writing.quiet or not keeps) as bar:
         bar.update(min(len(sample.tokens), total) * length)
-        while (done := len(sample.tokens)) < total:
-            # rounding differs with the size of a batch, and a row should not depend on how many are wanted
-            stop = done + writing.batch_size if writing.grows else min(done + writing.batch_size, total)
-            uniforms = torch.stack([random_stream(writing.seed, row, length) for row in range(done, stop)])
-            scripts = [script(done + place, numbers) for place, numbers in enumerate(uniforms)]
-            sample = sample.followed_by(_write_batch(writing, scripts, uniforms, cached, bar))
-            if len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL:
+        while len(sample.tokens) < total:
+            turn = writing.batches(len(sample.tokens))[: world_size() if writing.dealt else 1]
+            own = _write_batch(writing, script, turn[mine], cached, bar) if mine < len(turn) else None
+            for place, written in enumerate(exchanged(own)[: len(turn)]):
+                sample = sample.followed_by(written)
+                bar.update(0 if place == mine else written.tokens.numel())
+            if keeps and (len(sample.tokens) >= total or time.monotonic() - saved >= _SAVE_INTERVAL):
                 file, saved = save_sample(file, sample), time.monotonic()
     return sample.rows(0, total)
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def _found(writing: Writing, file: Path | None) -> Sample:
+    """What was written before."""
+    expected = None if writing.grows else writing.num_sequences
+    return load_sample(file, writing.sequence_length, writing.batch_size, expected, roles=writing.roles)
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
@@ -133,10 +156,14 @@ def random_stream(seed: int, row: int, length: int) -> Tensor:
 
 
 @torch.no_grad()
-def _write_batch(writing: Writing, scripts: Sequence[Script], uniforms: Tensor, cached: bool, bar: Any) -> Sample:
-    """One batch: `uniforms` float64 `[rows, length]` in, a [`Sample`] of so many tokens out."""
+def _write_batch(
+    writing: Writing, script: Callable[[int, Tensor], Script], batch: range, cached: bool, bar: Any
+) -> Sample:
+    """The rows of one batch."""
     # not inference_mode: a rotary embedding that grows with the text would keep a tensor no gradient may pass through
-    rows, length = uniforms.shape
+    rows, length = len(batch), writing.sequence_length
+    uniforms = torch.stack([random_stream(writing.seed, row, length) for row in batch])
+    scripts = [script(row, numbers) for row, numbers in zip(batch, uniforms, strict=True)]
     tokens = torch.empty(rows, length, dtype=torch.int64)
     roles = torch.zeros(rows, length, dtype=torch.uint8)
     losses = torch.zeros(rows, dtype=torch.float64)

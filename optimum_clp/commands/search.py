@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> Answer:
     output = output_folder(args)
     config = read_config(args)
     pruner = load_pruner(args)
-    pruner.search(_with_the_rows_it_uses(config))
+    pruner.search(_without_test_rows(config))
     text = scored_segments(pruner.report.search or {})
     if output is not None:
         with staged_folder(output, args.overwrite) as folder:
@@ -44,12 +44,10 @@ def run(args: argparse.Namespace) -> Answer:
     return pruner.report.to_dict(), text
 
 
-def _with_the_rows_it_uses(config: "CLPConfig") -> "CLPConfig":
-    """The recipe without the rows that only tuning and the figures at the end look at: none is written or asked for."""
+def _without_test_rows(config: "CLPConfig") -> "CLPConfig":
+    """The recipe without the rows that figures are taken on at the end of a run."""
     used = type(config).from_dict(config.to_dict())
-    text = used.calibration
-    text.train_sequences = min(text.train_sequences, used.search.num_sequences)
-    text.test_sequences = 1
+    used.calibration.test_sequences = 1
     return used
 
 

@@ -1,5 +1,7 @@
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -299,3 +301,42 @@ def test_the_default_folder_is_the_hugging_face_cache(write, monkeypatch, tmp_pa
     monkeypatch.setattr(resume.constants, "HF_HOME", os.fspath(tmp_path / "home"))
     write(small_model(), cache_dir=None)
     assert len(list((tmp_path / "home" / "optimum_clp").iterdir())) == 1
+
+
+DEALT = """
+import sys, torch, torch.distributed as dist
+from optimum_clp.calibration import writing
+from optimum_clp.calibration.self_written import sample_text
+rank, store, model, out = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+model, batches, write = torch.load(model, weights_only=False), [], writing._write_batch
+def watched(writing, script, batch, *rest):
+    batches.append(batch)
+    return write(writing, script, batch, *rest)
+writing._write_batch = watched
+options = {"sequence_length": 12, "batch_size": 2, "seed": 5, "quiet": True, "dealt": True}
+samples = []
+for rows, grows in ((3, True), (9, True), (3, False)):
+    samples.append(sample_text(model, num_sequences=rows, grows=grows, cache_dir=f"{out}-{rank}", **options))
+torch.save([batches, samples], f"{out}-{rank}.pt")
+"""
+
+
+def test_a_group_of_processes_deals_out_the_batches(tmp_path):
+    """Also where their disks are not the same: what the first one has is what counts."""
+    model = small_model()
+    torch.save(model, tmp_path / "model.pt")
+    arguments = [str(tmp_path / name) for name in ("store", "model.pt", "out")]
+    started = [subprocess.Popen([sys.executable, "-c", DEALT, str(rank), *arguments]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    (first, samples), (second, others) = (
+        torch.load(tmp_path / f"out-{rank}.pt", weights_only=False) for rank in (0, 1)
+    )
+    assert first == [range(2), range(4, 6), range(8, 10), range(2)]
+    assert second == [range(2, 4), range(6, 8), range(2, 3)]
+    for (rows, grows), dealt, other in zip(((3, True), (9, True), (3, False)), samples, others, strict=True):
+        options = {"sequence_length": 12, "batch_size": 2, "seed": 5, "quiet": True}
+        alone = sample_text(model, num_sequences=rows, grows=grows, cache_dir=tmp_path, **options)
+        for found in (dealt, other):
+            assert torch.equal(found.tokens, alone.tokens) and torch.equal(found.losses, alone.losses)
+    assert list((tmp_path / "out-0").rglob("*.safetensors")) and not list((tmp_path / "out-1").rglob("*.safetensors"))

@@ -139,7 +139,7 @@ BAD_INPUT = [
     (
         short_text,
         "--dataset text.txt",
-        "7 rows of 24 tokens, the least there must be, need 168 tokens, and it has 4. Give more text",
+        "5 rows of 24 tokens, the least there must be, need 120 tokens, and it has 4. Give more text",
     ),
     (nothing, "--dataset wikitext2", "the Hugging Face Hub could not be reached. Give a local file"),
     (nothing, "--pruning-ratio 1.5", "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded"),
