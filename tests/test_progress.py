@@ -1,21 +1,72 @@
-import time
+import sys
 
+import pytest
+
+from optimum_clp import progress
 from optimum_clp.progress import progress_bar
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A time that stands still until it is moved."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def on_terminal(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
 
 
 def drawn(capsys, seconds, **options):
     with progress_bar(2, "Working", **options) as bar:
         bar.update(1)
-        time.sleep(seconds)
+        progress.time.sleep(seconds)
         bar.update(1)
     return capsys.readouterr()
 
 
-def test_work_of_more_than_two_seconds_shows_a_bar_on_standard_error(capsys):
+def test_work_of_more_than_two_seconds_shows_a_bar_on_standard_error(capsys, monkeypatch):
+    on_terminal(monkeypatch)
     seen = drawn(capsys, 2.1)
-    assert "Working" in seen.err and seen.out == ""
+    assert "Working: 100%" in seen.err and "\r" in seen.err and seen.out == ""
 
 
-def test_short_work_and_quiet_work_show_nothing(capsys):
+def test_short_work_and_quiet_work_show_nothing(capsys, monkeypatch):
+    assert drawn(capsys, 0.0).err == ""
+    on_terminal(monkeypatch)
     assert drawn(capsys, 0.0).err.strip() == ""
     assert drawn(capsys, 2.1, quiet=True).err == ""
+
+
+def test_a_log_gets_lines_that_become_rarer(capsys, clock):
+    with progress_bar(2000, "Working") as bar:
+        for _ in range(1000):
+            clock[0] += 1
+            bar.update(2)
+    seen = capsys.readouterr()
+    assert seen.out == "" and seen.err.splitlines() == [
+        "Working: 4 of 2,000 (2 s)",
+        "Working: 120 of 2,000 (60 s)",
+        "Working: 240 of 2,000 (120 s)",
+        "Working: 480 of 2,000 (240 s)",
+        "Working: 960 of 2,000 (480 s)",
+        "Working: 1,920 of 2,000 (960 s)",
+        "Working: done (1000 s)",
+    ]
+
+
+def test_a_log_says_that_work_was_interrupted(capsys, clock):
+    with pytest.raises(KeyboardInterrupt), progress_bar(3, "Working") as bar:
+        clock[0] = 3
+        bar.update()
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err.splitlines() == ["Working: 1 of 3 (3 s)", "Working: interrupted (3 s)"]
+
+
+def test_a_notebook_has_bars(monkeypatch):
+    class tqdm_notebook:
+        pass
+
+    monkeypatch.setattr(progress, "tqdm", type("tqdm", (tqdm_notebook,), {}))
+    assert not sys.stderr.isatty() and progress.draws_bars()

@@ -17,6 +17,7 @@ from ..architecture.containers import reader
 from ..doors import ARCHITECTURES
 from ..errors import CLPError, ModelError
 from ..model_files import check_folder, check_model_file
+from ..progress import draws_bars
 from .adapters import adapter_base, merged
 from .errors import load_error, model_error, quanto_error
 from .files import (
@@ -85,7 +86,7 @@ def load_model(
         accept(config)
     if os.path.isdir(path):
         check_weight_files(Path(path), use_safetensors)
-    with transformers_quiet(bars=quiet):
+    with transformers_quiet(bars=quiet or not draws_bars()):
         try:
             loaded: Any = reader(config.model_type, *(config.architectures or ())[:1]).from_pretrained(
                 path,
