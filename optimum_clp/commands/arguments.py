@@ -57,6 +57,31 @@ class SeveralAction(argparse.Action):
         return parts if set(parts) <= set(self.names) else []
 
 
+class OutputAction(argparse.Action):
+    """The output folder, which stands alone or behind `-o`: one of them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        known = getattr(namespace, "output", None)
+        if known is not None:
+            raise argparse.ArgumentError(self, f"{values!r} is a second output folder, beside {known!r}")
+        namespace.output = values
+
+
+def accept_underscores(parser: argparse.ArgumentParser) -> None:
+    """Let `--pruning_ratio` stand for `--pruning-ratio`, as in transformers' own scripts; the help has dashes alone."""
+    plain = parser.parse_known_args
+
+    def parse(words: list[str], namespace: argparse.Namespace | None = None) -> Any:
+        return plain([_with_dashes(word) for word in words], namespace)
+
+    setattr(parser, "parse_known_args", parse)  # noqa: B010  # as below
+
+
+def _with_dashes(word: str) -> str:
+    option, equals, value = word.partition("=")
+    return f"{option.replace('_', '-')}{equals}{value}" if option.startswith("--") else word
+
+
 def strict(parser: argparse.ArgumentParser) -> None:
     """Let a parser take no abbreviation of an option, and say what is wrong without repeating long values or secrets.
 
@@ -105,7 +130,7 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     """`--model` and how it is loaded."""
     added = f"Also models of the type {_listed(ARCHITECTURES)}." if len(ARCHITECTURES) else None
     group = parser.add_argument_group("model", added)
-    group.add_argument("--model", required=True, metavar="MODEL", help=help_text)
+    group.add_argument("-m", "--model", required=True, metavar="MODEL", help=help_text)
     group.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, if it does not lie beside the model")
     group.add_argument(
         "--token",
@@ -115,7 +140,9 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto is what the checkpoint says")
-    group.add_argument("--device-map", help="where the model goes: cpu, cuda, auto, ...")
+    place = group.add_mutually_exclusive_group()
+    place.add_argument("--device", help="where the whole model goes: cpu, cuda, cuda:1, mps, ...")
+    place.add_argument("--device-map", help="how it is spread over devices: auto, balanced, ...")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     group.add_argument(
         "--no-safetensors", action="store_true", help="also read pickled weights (.bin), which can run any code"
@@ -125,7 +152,9 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
 def add_output(parser: argparse.ArgumentParser, help_text: str, required: bool = True) -> None:
     """The output folder, `--overwrite`, and what is printed."""
     # a suppressed default: the empty match of "?" must not undo what SeveralAction has set
-    parser.add_argument("output", nargs="?", default=argparse.SUPPRESS, metavar="OUTPUT", help=help_text)
+    output: dict[str, Any] = {"action": OutputAction, "default": argparse.SUPPRESS, "help": help_text}
+    parser.add_argument("output", nargs="?", metavar="OUTPUT", **output)
+    parser.add_argument("-o", "--output", dest="output", metavar="OUTPUT", **{**output, "help": "the same"})
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an output folder that is not empty, with all that is in it"
     )

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from ..version import __version__
 from . import evaluate, export, finish, prune, quantize, search, tune
-from .arguments import strict
+from .arguments import accept_underscores, strict
 from .running import execute
 
 DESCRIPTION = "Continuous layer pruning of causal language models: search, cut, tune, quantize, export to ONNX."
@@ -30,6 +30,7 @@ def fill_parser(parser: argparse.ArgumentParser, command: ModuleType) -> None:
     parser.usage = f"%(prog)s {command.USAGE}"
     parser.epilog = f"example: {command.EXAMPLE}"
     command.add_arguments(parser)
+    accept_underscores(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import TuningError
+from ..errors import ConfigurationError, TuningError
 from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
 from .running import (
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_pruning_ratio(parser)
     arguments.add_dry_run(parser)
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the output folder to the Hub")
+    parser.add_argument("--private", action="store_true", help="to a private repository, if it is made for that")
     arguments.add_model(parser, "dense model: Hub id or local folder")
     arguments.add_recipe(parser)
     arguments.add_stage_switches(parser)
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> Answer:
         return _dry_run(args)
     output = required_output(args)
     config = read_config(args)
+    if args.private and args.push_to_hub is None:
+        raise ConfigurationError.of("--private", None, "nothing is uploaded", "Give --push-to-hub as well")
     if args.push_to_hub is not None:
         from ..report.hub import check_repo_id
 
@@ -63,7 +66,8 @@ def run(args: argparse.Namespace) -> Answer:
         why = "a stage has failed" if status == INCOMPLETE else "it falls short of what was required"
         where += f" Not uploaded: {why}."
     elif args.push_to_hub:
-        pruner.push_to_hub(args.push_to_hub, **({"token": args.token} if args.token else {}))
+        chosen = {"token": args.token or None, "private": args.private or None}
+        pruner.push_to_hub(args.push_to_hub, **{name: value for name, value in chosen.items() if value})
         where += f" Uploaded to {args.push_to_hub}."
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 

@@ -211,7 +211,7 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
         file_name,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        device_map=args.device_map or own_device_map(),
+        device_map=args.device or args.device_map or own_device_map(),
         revision=args.revision,
         token=args.token,
         trust_remote_code=args.trust_remote_code,

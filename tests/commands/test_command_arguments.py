@@ -40,6 +40,35 @@ def test_weights_and_output_in_any_order(line, weights, output):
     assert args.output == output
 
 
+@pytest.mark.parametrize("line", ["-o out", "--output out", "out", "-o out --weights int4", "--weights int4 -o out"])
+def test_the_output_folder_stands_alone_or_behind_an_option(line):
+    assert parse(f"prune -m m {line}").output == "out"
+
+
+@pytest.mark.parametrize("line", ["-o out other", "other -o out", "-o out -o other", "--weights int4 other -o out"])
+def test_two_output_folders_are_refused(line, capsys):
+    with pytest.raises(SystemExit):
+        parse(f"prune -m m {line}")
+    assert re.search("'(out|other)' is a second output folder, beside '(out|other)'", capsys.readouterr().err)
+
+
+def test_words_of_an_option_may_be_joined_by_underscores(capsys):
+    line = "prune -m m --pruning_ratio 0.3 --no_tune --max_new_tokens=9 --trust_remote_code out"
+    assert values(line) == {"pruning_ratio": 0.3, "tuning": {"enabled": False}, "evaluation": {"max_new_tokens": 9}}
+    assert parse(line).trust_remote_code
+    with pytest.raises(SystemExit):
+        parse("prune --help")
+    assert "_ratio" not in capsys.readouterr().out
+
+
+def test_a_device_is_one_place_and_a_map_several(capsys):
+    args = parse("prune -m m --device cuda:1 out")
+    assert (args.device, args.device_map) == ("cuda:1", None)
+    with pytest.raises(SystemExit):
+        parse("prune -m m --device cpu --device-map auto out")
+    assert "--device-map: not allowed with argument --device" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("line", ["--weights int2 out", "--weights int8 out more", "out --weights int8 more"])
 def test_unknown_weights_are_refused(line, capsys):
     with pytest.raises(SystemExit) as stopped:

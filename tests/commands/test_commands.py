@@ -1,6 +1,8 @@
 import errno
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from report_example import example_report, older_report
@@ -11,6 +13,7 @@ from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
 from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
+from optimum_clp.version import __version__
 
 
 def names(pruner):
@@ -502,16 +505,30 @@ def test_a_token_is_never_shown(pruner, capsys):
             assert secret not in captured.err and "***" in captured.err and secret not in captured.out
 
 
+def test_a_private_repository_and_a_device(pruner, capsys):
+    assert main("prune -m m --device cuda:1 --quiet --push-to-hub me/m --private out".split()) == 0
+    assert pruner.calls[-1] == ("push_to_hub", "me/m", {"private": True})
+    assert pruner.calls[0][2]["device_map"] == "cuda:1"
+    capsys.readouterr()
+    assert main("prune -m m --private out".split()) == 1
+    assert "--private is None: nothing is uploaded. Give --push-to-hub as well" in error_of(capsys)
+
+
+def test_the_package_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "optimum_clp", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"optimum-clp {__version__}\n")
+
+
 def test_a_repository_that_cannot_be_is_told_before_any_work(pruner, capsys):
     assert main(["prune", "--model", "m", "--push-to-hub", "no/such/name", "out"]) == 1
     assert "repo_id is 'no/such/name': no repository of the Hub can have this name. Give for" in error_of(capsys)
     assert pruner.calls == []
 
 
-def test_search_asks_for_the_rows_that_it_uses(pruner):
+def test_search_asks_for_no_test_rows(pruner):
     assert main("search --model m --train-sequences 500 --search-sequences 20 --test-sequences 9 out".split()) == 0
     ((_, config, _),) = [call for call in pruner.calls if call[0] == "search"]
     text = config.calibration
-    assert (text.train_sequences, text.validation_sequences, text.test_sequences) == (20, 24, 1)
+    assert (text.train_sequences, text.validation_sequences, text.test_sequences) == (500, 24, 1)
     # what is written down is the recipe that was given
     assert '"train_sequences": 500' in open("out/clp_config.json").read()
