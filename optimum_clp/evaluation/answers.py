@@ -128,8 +128,7 @@ class _Decoder:
     def start(self, texts: list[list[int]]) -> Tensor:
         """Logits `[texts, vocabulary]` after each text."""
         self.text = torch.tensor(texts, device=self.device)
-        mask = torch.ones_like(self.text)
-        output = self.model(input_ids=self.text, attention_mask=mask, use_cache=self.cached, **self.last)
+        output = self.model(input_ids=self.text, use_cache=self.cached, **self.last)
         self.cache = cache_of(output) if self.cached else None
         return output.logits[:, -1].float()
 
@@ -140,7 +139,8 @@ class _Decoder:
         if not self.cached:
             return self.start(self.text.tolist())
         given = {self.keyword: self.cache}
-        output = self.model(input_ids=column, attention_mask=torch.ones_like(self.text), use_cache=True, **given)
+        # no mask, see takes_back_its_cache
+        output = self.model(input_ids=column, use_cache=True, **given)
         self.cache = cache_of(output)
         return output.logits[:, -1].float()
 

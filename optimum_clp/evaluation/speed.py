@@ -71,7 +71,6 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int, cached: bool) -> tuple[
     model hands none out)."""
     device = getattr(model, "device", torch.device("cpu"))
     ids = prompt.to(device)
-    mask = torch.ones_like(ids)
 
     def now() -> float:
         if device.type == "cuda":
@@ -80,14 +79,14 @@ def _decode(model: Any, prompt: Tensor, new_tokens: int, cached: bool) -> tuple[
 
     text, keyword = ids, cache_keyword(model)
     start = now()
-    out = model(input_ids=ids, attention_mask=mask, use_cache=cached)
+    out = model(input_ids=ids, use_cache=cached)
     middle = now()
     for _ in range(new_tokens - 1):
         ids = out.logits[:, -1:].argmax(-1)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
         if cached:
-            out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{keyword: cache_of(out)})
+            # no mask, see takes_back_its_cache
+            out = model(input_ids=ids, use_cache=True, **{keyword: cache_of(out)})
         else:
             text = torch.cat([text, ids], dim=1)
-            out = model(input_ids=text, attention_mask=mask, use_cache=False)
+            out = model(input_ids=text, use_cache=False)
     return middle - start, now() - middle

@@ -53,8 +53,11 @@ def takes_back_its_cache(model: Any) -> bool:
     """Whether a plain call gives a cache, and a call that is given it continues the text.
 
     Not so for models with states under another name (Mamba before transformers 5.24), and for some whose cache only
-    `generate()` can make (Jamba in transformers 4). Those are decoded by running the whole text for every token. Three
-    tokens are run three times.
+    `generate()` can make (Jamba in transformers 4). Those are decoded by running the whole text for every token. Four
+    tokens are run, two of them one by one: what a step leaves behind is seen by the next.
+
+    No step is given a mask. Nothing is padded here, and Mamba of transformers 5.24 takes one of the whole text's length
+    for as many copies of the new token: the logits are right, and its state is not from then on.
 
     Args:
         model: Called with `input_ids`; returns an object with `.logits`. In evaluation mode.
@@ -63,16 +66,17 @@ def takes_back_its_cache(model: Any) -> bool:
         `bool`: Whether the continued text has the logits of the whole one, up to rounding.
     """
     device = getattr(model, "device", torch.device("cpu"))
-    ids = torch.tensor([[0, 2, 1]], device=device)
-    mask = torch.ones_like(ids)
+    ids = torch.tensor([[0, 2, 1, 2]], device=device)
     try:
         with torch.no_grad(), evaluation_mode(model):
-            cache = cache_of(model(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True))
+            cache = cache_of(model(input_ids=ids[:, :2], use_cache=True))
             if cache is None:
                 return False
-            given = {cache_keyword(model): cache}
-            last = model(input_ids=ids[:, 2:], attention_mask=mask, use_cache=True, **given).logits
-            whole = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            for place in (2, 3):
+                given = {cache_keyword(model): cache}
+                output = model(input_ids=ids[:, place : place + 1], use_cache=True, **given)
+                last, cache = output.logits, cache_of(output)
+            whole = model(input_ids=ids, use_cache=False).logits
     # a cache of another kind fails in as many ways as there are models
     except Exception:
         return False

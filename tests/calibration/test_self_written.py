@@ -21,7 +21,7 @@ from optimum_clp.calibration import writing
 from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.errors import CalibrationError
 
-PROBE = 3  # calls that show whether the model takes back its cache
+PROBE = 4  # calls that show whether the model takes back its cache
 
 SMALL = {
     "vocab_size": 64,

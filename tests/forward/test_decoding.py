@@ -59,6 +59,21 @@ def test_a_cache_that_forgets_is_not_taken_for_one():
     assert calls[0] is None and isinstance(calls[1], DynamicCache)
 
 
+def test_a_step_that_spoils_the_cache_behind_it_is_seen(llama):
+    """As Mamba's of transformers 5.24 with a mask of the whole text: the first step's logits are right."""
+
+    class Spoiling(LlamaForCausalLM):
+        def forward(self, input_ids, cache=None, use_cache=None):
+            twice = cache is not None and input_ids.shape[1] == 1
+            given = torch.cat([input_ids, input_ids], dim=1) if twice else input_ids
+            output = answer(super().forward, "cache", cache, input_ids=given, use_cache=use_cache)
+            return SimpleNamespace(logits=output.logits[:, : input_ids.shape[1]], cache=output.cache)
+
+    model = Spoiling(llama.config).eval()
+    model.load_state_dict(llama.state_dict())
+    assert takes_back_its_cache(model) is False
+
+
 def answer(run, name, cache, **inputs):
     """What transformers' own `run` says, with the cache under `name` alone."""
     own = "cache" if "cache" in inspect.signature(run).parameters else "past_key_values"
