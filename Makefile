@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-across architectures lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-across architectures lint format types install clean
 
 install: $(STAMP)
 
@@ -48,6 +48,20 @@ test-transformers4: export OMP_NUM_THREADS = 1
 test-transformers4: $(VENV4)/.installed
 	$(VENV4)/bin/python $(PYTEST)
 
+# the newest transformers, which `pip install` without constraints brings: what calls a model, on one model of each kind
+NEWEST := 5.24.0
+VENV_NEWEST := .venv-newest
+$(VENV_NEWEST)/.installed: setup.cfg pyproject.toml constraints.txt Makefile
+	test -x $(VENV_NEWEST)/bin/python || $(PYTHON) -m venv $(VENV_NEWEST)
+	$(VENV_NEWEST)/bin/python -m pip install -q $(TORCH)
+	sed 's/^transformers==.*/transformers==$(NEWEST)/' constraints.txt > $(VENV_NEWEST)/constraints.txt
+	$(VENV_NEWEST)/bin/python -m pip install -q -c $(VENV_NEWEST)/constraints.txt -e ".[tests]"
+	touch $@
+
+test-newest: export OMP_NUM_THREADS = 1
+test-newest: $(VENV_NEWEST)/.installed
+	$(VENV_NEWEST)/bin/python $(PYTEST) tests/forward tests/calibration tests/surgery tests/tuning tests/evaluation tests/runtime tests/test_pruner.py tests/test_trial.py
+
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1
 test-across: $(STAMP) $(VENV4)/.installed
@@ -73,4 +87,4 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV4) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist *.egg-info demo-output

@@ -33,7 +33,7 @@ def recipe(rate: float, epochs: int, batch_size: int, memory: float) -> TuningCo
 def ours(
     cell: Cell, rate: float, epochs: float, batch_size: int, folder: Path, memory: float, kinds: tuple[str, ...]
 ) -> tuple[PreTrainedModel, Trained]:
-    """Closed form, then hidden states alone, then one epoch of KL; as many tokens as the rivals get.
+    """Hidden states alone, then one epoch of KL; as many tokens as the rivals get.
 
     Args:
         cell ([`Cell`]): The cut and the rows.
