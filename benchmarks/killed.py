@@ -6,6 +6,9 @@ byte by byte, with what an undisturbed run leaves.
 Each trial starts the same command, kills it after a random share of the time that an undisturbed run takes, and starts it
 again; with `--kills` more than once. Without `--model` the model is a small random one, made here. Not compared: figures of
 time, which are never the same twice (the report, the plots and the card have some).
+
+A run is a process of its own, forked from one in which all libraries are loaded: loading them takes longer than the run, and
+nothing is on disk before it is done.
 """
 
 import argparse
@@ -13,10 +16,9 @@ import hashlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -40,6 +42,7 @@ def main() -> int:
     parser.add_argument("--model", help="folder of a dense model; a small random one is made if not given")
     args = parser.parse_args()
     moments = random.Random(args.seed)
+    load_libraries()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model = args.model or str(small_model(folder / "dense"))
@@ -61,12 +64,12 @@ def main() -> int:
 def killed_run(model: str, folder: Path, name: str, moments: list[float]) -> dict[str, str]:
     """A run that is killed at each of the moments, and then left alone; what is in its folder, and beside it."""
     for moment in moments:
-        process = start(model, folder, name)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait()
+        process, until = start(model, folder, name), time.monotonic() + moment
+        while (ended := os.waitpid(process, os.WNOHANG)[0] == process) is False and time.monotonic() < until:
+            time.sleep(0.002)
+        if not ended:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
         if (folder / name / "out").exists():
             break  # it was faster, or the folder was there already: it is whole, or not there
     found = {}
@@ -80,20 +83,44 @@ def killed_run(model: str, folder: Path, name: str, moments: list[float]) -> dic
 
 def run(model: str, folder: Path, name: str) -> None:
     """A run to its end."""
-    process = start(model, folder, name)
-    if process.wait() != 0:
-        raise SystemExit(f"{name}: exit status {process.returncode}: {(folder / f'{name}.log').read_text()[-2000:]}")
+    status = os.waitstatus_to_exitcode(os.waitpid(start(model, folder, name), 0)[1])
+    if status != 0:
+        raise SystemExit(f"{name}: exit status {status}: {(folder / f'{name}.log').read_text()[-2000:]}")
 
 
-def start(model: str, folder: Path, name: str) -> subprocess.Popen:
-    """The command, in a process of its own."""
+def load_libraries() -> None:
+    """All that a run imports."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    # threads of this process would not be in a forked one
+    torch.set_num_threads(1)
+    import matplotlib.pyplot  # noqa: F401
+    import onnxruntime  # noqa: F401
+
+    import optimum_clp.exporters.export
+    import optimum_clp.pruner  # noqa: F401
+
+
+def start(model: str, folder: Path, name: str) -> int:
+    """The command, in a process of its own, and its number."""
+    from optimum_clp.commands.clp import main as command
+
     (folder / name).mkdir(exist_ok=True)
-    options = OPTIONS.format(tokenizer=model).split()
-    command = [sys.executable, "-m", "optimum_clp.commands.clp", "prune", "--model", model, *options]
-    command += ["--cache-dir", "cache", "out"]  # the recipe holds them: the same in every trial
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    with open(folder / f"{name}.log", "a") as log:
-        return subprocess.Popen(command, cwd=folder / name, stdout=log, stderr=log, env=environment)
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        log = os.open(folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(log, stream)
+        os.chdir(folder / name)
+        # the recipe holds the folders: the same in every trial
+        options = [*OPTIONS.format(tokenizer=model).split(), "--cache-dir", "cache", "out"]
+        status = command(["prune", "--model", model, *options])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def contents(folder: Path) -> dict[str, str]:
