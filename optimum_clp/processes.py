@@ -4,14 +4,18 @@ A process that is alone, also where PyTorch was built without `torch.distributed
 """
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
 from torch import Tensor
 
-from .errors import ConfigurationError
+from .errors import CLPError, ConfigurationError
+
+T = TypeVar("T")
 
 # what launchers set and accelerate reads as numbers
 _NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
@@ -116,6 +120,37 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def by_first(call: Callable[[], T]) -> T:
+    """What the first process's call gives, or raises, in all processes of the group: none waits for one that has failed.
+
+    Args:
+        call (`Callable`): Made in the first process alone; what it returns can be pickled.
+    """
+    if world_size() == 1:
+        return call()
+    value: Any = None
+    error: Exception | None = None
+    if is_first():
+        try:
+            value = call()
+        except Exception as raised:
+            error = raised
+    # what another library has raised may not be to be pickled
+    told = error if error is None or isinstance(error, CLPError) else RuntimeError(f"{type(error).__name__}: {error}")
+    told, value = gathered((told, value))[0]
+    if told is not None:
+        raise told if error is None else error
+    return value
+
+
+@contextmanager
+def entered_by_first(block: AbstractContextManager[Any]) -> Iterator[None]:
+    """A `with` block that the first process enters and leaves; what entering raises is raised in all of them."""
+    with ExitStack() as stack:
+        by_first(lambda: stack.enter_context(block))
+        yield
 
 
 def _in_group() -> bool:

@@ -19,7 +19,7 @@ from .evaluation.tasks import load_task
 from .healing import heal
 from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
-from .processes import is_first, wait_for_all
+from .processes import entered_by_first, is_first, wait_for_all
 from .report.hub import check_repo_id, upload
 from .report.report import REPORT_NAME, CLPReport
 from .search.recipe import layers_to_remove, search_by_recipe
@@ -277,7 +277,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, failure = session.use(config, again=True), None
-        with claimed_output(save_directory if is_first() else None, overwrite), session.caches.run():
+        with entered_by_first(claimed_output(save_directory, overwrite)), session.caches.run():
             if save_directory is not None:
                 check_writable(session)
             self.search(config)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .architecture.lookup import allowed_segments, num_layers
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint, verify_config
 from .errors import CutError, ModelError
+from .processes import by_first
 from .segments import LayerSegment
 from .surgery.assembly import uncut_twin
 from .surgery.cut import cut_model
@@ -29,6 +30,9 @@ LARGEST_TRIAL = 2**28
 def try_cut(dense: PreTrainedModel, tokenizer: Any, num_removed: int | None) -> None:
     """Cut a model once, save it to a temporary folder, read it back, and forget it.
 
+    In a group of processes, all of which make this call, the first one does so, and all of them raise what it raises:
+    transformers saves nothing in the others.
+
     Args:
         dense (`PreTrainedModel`): The dense model; not changed.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
@@ -38,8 +42,12 @@ def try_cut(dense: PreTrainedModel, tokenizer: Any, num_removed: int | None) -> 
         ModelError, CutError: What would be raised after the search; the message says if the dense model itself does not come
             back from disk.
     """
+    by_first(lambda: _try(dense, tokenizer, num_removed or 1))
+
+
+def _try(dense: PreTrainedModel, tokenizer: Any, length: int) -> None:
     check_uncut(dense)
-    trial = cut_model(dense, [_any_segment(dense.config, num_removed or 1)])
+    trial = cut_model(dense, [_any_segment(dense.config, length)])
     try:
         _save_and_read(trial, tokenizer)
     except CutError as error:

