@@ -65,7 +65,7 @@ def killed_run(model: str, folder: Path, name: str, moments: list[float]) -> dic
     """A run that is killed at each of the moments, and then left alone; what is in its folder, and beside it."""
     for moment in moments:
         process, until = start(model, folder, name), time.monotonic() + moment
-        while (ended := os.waitpid(process, os.WNOHANG)[0] == process) is False and time.monotonic() < until:
+        while not (ended := os.waitpid(process, os.WNOHANG)[0] == process) and time.monotonic() < until:
             time.sleep(0.002)
         if not ended:
             os.kill(process, signal.SIGKILL)
@@ -89,8 +89,7 @@ def run(model: str, folder: Path, name: str) -> None:
 
 
 def load_libraries() -> None:
-    """All that a run imports."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    """All that a run imports: these are imported for that alone."""
     # threads of this process would not be in a forked one
     torch.set_num_threads(1)
     import matplotlib.pyplot  # noqa: F401
