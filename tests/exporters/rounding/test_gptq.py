@@ -23,7 +23,8 @@ def textbook_gptq(weight, gram, bits, block_size):
     for column in range(columns):
         if column % block_size == 0:
             block = weight[:, column : column + block_size].astype(np.float32)
-            importance = hessian.diagonal()[column : column + block_size].astype(np.float32)
+            left = [np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(column, min(columns, column + block_size))]
+            importance = np.array([1 / inverse for inverse in left], dtype=np.float32)
             scales = quantize_blocks(block, bits, block.shape[1], importance)[1][:, 0].astype(np.float64)
         code = np.clip(np.rint(weight[:, column] / scales), -half, half - 1)
         rounded[:, column] = code * scales
