@@ -31,6 +31,7 @@ from .report.environment import environment_info
 from .report.failures import TUNING, failures_section
 from .report.model_card import write_model_card
 from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
+from .report.page import write_report_page
 from .report.plots import write_plots
 from .report.section import to_section
 from .session import Session
@@ -299,6 +300,9 @@ def _write_records(session: Session, folder: Path, name: str, attempts: Attempts
         write_plots(report, folder)
     with attempts.stage("model card"):
         write_model_card(report, config, folder, model_name=name)
+    report.failures = failures_section(attempts.failed, name)
+    with attempts.stage("report page"):
+        write_report_page(report, config, folder)
     report.failures = failures_section(attempts.failed, name)
     with attempts.stage("report"):
         report.save(folder)

@@ -95,6 +95,7 @@ STAGES = {
     "generation": "evaluation.deployment.measure_generation",
     "plots": "output_folder.write_plots",
     "model card": "output_folder.write_model_card",
+    "report page": "output_folder.write_report_page",
     "recipe": "configuration.clp_config.CLPConfig.save_pretrained",
     "environment": "output_folder.environment_info",
     "fingerprints": "output_folder.record_origin",

@@ -5,7 +5,6 @@ models of the Hub alone.
 """
 
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..doors import STARTS, STRATEGIES
 from .generation import answers_markdown, generation_text, requirement_line
-from .origin import Origin, find_origin
+from .origin import Origin, base_name, origin_of
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .recognition import recognition_tables
 from .report import CLPReport
@@ -63,7 +62,7 @@ def write_model_card(
         `Path`: The file.
     """
     folder = Path(folder)
-    title = model_name or f"{_base_name(report)}-clp"
+    title = model_name or f"{base_name(report.base_model)}-clp"
     sections = [
         _introduction(report, title),
         _removed(report, folder),
@@ -81,16 +80,8 @@ def write_model_card(
     return path
 
 
-def _base_name(report: CLPReport) -> str:
-    """The last part of the dense model's name, without any folder above it."""
-    repository = ((report.base_model or {}).get("origin") or {}).get("repository")
-    name = repository or (report.base_model or {}).get("name_or_path") or ""
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if last.strip("./~") else "model"
-
-
 def _metadata(report: CLPReport, folder: Path) -> ModelCardData:
-    origin = _origin(report)
+    origin = origin_of(report.base_model)
     base = origin.repository or origin.base_model
     extra: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
     extra |= _terms(origin, folder)
@@ -110,13 +101,6 @@ def _metadata(report: CLPReport, folder: Path) -> ModelCardData:
     )
 
 
-def _origin(report: CLPReport) -> Origin:
-    """What is known of where the dense model came from: as the report says, or else as its card says now."""
-    base = report.base_model or {}
-    known = base.get("origin")
-    return Origin(**known) if known else find_origin(base.get("name_or_path"), base.get("revision"))
-
-
 def _terms(origin: Origin, folder: Path) -> dict[str, str]:
     """The licence as the metadata of a card has it; a link to a file that did not come along leads to the Hub."""
     link, repository = origin.license_link, origin.repository
@@ -127,8 +111,8 @@ def _terms(origin: Origin, folder: Path) -> dict[str, str]:
 
 
 def _introduction(report: CLPReport, title: str) -> str:
-    origin = _origin(report)
-    base = _linked(origin.repository) if origin.repository else f"`{_base_name(report)}`"
+    origin = origin_of(report.base_model)
+    base = _linked(origin.repository) if origin.repository else f"`{base_name(report.base_model)}`"
     if origin.base_model and not origin.repository:
         base += f", which was made from {_linked(origin.base_model)}"
     kind = (report.base_model or {}).get("model_type")

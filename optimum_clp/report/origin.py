@@ -5,7 +5,7 @@ A model's licence asks for its name and its text to be passed on; a local folder
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -108,6 +108,29 @@ def copy_files(source: Path | None, folder: Path, patterns: Sequence[str]) -> li
             shutil.copyfile(file, folder / file.name)
             copied.append(file.name)
     return copied
+
+
+def origin_of(base_model: Mapping[str, Any] | None) -> Origin:
+    """What is known of where the dense model came from: as the report says, or else as its card says now.
+
+    Args:
+        base_model (`Mapping` or `None`): The section of the report.
+    """
+    base = base_model or {}
+    known = base.get("origin")
+    return Origin(**known) if known else find_origin(base.get("name_or_path"), base.get("revision"))
+
+
+def base_name(base_model: Mapping[str, Any] | None) -> str:
+    """The last part of the dense model's name, without any folder above it.
+
+    Args:
+        base_model (`Mapping` or `None`): The section of the report.
+    """
+    base = base_model or {}
+    name = (base.get("origin") or {}).get("repository") or base.get("name_or_path") or ""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if last.strip("./~") else "model"
 
 
 def _cached_repository(path: str | None) -> str | None:
