@@ -92,8 +92,8 @@ def upload(
             (copy / name).unlink(missing_ok=True)
         public.save(copy)
         public_config(config).save_pretrained(copy)
-        write_model_card(public, config, copy, model_name=repo_id)
         write_report_page(public, config, copy, title=repo_id)
+        write_model_card(public, config, copy, model_name=repo_id)
         commit = api.upload_folder(repo_id=repo_id, folder_path=str(copy), token=token, **kwargs)
     return str(commit)
 
