@@ -1,7 +1,7 @@
 """Charts of the report's page, as inline SVG: made with the standard library, which escapes whatever a report says.
 
 Colours come from the page's style sheet, by class, so that one chart serves light and dark. Each mark says what it is in
-`data-tip`, which the page shows beside the pointer, and in `aria-label`. A chart is drawn for a width in pixels, since text
+its `aria-label`, which the page shows beside the pointer. A chart is drawn for a width in pixels, since text
 that shrinks with the screen cannot be read: the page has a wide and a narrow one.
 """
 
@@ -17,6 +17,7 @@ from .tables import is_known
 
 WIDE, NARROW = 860, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
+_CROWD = 300
 # from the smallest to the largest value: beyond it a linear axis shows the large ones alone
 _LOGARITHMIC = 8
 
@@ -86,6 +87,9 @@ class Chart:
         title (`str`): What a reader who does not see it is told.
         x, y ([`Scale`]): Of the two axes.
         width, height (`int`): Pixels.
+
+    Attributes:
+        crowded (`bool`): So many marks that none is made larger to be hit.
     """
 
     title: str
@@ -93,6 +97,7 @@ class Chart:
     y: Scale
     width: int
     height: int
+    crowded: bool = field(default=False, init=False)
     root: ElementTree.Element = field(init=False)
 
     def __post_init__(self) -> None:
@@ -121,9 +126,8 @@ class Chart:
 
     def mark(self, tip: str, **data: str) -> ElementTree.Element:
         """A group that says `tip` when it is pointed at."""
-        group = _add(self.root, "g", "mark", role="img", tabindex="-1")
+        group = _add(self.root, "g", "mark", role="img")
         group.set("aria-label", tip)
-        group.set("data-tip", tip)
         for name, value in data.items():
             group.set(f"data-{name}", value)
         return group
@@ -131,7 +135,8 @@ class Chart:
     def point(self, group: ElementTree.Element, x: float, y: float, style: str, radius: float = 4) -> None:
         """A dot, with a larger one that cannot be seen and is easier to hit."""
         place = {"cx": self.x(x), "cy": self.y(y)}
-        _add(group, "circle", "target", **place, r=radius + 6)
+        if not self.crowded:
+            _add(group, "circle", "target", **place, r=radius + 6)
         _add(group, "circle", style, **place, r=radius)
 
     def markup(self) -> Markup:
@@ -155,7 +160,9 @@ def landscape(search: Mapping[str, Any], cuts: Sequence["ScoredLine"], width: in
         return None
     values = [cut.kl for cut in shown]
     chart = _over_layers("Every scored cut and its KL to the dense model", search, values, width, 300)
-    chart.axes("first layer of the cut", "KL to dense (nats per token)")
+    chart.crowded = len(shown) > _CROWD
+    alone = any(len(cut.segments) == 1 for cut in shown)
+    chart.axes("first layer of the cut" if alone else "layers of the cut", "KL to dense (nats per token)")
     single = sorted((cut for cut in shown if len(cut.segments) == 1), key=lambda cut: cut.segments[0][0])
     for run in _neighbours(single):
         chart.line([(cut.segments[0][0], cut.kl) for cut in run], "s0 faint")
@@ -333,8 +340,10 @@ def _draw_cut(chart: Chart, cut: ScoredLine) -> None:
                 "y1": chart.y(cut.kl),
                 "y2": chart.y(cut.kl),
             }
-            _add(group, "line", "target", **place)
-            _add(group, "line", f"bar {style}", **place)
+            if not chart.crowded:
+                _add(group, "line", "target", **place)
+            thin = " thin" if chart.crowded and not cut.chosen else ""
+            _add(group, "line", f"bar {style}{thin}", **place)
         return
     x, low, high = cut.segments[0][0], cut.kl, cut.kl
     if is_known(cut.error):
@@ -390,7 +399,10 @@ def _root(title: str, width: int, height: int) -> ElementTree.Element:
 
 
 def _add(parent: ElementTree.Element, tag: str, style: str, **attributes: float | str) -> ElementTree.Element:
-    shown = {key: value if isinstance(value, str) else f"{value:.1f}" for key, value in attributes.items()}
+    shown = {
+        key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
+        for key, value in attributes.items()
+    }
     return ElementTree.SubElement(parent, tag, {"class": style, **shown})
 
 

@@ -14,7 +14,7 @@
   }
 
   function show(mark, x, y) {
-    tip.textContent = mark.dataset.tip;
+    tip.textContent = mark.getAttribute("aria-label");
     tip.hidden = false;
     const room = document.documentElement.clientWidth;
     const box = tip.getBoundingClientRect();
@@ -29,7 +29,7 @@
     light(mark, false);
   }
 
-  for (const mark of document.querySelectorAll("[data-tip]")) {
+  for (const mark of document.querySelectorAll(".mark")) {
     mark.addEventListener("pointerenter", (event) => show(mark, event.clientX, event.clientY));
     mark.addEventListener("pointerleave", () => hide(mark));
   }

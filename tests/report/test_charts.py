@@ -59,7 +59,7 @@ def test_every_cut_is_a_mark_at_its_place_and_the_choice_is_ringed():
     cuts[1] = cut(1, 4, 2.0, chosen=True, error=0.5)
     drawn = marks(landscape(SEARCH, cuts, 860))
     assert [mark.get("data-segments") for mark in drawn] == ["0-3", "2-5", "1-4"]  # the choice last, on top
-    assert [mark.get("data-tip") for mark in drawn] == [mark.get("aria-label") for mark in drawn]
+    assert [mark.get("aria-label") for mark in drawn] == ["cut 0", "cut 2", "cut 1"]
     dots = [next(c for c in mark.iter("circle") if "dot" in c.get("class")) for mark in drawn]
     xs, ys = ([float(dot.get(key)) for dot in dots] for key in ("cx", "cy"))
     assert xs[0] < xs[2] < xs[1] and xs[1] - xs[0] == pytest.approx(2 * (xs[2] - xs[0]), abs=0.2)
@@ -89,7 +89,7 @@ def test_layers_that_went_are_marked():
     assert [int(box.get("data-layer")) for box in boxes if "gone" in box.get("class")] == [7, 8, 9]
     assert len(boxes) == 16
     drawn = marks(importance(SEARCH, [float(i) for i in range(16)], {7}, 340))
-    assert drawn[7].get("data-tip") == "Layer 7 (removed): 7" and len(drawn) == 16
+    assert drawn[7].get("aria-label") == "Layer 7 (removed): 7" and len(drawn) == 16
 
 
 def test_bars_are_as_long_as_their_values():

@@ -114,13 +114,13 @@ def test_every_figure_is_there(tmp_path):
         assert figure in text, figure
     assert "14 cuts were scored (strategy auto (used gate), the work of 4.1 forward passes" in text
     assert "pruning_ratio" in text and "0.3" in text and "optimum-clp prune --model example/stories-16l" in text
-    assert html.count('data-tip="Layers 7 to 9: KL 0.41 ± 0.02, on 32 rows (chosen)"') == 2  # wide and narrow
+    assert html.count('aria-label="Layers 7 to 9: KL 0.41 ± 0.02, on 32 rows (chosen)"') == 2  # wide and narrow
 
 
 def test_each_scored_cut_can_be_pointed_at():
     _, elements = page(full_report())
     tips = [
-        a["data-tip"] for a in elements.all("g") if a.get("class") == "mark" and a["data-tip"].startswith("Layers")
+        a["aria-label"] for a in elements.all("g") if a.get("class") == "mark" and a["aria-label"].startswith("Layers")
     ]
     assert len(tips) == 2 * 14 and len(set(tips)) == 14
     assert "Layers 6 to 8: KL 0.45 ± 0.02, on 32 rows; +0.04 beside the chosen one (± 0.025)" in tips
