@@ -268,3 +268,18 @@ def test_in_a_browser(speakers, base_speakers, width):
             assert wrong == []
         server.shutdown()
         server.server_close()
+
+
+def test_a_loop_is_marked_in_a_browser_and_one_column_is_stopped(talker):
+    server, model = talker
+    with browser_page() as (page, wrong):
+        page.goto(server.address)
+        page.fill("#words", "w7")
+        page.click("#send")
+        page.locator(".answer.going footer b", has_text="loops").wait_for()
+        assert page.locator("#send").is_disabled()
+        page.locator(".answer footer button").click()
+        page.locator(".answer:not(.going)").wait_for()
+        assert "cut short" in page.locator(".answer footer").inner_text()
+        page.locator("#send:enabled").wait_for()
+        assert wrong == [] and quiet_after(model)
