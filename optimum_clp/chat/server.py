@@ -159,16 +159,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.server.answering = {}
 
     def _write_answers(self, asked: dict[str, Any], settings: AnswerSettings) -> None:
-        speakers, answers = self.server.speakers, []
+        speakers, prepared = self.server.speakers, []
         for name, messages in asked.items():
             try:
                 speaker = speakers.named(name)
                 (prompt,) = load_prompts([{"messages": messages}])
-                ids = speakers.tokens_of(prompt, speaker)
+                prepared.append((speaker, speakers.tokens_of(prompt, speaker)))
             except CLPError as error:
                 self._line({"name": name, "error": error.problems[0].rule, "done": True})
-            else:
-                answers.append(Answering(speakers, speaker, ids, settings))
+        # threads begin here, and nothing that may fail lies between them and what ends them
+        answers = [Answering(speakers, speaker, ids, settings) for speaker, ids in prepared]
         self.server.answering = {answer.name: answer for answer in answers}
         for answer, added in answer_in_turn(answers):
             line = {"name": answer.name, "added": added, **answer.figures()}

@@ -162,6 +162,13 @@ def test_the_figures_are_those_of_what_is_delivered_and_survive_a_round_trip(tmp
     assert str(ModelCard(f"---\n{again.to_yaml()}\n---\n")).startswith("---\n")
 
 
+@pytest.mark.hub
+def test_the_hub_takes_the_card(tmp_path, hub):
+    hub.card = CARD_OF_THE_DENSE_MODEL.replace("chat,", "").replace("acme/chats", "HuggingFaceTB/smoltalk")
+    write(example_report(), tmp_path)
+    ModelCard.load(tmp_path / "README.md").validate()
+
+
 def test_the_title_is_the_dense_models_name_or_the_repository(tmp_path):
     assert "# stories-16l-clp\n" in write(example_report(), tmp_path, model_name="out")
     assert "# me/small\n" in write(example_report(), tmp_path, model_name="me/small")
