@@ -1,65 +1,22 @@
-"""Charts of the report's page, as inline SVG: made with the standard library, which escapes whatever a report says.
+"""Charts of the report's page.
 
-Colours come from the page's style sheet, by class, so that one chart serves light and dark. Each mark says what it is in
-its `aria-label`, which the page shows beside the pointer. A chart is drawn for a width in pixels, since text
-that shrinks with the screen cannot be read: the page has a wide and a narrow one.
+A chart is drawn for a width in pixels, since text that shrinks with the screen cannot be read: the page has a wide and a
+narrow one.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 from markupsafe import Markup
 
+from .svg import BOTTOM, LEFT, RIGHT, TOP, Chart, Scale, add_node, add_text, finished, new_drawing, scale_over
 from .tables import is_known
 
 WIDE, NARROW = 860, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
 _CROWD = 300
 # from the smallest to the largest value: beyond it a linear axis shows the large ones alone
 _LOGARITHMIC = 8
-
-
-@dataclass(frozen=True)
-class Scale:
-    """From values to places.
-
-    Args:
-        low, high (`float`): The values at both ends; unlike, and above 0 for a logarithmic scale.
-        start, stop (`float`): Their places, in pixels.
-        log (`bool`): Logarithmic.
-    """
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """The place of a value, in pixels."""
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = (math.log10(max(number, self.low)) for number in (value, low, high))
-        return self.start + (value - low) / (high - low) * (self.stop - self.start)
-
-    def ticks(self, number: int) -> list[float]:
-        """About `number` round values within the scale."""
-        if self.log:
-            return self._log_ticks(number)
-        step = 10 ** math.floor(math.log10((self.high - self.low) / number))
-        step *= next((k for k in (1, 2, 5, 10) if (self.high - self.low) / (k * step) <= number), 10)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-    def _log_ticks(self, number: int) -> list[float]:
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        parts = next((p for p in ((1, 2, 5), (1, 3), (1,)) if len(p) * len(decades) <= 2 * number), (1,))
-        every = max(1, math.ceil(len(decades) / number))
-        found = [part * 10.0**decade for decade in decades if decade % every == 0 for part in parts]
-        return [value for value in found if self.low <= value <= self.high]
 
 
 @dataclass(frozen=True)
@@ -77,71 +34,6 @@ class Series:
     points: Sequence[tuple[float, float, str]]
     style: str
     line: bool = True
-
-
-@dataclass
-class Chart:
-    """A drawing with two axes.
-
-    Args:
-        title (`str`): What a reader who does not see it is told.
-        x, y ([`Scale`]): Of the two axes.
-        width, height (`int`): Pixels.
-
-    Attributes:
-        crowded (`bool`): So many marks that none is made larger to be hit.
-    """
-
-    title: str
-    x: Scale
-    y: Scale
-    width: int
-    height: int
-    crowded: bool = field(default=False, init=False)
-    root: ElementTree.Element = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.root = _root(self.title, self.width, self.height)
-
-    def axes(self, x_label: str, y_label: str) -> None:
-        """Grid, ticks and what they count."""
-        left, right, bottom, top = self.x.start, self.x.stop, self.y.start, self.y.stop
-        for value in self.y.ticks(5):
-            height = self.y(value)
-            _add(self.root, "line", "grid", x1=left, x2=right, y1=height, y2=height)
-            _text(self.root, f"{value:g}", left - 6, height + 4, "tick end")
-        for value in self.x.ticks(max(3, (self.width - _LEFT) // 80)):
-            place = self.x(value)
-            _add(self.root, "line", "axis", x1=place, x2=place, y1=bottom, y2=bottom + 4)
-            _text(self.root, _count(value), place, bottom + 17, "tick middle")
-        _add(self.root, "line", "axis", x1=left, x2=right, y1=bottom, y2=bottom)
-        _text(self.root, x_label, (left + right) / 2, bottom + 33, "label middle")
-        label = _text(self.root, y_label, 0, 0, "label middle")
-        label.set("transform", f"translate(12 {(top + bottom) / 2:.1f}) rotate(-90)")
-
-    def line(self, points: Iterable[tuple[float, float]], style: str) -> None:
-        """A line through values."""
-        path = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
-        _add(self.root, "polyline", f"line {style}", points=path)
-
-    def mark(self, tip: str, **data: str) -> ElementTree.Element:
-        """A group that says `tip` when it is pointed at."""
-        group = _add(self.root, "g", "mark", role="img")
-        group.set("aria-label", tip)
-        for name, value in data.items():
-            group.set(f"data-{name}", value)
-        return group
-
-    def point(self, group: ElementTree.Element, x: float, y: float, style: str, radius: float = 4) -> None:
-        """A dot, with a larger one that cannot be seen and is easier to hit."""
-        place = {"cx": self.x(x), "cy": self.y(y)}
-        if not self.crowded:
-            _add(group, "circle", "target", **place, r=radius + 6)
-        _add(group, "circle", style, **place, r=radius)
-
-    def markup(self) -> Markup:
-        """The drawing as it goes into the page."""
-        return _markup(self.root)
 
 
 def landscape(search: Mapping[str, Any], cuts: Sequence["ScoredLine"], width: int) -> Markup | None:
@@ -175,15 +67,15 @@ def landscape(search: Mapping[str, Any], cuts: Sequence["ScoredLine"], width: in
 def strip(search: Mapping[str, Any], gone: set[int], width: int) -> Markup:
     """The stack of layers, below the landscape: those that went are marked, and those of the cut that is pointed at."""
     height = 22
-    root = _root("Layers of the dense model", width, height)
-    x = Scale(-0.75, search["num_layers"] - 0.25, _LEFT, width - _RIGHT)
+    root = new_drawing("Layers of the dense model", width, height)
+    x = Scale(-0.75, search["num_layers"] - 0.25, LEFT, width - RIGHT)
     thick = max(1.0, 0.8 * (x(1) - x(0)))
-    _text(root, "layers", _LEFT - 6, 15, "tick end")
+    add_text(root, "layers", LEFT - 6, 15, "tick end")
     for layer in range(search["num_layers"]):
         style = "layer gone" if layer in gone else "layer"
-        box = _add(root, "rect", style, x=x(layer) - thick / 2, y=3, width=thick, height=16)
+        box = add_node(root, "rect", style, x=x(layer) - thick / 2, y=3, width=thick, height=16)
         box.set("data-layer", str(layer))
-    return _markup(root)
+    return finished(root)
 
 
 def importance(search: Mapping[str, Any], values: Sequence[float | None], gone: set[int], width: int) -> Markup | None:
@@ -207,7 +99,7 @@ def importance(search: Mapping[str, Any], values: Sequence[float | None], gone: 
         group = chart.mark(f"Layer {layer} ({state}): {value:.4g}", segments=f"{layer}-{layer + 1}")
         foot, top = sorted((chart.y(max(chart.y.low, 0.0)), chart.y(value)), reverse=True)
         bar = {"x": chart.x(layer) - thick / 2, "y": top, "width": thick, "height": max(foot - top, 1)}
-        _add(group, "rect", "s1" if layer in gone else "s0", **bar)
+        add_node(group, "rect", "s1" if layer in gone else "s0", **bar)
     return chart.markup()
 
 
@@ -247,8 +139,8 @@ def curves(
     height = 280
     chart = Chart(
         title,
-        _scale(places, _LEFT, width - _RIGHT, log=log_x and min(places) > 0, zero=False),
-        _scale(values, height - _BOTTOM, _TOP, log=log_y and 0 < 3 * min(values) < max(values)),
+        scale_over(places, LEFT, width - RIGHT, log=log_x and min(places) > 0, zero=False),
+        scale_over(values, height - BOTTOM, TOP, log=log_y and 0 < 3 * min(values) < max(values)),
         width,
         height,
     )
@@ -256,12 +148,12 @@ def curves(
     for name, value in (levels or {}).items():
         place = chart.y(value)
         group = chart.mark(f"{name}: {value:.4g}")
-        _add(group, "line", "level", x1=chart.x.start, x2=chart.x.stop, y1=place, y2=place)
+        add_node(group, "line", "level", x1=chart.x.start, x2=chart.x.stop, y1=place, y2=place)
     for x, words in borders:
-        _add(chart.mark(words), "line", "border", x1=chart.x(x), x2=chart.x(x), y1=chart.y.start, y2=chart.y.stop)
+        add_node(chart.mark(words), "line", "border", x1=chart.x(x), x2=chart.x(x), y1=chart.y.start, y2=chart.y.stop)
     for x, low, high, words in spans:
         group = chart.mark(words)
-        _add(group, "line", "span", x1=chart.x(x), x2=chart.x(x), y1=chart.y(low), y2=chart.y(high))
+        add_node(group, "line", "span", x1=chart.x(x), x2=chart.x(x), y1=chart.y(low), y2=chart.y(high))
     for line in series:
         if line.line and len(line.points) > 1:
             chart.line([(x, y) for x, y, _ in line.points], line.style)
@@ -270,7 +162,7 @@ def curves(
             chart.point(chart.mark(f"{line.name}, {words}"), x, y, line.style, 3)
     if ring is not None:
         x, y, words = ring
-        _add(chart.mark(words), "circle", "ring", cx=chart.x(x), cy=chart.y(y), r=9)
+        add_node(chart.mark(words), "circle", "ring", cx=chart.x(x), cy=chart.y(y), r=9)
     return chart.markup()
 
 
@@ -282,16 +174,16 @@ def bars(title: str, rows: Sequence[tuple[str, float, str]]) -> Markup:
         rows (`Sequence[tuple[str, float, str]]`): Name, value (at least 0), and the value in words.
     """
     step, name_width, said_width = 26, 84, 84
-    root = _root(title, NARROW, step * len(rows) + 4)
+    root = new_drawing(title, NARROW, step * len(rows) + 4)
     most = max((value for _, value, _ in rows), default=0) or 1
     room = NARROW - name_width - said_width
     for index, (name, value, words) in enumerate(rows):
         middle = step * index + step / 2 + 2
-        _text(root, name, name_width - 8, middle + 4, "label end")
+        add_text(root, name, name_width - 8, middle + 4, "label end")
         length = max(1.0, room * value / most)
-        _add(root, "rect", _style_of(name), x=name_width, y=middle - 8, width=length, height=16, rx=2)
-        _text(root, words, name_width + length + 6, middle + 4, "value")
-    return _markup(root)
+        add_node(root, "rect", _style_of(name), x=name_width, y=middle - 8, width=length, height=16, rx=2)
+        add_text(root, words, name_width + length + 6, middle + 4, "value")
+    return finished(root)
 
 
 @dataclass(frozen=True)
@@ -323,9 +215,9 @@ def layers_text(segments: Iterable[Sequence[int]]) -> str:
 
 
 def _over_layers(title: str, search: Mapping[str, Any], values: Sequence[float], width: int, height: int) -> Chart:
-    x = Scale(-0.75, search["num_layers"] - 0.25, _LEFT, width - _RIGHT)
+    x = Scale(-0.75, search["num_layers"] - 0.25, LEFT, width - RIGHT)
     log = min(values) > 0 and max(values) > _LOGARITHMIC * min(values)
-    return Chart(title, x, _scale(values, height - _BOTTOM, _TOP, log=log), width, height)
+    return Chart(title, x, scale_over(values, height - BOTTOM, TOP, log=log), width, height)
 
 
 def _draw_cut(chart: Chart, cut: ScoredLine) -> None:
@@ -341,17 +233,17 @@ def _draw_cut(chart: Chart, cut: ScoredLine) -> None:
                 "y2": chart.y(cut.kl),
             }
             if not chart.crowded:
-                _add(group, "line", "target", **place)
+                add_node(group, "line", "target", **place)
             thin = " thin" if chart.crowded and not cut.chosen else ""
-            _add(group, "line", f"bar {style}{thin}", **place)
+            add_node(group, "line", f"bar {style}{thin}", **place)
         return
     x, low, high = cut.segments[0][0], cut.kl, cut.kl
     if is_known(cut.error):
         low, high = max(chart.y.low, cut.kl - cut.error), min(chart.y.high, cut.kl + cut.error)
-        _add(group, "line", f"error {style}", x1=chart.x(x), x2=chart.x(x), y1=chart.y(low), y2=chart.y(high))
+        add_node(group, "line", f"error {style}", x1=chart.x(x), x2=chart.x(x), y1=chart.y(low), y2=chart.y(high))
     chart.point(group, x, cut.kl, f"dot {style}")
     if cut.chosen:
-        _add(group, "circle", "ring", cx=chart.x(x), cy=chart.y(cut.kl), r=9)
+        add_node(group, "circle", "ring", cx=chart.x(x), cy=chart.y(cut.kl), r=9)
 
 
 def _neighbours(cuts: Sequence[ScoredLine]) -> Iterator[list[ScoredLine]]:
@@ -366,52 +258,5 @@ def _neighbours(cuts: Sequence[ScoredLine]) -> Iterator[list[ScoredLine]]:
         yield run
 
 
-def _scale(values: Sequence[float], start: float, stop: float, *, log: bool = False, zero: bool = True) -> Scale:
-    """A scale that holds all values: from 0, or a little beyond the outermost ones."""
-    low, high = min(values), max(values)
-    if log:
-        return Scale(low / 1.3, high * 1.3, start, stop, True)
-    if zero:
-        low, high = min(0.0, low), max(0.0, high) * 1.06
-    margin = 0.03 * (high - low)
-    low, high = (low, high) if zero else (low - margin, high + margin)
-    return Scale(low, high if high > low else low + 1, start, stop)
-
-
-def _count(value: float) -> str:
-    """A tick of an axis that counts: 2,000,000 is `2 M`."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= 10 * size or value >= size > 1e3:
-            return f"{value / size:g} {unit}"
-    return f"{value:,g}"
-
-
 def _style_of(name: str) -> str:
     return {"dense": "s2", "cut": "s1", "tuned": "s0"}.get(name, "s3")
-
-
-def _root(title: str, width: int, height: int) -> ElementTree.Element:
-    root = ElementTree.Element("svg", {"viewBox": f"0 0 {width} {height}", "width": str(width), "height": str(height)})
-    root.set("class", "chart")
-    root.set("role", "group")
-    root.set("aria-label", title)
-    return root
-
-
-def _add(parent: ElementTree.Element, tag: str, style: str, **attributes: float | str) -> ElementTree.Element:
-    shown = {
-        key: value if isinstance(value, str) else f"{value:.1f}".removesuffix(".0")
-        for key, value in attributes.items()
-    }
-    return ElementTree.SubElement(parent, tag, {"class": style, **shown})
-
-
-def _text(parent: ElementTree.Element, words: str, x: float, y: float, style: str) -> ElementTree.Element:
-    node = _add(parent, "text", style, x=x, y=y)
-    node.text = words
-    return node
-
-
-def _markup(root: ElementTree.Element) -> Markup:
-    # the only place where text becomes markup: the serializer has escaped it
-    return Markup(ElementTree.tostring(root, encoding="unicode", short_empty_elements=False))
