@@ -28,6 +28,7 @@ from .graph.file import drop_weights
 from .graph.float_graph import export_float_graph, fold_weight_transposes
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions
+from .graph.norms import spell_out_norms
 from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
@@ -179,6 +180,7 @@ def _write_float_graph(
     choose_positions(graph, export.logits_to_keep)
     float_graph = graph.clone()
     fold_weight_transposes(float_graph)
+    spell_out_norms(float_graph)
     writer.add(FLOAT32, float_graph, started, tolerance=export.tolerance)
     return graph
 
@@ -226,6 +228,7 @@ class _QuantizedFiles:
         )
         check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
         pack_projections(graph)
+        spell_out_norms(graph)
         store_scales_in_16_bits(graph, self.graph)
         bits = bits_per_weight(self.graph, graph)
         self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits, rounding=rounded.method)
