@@ -189,6 +189,10 @@ class Journal:
         if file is not None and is_there(file):
             self._read(file)
 
+    def knows(self, key: Any) -> bool:
+        """Whether something was measured under `key` before."""
+        return _digest(json.dumps(key, sort_keys=True)) in self.known
+
     def recall(self, key: Any, measure: Callable[[], Any]) -> Any:
         """What was measured under `key` before; else `measure()`, which must be JSON-ready and is kept."""
         name = _digest(json.dumps(key, sort_keys=True))
