@@ -257,8 +257,7 @@ def _measure(session: Session, folder: Path, attempts: Attempts) -> None:
         folder=folder,
         export=report.export,
         attempts=attempts,
-        batch_size=session.config.search.batch_size,
-        quiet=session.quiet,
+        **session.evaluation_options(),
     )
 
 

@@ -21,8 +21,9 @@ from .private_files import append_line, digest, is_there, open_plain, place_of, 
 from .processes import gathered, is_first, wait_for_all
 from .progress import progress_bar
 
-# parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it
-_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export")
+# parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it, or say in which
+# order it is computed
+_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export", "max_memory")
 
 
 def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path | None:

@@ -24,14 +24,19 @@ from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
+from .configuration.sizes import size_in_bytes
 from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
+from .forward.layer_major import Residence
+from .forward.memory_bound import residence_under, streaming
 from .origin import check_base, check_seal, weights_changed
+from .processes import is_first
+from .progress import say
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
 from .report.section import to_section
-from .resume import Caches, search_journal, tuning_folder, weights_fingerprint
+from .resume import Caches, cache_file, search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
 from .surgery.cut import separate
@@ -379,6 +384,32 @@ class Session:
         rows = data.train[: config.search.num_sequences], data.validation
         cache_dir = config.calibration.cache_dir
         return self.caches.take(search_journal(source, weights, config.to_dict(), rows, cache_dir))
+
+    def search_options(self, residence: Residence | None) -> dict[str, Any]:
+        """Where this search keeps what it measures, how many layers are in memory at a time, and whether it draws bars."""
+        return {"journal": self.search_journal(), "residence": residence, "quiet": self.quiet}
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Rows in one forward pass of an evaluation, how many layers are in memory at a time, and whether it draws bars."""
+        model = self.model or self.pruned_model
+        residence = None if model is None else self.residence("evaluation", model)
+        return {"batch_size": self.config.search.batch_size, "residence": residence, "quiet": self.quiet}
+
+    def residence(self, stage: str, model: PreTrainedModel | None = None) -> Residence | None:
+        """How passes over a model, by default the one that is cut, keep the recipe's bound on memory; `None` where all weights may stay.
+
+        Says what the stage will hold, and how long the weights take to be read, where they may not.
+
+        Raises:
+            ConfigurationError: If the bound is too small; it says what would do.
+        """
+        source, text = model or self.source(), self.config.calibration
+        length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
+        bound = self.config.max_memory
+        needs, found = residence_under(None if bound is None else size_in_bytes(bound), source, length, states)
+        if found is not None and not self.quiet and is_first():
+            say(f"{stage}: {streaming(source, needs, found)}")
+        return found
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""

@@ -24,8 +24,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..progress import progress_bar
-from .hooks import evaluation_mode, hand_on, layer_hidden, layer_input, mixed, recorded_arguments, replaced_forward
-from .hooks import run_without_head, stopped_before
+from .hooks import (
+    evaluation_mode,
+    hand_on,
+    layer_hidden,
+    layer_input,
+    mixed,
+    recorded_arguments,
+    replaced_forward,
+    run_without_head,
+    stopped_before,
+)
 from .layer_stack import LayerStack
 from .mapped_weights import MappedWeights
 

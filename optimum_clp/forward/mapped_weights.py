@@ -32,19 +32,29 @@ class MappedWeights:
 
     def __init__(self, table: Path = _TABLE):
         self._ranges = sorted(_file_ranges(table))
-        self._starts = [start for start, _ in self._ranges]
+        self._starts = [start for start, _, _ in self._ranges]
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in a file, with all of its storage's numbers that it shows."""
+        return self.file_of(tensor) is not None
+
+    def file_of(self, tensor: Tensor) -> Path | None:
+        """The file that a tensor lies in, if it lies in one."""
         if tensor.is_meta or tensor.device.type != "cpu" or not tensor.nbytes:
-            return False
+            return None
         index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
-        return index >= 0 and tensor.data_ptr() + tensor.nbytes <= self._ranges[index][1]
+        if index < 0 or tensor.data_ptr() + tensor.nbytes > self._ranges[index][1]:
+            return None
+        return Path(self._ranges[index][2])
 
     def bytes_of(self, module: nn.Module) -> int:
         """Bytes of a module's weights that lie in files; what is there twice counts once."""
         found = {t.data_ptr(): t.nbytes for t in _tensors(module) if self.holds(t)}
         return sum(found.values())
+
+    def files_of(self, module: nn.Module) -> list[Path]:
+        """The files that a module's weights lie in."""
+        return sorted({file for file in map(self.file_of, _tensors(module)) if file is not None})
 
     def let_go(self, tensors: Iterable[Tensor]) -> int:
         """Give the pages of tensors back that lie in files. What they hold does not change: it is read again when it is needed.
@@ -84,20 +94,20 @@ def _advise(start: int, stop: int) -> int:
     return 0 if failed else stop - start
 
 
-def _file_ranges(table: Path) -> Iterator[tuple[int, int]]:
-    """Address ranges that map a file and have no page of the process's own."""
+def _file_ranges(table: Path) -> Iterator[tuple[int, int, str]]:
+    """Address ranges that map a file and have no page of the process's own, and the file's name."""
     try:
         lines = table.read_text().splitlines()
     except OSError:
         return
-    current: tuple[int, int] | None = None
+    current: tuple[int, int, str] | None = None
     for line in lines:
         head, _, rest = line.partition(" ")
         if not head.endswith(":"):  # a mapping: its addresses, rights, offset, device, inode and path
             fields = rest.split(maxsplit=4)
             start, _, stop = head.partition("-")
             is_file = len(fields) == 5 and fields[3] != "0" and fields[4].startswith("/")
-            current = (int(start, 16), int(stop, 16)) if is_file else None
+            current = (int(start, 16), int(stop, 16), fields[4]) if is_file else None
         elif head == "Anonymous:" and current is not None:
             if rest.split() == ["0", "kB"]:
                 yield current

@@ -137,10 +137,11 @@ class Objective:
             [`RowMeasures`]: In the order of `gates` and `rows`.
         """
 
-        def figures(batch: list[int]) -> dict[str, Any]:
+        def plainly(batch: list[int]) -> dict[str, Any]:
             return {name: table.tolist() for name, table in self._measure(gates, batch).items()}
 
         size = self.micro_batch(len(gates))
+        figures: Callable[[list[int]], dict[str, Any]] = plainly
         if self.residence is not None:
             figures = self._measured_by_layers(gates, rows, size, self.residence, description)
         parts = self.over_rows(list(gates), rows, size, figures, description)

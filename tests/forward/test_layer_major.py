@@ -42,7 +42,14 @@ def test_layers_are_read_once_whatever_the_rows_and_the_gates():
     passes(model, tokens).run([(1, 1, 0, 0, 1, 1), (0, 1, 1, 1, 1, 0.5)])
     assert ran == sorted(ran)  # never back to a layer that was left
     batches = 3
-    assert [ran.count(i) for i in range(6)] == [batches, 2 * batches, 2 * batches, 2 * batches, 3 * batches, 3 * batches]
+    assert [ran.count(i) for i in range(6)] == [
+        batches,
+        2 * batches,
+        2 * batches,
+        2 * batches,
+        3 * batches,
+        3 * batches,
+    ]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -149,7 +149,9 @@ def test_padded_rows_have_the_same_figures_in_both_orders():
     mask[0, 12:] = mask[2, 7:] = 0
     gate = [gate_of([LayerSegment(2, 4)], 6)]
     options = {"attention_mask": mask, "batch_size": 2, "quiet": True}
-    plain, other = (Objective(model, tokens, **options, residence=r).measure(gate, range(3)) for r in (None, Residence()))
+    plain, other = (
+        Objective(model, tokens, **options, residence=r).measure(gate, range(3)) for r in (None, Residence())
+    )
     assert torch.equal(plain.kl, other.kl) and torch.equal(plain.loss, other.loss)
 
 
