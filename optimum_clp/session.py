@@ -22,6 +22,7 @@ from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
 from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
+from .checkpoint.offloaded import read_in_place
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
 from .configuration.sizes import size_in_bytes
@@ -128,7 +129,7 @@ class Session:
                     remedy = "Open it: CLPPruner.from_pretrained(...)"
                     raise ModelError.of(name, given, "it is the name of a model, not a model", remedy)
                 check_in_memory(given)
-                setattr(self, name, given)
+                setattr(self, name, read_in_place(given))
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
