@@ -74,7 +74,7 @@ def heal(session: Session) -> TuningResult:
 
 def _healed(session: Session, folder: Path | None) -> TuningResult:
     config, dense, model, segments = session.config, session.dense(), session.cut_model(), session.segments or ()
-    residence = session.residence("tuning")
+    residence = session.residence("tuning", dense)
 
     def text(rows: int) -> CalibrationData:
         session.train_rows = rows

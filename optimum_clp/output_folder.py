@@ -25,6 +25,7 @@ from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
+from .planning.streaming import planned_streaming
 from .precisions import PRECISIONS
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
@@ -33,11 +34,30 @@ from .report.model_card import write_model_card
 from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
 from .report.plots import write_plots
 from .report.section import to_section
+from .search.recipe import layers_to_remove
 from .session import Session
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
 _OF_THE_EVALUATION = ("evaluation", "speeds", "generation", "tasks")
+
+
+def check_run(session: Session, writes: bool) -> None:
+    """Say before any work what would be said after some of it.
+
+    Args:
+        session ([`Session`]): With the dense model, and the recipe.
+        writes (`bool`): A folder is to be written.
+
+    Raises:
+        ConfigurationError: If the recipe's bound on memory is too small; it says what would do.
+        QuantizationError, ExportError, CalibrationError: As [`check_writable`].
+    """
+    if session.config.max_memory is not None:
+        dense = session.source()
+        planned_streaming(dense, session.config, layers_to_remove(session.config, dense.config))
+    if writes:
+        check_writable(session)
 
 
 def check_writable(session: Session) -> None:

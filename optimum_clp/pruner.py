@@ -17,7 +17,7 @@ from .errors import TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
-from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
+from .output_folder import check_run, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
 from .processes import entered_by_first, is_first, wait_for_all
 from .report.hub import check_repo_id, upload
@@ -278,8 +278,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         config, failure = session.use(config, again=True), None
         with entered_by_first(claimed_output(save_directory, overwrite)), session.caches.run():
-            if save_directory is not None:
-                check_writable(session)
+            check_run(session, writes=save_directory is not None)
             self.search(config)
             self.cut()
             if config.tuning.enabled:

@@ -17,6 +17,7 @@ from huggingface_hub import constants
 from torch import nn
 
 from .locks import Lock
+from .mapped_weights import MappedWeights
 from .private_files import append_line, digest, is_there, open_plain, place_of, remove, replaced_file
 from .processes import gathered, is_first, wait_for_all
 from .progress import progress_bar
@@ -56,11 +57,12 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool
     """A hash of every bit of some tensors and of their names; `None` if one of them is not in memory."""
     if any(tensor.is_meta for _, tensor in tensors):
         return None
-    fingerprint = hashlib.sha256()
+    fingerprint, mapped = hashlib.sha256(), MappedWeights()
     with progress_bar(len(tensors), "Fingerprint of the weights", quiet) as bar:
         for name, tensor in tensors:
             fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            mapped.let_go([tensor])
             bar.update(1)
     return fingerprint.hexdigest()
 

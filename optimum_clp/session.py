@@ -397,9 +397,14 @@ class Session:
         return {"batch_size": self.config.search.batch_size, "residence": residence, "quiet": self.quiet}
 
     def residence(self, stage: str, model: PreTrainedModel | None = None) -> Residence | None:
-        """How passes over a model, by default the one that is cut, keep the recipe's bound on memory; `None` where all weights may stay.
+        """How passes over a model keep the recipe's bound on memory; `None` where all weights may stay.
 
         Says what the stage will hold, and how long the weights take to be read, where they may not.
+
+        Args:
+            stage (`str`): What it is for.
+            model (`PreTrainedModel`, *optional*): The model that is searched and cut, which begins a run, if not given: only then
+                is too small a bound an error. What comes later does as well as it can.
 
         Raises:
             ConfigurationError: If the bound is too small; it says what would do.
@@ -407,7 +412,8 @@ class Session:
         source, text = model or self.source(), self.config.calibration
         length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
         bound = self.config.max_memory
-        needs, found = residence_under(None if bound is None else size_in_bytes(bound), source, length, states)
+        limit = None if bound is None else size_in_bytes(bound)
+        needs, found = residence_under(limit, source, length, states, strict=model is None)
         if found is not None and not self.quiet and is_first():
             say(f"{stage}: {streaming(source, needs, found)}")
         return found

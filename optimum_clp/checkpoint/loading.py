@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ..architecture.containers import reader
 from ..doors import ARCHITECTURES
 from ..errors import CLPError, ModelError
+from ..mapped_weights import MappedWeights
 from ..model_files import check_folder, check_model_file
 from ..progress import draws_bars
 from .adapters import adapter_base, merged
@@ -210,6 +211,7 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
     Raises:
         ModelError: Names the first tensor that has NaN or infinite values, or that is not in memory.
     """
+    mapped = MappedWeights()
     for key, tensor in model.state_dict().items():
         if tensor.is_meta:
             remedy = "Use a device with more memory, a smaller dtype, or device_map=None"
@@ -219,6 +221,7 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
             count = int((~torch.isfinite(tensor)).sum())
             rule = f"its tensor {key} has {count} values that are NaN or infinite"
             raise model_error(name, rule, "Fetch the model again, or choose another one")
+        mapped.let_go([tensor])
 
 
 def load_tokenizer(

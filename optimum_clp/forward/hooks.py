@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers
+from ..mapped_weights import MappedWeights, tensors_of
 
 BeforeForward = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
 """`(module, args, kwargs)`; returns what enters instead, or `None`."""
@@ -147,6 +148,18 @@ def hooked(
         for module, leave in after:
             handle = module.register_forward_hook(leave, with_kwargs=True, always_call=always_call)
             stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def let_go_behind(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the weights of each module that lie in files go when its forward is done, until the block ends."""
+    mapped = MappedWeights()
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        mapped.let_go(tensors_of(module))
+
+    with hooked(after=[(module, leave) for module in modules]):
         yield
 
 

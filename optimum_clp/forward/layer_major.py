@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..mapped_weights import MappedWeights
 from ..progress import progress_bar
 from .hooks import (
     evaluation_mode,
@@ -36,7 +37,6 @@ from .hooks import (
     stopped_before,
 )
 from .layer_stack import LayerStack
-from .mapped_weights import MappedWeights
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes an uninitialised tensor on the CPU; see [`StateStore`]."""

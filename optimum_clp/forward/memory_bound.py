@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, text_config
 from ..errors import ConfigurationError
+from ..mapped_weights import MappedWeights
 from .layer_major import Residence
-from .mapped_weights import MappedWeights
 
 _FLOAT, _TEMPORARIES = 4, 5
 _FEWEST_TOKENS = 16  # whose logits exist together
@@ -109,7 +109,7 @@ def pass_memory(
 
 
 def residence_under(
-    bound: int | None, model: PreTrainedModel, length: int, folder: Path | None = None
+    bound: int | None, model: PreTrainedModel, length: int, folder: Path | None = None, *, strict: bool = True
 ) -> tuple[PassMemory, Residence | None]:
     """How passes over a model keep a bound on memory.
 
@@ -118,6 +118,7 @@ def residence_under(
         model (`PreTrainedModel`): Not run.
         length (`int`): Tokens in a row.
         folder (`Path`, *optional*): For hidden states that memory does not hold.
+        strict (`bool`): Too small a bound is an error; else one layer at a time is as near to it as can be.
 
     Returns:
         `tuple[PassMemory, Residence | None]`: What they hold, and how many layers at a time; `None` for all.
@@ -128,7 +129,8 @@ def residence_under(
     needs = pass_memory(model, length)
     if bound is None:
         return needs, needs.residence(needs.private + free_memory(), folder)
-    check_bound(bound, needs)
+    if strict:
+        check_bound(bound, needs)
     return needs, needs.residence(bound, folder)
 
 

@@ -14,9 +14,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..forward.hooks import AfterForward, BeforeForward, hooked, only_trainable, recorded_inputs, run_without_head
+from ..forward.hooks import (
+    AfterForward,
+    BeforeForward,
+    hooked,
+    let_go_behind,
+    only_trainable,
+    recorded_inputs,
+    run_without_head,
+)
 from ..forward.layer_stack import LayerStack
-from ..forward.mapped_weights import MappedWeights
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -116,7 +123,7 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor, lets_go
     after = [(layer, leaving(index)) for index, layer in enumerate(stack.layers)]
     # the counter's own hooks stumble over views of weights that want a gradient
     with torch.no_grad(), only_trainable(model, ()), hooked(before, after):
-        letting_go = MappedWeights().let_go_behind(stack.layers if lets_go else ())
+        letting_go = let_go_behind(stack.layers if lets_go else ())
         with letting_go, recorded_inputs(stack.layers, [len(stack)]) as found, counter:
             run_without_head(model, row)
         of_layers = tuple(layers)  # the hooks see the head's pass too, in which layers compute nothing

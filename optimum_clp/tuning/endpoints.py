@@ -6,6 +6,7 @@ teacher). Each step starts at the first endpoint, and only the endpoints have gr
 """
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -172,7 +173,8 @@ class _Tuning:
             tuning_accelerator(self.config, self.model.device, trained.modules) as accelerator,
         ):
             start = time.perf_counter()
-            store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
+            limit = math.inf if self.residence is None else self.residence.state_memory
+            store = StateStore(self.folder, min(limit, self.config.cache_memory_gib * 2**30))
             rows = self._rows(train, (), masks[0], store), self._rows(validation, kinds, masks[1], store)
             cache_seconds = time.perf_counter() - start
             init, by_kind = self._started(rows, store)

@@ -11,7 +11,7 @@ from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.checkpoint.loading import load_model
 from optimum_clp.checkpoint.offloaded import read_in_place
 from optimum_clp.errors import ModelError
-from optimum_clp.forward.mapped_weights import MappedWeights
+from optimum_clp.mapped_weights import MappedWeights
 from optimum_clp.segments import LayerSegment
 
 LAYERS = 6

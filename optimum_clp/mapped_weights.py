@@ -9,13 +9,9 @@ import bisect
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
-
-from .hooks import hooked
 
 _TABLE = Path("/proc/self/smaps")
 
@@ -49,12 +45,12 @@ class MappedWeights:
 
     def bytes_of(self, module: nn.Module) -> int:
         """Bytes of a module's weights that lie in files; what is there twice counts once."""
-        found = {t.data_ptr(): t.nbytes for t in _tensors(module) if self.holds(t)}
+        found = {t.data_ptr(): t.nbytes for t in tensors_of(module) if self.holds(t)}
         return sum(found.values())
 
     def files_of(self, module: nn.Module) -> list[Path]:
         """The files that a module's weights lie in."""
-        return sorted({file for file in map(self.file_of, _tensors(module)) if file is not None})
+        return sorted({file for file in map(self.file_of, tensors_of(module)) if file is not None})
 
     def let_go(self, tensors: Iterable[Tensor]) -> int:
         """Give the pages of tensors back that lie in files. What they hold does not change: it is read again when it is needed.
@@ -65,18 +61,9 @@ class MappedWeights:
         pages = [_inner_pages(tensor) for tensor in tensors if self.holds(tensor)]
         return sum(_advise(start, stop) for start, stop in pages if start < stop)
 
-    @contextmanager
-    def let_go_behind(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Let the weights of each module go when its forward is done, until the block ends."""
 
-        def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            self.let_go(_tensors(module))
-
-        with hooked(after=[(module, leave) for module in modules] if self._ranges else ()):
-            yield
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers of a module."""
     yield from module.parameters()
     yield from module.buffers()
 

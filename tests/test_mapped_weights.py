@@ -5,7 +5,8 @@ import torch
 from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
-from optimum_clp.forward.mapped_weights import MappedWeights
+from optimum_clp.forward.hooks import let_go_behind
+from optimum_clp.mapped_weights import MappedWeights
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the table of mappings is Linux's")
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4}
@@ -63,8 +64,7 @@ def test_weights_that_were_written_to_are_never_let_go(mapped):
 
 
 def test_layers_let_go_behind_their_forward(mapped):
-    table = MappedWeights()
-    with torch.no_grad(), table.let_go_behind(mapped.model.layers):
+    with torch.no_grad(), let_go_behind(mapped.model.layers):
         mapped(random_tokens(1, 8))
     assert all(resident_pages(layer.mlp.up_proj.weight) <= 2 for layer in mapped.model.layers)
     assert not any(layer._forward_hooks for layer in mapped.model.layers)
