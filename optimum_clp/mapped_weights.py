@@ -62,6 +62,35 @@ class MappedWeights:
         return sum(_advise(start, stop) for start, stop in pages if start < stop)
 
 
+class FileStamps:
+    """What tells that files were changed: their sizes, and when they were written to.
+
+    A file that is removed, or replaced by another one, is still there for whoever has mapped it; one that is written to is another model.
+
+    Args:
+        files (`Iterable[Path]`): As they are now.
+    """
+
+    def __init__(self, files: Iterable[Path]):
+        self._stamps = {file: _stamp(file) for file in files}
+
+    def changed(self) -> Path | None:
+        """The first file that was written to since."""
+        for file, before in self._stamps.items():
+            now = _stamp(file)
+            if before is not None and now is not None and now != before and now[0] == before[0]:
+                return file
+        return None
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """All parameters and buffers of a module."""
     yield from module.parameters()

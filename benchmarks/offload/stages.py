@@ -4,7 +4,7 @@
 
 MODEL is what `benchmarks.offload.model` wrote. Its files are forgotten by the system's cache first. Prints one line of JSON. Needs Linux.
 What is the process's own (`RssAnon`) is looked at every 10 ms, as are the pages of files that are mapped (`RssFile`): the kernel takes those
-back when it needs room. `read` is what the disk was asked for (`read_bytes` of `/proc/self/io`): what the cache still has is not read again.
+back when it needs room. Seconds of the processor are those of this process alone: on a machine with other work they say more. `read` is what the disk was asked for (`read_bytes` of `/proc/self/io`): what the cache still has is not read again.
 """
 
 import argparse
@@ -31,12 +31,13 @@ class Watched:
         self.peaks = {"RssAnon": 0, "RssFile": 0}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self._read, self._begin = bytes_read(), time.perf_counter()
+        self._read, self._begin, self._cpu = bytes_read(), time.perf_counter(), time.process_time()
         self._thread.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.seconds, self.read = time.perf_counter() - self._begin, bytes_read() - self._read
+        self.cpu = time.process_time() - self._cpu
         self._over.set()
         self._thread.join()
 
@@ -56,6 +57,7 @@ class Watched:
             "mapped_mb": round(self.peaks["RssFile"] / 1e6),
             "read_mb": round(self.read / 1e6),
             "seconds": round(self.seconds, 1),
+            "cpu_seconds": round(self.cpu, 1),
         }
 
 

@@ -142,7 +142,7 @@ def measure_outcome(
         timed = {name: make for name, make in makers.items() if residence is None or name not in models}
         if timed:
             measurements.add_speed(timed)
-    found = checks.measure(makers, dense, data, attempts)
+    found = checks.measure(makers, dense, data, attempts, residence)
     retention = measurements.retention()
     judged = verdicts(found.generation, retention)
     return measurements.to_dict(

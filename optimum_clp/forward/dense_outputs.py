@@ -47,7 +47,7 @@ class StateStore:
             return torch.empty(*shape, dtype=dtype)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:
-            rule = f"the hidden states of the tuning text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
+            rule = f"the hidden states of the text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
             remedy = (
                 "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
             )

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..mapped_weights import MappedWeights
+from ..errors import ModelError
+from ..mapped_weights import FileStamps, MappedWeights
 from ..progress import progress_bar
 from .hooks import (
     evaluation_mode,
@@ -113,11 +114,15 @@ class LayerMajorPasses:
 
         Returns:
             `list[Tensor]`: What leaves the last layer under each gate, `[rows, length, hidden]`, the model's dtype, on the CPU.
+
+        Raises:
+            ModelError: If a file of the weights is written to meanwhile.
         """
         depth = len(self.stack)
         dense = _Stream((1.0,) * depth, 0)
         streams = [dense, *(_Stream(gate, self.stack.entry(gate)[1]) for gate in gates)]
         wanted, weights = {*keep, depth}, MappedWeights()
+        stamps = FileStamps(weights.files_of(self.model))
         self.kept = {}
         with (
             torch.no_grad(),
@@ -130,6 +135,13 @@ class LayerMajorPasses:
                     self._through(group, rows, streams, wanted)
                 for index in group:
                     weights.let_go(self.stack.layers[index].parameters())
+                if (file := stamps.changed()) is not None:
+                    raise ModelError.of(
+                        "model",
+                        str(file),
+                        "it was written to while its weights were read, and they are no longer one model's",
+                        "Let nobody write there, and start again: what was measured of other rows is kept",
+                    )
                 bar.update(len(group))
         final = self.kept[depth]
         return [final if stream.source == depth else _there(stream.states) for stream in streams[1:]]

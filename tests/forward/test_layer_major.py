@@ -1,10 +1,14 @@
+import os
+
 import pytest
 import torch
 from gates import gated
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
+from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
 
 from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.errors import ModelError
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.forward.hooks import recorded_inputs
 from optimum_clp.forward.layer_major import LayerMajorPasses, Residence
@@ -97,6 +101,32 @@ def test_states_wait_on_disk_beyond_the_memory_that_they_have(tmp_path):
 
 
 def test_layers_that_hand_on_more_cannot_be_walked():
-    tiny = next(t for t in ZOO if not LayerStack(zoo_model(t), run=False).layer_by_layer)
+    walk, stack = passes(tiny_model(), random_tokens(2, 8)), LayerStack(tiny_model())
+    stack._threads_state = True
+    assert not stack.layer_by_layer
     with pytest.raises(ValueError, match="hand on more than hidden states"):
-        passes(zoo_model(tiny), random_tokens(2, 8))
+        LayerMajorPasses(
+            walk.model, stack, walk.tokens, None, (), residence=Residence(), allocate=walk.allocate, description=""
+        )
+
+
+def test_a_file_that_is_written_to_meanwhile_is_named(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model, file = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval(), tmp_path / "model.safetensors"
+    walk = passes(model, random_tokens(2, LENGTH))
+    model.model.layers[3].register_forward_hook(lambda *_: file.open("r+b").close() or os.utime(file, (1, 1)))
+    with pytest.raises(
+        ModelError, match=r"model is '.*model\.safetensors': it was written to while its weights were read"
+    ):
+        walk.run()
+
+
+def test_a_file_that_is_removed_meanwhile_does_not_matter(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    model, tokens = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval(), random_tokens(2, LENGTH)
+    expected = passes(model, tokens)
+    expected.run()
+    (tmp_path / "model.safetensors").unlink()
+    found = passes(model, tokens)
+    found.run()
+    assert torch.equal(found.kept[6], expected.kept[6])
