@@ -2,6 +2,7 @@ import sys
 
 import pytest
 import torch
+from resident_pages import resident_pages
 from tiny_models import random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -10,16 +11,6 @@ from optimum_clp.mapped_weights import MappedWeights
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the table of mappings is Linux's")
 LARGE = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4}
-
-
-def resident_pages(tensor):
-    """Pages of a tensor that are in memory now, by what the kernel says of each address."""
-    size = 4096
-    first, last = tensor.data_ptr() // size, -(-(tensor.data_ptr() + tensor.nbytes) // size)
-    with open("/proc/self/pagemap", "rb") as table:
-        table.seek(8 * first)
-        entries = table.read(8 * (last - first))
-    return sum(entries[i + 7] >> 7 for i in range(0, len(entries), 8))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """What a run takes whose weights stay in their files: the smallest bound on memory, and how often the weights are read."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -79,7 +79,9 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
     limit = None if bound is None else size_in_bytes(bound)
     if limit is not None and limit < smallest:
         rule = f"the weights of one layer, what is around the layers, this process and its largest stage take {smallest / 2**30:.2f} GiB"
-        raise ConfigurationError.of("max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB")
+        raise ConfigurationError.of(
+            "max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB{_less(recipe)}"
+        )
     residence = None if limit is None else needs.residence(limit, None)
     readings = {"loading": 1} if residence is None else _readings(dense, recipe, removed)
     together = depth if residence is None else residence.layers
@@ -87,8 +89,13 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
     return PlannedStreaming(limit, needs.resident, smallest, together, readings, total)
 
 
+def _less(recipe: CLPConfig) -> str:
+    """What makes tuning take less."""
+    return ", or raise tuning.gradient_accumulation_steps" if recipe.tuning.enabled else ""
+
+
 def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int) -> int:
-    """Bytes that tuning holds beside the weights that it does not train, for the segment that takes least."""
+    """Bytes that tuning holds beside the weights that it does not train, for the segment that takes most."""
     if not recipe.tuning.enabled:
         return 0
     try:
@@ -101,21 +108,26 @@ def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int
         for layer in decoder_layers(dense)
     ]
 
+    tuning = recipe.tuning
+    # a part of a step is in work at a time
+    part = replace(tuning, batch_size=-(-tuning.batch_size // tuning.gradient_accumulation_steps))
+
     def held(segment: LayerSegment) -> int:
         memory: TuningMemory = tuning_memory(
             dense,
             kept_layers([segment], depth),
             endpoint_layers([segment], depth, recipe.tuning.endpoint_width),
-            recipe.tuning,
+            part,
             activations=activations,
             train_rows=text.train_sequences,
             validation_rows=text.validation_sequences,
             sequence_length=length,
         )
-        # states that memory does not hold lie on disk
-        return memory.total - memory.weights - memory.caches
+        # states that memory does not hold lie on disk; a solution's factor and products were measured to be as much again as its sums
+        steps = memory.masters + memory.gradients + memory.moments + memory.activations + memory.logits
+        return memory.endpoints + max(2 * memory.closed_form, steps)
 
-    return min(map(held, (segments[0], segments[-1])))
+    return max(map(held, (segments[0], segments[len(segments) // 2], segments[-1])))
 
 
 def _readings(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) -> dict[str, int]:

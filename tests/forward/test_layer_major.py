@@ -1,8 +1,10 @@
 import os
+import sys
 
 import pytest
 import torch
 from gates import gated
+from resident_pages import resident_pages
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM
 from zoo import ZOO, zoo_model
@@ -13,6 +15,7 @@ from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 from optimum_clp.forward.hooks import recorded_inputs
 from optimum_clp.forward.layer_major import LayerMajorPasses, Residence
 from optimum_clp.forward.layer_stack import LayerStack
+from optimum_clp.mapped_weights import MappedWeights
 
 ROWS, LENGTH = 5, 12
 
@@ -98,6 +101,21 @@ def test_states_wait_on_disk_beyond_the_memory_that_they_have(tmp_path):
     found = DenseOutputs(model, tokens, batch_size=2, store=store, quiet=True, residence=Residence())
     assert torch.equal(found.hidden[6], expected.hidden[6])
     assert store.free_memory == 0 and (tmp_path / "states").is_dir()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the table of mappings is Linux's")
+@pytest.mark.parametrize("together", [1, 2])
+def test_no_more_layers_are_in_memory_than_may_be(tmp_path, together):
+    """By the kernel's own table, at every call of a layer; a page or two at the ends hold a neighbour's numbers."""
+    tiny_model(hidden_size=128, intermediate_size=512).save_pretrained(tmp_path)
+    model, most = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval(), []
+    weights = [layer.mlp.up_proj.weight for layer in model.model.layers]
+    MappedWeights().let_go(model.parameters())
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: most.append(sum(resident_pages(weight) > 16 for weight in weights)))
+    passes(model, random_tokens(ROWS, LENGTH), together).run([(1, 0, 0, 1, 1, 1), (1, 1, 1, 0, 1, 1)])
+    assert max(most) == together
+    assert all(resident_pages(weight) <= 16 for weight in weights)
 
 
 def test_layers_that_hand_on_more_cannot_be_walked():

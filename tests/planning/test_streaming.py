@@ -28,11 +28,11 @@ def test_a_search_passes_through_the_model_as_often_as_planned(monkeypatch, stra
 
 def test_the_plan_of_a_model_that_a_machine_does_not_hold():
     config = BIG_SHAPES["LLaMA-3 70B"].config()
-    memory = plan_pruning(config, CLPConfig(0.2, max_memory="48GiB")).memory
-    assert memory.max_memory == 48 * GIB
+    memory = plan_pruning(config, CLPConfig(0.2, max_memory="96GiB")).memory
+    assert memory.max_memory == 96 * GIB
     assert memory.resident > 140e9
     # a layer is 1.7 GB, embedding and head together 4.2 GB
-    assert 1 <= memory.layers_at_once < 20
+    assert 1 <= memory.layers_at_once < 40
     assert memory.bytes_read == pytest.approx(sum(memory.readings.values()) * 141.1e9, rel=0.01)
     assert memory.to_dict()["seconds_read"] == memory.bytes_read / DISK_SPEED
     # the work that a layer is, and a race of 65, 33, 17, 9, 5, 3 and 2 candidates
@@ -48,17 +48,19 @@ def test_the_smallest_bound_that_will_do_is_told_and_does():
     config = BIG_SHAPES["LLaMA-3 8B"].config()
     with pytest.raises(
         ConfigurationError,
-        match=r"max_memory is '1GiB': the weights of one layer, .* take [\d.]+ GiB\. Give at least \d+MiB\.",
+        match=r"max_memory is '1GiB': the weights of one layer, .* take [\d.]+ GiB\. Give at least \d+MiB, or raise tuning\.gradient_accumulation_steps\.",
     ) as error:
         plan_pruning(config, CLPConfig(0.2, max_memory="1GiB"))
-    proposed = error.value.problems[0].remedy.split()[-1]
+    proposed = error.value.problems[0].remedy.split()[3].rstrip(",")
     assert plan_pruning(config, CLPConfig(0.2, max_memory=proposed)).memory.layers_at_once < 32
     untuned = plan_pruning(config, CLPConfig(0.2, max_memory=proposed, tuning={"enabled": False})).memory
+    parts = CLPConfig(0.2, max_memory="64GiB", tuning={"gradient_accumulation_steps": 8})
+    assert plan_pruning(config, parts).memory.smallest < int(proposed[:-3]) * 2**20 * 0.7
     assert untuned.smallest < int(proposed[:-3]) * 2**20  # tuning takes more than a pass
 
 
 def test_people_are_told_how_often_and_how_long():
     config = BIG_SHAPES["LLaMA-3 70B"].config()
-    shown = planned(plan_pruning(config, CLPConfig(0.2, max_memory="48GiB")).to_dict())
-    assert "Within 51.54 GB the weights are read layer by layer, " in shown and " hours at 3 GB/s. " in shown
+    shown = planned(plan_pruning(config, CLPConfig(0.2, max_memory="96GiB")).to_dict())
+    assert "Within 103.08 GB the weights are read layer by layer, " in shown and " hours at 3 GB/s. " in shown
     assert "bound" not in planned(plan_pruning(config, CLPConfig(0.2)).to_dict())
