@@ -43,7 +43,7 @@ class PlannedStreaming:
         smallest (`int`): The smallest bound that will do, tuning included (estimate).
         layers_at_once (`int`): Layers whose weights are in memory together; all of them where they may stay.
         readings (`dict[str, int]`): How often each stage reads all weights, at most; 1 in all where they may stay. With `tuning steps` the
-            optimizer's steps, which read the layers above the first trained one each time.
+            passes of the optimizer's steps, which read the layers above the first trained one each time.
         bytes_read (`int`): All readings together.
     """
 
@@ -139,7 +139,8 @@ def _readings(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) ->
         judged = (1 + tuning.epochs * tuning.evaluations_per_epoch) * -(
             -text.validation_sequences // tuning.batch_size
         )
-        found |= {"tuning": _TUNING, "tuning steps": tuning.epochs * batches + judged}
+        parts = tuning.epochs * batches * tuning.gradient_accumulation_steps
+        found |= {"tuning": _TUNING, "tuning steps": parts + judged}
     return found | {"saving": _SAVING, "evaluation": _EVALUATION}
 
 
