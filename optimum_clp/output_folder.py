@@ -27,6 +27,7 @@ from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
 from .planning.streaming import planned_streaming
 from .precisions import PRECISIONS
+from .processes import by_first
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.failures import TUNING, failures_section
@@ -55,7 +56,7 @@ def check_run(session: Session, writes: bool) -> None:
     """
     if session.config.max_memory is not None:
         dense = session.source()
-        planned_streaming(dense, session.config, layers_to_remove(session.config, dense.config))
+        by_first(lambda: planned_streaming(dense, session.config, layers_to_remove(session.config, dense.config)))
     if writes:
         check_writable(session)
 

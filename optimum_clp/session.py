@@ -32,7 +32,7 @@ from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
 from .origin import check_base, check_seal, weights_changed
-from .processes import is_first
+from .processes import by_first
 from .progress import say
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
@@ -399,7 +399,8 @@ class Session:
     def residence(self, stage: str, model: PreTrainedModel | None = None) -> Residence | None:
         """How passes over a model keep the recipe's bound on memory; `None` where all weights may stay.
 
-        Says what the stage will hold, and how long the weights take to be read, where they may not.
+        Says what the stage will hold, and how long the weights take to be read, where they may not. In a group of processes, all of
+        which ask for a search's or a tuning's, it is the first one's: rows that run together are the same in all of them.
 
         Args:
             stage (`str`): What it is for.
@@ -413,10 +414,14 @@ class Session:
         length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
         bound = self.config.max_memory
         limit = None if bound is None else size_in_bytes(bound)
-        needs, found = residence_under(limit, source, length, states, strict=model is None)
-        if found is not None and not self.quiet and is_first():
-            say(f"{stage}: {streaming(source, needs, found)}")
-        return found
+
+        def decided() -> Residence | None:
+            needs, found = residence_under(limit, source, length, states, strict=model is None)
+            if found is not None and not self.quiet:
+                say(f"{stage}: {streaming(source, needs, found)}")
+            return found
+
+        return decided() if stage == "evaluation" else by_first(decided)
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""
