@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
+from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from optimum_clp import CLPConfig, CLPPruner
@@ -87,8 +87,6 @@ def test_a_whole_search_under_a_bound_finds_what_one_without_finds(mapped, tmp_p
         "self_written_share": 0.0,
         "cache_dir": str(tmp_path / "cache"),
     }
-    from tiny_models import tiny_tokenizer
-
     results = []
     for max_memory in (None, bound):
         recipe = CLPConfig(
@@ -106,3 +104,14 @@ def test_a_whole_search_under_a_bound_finds_what_one_without_finds(mapped, tmp_p
         r"search: layer by layer, \d+ of 12 in memory at a time, at most 0.\d\d GiB; each reading of the weights is",
         said,
     )
+
+
+def test_prune_says_before_any_work_that_a_bound_is_too_small(mapped, tmp_path):
+    """Tuning takes more than a pass: what is enough for the search is not enough for the run."""
+    pruner = CLPPruner(mapped, tiny_tokenizer(), quiet=True)
+    recipe = CLPConfig(max_memory=pass_memory(mapped, 128).smallest + MIB)
+    with pytest.raises(
+        ConfigurationError, match=r"this process and its largest stage take 0\.\d\d GiB\. Give at least \d+MiB, or"
+    ):
+        pruner.prune(recipe, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"] and pruner.report.search is None
