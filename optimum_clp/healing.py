@@ -74,13 +74,15 @@ def heal(session: Session) -> TuningResult:
 
 def _healed(session: Session, folder: Path | None) -> TuningResult:
     config, dense, model, segments = session.config, session.dense(), session.cut_model(), session.segments or ()
+    residence = session.residence("tuning", dense)
 
     def text(rows: int) -> CalibrationData:
         session.train_rows = rows
         return session.calibration()
 
     def tune(data: CalibrationData, folder: Path | None) -> TuningResult:
-        return tune_by_recipe(model, dense, segments, data, config, folder=folder, quiet=session.quiet)
+        options: dict[str, Any] = {"folder": folder, "residence": residence, "quiet": session.quiet}
+        return tune_by_recipe(model, dense, segments, data, config, **options)
 
     if config.budget is None:
         result = tune(session.calibration(), folder)

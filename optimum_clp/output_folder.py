@@ -25,7 +25,9 @@ from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
+from .planning.streaming import planned_streaming
 from .precisions import PRECISIONS
+from .processes import by_first
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
 from .report.failures import TUNING, failures_section
@@ -34,11 +36,30 @@ from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_i
 from .report.page import write_report_page
 from .report.plots import write_plots
 from .report.section import to_section
+from .search.recipe import layers_to_remove
 from .session import Session
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
 _OF_THE_EVALUATION = ("evaluation", "speeds", "generation", "tasks")
+
+
+def check_run(session: Session, writes: bool) -> None:
+    """Say before any work what would be said after some of it.
+
+    Args:
+        session ([`Session`]): With the dense model, and the recipe.
+        writes (`bool`): A folder is to be written.
+
+    Raises:
+        ConfigurationError: If the recipe's bound on memory is too small; it says what would do.
+        QuantizationError, ExportError, CalibrationError: As [`check_writable`].
+    """
+    if session.config.max_memory is not None:
+        dense = session.source()
+        by_first(lambda: planned_streaming(dense, session.config, layers_to_remove(session.config, dense.config)))
+    if writes:
+        check_writable(session)
 
 
 def check_writable(session: Session) -> None:
@@ -258,8 +279,7 @@ def _measure(session: Session, folder: Path, attempts: Attempts) -> None:
         folder=folder,
         export=report.export,
         attempts=attempts,
-        batch_size=session.config.search.batch_size,
-        quiet=session.quiet,
+        **session.evaluation_options(),
     )
 
 

@@ -24,6 +24,12 @@ def progress_bar(total: int, description: str, quiet: bool = False) -> Any:
     return ProgressLines(total, description)
 
 
+def say(line: str) -> None:
+    """A line on standard error, before or between the bars."""
+    tqdm.write(line, file=sys.stderr)
+    sys.stderr.flush()
+
+
 def draws_bars() -> bool:
     """Whether what goes to standard error is looked at by somebody: a terminal, or a notebook."""
     # a bar in a file is one line of a hundred thousand characters

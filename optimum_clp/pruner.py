@@ -17,7 +17,7 @@ from .errors import TuningError
 from .evaluation.model import evaluate_model
 from .evaluation.tasks import load_task
 from .healing import heal
-from .output_folder import check_writable, finish_run, write_export, write_quanto, write_run
+from .output_folder import check_run, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
 from .processes import entered_by_first, is_first, wait_for_all
 from .report.hub import check_repo_id, upload
@@ -127,11 +127,11 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
-        config, dense = session.use(config), session.source()
+        config, dense, residence = session.use(config), session.source(), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))  # before any text is had
         with session.caches.run():
-            data, journal = session.search_text(), session.search_journal()
-            result = search_by_recipe(dense, data.train, data.validation, config, journal=journal, quiet=self.quiet)
+            data, options = session.search_text(), session.search_options(residence)
+            result = search_by_recipe(dense, data.train, data.validation, config, **options)
         if result.segments != self.segments:
             session.forget("search")
         self.segments, self.report.search = result.segments, result.to_dict()
@@ -246,8 +246,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         model, dense = session.measured_model(file_name), session.reference(reference)
         rows = None if text is None and loaded else session.rows(text, model)
         asked = (rows is not None and self.config.evaluation.generation) if generation is None else generation
-        options: dict[str, Any] = {"batch_size": self.config.search.batch_size, "task_limit": task_limit}
-        options |= {"generation": self.config if asked else None, "quiet": self.quiet}
+        options: dict[str, Any] = session.evaluation_options() | {"task_limit": task_limit}
+        options |= {"generation": self.config if asked else None}
         return evaluate_model(model, dense, rows, loaded, self.tokenizer, **options)
 
     def prune(
@@ -278,8 +278,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         config, failure = session.use(config, again=True), None
         with entered_by_first(claimed_output(save_directory, overwrite)), session.caches.run():
-            if save_directory is not None:
-                check_writable(session)
+            check_run(session, writes=save_directory is not None)
             self.search(config)
             self.cut()
             if config.tuning.enabled:

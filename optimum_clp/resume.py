@@ -17,12 +17,14 @@ from huggingface_hub import constants
 from torch import nn
 
 from .locks import Lock
+from .mapped_weights import MappedWeights
 from .private_files import append_line, digest, is_there, open_plain, place_of, remove, replaced_file
 from .processes import gathered, is_first, wait_for_all
 from .progress import progress_bar
 
-# parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it
-_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export")
+# parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it, or say in which
+# order it is computed
+_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export", "max_memory")
 
 
 def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path | None:
@@ -55,11 +57,12 @@ def tensors_fingerprint(tensors: Sequence[tuple[str, torch.Tensor]], quiet: bool
     """A hash of every bit of some tensors and of their names; `None` if one of them is not in memory."""
     if any(tensor.is_meta for _, tensor in tensors):
         return None
-    fingerprint = hashlib.sha256()
+    fingerprint, mapped = hashlib.sha256(), MappedWeights()
     with progress_bar(len(tensors), "Fingerprint of the weights", quiet) as bar:
         for name, tensor in tensors:
             fingerprint.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             fingerprint.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            mapped.let_go([tensor])
             bar.update(1)
     return fingerprint.hexdigest()
 
@@ -188,6 +191,10 @@ class Journal:
         self.known: dict[str, Any] = {}
         if file is not None and is_there(file):
             self._read(file)
+
+    def knows(self, key: Any) -> bool:
+        """Whether something was measured under `key` before."""
+        return _digest(json.dumps(key, sort_keys=True)) in self.known
 
     def recall(self, key: Any, measure: Callable[[], Any]) -> Any:
         """What was measured under `key` before; else `measure()`, which must be JSON-ready and is kept."""

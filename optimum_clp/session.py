@@ -22,16 +22,22 @@ from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
 from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
+from .checkpoint.offloaded import read_in_place
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
+from .configuration.sizes import size_in_bytes
 from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
+from .forward.layer_major import Residence
+from .forward.memory_bound import residence_under, streaming
 from .origin import check_base, check_seal, weights_changed
+from .processes import by_first
+from .progress import say
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
 from .report.section import to_section
-from .resume import Caches, search_journal, tuning_folder, weights_fingerprint
+from .resume import Caches, cache_file, search_journal, tuning_folder, weights_fingerprint
 from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
 from .surgery.cut import separate
@@ -123,7 +129,7 @@ class Session:
                     remedy = "Open it: CLPPruner.from_pretrained(...)"
                     raise ModelError.of(name, given, "it is the name of a model, not a model", remedy)
                 check_in_memory(given)
-                setattr(self, name, given)
+                setattr(self, name, read_in_place(given))
         if self.model is not None and self.report.base_model is None:
             self.report.base_model = to_section(describe_dense(self.model, self.model.name_or_path, None))
 
@@ -379,6 +385,43 @@ class Session:
         rows = data.train[: config.search.num_sequences], data.validation
         cache_dir = config.calibration.cache_dir
         return self.caches.take(search_journal(source, weights, config.to_dict(), rows, cache_dir))
+
+    def search_options(self, residence: Residence | None) -> dict[str, Any]:
+        """Where this search keeps what it measures, how many layers are in memory at a time, and whether it draws bars."""
+        return {"journal": self.search_journal(), "residence": residence, "quiet": self.quiet}
+
+    def evaluation_options(self) -> dict[str, Any]:
+        """Rows in one forward pass of an evaluation, how many layers are in memory at a time, and whether it draws bars."""
+        model = self.model or self.pruned_model
+        residence = None if model is None else self.residence("evaluation", model)
+        return {"batch_size": self.config.search.batch_size, "residence": residence, "quiet": self.quiet}
+
+    def residence(self, stage: str, model: PreTrainedModel | None = None) -> Residence | None:
+        """How passes over a model keep the recipe's bound on memory; `None` where all weights may stay.
+
+        Says what the stage will hold, and how long the weights take to be read, where they may not. In a group of processes, all of
+        which ask for a search's or a tuning's, it is the first one's: rows that run together are the same in all of them.
+
+        Args:
+            stage (`str`): What it is for.
+            model (`PreTrainedModel`, *optional*): The model that is searched and cut, which begins a run, if not given: only then
+                is too small a bound an error. What comes later does as well as it can.
+
+        Raises:
+            ConfigurationError: If the bound is too small; it says what would do.
+        """
+        source, text = model or self.source(), self.config.calibration
+        length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
+        bound = self.config.max_memory
+        limit = None if bound is None else size_in_bytes(bound)
+
+        def decided() -> Residence | None:
+            needs, found = residence_under(limit, source, length, states, strict=model is None)
+            if found is not None and not self.quiet:
+                say(f"{stage}: {streaming(source, needs, found)}")
+            return found
+
+        return decided() if stage == "evaluation" else by_first(decided)
 
     def tuning_folder(self) -> Path | None:
         """Where this tuning keeps its checkpoints; nowhere if the weights are not in memory."""

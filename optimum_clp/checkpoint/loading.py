@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ..architecture.containers import reader
 from ..doors import ARCHITECTURES
 from ..errors import CLPError, ModelError
+from ..mapped_weights import MappedWeights
 from ..model_files import check_folder, check_model_file
 from ..progress import draws_bars
 from .adapters import adapter_base, merged
@@ -31,6 +33,7 @@ from .files import (
     read_config,
 )
 from .in_memory import check_in_memory, model_or_name
+from .offloaded import read_in_place
 
 
 def load_model(
@@ -52,7 +55,7 @@ def load_model(
             such as `torch.compile`'s; a local folder, also of an adapter if `peft` is installed, which is merged into its
             base model; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
         dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
-        device_map: As in transformers. Weights that it offloads from memory are refused.
+        device_map: As in transformers. Weights that it offloads are read in place if they run on the CPU, and refused otherwise.
         revision (`str` or `None`): Branch, tag or commit on the Hub.
         token (`str`, `bool` or `None`): For private or gated models on the Hub.
         trust_remote_code (`bool`): Allow code that comes with the model to run.
@@ -74,6 +77,7 @@ def load_model(
         if accept is not None:
             accept(path.config)
         check_in_memory(path)
+        path = read_in_place(path)
         check_finite(type(path).__name__, path)
         return path
     base = adapter_base(Path(path))
@@ -86,7 +90,7 @@ def load_model(
         accept(config)
     if os.path.isdir(path):
         check_weight_files(Path(path), use_safetensors)
-    with transformers_quiet(bars=quiet or not draws_bars()):
+    with transformers_quiet(bars=quiet or not draws_bars()), tempfile.TemporaryDirectory() as offloaded:
         try:
             loaded: Any = reader(config.model_type, *(config.architectures or ())[:1]).from_pretrained(
                 path,
@@ -96,14 +100,16 @@ def load_model(
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True if use_safetensors else None,
                 output_loading_info=True,
+                # for what is no safetensors file; nothing lies there unless the map names the disk, and the names go with the block
+                **({} if device_map is None else {"offload_folder": offloaded}),
                 **hub,
             )
+            model, info = read_in_place(loaded[0]), loaded[1]
         except CLPError:
             raise
         # whatever a library says about a bad file, the user gets one message with the model's name
         except Exception as error:
             raise load_error(path, error) from error
-    model, info = loaded
     _check_keys(path, info, model.config.model_type)
     check_finite(path, model)
     return model.eval()
@@ -205,6 +211,7 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
     Raises:
         ModelError: Names the first tensor that has NaN or infinite values, or that is not in memory.
     """
+    mapped = MappedWeights()
     for key, tensor in model.state_dict().items():
         if tensor.is_meta:
             remedy = "Use a device with more memory, a smaller dtype, or device_map=None"
@@ -214,6 +221,7 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
             count = int((~torch.isfinite(tensor)).sum())
             rule = f"its tensor {key} has {count} values that are NaN or infinite"
             raise model_error(name, rule, "Fetch the model again, or choose another one")
+        mapped.let_go([tensor])
 
 
 def load_tokenizer(

@@ -18,6 +18,7 @@ from ..architecture.containers import reader, text_type
 from ..architecture.lookup import context_limit, text_config, within_context
 from ..errors import CutError
 from ..forward.hooks import at_rest, evaluation_mode, follows_length
+from ..mapped_weights import MappedWeights
 from ..model_files import read_model_file
 from ..report.origin import copy_files, origin_folder
 from .files import (
@@ -31,6 +32,7 @@ from .loading import transformers_quiet
 from .processors import copy_processor
 
 PROBE_LENGTH = 64
+SHARD_SIZE = "5GB"
 
 
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
@@ -85,7 +87,8 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
     folder = Path(folder)
     with transformers_quiet(bars=True), _config_copies(model):
         settings = _unsavable_generation_config(model)
-        model.save_pretrained(folder)
+        # tensors are written one at a time, from where they lie
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if settings is not None:
             settings.to_json_file(folder / "generation_config.json")
     make_config_portable(folder, has_tied_head(model))
@@ -221,9 +224,11 @@ def verify_checkpoint(folder: str | os.PathLike, model: PreTrainedModel) -> None
     expected, actual = model.state_dict(), reloaded.state_dict()
     if expected.keys() != actual.keys():
         raise _differs(path, f"read back, it lacks or adds the tensor {sorted(expected.keys() ^ actual.keys())[0]}")
+    mapped = MappedWeights()
     for key, tensor in expected.items():
         if tensor.dtype != actual[key].dtype or not torch.equal(tensor.detach().cpu(), actual[key]):
             raise _differs(path, f"read back, its tensor {key} differs from the one in memory")
+        mapped.let_go([tensor, actual[key]])
     if all(tensor.device.type == "cpu" for tensor in expected.values()):
         _check_logits(path, model, reloaded.eval())
 

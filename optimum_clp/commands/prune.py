@@ -105,7 +105,22 @@ def planned(plan: dict[str, Any]) -> str:
     ]
     if cuts[0]["tuning"] is not None:
         lines += ["", "Endpoint tuning holds at its peak", text_table(_tuning_rows([c["tuning"] for c in cuts]))]
+    if plan["memory"]["max_memory"] is not None:
+        lines += ["", _streaming(plan["memory"], base)]
     return "\n".join([*lines, "No weight was read, and nothing was written."])
+
+
+def _streaming(memory: dict[str, Any], base: dict[str, Any]) -> str:
+    """How a bound on memory is kept, in a sentence."""
+    limit, smallest = (format_bytes(memory[key]) for key in ("max_memory", "smallest"))
+    if memory["layers_at_once"] == base["num_layers"]:
+        return f"Within {limit} all weights may stay in memory; the smallest bound that would do is about {smallest}."
+    hours = memory["seconds_read"] / 3600
+    return (
+        f"Within {limit} the weights are read layer by layer, {memory['layers_at_once']} of {base['num_layers']} in memory at a time: "
+        f"{sum(memory['readings'].values()):,} times at most, {format_bytes(memory['bytes_read'])} or {hours:.1f} hours at 3 GB/s. "
+        f"The smallest bound that would do is about {smallest}."
+    )
 
 
 _COUNTS: tuple[tuple[str, Callable[[float], str]], ...] = (("num_parameters", format_count), ("bytes", format_bytes))

@@ -63,6 +63,7 @@ class CLPConfig(BaseConfig):
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
         budget: str | float | None = PlainSettings.budget,
+        max_memory: str | int | None = PlainSettings.max_memory,
         seed: int = PlainSettings.seed,
         calibration: CalibrationConfig | dict | None = None,
         search: SearchConfig | dict | None = None,
@@ -79,6 +80,7 @@ class CLPConfig(BaseConfig):
             "max_perplexity_increase": max_perplexity_increase,
             "min_retention": min_retention,
             "budget": budget,
+            "max_memory": max_memory,
             "seed": seed,
             "calibration": calibration,
             "search": search,
@@ -94,6 +96,7 @@ class CLPConfig(BaseConfig):
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention
         self.budget = budget
+        self.max_memory = max_memory
         self.seed = seed
         self.calibration: CalibrationConfig = values["calibration"]
         self.search: SearchConfig = values["search"]

@@ -26,6 +26,7 @@ from .rules import (
     text,
 )
 from .settings import Setting, documented, setting, settings_of
+from .sizes import memory_size
 
 # what a count cannot exceed whatever the model: rows are counted in 32 bits, and take memory long before; more is a slip
 _ROWS, _BATCH, _TIMES = 2**31 - 1, 2**16, 10_000
@@ -78,6 +79,15 @@ class PlainSettings:
         "of the report says what more would bring.",
         metavar="TIME",
         unset="as long as `calibration.train_sequences` rows take",
+    )
+    max_memory: str | int | None = setting(
+        None,
+        or_none(memory_size()),
+        "memory that this process may hold, such as 24GiB or 500MB, weights included",
+        more="Where the weights do not fit, they stay in their files and are read one layer after the other "
+        "(`docs/larger_than_memory.md`). No figure of the search depends on it.",
+        metavar="SIZE",
+        unset="what is free",
     )
     seed: int = setting(0, integer(0, 2**64 - 1), "seed of everything random")
 

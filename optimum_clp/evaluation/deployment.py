@@ -13,6 +13,7 @@ from ..calibration.rows import CalibrationData, tokenize_dataset
 from ..calibration.sources import describe_text
 from ..configuration.clp_config import CLPConfig
 from ..forward.dense_outputs import DenseOutputs
+from ..forward.layer_major import Residence
 from ..report.section import Key
 from .generation import GenerationOutcome, check_prompts, measure_generation
 from .prompts import Prompt, load_prompts
@@ -135,6 +136,7 @@ class DeploymentChecks:
         dense: PreTrainedModel | None,
         data: CalibrationData,
         attempts: Attempts,
+        residence: Residence | None = None,
     ) -> Deployment:
         """Measure all of it, and judge.
 
@@ -143,30 +145,38 @@ class DeploymentChecks:
             dense (`PreTrainedModel` or `None`): The dense model.
             data ([`CalibrationData`]): Its test rows give the kinds of text apart, and what a base model goes on with.
             attempts ([`Attempts`]): Texts, tasks and generation are stages of their own.
+            residence ([`Residence`], *optional*): For models that memory does not hold: texts go through them layer by layer.
         """
         found: dict[str, Any] = {}
         with attempts.stage("generation"):
             if self.config.evaluation.generation:
                 found["generation"] = self._generation(models, dense, data.test)
         with attempts.stage("evaluation on other texts"):
-            found["texts"] = self._texts(models, dense, {**_by_kind(data), **self.texts})
+            found["texts"] = self._texts(models, dense, {**_by_kind(data), **self.texts}, residence)
         with attempts.stage("tasks"):
             found["tasks"] = self._tasks(models, dense is not None and "dense" in models)
         return Deployment(**found)
 
     def _texts(
-        self, models: Mapping[str, Callable[[], Any]], dense: PreTrainedModel | None, texts: Mapping[str, Tensor]
+        self,
+        models: Mapping[str, Callable[[], Any]],
+        dense: PreTrainedModel | None,
+        texts: Mapping[str, Tensor],
+        residence: Residence | None,
     ) -> tuple[TextFigures, ...]:
-        size = self.config.search.batch_size
+        passes: dict[str, Any] = {
+            "batch_size": self.config.search.batch_size,
+            "residence": residence,
+            "quiet": self.quiet,
+        }
         rows: dict[str, list[TextRow]] = {text: [] for text in texts}
         outputs = {
-            text: None if dense is None else DenseOutputs(dense, tokens, batch_size=size, quiet=self.quiet)
-            for text, tokens in texts.items()
+            text: None if dense is None else DenseOutputs(dense, tokens, **passes) for text, tokens in texts.items()
         }
         for name, make in models.items() if texts else ():
             model = make()
             for text, tokens in texts.items():
-                found = evaluate_tokens(model, tokens, reference=outputs[text], batch_size=size, quiet=self.quiet)
+                found = evaluate_tokens(model, tokens, reference=outputs[text], **passes)
                 rows[text].append(TextRow(name, found.perplexity, found.kl, found.retention))
         return tuple(TextFigures(text, len(texts[text]), tuple(found)) for text, found in rows.items())
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration.clp_config import CLPConfig
 from ..forward.dense_outputs import DenseOutputs
+from ..forward.layer_major import Residence
 from ..report.section import to_section
 from .deployment import verdicts
 from .generation import measure_generation
@@ -25,6 +26,7 @@ def evaluate_model(
     batch_size: int = 8,
     task_limit: int | None = None,
     generation: CLPConfig | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure a model, beside the dense one where there is one.
@@ -38,6 +40,8 @@ def evaluate_model(
         batch_size (`int`): Rows in one forward pass.
         task_limit (`int`, *optional*): Only so many examples of each task; at least 1.
         generation ([`CLPConfig`], *optional*): Also let the model answer, as this recipe's `evaluation` says.
+        residence ([`Residence`], *optional*): For models that memory does not hold: rows go through them layer by layer. Tasks and
+            answers do not.
         quiet (`bool`): No progress bars.
 
     Returns:
@@ -50,8 +54,9 @@ def evaluate_model(
     """
     measured: dict[str, Any] = {}
     if rows is not None:
-        outputs = None if dense is None else DenseOutputs(dense, rows, batch_size=batch_size, quiet=quiet)
-        measured = evaluate_tokens(model, rows, reference=outputs, batch_size=batch_size, quiet=quiet).to_dict()
+        passes: dict[str, Any] = {"batch_size": batch_size, "residence": residence, "quiet": quiet}
+        outputs = None if dense is None else DenseOutputs(dense, rows, **passes)
+        measured = evaluate_tokens(model, rows, reference=outputs, **passes).to_dict()
     if tasks:
         options: dict[str, Any] = {"batch_size": batch_size, "limit": task_limit, "quiet": quiet}
         measured["tasks"] = evaluate_tasks(model, dense, tokenizer, tasks, **options)

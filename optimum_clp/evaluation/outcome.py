@@ -14,6 +14,7 @@ from ..architecture.lookup import context_limit, num_layers
 from ..attempts import Attempts
 from ..calibration.rows import CalibrationData
 from ..forward.dense_outputs import DenseOutputs
+from ..forward.layer_major import Residence
 from ..precisions import PRECISIONS
 from ..report.section import Key, to_section
 from ..runtime.causal_lm import OnnxCausalLM
@@ -92,6 +93,7 @@ def measure_outcome(
     export: dict[str, Any] | None,
     attempts: Attempts | None = None,
     batch_size: int = 8,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure everything that a run leaves: dense, cut and tuned model, and each ONNX file.
@@ -109,6 +111,7 @@ def measure_outcome(
         export (`dict` or `None`): The `export` section of the report.
         attempts ([`Attempts`], *optional*): What cannot be measured is noted there; otherwise its error is raised.
         batch_size (`int`): Rows in one forward pass.
+        residence ([`Residence`], *optional*): For models that memory does not hold: test rows go through them layer by layer.
         quiet (`bool`): No progress bars.
 
     Returns:
@@ -116,7 +119,8 @@ def measure_outcome(
     """
     attempts = attempts or Attempts(strict=True)
     context = context_limit(pruned.config)
-    measurements = Measurements(data.test, text, dense, context=context, batch_size=batch_size, quiet=quiet)
+    passes: dict[str, Any] = {"batch_size": batch_size, "residence": residence, "quiet": quiet}
+    measurements = Measurements(data.test, text, dense, context=context, **passes)
     models: dict[str, PreTrainedModel] = {}
     if dense is not None:
         models["dense"] = dense
@@ -134,8 +138,11 @@ def measure_outcome(
             measurements.add_file(folder, entry, pruned)
             makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
     with attempts.stage("speeds"):
-        measurements.add_speed(makers)
-    found = checks.measure(makers, dense, data, attempts)
+        # under a bound on memory a PyTorch model is as fast as its disk
+        timed = {name: make for name, make in makers.items() if residence is None or name not in models}
+        if timed:
+            measurements.add_speed(timed)
+    found = checks.measure(makers, dense, data, attempts, residence)
     retention = measurements.retention()
     judged = verdicts(found.generation, retention)
     return measurements.to_dict(
@@ -152,6 +159,7 @@ class Measurements:
         dense (`PreTrainedModel` or `None`): For KL and agreement; `None` leaves these out.
         context (`int` or `None`): Longest text that the models take, in tokens, at least 4.
         batch_size (`int`): Rows in one forward pass.
+        residence ([`Residence`], *optional*): As in [`measure_outcome`].
         quiet (`bool`): No progress bars.
     """
 
@@ -163,11 +171,13 @@ class Measurements:
         *,
         context: int | None = None,
         batch_size: int = 8,
+        residence: Residence | None = None,
         quiet: bool,
     ):
-        self.tokens, self.text, self.batch_size, self.quiet = tokens, text, batch_size, quiet
+        self.tokens, self.text, self.quiet = tokens, text, quiet
         self.context = context
-        self.reference = None if dense is None else DenseOutputs(dense, tokens, batch_size=batch_size, quiet=quiet)
+        self._passes: dict[str, Any] = {"batch_size": batch_size, "residence": residence, "quiet": quiet}
+        self.reference = None if dense is None else DenseOutputs(dense, tokens, **self._passes)
         self.rows: list[MeasuredRow] = []
 
     def add_model(self, name: str, model: PreTrainedModel) -> None:
@@ -181,7 +191,7 @@ class Measurements:
         self._add(PRECISIONS[entry["weights"]].row_name, "ONNX Runtime", session, layers, parameters, entry["bytes"])
 
     def add_speed(self, models: dict[str, Callable[[], Any]]) -> None:
-        """Measure the speed of every row, interleaved; `models` gives each row's model when it is called."""
+        """Measure the speed of rows, interleaved; `models` gives each one's model when it is called."""
         new, length = NEW_TOKENS, PROMPT_TOKENS
         if self.context is not None and self.context < length + new - 1:  # the last new token is not read again
             new = max(2, min(new, self.context // 2))
@@ -193,6 +203,8 @@ class Measurements:
                 prefill_tokens_per_second=speeds[row.name].prefill_tokens_per_second,
                 decode_tokens_per_second=speeds[row.name].decode_tokens_per_second,
             )
+            if row.name in speeds
+            else row
             for row in self.rows
         ]
 
@@ -210,9 +222,7 @@ class Measurements:
         return to_section(Outcome(self.text, tuple(self.rows), **vars(found or Deployment())))
 
     def _add(self, name: str, runtime: str, model: Any, layers: int, parameters: int, size: int) -> None:
-        found = evaluate_tokens(
-            model, self.tokens, reference=self.reference, batch_size=self.batch_size, quiet=self.quiet
-        )
+        found = evaluate_tokens(model, self.tokens, reference=self.reference, **self._passes)
         self.rows.append(
             MeasuredRow(
                 name=name,

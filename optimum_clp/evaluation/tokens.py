@@ -1,16 +1,22 @@
 """Perplexity, divergence from the dense model, and speed: the same code for PyTorch models and ONNX files."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ..forward.dense_outputs import DenseOutputs
+from ..architecture.lookup import text_config
+from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode
+from ..forward.layer_major import Residence
 from ..forward.losses import kl_divergence, next_token_cross_entropy
 from ..progress import progress_bar
+
+_LOGIT_BYTES = 4 * 6  # of one logit: two models', what the losses make of them, and temporaries
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,13 @@ class Evaluation:
 
 
 def evaluate_tokens(
-    model: Any, tokens: Tensor, *, reference: DenseOutputs | None = None, batch_size: int = 8, quiet: bool = False
+    model: Any,
+    tokens: Tensor,
+    *,
+    reference: DenseOutputs | None = None,
+    batch_size: int = 8,
+    residence: Residence | None = None,
+    quiet: bool = False,
 ) -> Evaluation:
     """Perplexity of a model, and its divergence from the dense one.
 
@@ -49,6 +61,7 @@ def evaluate_tokens(
         tokens (`Tensor`): int64 `[rows, length]`, full rows, length at least 2.
         reference ([`DenseOutputs`], *optional*): The dense model's outputs for exactly these rows.
         batch_size (`int`): Rows in one forward pass; does not change the result beyond rounding.
+        residence ([`Residence`], *optional*): For a PyTorch model that memory does not hold: rows go through it layer by layer.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -57,11 +70,14 @@ def evaluate_tokens(
     loss = kl = dense_loss = 0.0
     agree = count = positions = 0
     device = getattr(model, "device", torch.device("cpu"))
+    logits_of = _logits_of(model, tokens, batch_size, residence, quiet)
+    if residence is not None:
+        batch_size = min(batch_size, _rows_of_logits(model, tokens.shape[1], residence))
     with torch.no_grad(), evaluation_mode(model), progress_bar(len(tokens), "Evaluation", quiet) as bar:
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             batch = tokens[rows].to(device)
-            logits = model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
+            logits = logits_of(rows, batch)
             losses = next_token_cross_entropy(logits, batch)
             loss += losses.double().sum().item()
             count += losses.numel()
@@ -78,6 +94,27 @@ def evaluate_tokens(
     return Evaluation(
         perplexity, loss / count, count, kl / positions, agree / positions, _exp((dense_loss - loss) / count)
     )
+
+
+def _logits_of(
+    model: Any, tokens: Tensor, batch_size: int, residence: Residence | None, quiet: bool
+) -> Callable[[slice, Tensor], Tensor]:
+    """What gives a model's logits of some rows."""
+    if residence is None or not isinstance(model, PreTrainedModel):
+        return lambda rows, batch: (
+            model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
+        )
+    store = StateStore(residence.folder, residence.state_memory)
+    own = DenseOutputs(model, tokens, batch_size=batch_size, store=store, residence=residence, quiet=quiet)
+    return lambda rows, batch: own.logits(rows)
+
+
+def _rows_of_logits(model: Any, length: int, residence: Residence) -> int:
+    """Rows whose logits may exist at once, in float32 for the losses of two models; at least 1."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return 1
+    return max(1, int(min(2**31, residence.work_memory / (length * text_config(config).vocab_size * _LOGIT_BYTES))))
 
 
 def _exp(value: float) -> float:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ..errors import TuningError
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
 from .hooks import evaluation_mode, recorded_inputs, run_without_head
+from .layer_major import LayerMajorPasses, Residence
 from .layer_stack import LayerStack
 
 
@@ -45,7 +47,7 @@ class StateStore:
             return torch.empty(*shape, dtype=dtype)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:
-            rule = f"the hidden states of the tuning text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
+            rule = f"the hidden states of the text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
             remedy = (
                 "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
             )
@@ -70,6 +72,9 @@ class DenseOutputs:
         dealt (`bool`): In a group of processes (`torch.distributed`), all of which make this call, each one computes a
             part of the rows, and all of them get everything.
         quiet (`bool`): No progress bar.
+        residence ([`Residence`], *optional*): For a model that memory does not hold: all rows go through one layer after the
+            other, and the weights are read once; the states are the same, bit for bit. Without it, and where layers hand on more than
+            hidden states, some rows go through all layers, and then the next ones.
     """
 
     def __init__(
@@ -82,15 +87,39 @@ class DenseOutputs:
         store: StateStore | None = None,
         dealt: bool = False,
         quiet: bool = False,
+        residence: Residence | None = None,
     ):
         self.model = model
         self.tokens = tokens
-        self.stack = LayerStack(model)
+        self.stack = LayerStack(model, run=residence is None)
         self.hidden: dict[int, Tensor] = {}
         store = store or StateStore()
         wanted = sorted({*inputs_of, len(self.stack)})
         group = world_size() if dealt else 1
         batches = torch.arange(len(tokens)).split(batch_size)
+        if residence is not None and self.stack.layer_by_layer:
+            mine = batches[rank() :: group] if dealt else batches
+            self._by_layers(batches[:1] if not mine else mine, wanted, residence, store, quiet)
+        else:
+            self._by_rows(batches, wanted, group, dealt, store, quiet)
+        if group > 1:
+            self._share(batches, group)
+
+    def _by_layers(
+        self, batches: Sequence[Tensor], wanted: list[int], residence: Residence, store: StateStore, quiet: bool
+    ) -> None:
+        """One layer after the other, all rows of this process through each."""
+        options: dict[str, Any] = {"residence": residence, "allocate": store.allocate, "quiet": quiet}
+        options |= {"description": "Dense model, layer by layer"}
+        passes = LayerMajorPasses(self.model, self.stack, self.tokens, None, batches, **options)
+        passes.run(keep=wanted)
+        self.hidden = passes.kept
+
+    def _by_rows(
+        self, batches: Sequence[Tensor], wanted: list[int], group: int, dealt: bool, store: StateStore, quiet: bool
+    ) -> None:
+        """One batch after the other, each through all layers."""
+        model, tokens = self.model, self.tokens
         with (
             torch.no_grad(),
             evaluation_mode(model),
@@ -107,8 +136,6 @@ class DenseOutputs:
                             self.hidden[index] = store.allocate(shape, found[index].dtype)
                         self.hidden[index][rows] = found[index].cpu()
                 bar.update(len(rows))
-        if group > 1:
-            self._share(batches, group)
 
     def _share(self, batches: Sequence[Tensor], group: int) -> None:
         """Send every batch from the process that has computed it to the others."""

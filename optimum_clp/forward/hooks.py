@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers
+from ..mapped_weights import MappedWeights, tensors_of
 
 BeforeForward = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
 """`(module, args, kwargs)`; returns what enters instead, or `None`."""
@@ -150,6 +151,18 @@ def hooked(
         yield
 
 
+@contextmanager
+def let_go_behind(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the weights of each module that lie in files go when its forward is done, until the block ends."""
+    mapped = MappedWeights()
+
+    def leave(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        mapped.let_go(tensors_of(module))
+
+    with hooked(after=[(module, leave) for module in modules]):
+        yield
+
+
 def mixed_with_input(openness: float) -> AfterForward:
     """A hook for [`hooked`] that mixes a layer's output with its input: `openness * layer(x) + (1 - openness) * x`.
 
@@ -159,14 +172,33 @@ def mixed_with_input(openness: float) -> AfterForward:
     Args:
         openness (`float`): The layer's gate, in [0, 1].
     """
-    value = torch.tensor(openness, dtype=torch.float64)
 
     def mix(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        hidden = layer_hidden(output)
-        entered = layer_input(args, kwargs).to(hidden)
-        return _with_hidden(output, torch.lerp(entered, hidden, value.to(hidden.device, hidden.dtype)))
+        return _with_hidden(output, mixed(layer_input(args, kwargs), layer_hidden(output), openness))
 
     return mix
+
+
+def mixed(entered: Tensor, left: Tensor, openness: float) -> Tensor:
+    """What enters a layer and what leaves it, mixed as [`mixed_with_input`] does it."""
+    value = torch.tensor(openness, dtype=torch.float64)
+    return torch.lerp(entered.to(left), left, value.to(left.device, left.dtype))
+
+
+@contextmanager
+def recorded_arguments(layer: nn.Module) -> Iterator[list[tuple[tuple, dict[str, Any]]]]:
+    """Collect what a module is called with.
+
+    Yields:
+        `list`: Positional and keyword arguments of each call.
+    """
+    found: list[tuple[tuple, dict[str, Any]]] = []
+
+    def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+
+    with hooked(before=[(layer, record)]):
+        yield found
 
 
 @contextmanager
@@ -273,6 +305,11 @@ def run_without_head(model: PreTrainedModel, tokens: Tensor, attention_mask: Ten
     base(input_ids=tokens.to(model.device), **options)
 
 
+def output_length(output: Any) -> int | None:
+    """`None` for a layer's output that is a tensor, the length of a tuple or list otherwise."""
+    return len(output) if isinstance(output, (tuple, list)) else None
+
+
 def output_lengths(model: PreTrainedModel) -> tuple[int | None, ...]:
     """What each decoder layer returns: `None` for a tensor, the length of a tuple otherwise.
 
@@ -283,7 +320,7 @@ def output_lengths(model: PreTrainedModel) -> tuple[int | None, ...]:
 
     def noting(index: int) -> AfterForward:
         def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            lengths[index] = len(output) if isinstance(output, (tuple, list)) else None
+            lengths[index] = output_length(output)
 
         return note
 

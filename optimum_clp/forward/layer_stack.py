@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers, find_architecture
-from .hooks import hand_on, hooked, mixed_with_input, output_lengths, replaced_forward, replaced_output
+from .hooks import hand_on, hooked, mixed_with_input, output_length, output_lengths, replaced_forward, replaced_output
 
 
 class LayerStack:
@@ -22,16 +22,33 @@ class LayerStack:
 
     Args:
         model (`PreTrainedModel`): Not changed beyond the length of a `with` block.
+        run (`bool`): See at once what each layer returns, in a forward pass of one token. Without it what they return is
+            learnt by [`~LayerStack.note`], since such a pass reads every weight.
 
     Attributes:
         layers (`nn.ModuleList`): The decoder layers.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, *, run: bool = True):
         self.layers = decoder_layers(model)
-        self._output_lengths = output_lengths(model)
         self._threads_state = find_architecture(model.config).threads_state
+        self._output_lengths: dict[int, int | None] = {}
+        if run or self._threads_state:
+            self._output_lengths |= enumerate(output_lengths(model))
         self._takes_use_cache = "use_cache" in inspect.signature(model.forward).parameters
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether layers hand on hidden states alone, so that all rows can run through one before any runs through the next."""
+        return not self._threads_state
+
+    def note(self, index: int, output: Any) -> None:
+        """Learn what a layer returns."""
+        self._output_lengths[index] = output_length(output)
+
+    def output_length(self, index: int) -> int | None:
+        """What a layer that has run returns: `None` for a tensor, the length of a tuple otherwise."""
+        return self._output_lengths[index]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -118,7 +135,7 @@ class LayerStack:
         given: list[Tensor] = []
 
         def last(*args: Any, **kwargs: Any) -> Any:
-            return hand_on(self._output_lengths[-1], given[0])(*args, **kwargs)
+            return hand_on(self._output_lengths[len(self.layers) - 1], given[0])(*args, **kwargs)
 
         def logits(hidden: Tensor) -> Tensor:
             given[:] = [hidden]
@@ -130,7 +147,7 @@ class LayerStack:
                 given.clear()
 
         with ExitStack() as stack:
-            for layer, length in zip(self.layers[:-1], self._output_lengths[:-1], strict=True):
-                stack.enter_context(replaced_forward(layer, hand_on(length)))
+            for index, layer in enumerate(self.layers[:-1]):
+                stack.enter_context(replaced_forward(layer, hand_on(self._output_lengths[index])))
             stack.enter_context(replaced_forward(self.layers[-1], last))
             yield logits

@@ -22,6 +22,7 @@ from ..surgery.cut import cut_model
 from ..surgery.guard import check_cut
 from ..surgery.sizes import count_bytes, count_parameters
 from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
+from .streaming import PlannedStreaming, planned_streaming
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class PruningPlan:
         bytes (`int`): Of these.
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
         layer_bytes (`tuple[int, ...]`): Of these.
+        memory ([`PlannedStreaming`]): What passes over the dense model hold, and how often its weights are read.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
             the meta device and has passed the guard of [`~optimum_clp.surgery.cut.cut_model`].
     """
@@ -75,6 +77,7 @@ class PruningPlan:
     bytes: int
     layer_parameters: tuple[int, ...]
     layer_bytes: tuple[int, ...]
+    memory: PlannedStreaming
     cuts: tuple[PlannedCut, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +96,7 @@ class PruningPlan:
             },
             "pruning_ratio": self.pruning_ratio,
             "num_removed": self.num_removed,
+            "memory": self.memory.to_dict(),
             "cuts": [
                 {
                     "start": cut.segment.start,
@@ -127,7 +131,8 @@ def plan_pruning(
         [`PruningPlan`]
 
     Raises:
-        ConfigurationError: If the ratio removes no layer or all or is `"auto"`, or `dtype` is no floating-point type.
+        ConfigurationError: If the ratio removes no layer or all or is `"auto"`, or `dtype` is no floating-point type; if the bound on
+            memory is too small.
         ModelError: If the architecture is not supported, no segment of that length can be cut from it, or transformers
             cannot build the model.
         CutError: If a cut model is not the dense model without those layers.
@@ -154,6 +159,7 @@ def plan_pruning(
         bytes=count_bytes(dense),
         layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
         layer_bytes=tuple(count_bytes(layer) for layer in decoder_layers(dense)),
+        memory=planned_streaming(dense, recipe, removed),
         cuts=tuple(_plan_cuts(dense, segments, recipe)),
     )
 

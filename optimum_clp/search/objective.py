@@ -5,6 +5,7 @@ each gate runs from the first layer that is not open in it. Final hidden states 
 time, so that a vocabulary-wide tensor of a whole batch never exists.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
+from ..forward.dense_outputs import StateStore
 from ..forward.hooks import recorded_inputs, run_without_head
+from ..forward.layer_major import LayerMajorPasses, Residence
 from ..forward.layer_stack import LayerStack
 from ..processes import gathered, is_first, rank, world_size
 from ..progress import progress_bar
@@ -76,6 +79,9 @@ class Objective:
         journal ([`Journal`], *optional*): For a search that can be interrupted.
         name (`str`): Of the rows, in the journal.
         quiet (`bool`): No progress bars.
+        residence ([`Residence`], *optional*): For a model that memory does not hold: all gates of a call run with one
+            reading of the weights, layer by layer. Figures are the same; without it, and where layers hand on more than hidden states, each
+            micro-batch runs through all layers.
 
     Attributes:
         stack ([`LayerStack`]), work ([`ForwardWork`]): Of the model.
@@ -95,18 +101,21 @@ class Objective:
         journal: Journal | None = None,
         name: str = "search",
         quiet: bool = False,
+        residence: Residence | None = None,
     ):
         self.name = name
         self.model, self.tokens, self.mask = model, tokens, attention_mask
         self.batch_size, self.quiet = batch_size, quiet
         self.journal = journal or Journal()
-        self.stack = LayerStack(model)
+        self.stack = LayerStack(model, run=residence is None)
+        self.residence = residence if self.stack.layer_by_layer else None
         self.num_layers = len(self.stack)
         self.weights = (torch.ones_like(tokens) if attention_mask is None else attention_mask).sum(1).double()
-        self.work: ForwardWork = measure_work(model, self.stack, tokens[:1])
+        self.work: ForwardWork = measure_work(model, self.stack, tokens[:1], residence is not None)
         self.probe = self.spent = 1 / len(tokens)
         self.layer_passes = self.num_layers / len(tokens)
-        self._memory = _MemoryRule(model, tokens.shape[1], batch_size)
+        limit = math.inf if residence is None else residence.work_memory
+        self._memory = _MemoryRule(model, tokens.shape[1], batch_size, limit)
 
     def price(self, gate: Gate) -> float:
         """Work of one gate over all rows, in forward-equivalents, without the dense pass."""
@@ -128,10 +137,13 @@ class Objective:
             [`RowMeasures`]: In the order of `gates` and `rows`.
         """
 
-        def figures(batch: list[int]) -> dict[str, Any]:
+        def plainly(batch: list[int]) -> dict[str, Any]:
             return {name: table.tolist() for name, table in self._measure(gates, batch).items()}
 
         size = self.micro_batch(len(gates))
+        figures: Callable[[list[int]], dict[str, Any]] = plainly
+        if self.residence is not None:
+            figures = self._measured_by_layers(gates, rows, size, self.residence, description)
         parts = self.over_rows(list(gates), rows, size, figures, description)
         share = len(rows) / len(self.tokens)
         runs = [self.stack.layers_run(gate) for gate in gates]
@@ -171,8 +183,7 @@ class Objective:
         Returns:
             `list`: In the order of `rows`.
         """
-        batches = [list(rows[first : first + size]) for first in range(0, len(rows), size)]
-        world = world_size()
+        batches, world = _batches(rows, size), world_size()
         found: list[Any] = []
         with progress_bar(len(rows), description, self.quiet or not is_first()) as bar:
             for first in range(0, len(batches), world):
@@ -211,6 +222,36 @@ class Objective:
                 finals[index] = self._final(gates[index], states, sources[index], ids, mask, dense)
             states.clear()
             return self.figures(dense, finals, ids, mask)
+
+    def _measured_by_layers(
+        self, gates: Sequence[Gate], rows: Sequence[int], size: int, residence: Residence, description: str
+    ) -> Callable[[list[int]], dict[str, Any]]:
+        """Measure every micro-batch of this process that the journal does not know, with one reading of the weights.
+
+        Returns:
+            `Callable`: Gives the figures of a micro-batch.
+        """
+        mine = _batches(rows, size)[rank() :: world_size()]
+        new = [batch for batch in mine if not self.journal.knows([self.name, list(gates), batch])]
+        found: dict[tuple[int, ...], dict[str, Any]] = {}
+        if new:
+            own = [row for batch in new for row in batch]
+            tokens, mask = self.tokens[own], None if self.mask is None else self.mask[own]
+            parts = torch.arange(len(own)).split([len(batch) for batch in new])
+            store = StateStore(residence.folder, residence.state_memory)
+            options: dict[str, Any] = {"residence": residence, "allocate": store.allocate, "quiet": self.quiet}
+            options |= {"description": f"{description}, layer by layer"}
+            passes = LayerMajorPasses(self.model, self.stack, tokens, mask, parts, **options)
+            finals, dense = passes.run(gates), passes.kept[self.num_layers]
+            device = self.model.device
+            with torch.no_grad():
+                for batch, part in zip(new, parts, strict=True):
+                    states = [final[part].to(device) for final in finals]
+                    figures = self.figures(
+                        dense[part].to(device), states, tokens[part], None if mask is None else mask[part]
+                    )
+                    found[tuple(batch)] = {name: table.tolist() for name, table in figures.items()}
+        return lambda batch: found[tuple(batch)]
 
     def _final(self, gate: Gate, states: dict[int, Tensor], source: int, ids: Tensor, mask, dense: Tensor) -> Tensor:
         """Hidden states that leave the last layer under a gate."""
@@ -264,16 +305,20 @@ class Objective:
         return {"kl": kl, "loss": loss, "dense_loss": dense_loss[0]}
 
 
+def _batches(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+
 class _MemoryRule:
     """How many rows and tokens may be held at once, so that a search stays near the memory of a plain forward pass."""
 
-    def __init__(self, model: PreTrainedModel, length: int, batch_size: int):
+    def __init__(self, model: PreTrainedModel, length: int, batch_size: int, limit: float):
         config = text_config(model.config)
         self.vocabulary, self.hidden = config.vocab_size, config.hidden_size
         self.length, self.batch_size = length, batch_size
         self.element = model.dtype.itemsize
         logits = batch_size * length * self.vocabulary * self.element
-        self.free = _FREE_OF_WEIGHTS * count_bytes(model) + _FREE_OF_LOGITS * logits
+        self.free = min(limit, _FREE_OF_WEIGHTS * count_bytes(model) + _FREE_OF_LOGITS * logits)
 
     def rows(self, num_gates: int) -> int:
         """Rows of a micro-batch: the states that the gates are entered with, or those that they give, are all held."""

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, num_layers
 from ..configuration.clp_config import CLPConfig
+from ..forward.layer_major import Residence
 from ..segments import number_of_layers_to_remove
 from .result import SearchResult
 from .segment_search import search_segments, search_within_budget
@@ -39,6 +40,7 @@ def search_by_recipe(
     recipe: CLPConfig,
     *,
     journal: Path | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Find the layers that a recipe removes.
@@ -48,7 +50,7 @@ def search_by_recipe(
         tokens (`Tensor`): int64 `[rows, length]`: searched on, the first `recipe.search.num_sequences`.
         validation_tokens (`Tensor`): int64 `[rows, length]`: a quality budget holds on these.
         recipe ([`CLPConfig`]): Its ratio or budget, number of segments, seed and `search`.
-        journal, quiet: As in [`search_segments`].
+        journal, residence, quiet: As in [`search_segments`].
 
     Raises:
         ConfigurationError, ModelError: As [`layers_to_remove`].
@@ -58,6 +60,7 @@ def search_by_recipe(
         "num_segments": recipe.num_segments,
         "seed": recipe.seed,
         "journal": journal,
+        "residence": residence,
         "quiet": quiet,
     }
     count, bound = layers_to_remove(recipe, model.config), recipe.perplexity_bound()

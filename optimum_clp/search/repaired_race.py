@@ -127,6 +127,7 @@ def _judged(
     total, depth = len(objective.tokens), objective.num_layers
     wanted = sorted(set().union(*(repair.states(cut) for cut in cuts)))
     options: dict[str, Any] = {"batch_size": objective.batch_size, "dealt": True, "quiet": objective.quiet}
+    options["residence"] = objective.residence
     fit, check, judge = (
         DenseOutputs(objective.model, objective.tokens[part], inputs_of=wanted, **options)
         for part in (rows.fit, rows.check, rows.judge)

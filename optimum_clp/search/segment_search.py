@@ -16,6 +16,7 @@ from ..configuration.stages import SearchConfig
 from ..doors import STRATEGIES
 from ..errors import ModelError, SearchError
 from ..forward.hooks import evaluation_mode
+from ..forward.layer_major import Residence
 from ..processes import is_first
 from ..resume import Journal
 from ..segments import LayerSegment
@@ -35,6 +36,7 @@ def search_segments(
     attention_mask: Tensor | None = None,
     seed: int = 0,
     journal: Path | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Find the layers whose removal changes the model's output least.
@@ -52,6 +54,7 @@ def search_segments(
         seed (`int`): Of everything random. The same seed gives the same result on the same machine.
         journal (`Path`, *optional*): File that keeps what was measured, so that an interrupted search, started again with
             the same arguments, goes on where it was. Whoever names it removes it.
+        residence ([`Residence`], *optional*): For a model that memory does not hold, see [`Objective`]; the figures are the same.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -65,7 +68,7 @@ def search_segments(
     _allowed(model, num_removed, num_segments)  # before any work: there may be none
     kept = _journal(journal)
     with evaluation_mode(model):
-        objective = _objective(model, tokens, attention_mask, config, kept, quiet)
+        objective = _objective(model, tokens, attention_mask, config, kept, residence, quiet)
         board, outcome = _search(objective, num_removed, num_segments, config, seed)
     return _result(board, outcome, config, num_removed, begin)
 
@@ -80,6 +83,7 @@ def search_within_budget(
     num_segments: int = 1,
     seed: int = 0,
     journal: Path | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> SearchResult:
     """Find the most layers that can go for a quality budget, and which.
@@ -93,7 +97,7 @@ def search_within_budget(
         tokens (`Tensor`): int64 `[rows, length]`: searched on, the first `config.num_sequences`.
         validation_tokens (`Tensor`): int64 `[rows, length]`: the budget holds on these.
         max_perplexity_increase (`float`): Relative, above 0: 0.1 allows a tenth more than the dense model's perplexity.
-        config, num_segments, seed, journal, quiet: As in [`search_segments`].
+        config, num_segments, seed, journal, residence, quiet: As in [`search_segments`].
 
     Returns:
         [`SearchResult`]: `forward_equivalents` counts all numbers that were tried, and the validation rows.
@@ -109,10 +113,9 @@ def search_within_budget(
     kept = _journal(journal)
     tried: dict[int, tuple[Scoreboard, SearchOutcome, TriedLength]] = {}
     with evaluation_mode(model):
-        objective = _objective(model, tokens, None, config, kept, quiet)
-        check = Objective(
-            model, validation_tokens, batch_size=config.batch_size, journal=kept, name="validation", quiet=quiet
-        )
+        objective = _objective(model, tokens, None, config, kept, residence, quiet)
+        options: dict[str, Any] = {"batch_size": config.batch_size, "residence": residence, "quiet": quiet}
+        check = Objective(model, validation_tokens, journal=kept, name="validation", **options)
         low, high = -1, len(counts)  # indices that fit and that do not
         while high - low > 1:
             middle = (low + high) // 2
@@ -185,6 +188,7 @@ def _objective(
     mask: Tensor | None,
     config: SearchConfig,
     journal: Journal,
+    residence: Residence | None,
     quiet: bool,
 ) -> Objective:
     used = slice(0, config.num_sequences)
@@ -194,6 +198,7 @@ def _objective(
         attention_mask=None if mask is None else mask[used],
         batch_size=config.batch_size,
         journal=journal,
+        residence=residence,
         quiet=quiet,
     )
 

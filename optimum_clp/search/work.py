@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..forward.hooks import AfterForward, BeforeForward, hooked, only_trainable, recorded_inputs, run_without_head
+from ..forward.hooks import (
+    AfterForward,
+    BeforeForward,
+    hooked,
+    let_go_behind,
+    only_trainable,
+    recorded_inputs,
+    run_without_head,
+)
 from ..forward.layer_stack import LayerStack
 
 
@@ -81,7 +89,7 @@ class ForwardWork:
         return work / self.forward
 
 
-def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> ForwardWork:
+def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor, lets_go: bool = False) -> ForwardWork:
     """Count the operations of one forward pass.
 
     Matrix products are counted by PyTorch's own counter, attention by formula; kernels that neither knows (scans of
@@ -91,6 +99,7 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
         model (`PreTrainedModel`): Not changed.
         stack ([`LayerStack`]): Its layers.
         row (`Tensor`): int64 `[1, length]`.
+        lets_go (`bool`): Weights that lie in files are let go behind each layer.
     """
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
@@ -106,6 +115,7 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
     def leaving(index: int) -> AfterForward:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             layers[index] = float(counter.get_total_flops() - begun[index])
+            stack.note(index, output)
 
         return hook
 
@@ -113,7 +123,8 @@ def measure_work(model: PreTrainedModel, stack: LayerStack, row: Tensor) -> Forw
     after = [(layer, leaving(index)) for index, layer in enumerate(stack.layers)]
     # the counter's own hooks stumble over views of weights that want a gradient
     with torch.no_grad(), only_trainable(model, ()), hooked(before, after):
-        with recorded_inputs(stack.layers, [len(stack)]) as found, counter:
+        letting_go = let_go_behind(stack.layers if lets_go else ())
+        with letting_go, recorded_inputs(stack.layers, [len(stack)]) as found, counter:
             run_without_head(model, row)
         of_layers = tuple(layers)  # the hooks see the head's pass too, in which layers compute nothing
         around = counter.get_total_flops() - sum(of_layers)

@@ -75,5 +75,5 @@ def _refuse_offloaded(dense: PreTrainedModel) -> None:
             offloaded[0],
             "a tensor on the meta device",
             "a cut needs every weight in memory, and this one is offloaded",
-            "Load the model without offloading (a smaller dtype, or a device_map without 'disk')",
+            "Give the model to CLPPruner, which reads offloaded weights in place, or load it without offloading",
         )

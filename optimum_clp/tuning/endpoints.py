@@ -6,6 +6,7 @@ teacher). Each step starts at the first endpoint, and only the endpoints have gr
 """
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from ..doors import STARTS
 from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
+from ..forward.layer_major import Residence
 from ..processes import world_size
 from ..segments import target_state
 from .accelerator import tuning_accelerator
@@ -50,6 +52,7 @@ def tune_layers(
     masks: tuple[Tensor | None, Tensor | None] = (None, None),
     seed: int = 0,
     folder: Path | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> TuningResult:
     """Train some layers of `model` towards `dense`, and keep the weights with the best validation loss.
@@ -76,6 +79,8 @@ def tune_layers(
         folder (`Path`, *optional*): For checkpoints, best weights and hidden states that memory does not hold; a run that
             was interrupted goes on from the last checkpoint there. It belongs to these arguments alone. Without it
             nothing can be resumed, and files are temporary.
+        residence ([`Residence`], *optional*): For a dense model that memory does not hold: its one pass over the rows goes layer by
+            layer. The steps of the training do not.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -91,7 +96,7 @@ def tune_layers(
     check_layers(layers, model)
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
         found = sorted(layers), kept, config, len(train)
-        tuning = _Tuning(model, dense, *found, seed, Path(place), folder is not None, quiet)
+        tuning = _Tuning(model, dense, *found, seed, Path(place), folder is not None, residence, quiet)
         result = tuning.run(train, validation, validation_kinds, masks, begin)
     if result.stopped == "nan":
         raise TuningError.of(
@@ -119,10 +124,12 @@ class _Tuning:
         seed: int,
         folder: Path,
         resumable: bool,
+        residence: Residence | None,
         quiet: bool,
     ):
         self.model, self.dense, self.layers, self.kept, self.config = model, dense, layers, kept, config
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
+        self.residence = residence
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
         self.stages = stages_of(config, text_config(model.config).hidden_size, num_rows, world_size())
@@ -166,7 +173,8 @@ class _Tuning:
             tuning_accelerator(self.config, self.model.device, trained.modules) as accelerator,
         ):
             start = time.perf_counter()
-            store = StateStore(self.folder, self.config.cache_memory_gib * 2**30)
+            limit = math.inf if self.residence is None else self.residence.state_memory
+            store = StateStore(self.folder, min(limit, self.config.cache_memory_gib * 2**30))
             rows = self._rows(train, (), masks[0], store), self._rows(validation, kinds, masks[1], store)
             cache_seconds = time.perf_counter() - start
             init, by_kind = self._started(rows, store)
@@ -196,6 +204,7 @@ class _Tuning:
             store=store,
             kinds=kinds,
             mask=mask,
+            residence=self.residence,
             quiet=self.quiet,
         )
         return rows.with_targets(self.loss_targets)

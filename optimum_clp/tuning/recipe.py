@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from ..architecture.lookup import num_layers
 from ..calibration.rows import CalibrationData
 from ..configuration.clp_config import CLPConfig
+from ..forward.layer_major import Residence
 from ..segments import LayerSegment, endpoint_layers, kept_layers
 from .endpoints import tune_layers
 from .result import TuningResult
@@ -21,6 +22,7 @@ def tune_by_recipe(
     recipe: CLPConfig,
     *,
     folder: Path | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> TuningResult:
     """Train the layers next to a cut towards the dense model.
@@ -31,7 +33,7 @@ def tune_by_recipe(
         segments (`Sequence[LayerSegment]`): What was cut, in the dense model's numbering.
         data ([`CalibrationData`]): Rows to train on, and rows that choose the weights.
         recipe ([`CLPConfig`]): Its seed and `tuning`.
-        folder, quiet: As in [`tune_layers`].
+        folder, residence, quiet: As in [`tune_layers`].
 
     Raises:
         TuningError: If the loss is not finite; the last good weights are in `model`.
@@ -49,5 +51,6 @@ def tune_by_recipe(
         masks=(data.train_mask, data.validation_mask),
         seed=recipe.seed,
         folder=folder,
+        residence=residence,
         quiet=quiet,
     )

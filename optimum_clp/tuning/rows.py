@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ..architecture.lookup import decoder_layers
 from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode
+from ..forward.layer_major import Residence
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def cached_rows(
     store: StateStore,
     kinds: Sequence[str] = (),
     mask: Tensor | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> TuningRows:
     """Run the dense model over some rows; in a group of processes each takes its share.
@@ -86,12 +88,14 @@ def cached_rows(
         store ([`StateStore`]): Where the states lie.
         kinds (`Sequence[str]`): What kind of text each row is.
         mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt; `None` for all.
+        residence ([`Residence`], *optional*): As in [`DenseOutputs`].
         quiet (`bool`): No progress bar.
 
     Returns:
         [`TuningRows`]: Without targets.
     """
     options: dict[str, Any] = {"batch_size": batch_size, "store": store, "quiet": quiet, "dealt": True}
+    options["residence"] = residence
     with evaluation_mode(dense):
         same = _same_below(model, dense, first)
         wanted = {*states, *([first] if same else [])}

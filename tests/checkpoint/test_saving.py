@@ -1,13 +1,21 @@
-"""What goes along with a checkpoint: the chat template where others look for it, and the tokenizer's own files."""
+"""What a checkpoint holds, and what goes along with it: the chat template where others look for it, the tokenizer's own files."""
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 from byte_tokenizer import tiny_tokenizer
-from tiny_models import tiny_config
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_clp.checkpoint.saving import save_tokenizer
+from optimum_clp.checkpoint import saving
+from optimum_clp.checkpoint.saving import save_checkpoint, save_tokenizer, verify_checkpoint
+from optimum_clp.errors import CutError
+from optimum_clp.segments import LayerSegment
+from optimum_clp.surgery.cut import cut_model
 
 CHAT = [{"role": "user", "content": "Tom ran home."}]
 
@@ -85,3 +93,70 @@ def test_files_about_tokens_go_along_as_long_as_they_are_true(changed, source, t
 def test_a_tokenizer_made_in_memory_has_nothing_to_go_along(tmp_path):
     folder = saved(tiny_tokenizer(), tmp_path / "out")
     assert not (folder / "tokenizer.model").exists()
+
+
+def test_a_cut_checkpoint_has_the_dense_files_bytes_where_nothing_was_touched(tmp_path):
+    tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto").eval()
+    cut = cut_model(dense, [LayerSegment(2, 4)])
+    save_checkpoint(cut, None, tmp_path / "cut")
+    verify_checkpoint(tmp_path / "cut", cut)
+    before, after = (raw_tensors(tmp_path / name / "model.safetensors") for name in ("dense", "cut"))
+    names = {name: name for name in before if ".layers." not in name}
+    for new, old in enumerate([0, 1, 4, 5]):
+        names |= {n.replace(f".{old}.", f".{new}."): n for n in before if f".layers.{old}." in n}
+    assert after == {name: before[old] for name, old in names.items()}
+
+
+def raw_tensors(file):
+    """Shape, dtype and bytes of each tensor, by the format's own description: a length, a JSON header, and the data."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    header.pop("__metadata__")
+    return {n: (e["dtype"], e["shape"], data[slice(*e["data_offsets"])]) for n, e in header.items()}
+
+
+def test_large_models_have_shards_that_are_checked_alike(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "SHARD_SIZE", "100KB")
+    model = tiny_model()
+    save_checkpoint(model, None, tmp_path)
+    verify_checkpoint(tmp_path, model)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 2 and all(shard.stat().st_size < 110_000 for shard in shards)
+    tensors = load_file(shards[1])
+    name = next(iter(tensors))
+    tensors[name].view(-1)[3] += 1
+    save_file(tensors, shards[1], metadata={"format": "pt"})
+    with pytest.raises(CutError, match=f"read back, its tensor {name} differs from the one in memory"):
+        verify_checkpoint(tmp_path, model)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's own figures of a process are Linux's")
+def test_saving_a_mapped_model_and_checking_it_holds_no_copy_of_the_weights(tmp_path):
+    """In a process of its own: private memory, looked at while 100 MB are written and read back."""
+    script = """
+import sys, threading
+from transformers import AutoModelForCausalLM
+from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
+from optimum_clp.forward.memory_bound import private_memory
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+before, peaks, over = private_memory(), [0], threading.Event()
+def look():
+    while not over.wait(0.002):
+        peaks[0] = max(peaks[0], private_memory())
+thread = threading.Thread(target=look)
+thread.start()
+save_checkpoint(model, None, sys.argv[2])
+verify_checkpoint(sys.argv[2], model)
+over.set()
+thread.join()
+print(peaks[0] - before)
+"""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_layers": 6, "num_attention_heads": 8}
+    tiny_model(**wide).save_pretrained(tmp_path / "dense")
+    size = (tmp_path / "dense" / "model.safetensors").stat().st_size
+    assert size > 70e6
+    arguments = [sys.executable, "-c", script, str(tmp_path / "dense"), str(tmp_path / "out")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 0.3 * size

@@ -101,7 +101,7 @@ def test_options_that_are_not_given_say_nothing():
 
 def test_every_option_reaches_the_configuration():
     line = (
-        "prune --model m --pruning-ratio 0.3 --seed 7 --dataset d.txt --self-written-share 0.2 --conversation-share 0.3 --openings-share 0.1 --mask assistant --text-column body --sequence-length 64 "
+        "prune --model m --pruning-ratio 0.3 --seed 7 --max-memory 24GiB --dataset d.txt --self-written-share 0.2 --conversation-share 0.3 --openings-share 0.1 --mask assistant --text-column body --sequence-length 64 "
         "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
         "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
@@ -115,7 +115,7 @@ def test_every_option_reaches_the_configuration():
     )
     config = CLPConfig.from_dict(values(line))
     default = CLPConfig()
-    assert (config.pruning_ratio, config.seed) == (0.3, 7)
+    assert (config.pruning_ratio, config.seed, config.max_memory) == (0.3, 7, "24GiB")
     unchanged = {
         f"{stage}.{key}"
         for stage in STAGES
@@ -184,7 +184,15 @@ def test_every_option_names_a_key_of_the_configuration():
 def test_every_key_of_the_configuration_has_a_flag():
     recipe = CLPConfig().to_dict()
     keys = {f"{stage}.{key}" for stage in STAGES for key in recipe[stage]}
-    keys |= {"pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention", "budget", "seed"}
+    keys |= {
+        "pruning_ratio",
+        "num_segments",
+        "max_perplexity_increase",
+        "min_retention",
+        "budget",
+        "max_memory",
+        "seed",
+    }
     flags = {action.dest: tuple(action.option_strings) for name, action in _configuration_actions() if name == "prune"}
     assert set(flags) == keys == set(all_settings())
     assert flags == {name: setting.flags for name, setting in all_settings().items()}
@@ -254,7 +262,12 @@ def test_help_lists_names_with_what_they_say_also_those_of_other_packages(monkey
 def test_a_percent_sign_in_a_help_is_no_placeholder(monkeypatch):
     seed = Setting("seed", "`int`", 5, integer(0), "half, that is 50 % of it", "", "--seed", "N", "")
     monkeypatch.setattr(
-        arguments, "all_settings", lambda: {"seed": seed, "budget": replace(seed, name="budget", flag="--budget")}
+        arguments,
+        "all_settings",
+        lambda: {
+            "seed": seed,
+            **{name: replace(seed, name=name, flag=f"--{name}") for name in ("budget", "max_memory")},
+        },
     )
     parser = argparse.ArgumentParser()
     arguments.add_recipe(parser)

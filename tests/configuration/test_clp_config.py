@@ -27,6 +27,7 @@ def test_the_recipe_has_these_keys_and_defaults():
         ("max_perplexity_increase", None),
         ("min_retention", None),
         ("budget", None),
+        ("max_memory", None),
         ("seed", 0),
         (
             "calibration",

@@ -7,6 +7,7 @@ from tiny_models import VOCABULARY, random_tokens, tiny_model
 from optimum_clp.evaluation.speed import measure_speed
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.forward.layer_major import Residence
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 
@@ -68,3 +69,25 @@ def test_speed_is_measured_in_rounds_that_drop_each_model():
     speeds = measure_speed({"a": make, "b": make}, random_tokens(1, 16), new_tokens=4, rounds=2, quiet=True)
     assert len(made) == 4
     assert all(s.prefill_tokens_per_second > 0 and s.decode_tokens_per_second > 0 for s in speeds.values())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_both_orders_give_the_same_figures(batch_size):
+    model, ids = tiny_model(), random_tokens(7, 16)
+    smaller = cut_model(model, [LayerSegment(1, 3)])
+    plain = evaluate_tokens(
+        smaller, ids, reference=DenseOutputs(model, ids, batch_size=batch_size), batch_size=batch_size
+    )
+    options = {"batch_size": batch_size, "residence": Residence(2), "quiet": True}
+    other = evaluate_tokens(smaller, ids, reference=DenseOutputs(model, ids, **options), **options)
+    assert other == plain
+
+
+def test_no_more_logits_exist_at_once_than_memory_may_hold(monkeypatch):
+    model, ids, sizes = tiny_model(), random_tokens(6, 16), []
+    logits = DenseOutputs.logits
+    monkeypatch.setattr(DenseOutputs, "logits", lambda self, rows: sizes.append(rows) or logits(self, rows))
+    room = Residence(work_memory=2 * 16 * VOCABULARY * 24)
+    found = evaluate_tokens(model, ids, residence=room, quiet=True)
+    assert [rows.stop - rows.start for rows in sizes] == [2, 2, 2]
+    assert found.loss == pytest.approx(evaluate_tokens(model, ids).loss, rel=1e-6)

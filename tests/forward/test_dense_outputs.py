@@ -44,6 +44,6 @@ def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(TuningError) as error:
         StateStore(tmp_path, 0).allocate((10**6, 1000), torch.float32)
     assert str(error.value) == (
-        f"calibration.cache_dir is {str(tmp_path)!r}: the hidden states of the tuning text need 4.0 GB there, and 2.0 GB "
+        f"calibration.cache_dir is {str(tmp_path)!r}: the hidden states of the text need 4.0 GB there, and 2.0 GB "
         "are free. Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences."
     )

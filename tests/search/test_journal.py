@@ -137,6 +137,7 @@ WORKER = """
 import json, os, sys, torch, torch.distributed as dist, traceback
 from searches import settings
 from tiny_models import random_tokens, tiny_model
+from optimum_clp.forward.layer_major import Residence
 from optimum_clp.search.segment_search import search_segments
 
 
@@ -145,9 +146,12 @@ def search(rank, folder):
     if rank >= 0:
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     with open(f"{folder}/{rank}", "w") as file:
-        for strategy in ("gate", "halving", "exhaustive", "block_influence", "taylor", "perplexity_greedy"):
+        plain = ("gate", "halving", "exhaustive", "block_influence", "taylor", "perplexity_greedy")
+        asked = [(strategy, None) for strategy in plain] + [("gate", Residence(2)), ("halving", Residence())]
+        for strategy, residence in asked:
             config = settings(strategy, num_sequences=7, batch_size=2)
-            result = search_segments(tiny_model(num_layers=8), random_tokens(7, 16), 2, config, quiet=True)
+            options = {"residence": residence, "quiet": True}
+            result = search_segments(tiny_model(num_layers=8), random_tokens(7, 16), 2, config, **options)
             file.write(json.dumps({**result.to_dict(), "seconds": 0}) + "\\n")
 
 
@@ -177,8 +181,9 @@ def test_two_processes_find_the_same_as_one(tmp_path):
     alone, first, second = (
         [json.loads(line) for line in (tmp_path / str(rank)).read_text().splitlines()] for rank in (-1, 0, 1)
     )
-    assert len(alone) == 6
+    assert len(alone) == 8
     assert alone == first == second
+    assert alone[6:] == alone[:2], "layer by layer"
 
 
 def test_tokens_are_not_changed():

@@ -5,7 +5,9 @@ from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_clp.evaluation.live_memory import LiveTensorBytes
+from optimum_clp.forward.layer_major import Residence
 from optimum_clp.forward.losses import kl_divergence, next_token_cross_entropy
+from optimum_clp.resume import Journal
 from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective, gate_of
@@ -123,3 +125,52 @@ def test_memory_stays_within_a_quarter_more_than_a_plain_forward_pass(vocabulary
         kept = model(tokens, use_cache=False).logits
         kept = kept, model(tokens, use_cache=False).logits
     assert two.peak >= plain.peak + kept[0].nbytes
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_both_orders_give_the_same_figures_and_the_same_work(together, tmp_path):
+    model, tokens = tiny_model(num_layers=8), random_tokens(7, 20)
+    gates = [gate_of([LayerSegment(s, s + 3)], 8) for s in range(6)]
+    gates += [snapped(concave_gate(2.3, 3, 8, 1.5)), gate_of([LayerSegment(0, 1), LayerSegment(5, 7)], 8), (1.0,) * 8]
+    plain = Objective(model, tokens, batch_size=2, quiet=True)
+    residence = Residence(together, state_memory=10_000, folder=tmp_path)
+    layer_major = Objective(model, tokens, batch_size=2, quiet=True, residence=residence)
+    rows = [6, 0, 3, 4, 1]
+    expected, found = (objective.measure(gates, rows) for objective in (plain, layer_major))
+    for name in ("kl", "loss", "dense_loss"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    assert (layer_major.spent, layer_major.layer_passes) == (plain.spent, plain.layer_passes)
+    assert layer_major.work == plain.work
+
+
+def test_padded_rows_have_the_same_figures_in_both_orders():
+    model, tokens = tiny_model("qwen3"), random_tokens(3, 20)
+    mask = torch.ones_like(tokens)
+    mask[0, 12:] = mask[2, 7:] = 0
+    gate = [gate_of([LayerSegment(2, 4)], 6)]
+    options = {"attention_mask": mask, "batch_size": 2, "quiet": True}
+    plain, other = (
+        Objective(model, tokens, **options, residence=r).measure(gate, range(3)) for r in (None, Residence())
+    )
+    assert torch.equal(plain.kl, other.kl) and torch.equal(plain.loss, other.loss)
+
+
+def test_what_the_journal_knows_is_not_run_again(tmp_path):
+    """A search that was begun in one order goes on in the other."""
+    model, tokens = tiny_model(), random_tokens(6, 16)
+    gates, file = [gate_of([LayerSegment(s, s + 2)], 6) for s in range(5)], tmp_path / "journal.jsonl"
+    options = {"batch_size": 2, "quiet": True}
+    first = Objective(model, tokens, **options, journal=Journal(file)).measure(gates, range(4))
+    ran = []
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: ran.append(1))
+    objective = Objective(model, tokens, **options, journal=Journal(file), residence=Residence())
+    ran.clear()  # the work was counted
+    again = objective.measure(gates, range(4))
+    assert torch.equal(again.kl, first.kl) and not ran
+    assert objective.measure(gates, [4, 5]).kl.shape == (5, 2) and ran
+
+
+def test_the_memory_that_may_be_used_bounds_what_runs_at_once():
+    model, tokens = tiny_model(), random_tokens(8, 64)
+    small = Objective(model, tokens, quiet=True, residence=Residence(work_memory=30_000))
+    assert small.micro_batch(3) < Objective(model, tokens, quiet=True, residence=Residence()).micro_batch(3)
