@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-across architectures lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-across architectures docs lint format types install clean
 
 install: $(STAMP)
 
@@ -75,6 +75,16 @@ architectures: $(STAMP) $(VENV4)/.installed
 	$(VENV4)/bin/python $(PYTEST) --dist load -m "slow or not slow" --record-architectures $(ARCHITECTURES)
 	PYTHONPATH=. $(PY) tests/architecture_record.py
 
+# the site, in site/: strict (a link or an anchor that leads nowhere is an error), without a network
+$(VENV)/.docs: $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -87,4 +97,4 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist site *.egg-info demo-output
