@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-across architectures docs lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-across architectures docs packages lint format types install clean
 
 install: $(STAMP)
 
@@ -62,6 +62,11 @@ test-newest: export OMP_NUM_THREADS = 1
 test-newest: $(VENV_NEWEST)/.installed
 	$(VENV_NEWEST)/bin/python $(PYTEST) tests/forward tests/calibration tests/surgery tests/tuning tests/evaluation tests/runtime tests/test_pruner.py tests/test_trial.py
 
+# every command of ours and every Python block in README, docs and a model card, on small models
+test-pages: export OMP_NUM_THREADS = 1
+test-pages: $(STAMP)
+	$(PY) -m pytest -n 2 --dist load -m slow tests/test_pages_run.py
+
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1
 test-across: $(STAMP) $(VENV4)/.installed
@@ -84,6 +89,13 @@ docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.docs
 	$(PY) -m mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# sdist and wheel, in dist/. Some tests pass from the sdist alone; the wheel's program starts from an environment of its own
+packages: export OMP_NUM_THREADS = 1
+packages: $(STAMP)
+	rm -rf dist && $(PY) -m pip install -q build
+	$(PY) -m build -q
+	bash .ci/packages $(PY) dist
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
