@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-across architectures docs packages lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-examples test-across architectures docs packages lint format types install clean
 
 install: $(STAMP)
 
@@ -66,6 +66,14 @@ test-newest: $(VENV_NEWEST)/.installed
 test-pages: export OMP_NUM_THREADS = 1
 test-pages: $(STAMP)
 	$(PY) -m pytest -n 2 --dist load -m slow tests/test_pages_run.py
+
+# the notebooks, from a clean kernel, on the model that comes with the repository, with seconds instead of a minute to heal
+test-examples: export OMP_NUM_THREADS = 1
+test-examples: export CLP_BUDGET = 4s
+test-examples: export HF_HUB_OFFLINE = 1
+test-examples: $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e ".[examples]"
+	CLP_OUTPUT=$$(mktemp -d) $(PY) -m pytest --nbmake --nbmake-timeout=600 examples
 
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1
