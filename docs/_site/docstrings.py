@@ -22,6 +22,8 @@ PLACES = {
     "load_quantized": "optimum_clp.quantization.load_quantized",
     "save_quantized": "optimum_clp.quantization.save_quantized",
     "without_compiler": "optimum_clp.quantization.without_compiler",
+    "export_onnx": "optimum_clp.exporters.export.export_onnx",
+    "measure_generation": "optimum_clp.evaluation.generation.measure_generation",
     "plan_pruning": "optimum_clp.planning.plan.plan_pruning",
     "PruningPlan": "optimum_clp.planning.plan.PruningPlan",
     "CLPReport": "optimum_clp.report.report.CLPReport",
@@ -106,7 +108,11 @@ def plain(annotation: str) -> str:
     """A type without its marks: `int | None` for what was written as ``int`` or ``None`` in backticks."""
     annotation = re.sub(r",? *\*optional\*|, defaults to .*", "", annotation)
     annotation = re.sub(r"\[`~?([\w.]+)`\]", r"\1", annotation).replace("`", "").replace(" or ", " | ")
-    return (annotation if "[" in annotation else annotation.replace(", ", " | ")) or "Any"
+    depth, parts = 0, []
+    for part in annotation.split(", "):  # a comma outside brackets is one more "or"
+        parts += [", " if depth else " | ", part]
+        depth += part.count("[") - part.count("]")
+    return "".join(parts[1:]) or "Any"
 
 
 def linked(found: re.Match[str]) -> str:

@@ -3,6 +3,7 @@
 - Pages outside `docs/` (`CONTRIBUTING.md`, the benchmarks, the changelog) are pages of the site.
 - A relative link to a page leads to that page; one to any other file of the repository leads to the repository.
 - The table of every option is made from the parsers of the commands.
+- A page that would fetch anything from a network when it is read ends the build.
 - Mermaid diagrams are pictures that were drawn beforehand (`python docs/_site/diagrams.py`): a page that draws them itself
   fetches the program for it from a network.
 """
@@ -38,6 +39,7 @@ ALONE = ("index.md", "tutorial.md")
 DIAGRAMS = "assets/diagrams"
 _FENCE = re.compile(r"(^ *(?:```|~~~).*?^ *(?:```|~~~)[ ]*$)", re.MULTILINE | re.DOTALL)
 _MERMAID = re.compile(r"^```mermaid\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+_FETCHED = re.compile(r"""<(?:script|img|iframe|link)\b[^>]*?\b(?:src|href)=["']?(?:https?:)?//[^"' >]*""")
 _LINK = re.compile(r"(!?\[(?:[^\]\[]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
 
 
@@ -57,6 +59,18 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         page.meta["hide"] = ["navigation"]
     source = next((own for own, uri in ELSEWHERE.items() if uri == src and src != "index.md"), f"docs/{src}")
     return with_diagrams(with_links(markdown, source, src, str(config.repo_url)), src)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Nothing is fetched from elsewhere when a page is read."""
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        if found := fetched(page.read_text(encoding="utf-8")):
+            raise PluginError(f"{page.name} fetches from a network: {found[0]}")
+
+
+def fetched(html: str) -> list[str]:
+    """Tags of a page that make a browser ask another machine; links that somebody may follow do not."""
+    return [tag for tag in _FETCHED.findall(html) if 'rel="canonical"' not in tag]
 
 
 def with_links(markdown: str, source: str, page: str, repository: str) -> str:
