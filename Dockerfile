@@ -5,7 +5,7 @@
 FROM python:3.11-slim
 
 RUN apt-get update && apt-get install -y --no-install-recommends make && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home user
+RUN useradd --create-home user && install -d -o user -g user /home/user/optimum-clp
 USER user
 WORKDIR /home/user/optimum-clp
 

@@ -51,6 +51,7 @@ def own_arguments(command):
 
         launched = launch_command_parser().parse_args(command[2:])
         assert launched.module and launched.training_script == "optimum_clp", command
+        assert launched.multi_gpu or launched.num_processes is None, "accelerate starts one process"
         return launched.training_script_args
     return None
 
