@@ -96,6 +96,7 @@ $(VENV)/.docs: $(STAMP)
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(VENV)/.docs
 	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m pytest -q tests/test_site.py
 	@echo "site/index.html"
 
 # sdist and wheel, in dist/. Some tests pass from the sdist alone; the wheel's program starts from an environment of its own
