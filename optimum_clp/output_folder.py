@@ -31,6 +31,7 @@ from .report.environment import environment_info
 from .report.failures import TUNING, failures_section
 from .report.model_card import write_model_card
 from .report.origin import LICENSE_FILES, Origin, copy_files, find_origin, hub_id, origin_folder
+from .report.page import write_report_page
 from .report.plots import write_plots
 from .report.section import to_section
 from .session import Session
@@ -274,7 +275,7 @@ def _take_origin_along(session: Session, folder: Path) -> None:
     name, revision = base["name_or_path"], base.get("revision")
     origin = find_origin(name, revision)
     if not origin.is_known and base.get("origin"):
-        origin = Origin(**base["origin"])  # an earlier stage had a network
+        origin = Origin.from_section(base["origin"])  # an earlier stage had a network
     base["origin"] = to_section(origin)
     copy_files(origin_folder(name, LICENSE_FILES, revision), folder, LICENSE_FILES)
     if not origin.is_known and hub_id(name) is not None:
@@ -297,6 +298,9 @@ def _write_records(session: Session, folder: Path, name: str, attempts: Attempts
         record_origin(report, session.model, session.cut_model(), session.quiet)
     with attempts.stage("plots"):
         write_plots(report, folder)
+    report.failures = failures_section(attempts.failed, name)
+    with attempts.stage("report page"):
+        write_report_page(report, config, folder)
     with attempts.stage("model card"):
         write_model_card(report, config, folder, model_name=name)
     report.failures = failures_section(attempts.failed, name)

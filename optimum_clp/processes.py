@@ -58,6 +58,16 @@ def join_group() -> None:
         PartialState(cpu=not torch.cuda.is_available())
 
 
+def leave_group() -> None:
+    """Leave the group of processes, with one's work done; nothing happens in a process that is alone.
+
+    A process that ends within a group is now and then ended by SIGABRT after all is written: a thread of the backend
+    finds the interpreter gone ("terminate called without an active exception"), and the launcher calls the run failed.
+    """
+    if _in_group():
+        dist.destroy_process_group()
+
+
 def own_device_map() -> dict[str, int] | None:
     """In a group on accelerators: the whole model on this process's own; otherwise `None`."""
     if world_size() > 1 and torch.cuda.is_available():

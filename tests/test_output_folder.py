@@ -95,6 +95,7 @@ STAGES = {
     "generation": "evaluation.deployment.measure_generation",
     "plots": "output_folder.write_plots",
     "model card": "output_folder.write_model_card",
+    "report page": "output_folder.write_report_page",
     "recipe": "configuration.clp_config.CLPConfig.save_pretrained",
     "environment": "output_folder.environment_info",
     "fingerprints": "output_folder.record_origin",
@@ -125,7 +126,7 @@ def test_nothing_after_the_weights_loses_them(session, tmp_path, monkeypatch, st
     assert VALIDATOR.is_valid(json.loads((tmp_path / "out" / "clp_report.json").read_text()))
 
 
-@pytest.mark.parametrize("stage", ["speeds", "plots"])
+@pytest.mark.parametrize("stage", ["speeds", "plots", "report page"])
 def test_what_failed_is_done_again(session, tmp_path, monkeypatch, stage):
     weights = None
     with monkeypatch.context() as patch:

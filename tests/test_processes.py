@@ -45,6 +45,7 @@ def test_pytorch_may_be_built_without_groups(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     processes.join_group()
     processes.wait_for_all()
+    processes.leave_group()
     assert processes.is_first() and processes.own_device_map() is None
     assert (processes.world_size(), processes.rank()) == (1, 0)
     assert processes.gathered(3) == [3] and processes.broadcast(torch.ones(1)).item() == 1
@@ -59,6 +60,8 @@ mine = torch.arange(6).reshape(2, 3).T + 10 * rank  # not contiguous
 sent = [processes.broadcast(mine.clone(memory_format=torch.preserve_format), source).tolist() for source in (0, 1)]
 print(processes.world_size(), processes.rank(), processes.is_first(), processes.gathered(["own", rank]), sent)
 processes.wait_for_all()
+processes.leave_group()
+print(processes.world_size(), processes.rank())
 """
 
 
@@ -75,7 +78,7 @@ def test_a_group_sends_and_gathers(tmp_path):
     printed = group(GROUP, tmp_path / "store")
     gathered = [["own", 0], ["own", 1]]
     sent = [[[0, 3], [1, 4], [2, 5]], [[10, 13], [11, 14], [12, 15]]]
-    assert printed == [f"2 0 True {gathered} {sent}", f"2 1 False {gathered} {sent}"]
+    assert printed == [f"2 0 True {gathered} {sent}\n1 0", f"2 1 False {gathered} {sent}\n1 0"]
 
 
 FIRST = """
@@ -101,6 +104,7 @@ for error in (ModelError.of("model", "m", "it is none", "Give one"), ValueError(
 with processes.entered_by_first(block()):
     pass
 print(calls)
+processes.leave_group()
 """
 
 

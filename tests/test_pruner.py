@@ -104,6 +104,7 @@ def test_one_call_from_a_folder_to_a_folder(pruned, tmp_path):
         "clp_config.json",
         "clp_report.json",
         "README.md",
+        "report.html",
     }
     ids = random_tokens(2, 16)
     code = (
@@ -137,7 +138,8 @@ def test_the_report_holds_what_was_measured(pruned):
     assert rows["cut"]["num_parameters"] == sum(p.numel() for p in model.parameters())
     assert all(row["decode_tokens_per_second"] > 0 for row in rows.values())
     assert report["cut"]["num_layers_before"] == 6 and len(report["cut"]["removed_layers"]) == 2
-    assert str(pruned.place) not in (pruned.out / "README.md").read_text()
+    for name in ("README.md", "report.html"):
+        assert str(pruned.place) not in (pruned.out / name).read_text()
 
 
 def test_a_written_folder_restores_everything(pruned):
@@ -390,7 +392,7 @@ class TestUpload:
         assert any(name.startswith("quanto-int8/") for name in seen["files"])
         for name, content in seen["files"].items():
             assert str(tmp_path).encode() not in content, name
-        assert b"me/name" in seen["files"]["README.md"]
+        assert b"me/name" in seen["files"]["README.md"] and b"<h1>me/name</h1>" in seen["files"]["report.html"]
         # the folder itself keeps what a later stage needs
         assert CLPReport.load(tmp_path / "out").base_model["name_or_path"] == str(dense_folder)
         assert not [p for p in tmp_path.iterdir() if p.name.startswith(".upload")]

@@ -21,7 +21,7 @@ from ..errors import CalibrationError
 from ..report.section import to_section
 from .given import conversation_rows, given_rows, joined_tokens, require_tokenizer, require_tokens
 from .own import own_rows, shared
-from .sources import checked_source, describe, read_passages
+from .sources import checked_source, describe, hub_dataset, read_passages
 from .splits import TextRows, joined
 from .summary import CalibrationSummary, TextStatistics
 from .templates import split_template
@@ -42,6 +42,7 @@ class CalibrationData:
         train_kinds, test_kinds (`tuple[str, ...]`): The same for the other rows.
         train_mask, validation_mask (`torch.Tensor` or `None`): bool `[rows, sequence_length]`: the tokens that are to be
             learnt, the assistant's; `None` for all. Of rows that are no conversations all count.
+        dataset (`str` or `None`): Hub id of the dataset that was read, if it was one.
     """
 
     train: torch.Tensor
@@ -54,6 +55,7 @@ class CalibrationData:
     test_kinds: tuple[str, ...] = ()
     train_mask: torch.Tensor | None = None
     validation_mask: torch.Tensor | None = None
+    dataset: str | None = None
 
     @property
     def sequence_length(self) -> int:
@@ -73,6 +75,7 @@ class CalibrationData:
             validation_kinds=dict(Counter(self.validation_kinds)),
             test_kinds=dict(Counter(self.test_kinds)),
             mask="all" if self.train_mask is None else "assistant",
+            dataset=self.dataset,
         )
         return to_section(summary)
 
@@ -145,6 +148,7 @@ def load_calibration(
         test_kinds=test.kinds,
         train_mask=train.mask,
         validation_mask=validation.mask,
+        dataset=hub_dataset(config.dataset),
     )
 
 

@@ -82,6 +82,25 @@ def describe(dataset: str | list[str]) -> str:
     return Path(dataset).name if Path(dataset).exists() else dataset
 
 
+def describe_text(dataset: str | list[str], text_column: str = "text") -> str:
+    """As [`describe`]; of a file also what is in it, since its name alone may say nothing: `"conversations (test.jsonl)"`.
+
+    Raises:
+        CalibrationError: If the file cannot be read.
+    """
+    if not isinstance(dataset, str) or not Path(dataset).exists():
+        return describe(dataset)
+    first = next(read_passages(dataset, text_column=text_column, evaluation=True), None)
+    return f"{'conversations' if first is not None and first.messages else 'plain text'} ({describe(dataset)})"
+
+
+def hub_dataset(dataset: str | list[str] | None) -> str | None:
+    """The Hub id of a dataset: `Salesforce/wikitext` for `wikitext2`; `None` for the user's own text."""
+    if not isinstance(dataset, str) or Path(dataset).exists():
+        return None
+    return _parse_name(dataset, evaluation=False).path
+
+
 def checked_source(dataset: Any, name: str) -> str | list[str]:
     """A source as [`read_passages`] takes it, from what people have: also a path, a tuple, a column, a generator of strings.
 

@@ -45,3 +45,4 @@ class CalibrationSummary:
     validation_kinds: Annotated[dict[str, int], Key("The same of the rows that choose the weights.", added=True)]
     test_kinds: Annotated[dict[str, int], Key("The same of the rows that are measured on.", added=True)]
     mask: Annotated[str, Key("Tokens that are learnt.", choices=("all", "assistant"), added=True)] = "all"
+    dataset: Annotated[str | None, Key("Hub id of the dataset that was read.", sparse=True)] = None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..version import __version__
-from . import evaluate, export, finish, prune, quantize, search, tune
+from . import chat, evaluate, export, finish, prune, quantize, search, tune
 from .arguments import accept_underscores, strict
 from .running import execute
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "evaluate": evaluate,
     "finish": finish,
+    "chat": chat,
 }
 """Each module has `HELP`, `USAGE`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
 

@@ -57,8 +57,9 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
             _check_current_folder()
             result, text, *status = run(args)
-        from ..processes import was_launched_first
+        from ..processes import leave_group, was_launched_first
 
+        leave_group()
         if not was_launched_first():
             return max(status, default=0)  # one of several processes: the first one answers
         print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ..architecture.lookup import context_limit, within_context
 from ..attempts import Attempts
 from ..calibration.rows import CalibrationData, tokenize_dataset
-from ..calibration.sources import describe
+from ..calibration.sources import describe_text
 from ..configuration.clp_config import CLPConfig
 from ..forward.dense_outputs import DenseOutputs
 from ..report.section import Key
@@ -119,7 +119,7 @@ class DeploymentChecks:
         self.tasks = [load_task(name, file) for name, file in evaluation.task_files().items()]
         length = within_context(calibration.sequence_length, self.model_config)
         for text in evaluation.texts:
-            self.texts[describe(text)] = tokenize_dataset(
+            tokens = tokenize_dataset(
                 text,
                 self.tokenizer,
                 sequence_length=length,
@@ -127,6 +127,7 @@ class DeploymentChecks:
                 text_column=calibration.text_column,
                 name="evaluation.texts",
             )
+            self.texts[describe_text(text, calibration.text_column)] = tokens
 
     def measure(
         self,

@@ -18,7 +18,7 @@ from ..report.section import Key
 from .answers import Answer, AnswerRules, end_tokens, write_answers
 from .checks import is_right_number, parses_as_json
 from .judging import JudgedAnswers, Sums, mean, token_mean
-from .loops import has_loop
+from .loops import has_loop, loop_begin
 from .prompts import Prompt, load_prompts, spread_over_kinds
 from .rendering import PromptTokens, beginnings, decoded, rendered_prompts, template_obstacle
 
@@ -29,8 +29,8 @@ AGREEMENT_TOKENS = 32
 TEMPERATURE = 0.8
 # tokens that a prompt must leave for the answer
 _LEAST_ROOM = 16
-_EXAMPLES = 4
-_EXAMPLE_CHARACTERS = 200
+_EXAMPLES = 8
+_EXAMPLE_CHARACTERS = 2000
 _SHARE = {"minimum": 0, "maximum": 1}
 
 
@@ -63,11 +63,22 @@ class GenerationRow:
 
 
 @dataclass(frozen=True)
+class AnswerNote:
+    """How an answer went, whose words are an example."""
+
+    num_tokens: Annotated[int, Key("The one that ends it included.", minimum=1)]
+    ended: Annotated[bool, Key("Whether it ended by itself.")]
+    whole: Annotated[bool, Key("Whether the example has all of its words.")]
+    loop_at: Annotated[int | None, Key("Character at which its loop begins; null without a loop.", minimum=0)]
+
+
+@dataclass(frozen=True)
 class GenerationExample:
     """How a prompt was answered greedily."""
 
     prompt: Annotated[str, Key("Its last words.")]
     answers: Annotated[dict[str, str], Key("For each row's name the beginning of its answer.")]
+    notes: Annotated[dict[str, AnswerNote], Key("For each row's name how its answer went.", added=True)]
 
 
 @dataclass(frozen=True)
@@ -238,13 +249,20 @@ class _Measurement:
         for index, question in enumerate(self.questions):
             kinds.setdefault(question.kind or str(index), index)
         chosen = sorted(kinds.values())[:: max(1, len(kinds) // _EXAMPLES)][:_EXAMPLES] if self.tokenizer else []
-        return tuple(
-            GenerationExample(
-                self.questions[index].shown,
-                {name: self._words(answers[index])[:_EXAMPLE_CHARACTERS] for name, answers in self.greedy.items()},
-            )
-            for index in chosen
-        )
+        return tuple(self._example(index) for index in chosen)
+
+    def _example(self, index: int) -> GenerationExample:
+        said = {name: answers[index] for name, answers in self.greedy.items()}
+        words = {name: self._words(answer) for name, answer in said.items()}
+        notes = {name: self._note(answer, words[name]) for name, answer in said.items()}
+        shown = {name: text[:_EXAMPLE_CHARACTERS] for name, text in words.items()}
+        return GenerationExample(self.questions[index].shown, shown, notes)
+
+    def _note(self, answer: Answer, words: str) -> AnswerNote:
+        begin = loop_begin(answer.words)
+        if begin is not None and self.tokenizer is not None:
+            begin = len(decoded(self.tokenizer, answer.words[:begin]))
+        return AnswerNote(len(answer.tokens), answer.ended, len(words) <= _EXAMPLE_CHARACTERS, begin)
 
     def _write(self, name: str, model: Any, temperature: float | None) -> list[Answer]:
         rules = AnswerRules(**{**vars(self.rules), "temperature": temperature})

@@ -21,6 +21,7 @@ _COLUMNS = (
     ("arithmetic_right", "arithmetic right", ".0%"),
 )
 _SHOWN_ANSWER = 160
+_SHOWN_EXAMPLES = 4  # of a card; the page beside it has all of them
 
 
 def generation_text(
@@ -38,16 +39,32 @@ def generation_text(
     """
     if not generation:
         return ""
-    columns = [Column("name", "" if markdown else "generation"), *(Column(key, title) for key, title, _ in _COLUMNS)]
-    shown = [
-        {"name": row["name"], **{key: _with_error(row, key, show) for key, _, show in _COLUMNS}}
-        for row in generation["rows"]
-    ]
-    cells = record_cells(shown, columns)
+    cells = generation_cells(generation, head="" if markdown else "generation")
     table = markdown_table(cells, "lr") if markdown else text_table(cells, ruled=True)
     lines = [f"- {words}" if markdown else words for words in map(verdict_line, verdicts)]
     parts = [table, asked(generation), "\n".join(lines)]
     return ("\n\n" if markdown else "\n").join(filter(None, parts))
+
+
+def generation_cells(
+    generation: Mapping[str, Any], names: Mapping[str, str] | None = None, head: str = ""
+) -> list[list[str]]:
+    """A row of cells for each model or file; the first row is the head of the table.
+
+    Args:
+        generation (`Mapping`): The `generation` part of the report's `evaluation`.
+        names (`Mapping[str, str]`, *optional*): What some rows are called for the reader.
+        head (`str`): What stands above the names.
+    """
+    columns = [Column("name", head), *(Column(key, title) for key, title, _ in _COLUMNS)]
+    shown = [
+        {
+            "name": (names or {}).get(row["name"], row["name"]),
+            **{key: _with_error(row, key, show) for key, _, show in _COLUMNS},
+        }
+        for row in generation["rows"]
+    ]
+    return record_cells(shown, columns)
 
 
 def verdict_line(verdict: Mapping[str, Any]) -> str:
@@ -85,7 +102,7 @@ def answers_markdown(generation: Mapping[str, Any] | None) -> str:
     names = [name for name in ("dense", "cut", "tuned") if name in examples[0]["answers"]]
     names = names or list(examples[0]["answers"])[:1]
     rows = [["prompt", *names]]
-    for example in examples:
+    for example in examples[:: max(1, len(examples) // _SHOWN_EXAMPLES)][:_SHOWN_EXAMPLES]:
         rows.append([_one_line(example["prompt"]), *(_one_line(example["answers"].get(name, "")) for name in names)])
     return markdown_table(rows, "l")
 

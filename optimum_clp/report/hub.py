@@ -15,6 +15,8 @@ from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError
 from .model_card import write_model_card
 from .origin import hub_id
+from .page import REPORT_PAGE, write_report_page
+from .public import public_config, public_evaluation
 from .report import CLPReport
 
 
@@ -60,7 +62,7 @@ def upload(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> str:
-    """Upload `folder` as it is, but for three files: the card names the repository, and neither report nor recipe holds
+    """Upload `folder` as it is, but for four files: card and page name the repository, and neither report nor recipe holds
     a local folder or the user's own strings.
 
     Args:
@@ -85,38 +87,15 @@ def upload(
         base = public.base_model or {}
         if hub_id(base.get("name_or_path")) is None:
             public.base_model = {**base, "name_or_path": None}
-        public.evaluation = _public_evaluation(public.evaluation, config)
-        for name in ("clp_report.json", "clp_config.json", "README.md"):
+        public.evaluation = public_evaluation(public.evaluation, config)
+        for name in ("clp_report.json", "clp_config.json", "README.md", REPORT_PAGE):
             (copy / name).unlink(missing_ok=True)
         public.save(copy)
-        _public_config(config).save_pretrained(copy)
+        public_config(config).save_pretrained(copy)
+        write_report_page(public, config, copy, title=repo_id)
         write_model_card(public, config, copy, model_name=repo_id)
         commit = api.upload_folder(repo_id=repo_id, folder_path=str(copy), token=token, **kwargs)
     return str(commit)
-
-
-def _public_evaluation(evaluation: dict[str, Any] | None, config: CLPConfig) -> dict[str, Any] | None:
-    """Without examples of answers where these show the user's own prompts, or how his own text goes on."""
-    found = (evaluation or {}).get("generation")
-    own_text = found and found["asked"] == "text" and config.calibration.dataset is not None
-    if evaluation is None or not found or not (own_text or config.evaluation.prompts):
-        return evaluation
-    return {**evaluation, "generation": {**found, "examples": []}}
-
-
-def _public_config(config: CLPConfig) -> CLPConfig:
-    public = type(config).from_dict(config.to_dict())
-    dataset = public.calibration.dataset
-    if isinstance(dataset, str) and os.path.exists(dataset):
-        public.calibration.dataset = Path(dataset).name
-    elif isinstance(dataset, (list, tuple)):
-        public.calibration.dataset = [f"({len(dataset)} strings, not published)"]
-    public.calibration.cache_dir = None
-    evaluation = public.evaluation
-    evaluation.prompts = evaluation.prompts and Path(evaluation.prompts).name
-    evaluation.texts = [Path(text).name if os.path.exists(text) else text for text in evaluation.texts]
-    evaluation.tasks = [f"{name}={Path(file).name}" for name, file in evaluation.task_files().items()]
-    return public
 
 
 def _link(source: str, target: str) -> None:

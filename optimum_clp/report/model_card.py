@@ -6,14 +6,19 @@ models of the Hub alone.
 
 import os
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from ..doors import STARTS, STRATEGIES
+from .card_metadata import card_metadata, terms
+from .card_usage import usage
 from .generation import answers_markdown, generation_text, requirement_line
-from .origin import Origin, find_origin
+from .origin import LICENSE_FILES, base_name, origin_of
+from .page import REPORT_PAGE
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
 from .recognition import recognition_tables
 from .report import CLPReport
@@ -56,14 +61,15 @@ def write_model_card(
         report ([`CLPReport`]): What was done and measured.
         config ([`CLPConfig`]): The recipe.
         folder (`str` or `os.PathLike`): The output folder; it must exist.
-        model_name (`str`, *optional*): Title, and what the examples load: the repository on the Hub, or the folder's
-            name. Made from the dense model's name if not given.
+        model_name (`str`, *optional*): What the examples load: the repository on the Hub, which is the title as well, or
+            the folder's name. A title is made from the dense model's name.
 
     Returns:
         `Path`: The file.
     """
     folder = Path(folder)
-    title = model_name or f"{_base_name(report)}-clp"
+    from_hub = "/" in (model_name or "")
+    title = model_name if model_name and from_hub else f"{base_name(report.base_model)}-clp"
     sections = [
         _introduction(report, title),
         _removed(report, folder),
@@ -71,72 +77,31 @@ def write_model_card(
         _measurements(report),
         _in_use(report),
         _files(report, folder),
-        _usage(report, model_name, folder),
+        usage(report, model_name, folder),
         _limitations(report, config),
-        _reproduction(report, config),
+        _license(report, folder),
+        _reproduction(report, config, folder),
     ]
     body = "\n\n".join(section for section in sections if section)
     path = folder / "README.md"
-    ModelCard(f"---\n{_metadata(report, folder).to_yaml()}\n---\n\n{body}\n").save(path)
+    ModelCard(f"---\n{card_metadata(report, folder, title).to_yaml()}\n---\n\n{body}\n").save(path)
     return path
 
 
-def _base_name(report: CLPReport) -> str:
-    """The last part of the dense model's name, without any folder above it."""
-    repository = ((report.base_model or {}).get("origin") or {}).get("repository")
-    name = repository or (report.base_model or {}).get("name_or_path") or ""
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return last if last.strip("./~") else "model"
-
-
-def _metadata(report: CLPReport, folder: Path) -> ModelCardData:
-    origin = _origin(report)
-    base = origin.repository or origin.base_model
-    extra: dict[str, Any] = {"base_model_relation": "finetune"} if base else {}
-    extra |= _terms(origin, folder)
-    if report.cut:
-        extra["pruning"] = {
-            "method": "clp",
-            "num_hidden_layers_before": report.cut["num_layers_before"],
-            "num_hidden_layers_after": report.cut["num_layers_after"],
-            "removed_layers": list(report.cut["removed_layers"]),
-        }
-    return ModelCardData(
-        base_model=base,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["optimum", "optimum-clp", "pruning", "layer-pruning", "clp", *(["onnx"] if report.export else [])],
-        **extra,
-    )
-
-
-def _origin(report: CLPReport) -> Origin:
-    """What is known of where the dense model came from: as the report says, or else as its card says now."""
-    base = report.base_model or {}
-    known = base.get("origin")
-    return Origin(**known) if known else find_origin(base.get("name_or_path"), base.get("revision"))
-
-
-def _terms(origin: Origin, folder: Path) -> dict[str, str]:
-    """The licence as the metadata of a card has it; a link to a file that did not come along leads to the Hub."""
-    link, repository = origin.license_link, origin.repository
-    if link and repository and "://" not in link and not (folder / link).is_file():
-        link = f"https://huggingface.co/{repository}/blob/main/{link}"
-    stated = {"license": origin.license, "license_name": origin.license_name, "license_link": link}
-    return {key: value for key, value in stated.items() if value}
-
-
 def _introduction(report: CLPReport, title: str) -> str:
-    origin = _origin(report)
-    base = _linked(origin.repository) if origin.repository else f"`{_base_name(report)}`"
+    origin = origin_of(report.base_model)
+    base = _linked(origin.repository) if origin.repository else f"`{base_name(report.base_model)}`"
     if origin.base_model and not origin.repository:
         base += f", which was made from {_linked(origin.base_model)}"
     kind = (report.base_model or {}).get("model_type")
     text = f"# {title}\n\n{base}" + (f" ({kind})" if kind else "")
     if report.cut:
-        text += f" with {len(report.cut['removed_layers'])} of its {report.cut['num_layers_before']} decoder layers removed"
+        text += f" with {len(report.cut['removed_layers'])} of its {_number(report.cut['num_layers_before'], 'decoder layer')} removed"
     tuned = report.tuning and report.tuning["improved"]
-    text += ", and the layers next to the cut tuned to make up for them" if tuned else ""
+    if report.tuning and tuned:
+        one = len(report.tuning["layers"]) == 1
+        which = "it" if report.cut and len(report.cut["removed_layers"]) == 1 else "them"
+        text += f", and the layer{' ' if one else 's '}next to the cut tuned to make up for {which}"
     return (
         f"{text}. Made with optimum-clp {report.clp_version}, which does continuous layer pruning (CLP), "
         f"reimplemented from the paper's abstract ({PAPER})."
@@ -159,13 +124,13 @@ def _removed(report: CLPReport, folder: Path) -> str:
         "## What was removed",
         f"Layer{'s' if len(cut['removed_layers']) != 1 else ''} {runs} of {cut['num_layers_before']} (counted from 0) "
         f"went: {format_count(before)} parameters became {format_count(after)} ({after / before - 1:+.1%}). What is "
-        f"left is an ordinary checkpoint of {cut['num_layers_after']} layers.",
+        f"left is an ordinary checkpoint of {_number(cut['num_layers_after'], 'layer')}.",
     ]
     if len(cut.get("chain", ())) > 1:
         lines.append(_chain(cut))
     search = report.to_dict()["search"]
     if search and search["segments"] == cut["segments"]:  # else the layers were chosen by hand
-        lines.append(_choice(report, search))
+        lines.append(_choice(report, search, one=len(cut["removed_layers"]) == 1))
         lines += _picture(folder, SEARCH_PLOT, "KL divergence of each scored cut, and importance of each layer")
     return "\n\n".join(lines)
 
@@ -178,7 +143,7 @@ def _chain(cut: dict[str, Any]) -> str:
     return f"That came about in {len(cut['chain'])} cuts: {steps}. What is left was made like the {cut['towards']}."
 
 
-def _choice(report: CLPReport, search: dict[str, Any]) -> str:
+def _choice(report: CLPReport, search: dict[str, Any], one: bool) -> str:
     """How the layers were chosen, what their removal costs, and how sure the choice is."""
     used = search.get("used_strategy") or search["strategy"]
     says = STRATEGIES.says(used) if used in STRATEGIES else ""
@@ -188,11 +153,11 @@ def _choice(report: CLPReport, search: dict[str, Any]) -> str:
     scored, segments = search["scored"], search["segments"]
     chosen: dict[str, Any] = next((entry for entry in scored if segments_of(entry) == segments), {})
     others = [entry for entry in scored if entry is not chosen]
-    sentences = [f"They were chosen {way}."]
+    sentences = [f"{'It was' if one else 'They were'} chosen {way}."]
     if search["score"] is not None:
         error = chosen.get("standard_error")
         sentences.append(
-            f"Removing them costs a KL divergence from the dense model of {search['score']:.4f} nats per token"
+            f"Removing {'it' if one else 'them'} costs a KL divergence from the dense model of {search['score']:.4f} nats per token"
             f"{'' if error is None else f' (standard error {error:.4f})'}, over {_scored_text(report, search, chosen)}."
         )
     rows = chosen.get("num_rows") or 0
@@ -254,15 +219,16 @@ def _recovery(report: CLPReport, folder: Path) -> str:
     tuning = report.to_dict()["tuning"]
     if not tuning:
         return ""
-    layers = ", ".join(map(str, tuning["layers"]))
+    layers, one = ", ".join(map(str, tuning["layers"])), len(tuning["layers"]) == 1
     text = (
-        f"The layers next to the cut ({layers} in the new numbering, {format_count(tuning['num_trainable'])} parameters) "
-        f"were trained in full {_stages(tuning)}, on {tuning['num_tokens']:,} tokens (repeats counted) of {_source(report)}. "
+        f"The layer{'' if one else 's'} next to the cut ({layers} in the new numbering, "
+        f"{format_count(tuning['num_trainable'])} parameters) {'was' if one else 'were'} trained in full "
+        f"{_stages(tuning)}, on {_number(tuning['num_tokens'], 'token')} (repeats counted) of {_source(report)}. "
     )
     init = tuning.get("init")
     if init and init["kept"]:
         text += (
-            f"They started from {_start(init)}, "
+            f"{'It' if one else 'They'} started from {_start(init, one)}, "
             f"which took the validation loss from {cell(init['loss_before'], '.4f')} to {cell(init['loss_after'], '.4f')}. "
         )
     before, after = tuning["initial_validation_loss"], tuning["best_validation_loss"]
@@ -279,7 +245,7 @@ def _recovery(report: CLPReport, folder: Path) -> str:
 def _stages(tuning: dict[str, Any]) -> str:
     stages = tuning.get("stages") or [tuning]
     return ", then ".join(
-        f"with the loss `{describe_loss(stage['loss'])}` for {stage['steps']} steps" for stage in stages
+        f"with the loss `{describe_loss(stage['loss'])}` for {_number(stage['steps'], 'step')}" for stage in stages
     )
 
 
@@ -294,11 +260,11 @@ def _forecast(forecast: dict[str, Any] | None) -> str:
     )
 
 
-def _start(init: dict[str, Any]) -> str:
+def _start(init: dict[str, Any], one: bool) -> str:
     """What the trained layers started from; all starts of this package are closed-form, another one is called by its name."""
     name = init["method"]
     if name in STARTS and STARTS.row(name).package is None:
-        return f"a closed-form solution for their output projections ({name.replace('_', ' ')})"
+        return f"a closed-form solution for {'its' if one else 'their'} output projections ({name.replace('_', ' ')})"
     return f"the start `{name}`"
 
 
@@ -354,41 +320,6 @@ def _weights(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
-    name = model_name or "path/to/this/folder"
-    from_hub = "/" in (model_name or "")
-    download = ["from huggingface_hub import snapshot_download"] if from_hub else []
-    place = [f'folder = snapshot_download("{name}")' if from_hub else f'folder = "{name}"']
-    files = [entry["file"] for entry in (report.export or {}).get("files", [])]
-    quanto = [entry["folder"] for entry in report.quantization or []]
-    parts = []
-    if _weights(folder):
-        imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-        load = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
-        parts += ["With transformers alone:", _code(*imports, "", load, *_generation(f'"{name}"'))]
-    if files:
-        imports = [*download, "from optimum_clp import OnnxCausalLM", "from transformers import AutoTokenizer"]
-        load = f'model = OnnxCausalLM.from_pretrained(folder, "{files[-1]}")'
-        parts += ["In ONNX Runtime, with optimum-clp:", _code(*imports, "", *place, load, *_generation("folder"))]
-    if quanto:
-        imports = [*download, "from optimum_clp.quantization import load_quantized"]
-        load = f'model = load_quantized(f"{{folder}}/{quanto[0]}")'
-        parts += ["With optimum-quanto's weights, through optimum-clp:", _code(*imports, "", *place, load)]
-    return "\n\n".join(["## Use", *parts]) if parts else ""
-
-
-def _generation(source: str) -> list[str]:
-    return [
-        f"tokenizer = AutoTokenizer.from_pretrained({source})",
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
-    ]
-
-
-def _code(*lines: str) -> str:
-    return "\n".join(["```python", *lines, "```"])
-
-
 def _limitations(report: CLPReport, config: "CLPConfig") -> str:
     items = []
     if report.evaluation:
@@ -396,17 +327,20 @@ def _limitations(report: CLPReport, config: "CLPConfig") -> str:
     else:
         items.append("Nothing was measured on held-out text.")
     if (report.calibration or {}).get("statistics"):
+        others = [entry["text"] for entry in (report.evaluation or {}).get("texts", ())]
+        besides = any(not text.startswith("test rows: ") for text in others)
         items.append(
-            "The text was written by the dense model itself: the figures show how close the model stays to the dense "
-            "one, not how good either is on other people's text."
+            f"The {'test rows were' if besides else 'text was'} written by the dense model itself: the figures on "
+            f"{'them' if besides else 'it'} show how close the model stays to the dense one, not how good either is on "
+            "other people's text."
         )
     if report.cut:
-        items.append("Limits and biases of the dense model apply; removing layers repairs none of them.")
+        items.append("The limits and biases of the dense model were not measured again.")
     weights = {entry["weights"] for entry in (report.export or {}).get("files", [])} - {"float32"}
     if weights and config.quantization.accuracy_level == 4:
         items.append(
             f"ONNX Runtime multiplies the {' and '.join(sorted(weights, reverse=True))} weights with int8 activations "
-            "(accuracy level 4), which is fast and adds an error of its own."
+            f"(accuracy level 4){'; the figures of these files have been taken so' if report.evaluation else ''}."
         )
     return "\n".join(["## Limitations", "", *(f"- {item}" for item in items)])
 
@@ -422,9 +356,38 @@ def _unmeasured(evaluation: dict[str, Any]) -> str:
     return f"{measured.capitalize()}. {said.capitalize()}"
 
 
-def _reproduction(report: CLPReport, config: "CLPConfig") -> str:
+def _license(report: CLPReport, folder: Path) -> str:
+    """Under which terms the dense model came, which hold of what was made from it."""
+    stated = terms(origin_of(report.base_model), folder)
+    if "license" not in stated:
+        return ""
+    name = stated.get("license_name", stated["license"])
+    text = f"The dense model's card says: `{name.replace('`', '')}`"
+    link = stated.get("license_link", "")
+    if link.startswith(("https://", "http://")):
+        text += f", see [its terms]({quote(link, safe=':/?#=&%')})"
+    files = sorted(path.name for path in folder.iterdir() if _is_license(path))
+    named = ", ".join(f"[{file}]({quote(file)})" for file in files)
+    beside = f" Its file{'s' if len(files) > 1 else ''} {named} lie{'' if len(files) > 1 else 's'} beside this card."
+    return f"## License\n\n{text}.{beside if files else ''}"
+
+
+def _is_license(path: Path) -> bool:
+    known = any(fnmatch(path.name.lower(), pattern) for pattern in LICENSE_FILES)
+    # a stranger's name that Markdown would read is not shown
+    return known and path.is_file() and re.fullmatch(r"[\w .-]+", path.name) is not None
+
+
+def _number(count: int, noun: str) -> str:
+    """`1 step`, `4,908 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _reproduction(report: CLPReport, config: "CLPConfig", folder: Path) -> str:
     environment = report.environment or {}
     versions = [f"- {name} {environment[name]}" for name in _LIBRARIES if environment.get(name)]
     text = f"The recipe is in `{config.CONFIG_NAME}` (seed {config.seed}), every figure in `clp_report.json`."
+    if (folder / REPORT_PAGE).is_file():
+        text += f" All of it to look at, with answers side by side: [{REPORT_PAGE}]({REPORT_PAGE}), for a browser."
     lines = ["## Framework versions", "", f"- optimum-clp {report.clp_version}", *versions, "", text]
     return "\n".join(lines)

@@ -5,8 +5,8 @@ A model's licence asks for its name and its text to be passed on; a local folder
 
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,15 @@ _CARD = "README.md"
 LICENSE_FILES = ("license*", "licence*", "notice*", "copying*", "use_policy*", "acceptable_use_policy*")
 _MAX_BYTES = 2**27  # of a file that goes along: vocabularies have up to 30 MB
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LANGUAGE = re.compile(r"[A-Za-z][A-Za-z-]{1,19}")
+_TAG = re.compile(r"[\w][\w .+-]{0,59}")
+_MOST_LISTED = 100
+# of the files that lie beside that card, and of programs that read these
+_OF_FILES = frozenset(
+    "safetensors pytorch tf jax flax onnx gguf ggml mlx openvino coreml transformers transformers.js optimum "
+    "text-generation text-generation-inference endpoints_compatible autotrain_compatible bitsandbytes awq gptq exl2 "
+    "compressed-tensors fp8 4-bit 8-bit int4 int8 quantized quantization vllm eval-results model-index".split()
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,20 @@ class Origin:
     license_name: Annotated[str | None, Key("The same, where the licence is `other`.")] = None
     license_link: Annotated[str | None, Key("The same.")] = None
     is_known: Annotated[bool, Key("Whether there was a card.")] = False
+    language: Annotated[tuple[str, ...], Key("Languages, as its card has them.", sparse=True)] = ()
+    datasets: Annotated[tuple[str, ...], Key("Hub ids of what it was trained on, by its card.", sparse=True)] = ()
+    tags: Annotated[tuple[str, ...], Key("Tags of its card that hold of a smaller model as well.", sparse=True)] = ()
+
+    @classmethod
+    def from_section(cls, section: Mapping[str, Any]) -> "Origin":
+        """What a report holds of it; keys that a later version may have added are passed over."""
+        names = {field.name for field in fields(cls)}
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in section.items()
+            if name in names
+        }
+        return cls(**known)
 
 
 def hub_id(name_or_path: str | None) -> str | None:
@@ -65,7 +88,15 @@ def find_origin(name_or_path: str | None, revision: str | None = None) -> Origin
         return value if isinstance(value, str) and len(value) < _LONGEST else None
 
     terms = stated("license"), stated("license_name"), stated("license_link")
-    return Origin(repository, parent if isinstance(parent, str) else None, *terms, data is not None)
+    return Origin(
+        repository,
+        parent if isinstance(parent, str) else None,
+        *terms,
+        data is not None,
+        language=_listed(found.get("language"), _LANGUAGE),
+        datasets=_listed(found.get("datasets"), _HUB_ID),
+        tags=tuple(tag for tag in _listed(found.get("tags"), _TAG) if _is_inherited(tag)),
+    )
 
 
 def origin_folder(name_or_path: str | None, patterns: Sequence[str], revision: str | None = None) -> Path | None:
@@ -108,6 +139,39 @@ def copy_files(source: Path | None, folder: Path, patterns: Sequence[str]) -> li
             shutil.copyfile(file, folder / file.name)
             copied.append(file.name)
     return copied
+
+
+def origin_of(base_model: Mapping[str, Any] | None) -> Origin:
+    """What is known of where the dense model came from: as the report says, or else as its card says now.
+
+    Args:
+        base_model (`Mapping` or `None`): The section of the report.
+    """
+    base = base_model or {}
+    known = base.get("origin")
+    return Origin.from_section(known) if known else find_origin(base.get("name_or_path"), base.get("revision"))
+
+
+def base_name(base_model: Mapping[str, Any] | None) -> str:
+    """The last part of the dense model's name, without any folder above it.
+
+    Args:
+        base_model (`Mapping` or `None`): The section of the report.
+    """
+    base = base_model or {}
+    name = (base.get("origin") or {}).get("repository") or base.get("name_or_path") or ""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if last.strip("./~") else "model"
+
+
+def _listed(value: Any, pattern: re.Pattern[str]) -> tuple[str, ...]:
+    """A key of a card that is a string or a list of them, without what is neither; a stranger has written it."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(v for v in values if isinstance(v, str) and pattern.fullmatch(v)))[:_MOST_LISTED]
+
+
+def _is_inherited(tag: str) -> bool:
+    return tag.lower() not in _OF_FILES
 
 
 def _cached_repository(path: str | None) -> str | None:

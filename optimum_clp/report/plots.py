@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def plot_search(report: CLPReport, path: str | os.PathLike) -> Path:
     return _save(figure, path)
 
 
-def segments_of(entry: dict[str, Any]) -> list[list[int]]:
+def segments_of(entry: Mapping[str, Any]) -> list[list[int]]:
     """The `[start, stop]` of each segment of a scored cut; older reports have only one, without a list."""
     return [list(bounds) for bounds in entry.get("segments") or [[entry["start"], entry["stop"]]]]
 
@@ -92,13 +92,13 @@ def layers_of(segments: Iterable[Sequence[int]]) -> list[int]:
     return [layer for start, stop in segments for layer in range(start, stop)]
 
 
-def strategy_name(search: dict[str, Any]) -> str:
+def strategy_name(search: Mapping[str, Any]) -> str:
     """A search's strategy; for `auto` also what it used."""
     asked, used = search["strategy"], search.get("used_strategy")
     return asked if used in (None, asked) else f"{asked} (used {used})"
 
 
-def layer_importance(search: dict[str, Any]) -> list[float | None]:
+def layer_importance(search: Mapping[str, Any]) -> list[float | None]:
     """How much each layer matters, for any strategy.
 
     Args:

@@ -319,6 +319,7 @@ samples = []
 for rows, grows in ((3, True), (9, True), (3, False)):
     samples.append(sample_text(model, num_sequences=rows, grows=grows, cache_dir=f"{out}-{rank}", **options))
 torch.save([batches, samples], f"{out}-{rank}.pt")
+dist.destroy_process_group()
 """
 
 

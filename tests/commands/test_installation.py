@@ -142,4 +142,6 @@ def test_wheel_holds_the_register_file_and_no_namespace_init(tmp_path):
         str(p.relative_to(source)) for p in (source / "optimum_clp").rglob("*.py") if "_register" not in p.parts
     }
     assert modules == {n for n in names if n.startswith("optimum_clp/") and n.endswith(".py")}
-    assert "optimum_clp/py.typed" in names
+    assert names >= {f"optimum_clp/{name}" for name in ("py.typed", "evaluation/prompts.jsonl")}
+    parts = {str(p.relative_to(source)) for p in (source / "optimum_clp").rglob("page.*") if p.suffix != ".py"}
+    assert parts and names >= parts

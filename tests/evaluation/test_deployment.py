@@ -59,7 +59,7 @@ def test_texts_tasks_and_kinds_are_measured_apart(tmp_path):
     assert [(t["text"], t["num_rows"]) for t in found["texts"]] == [
         ("test rows: conversations", 1),
         ("test rows: plain", 3),
-        ("other.txt", 2),
+        ("plain text (other.txt)", 2),
     ]
     cut = cut_model(tiny_model(), SEGMENTS)
     plain = evaluate_tokens(cut, ROWS[[0, 2, 3]], quiet=True)

@@ -4,7 +4,7 @@ from byte_tokenizer import tiny_tokenizer as byte_tokenizer
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 
 from optimum_clp.errors import ConfigurationError
-from optimum_clp.evaluation.answers import AnswerRules, write_answers
+from optimum_clp.evaluation.answers import Answer, AnswerRules, write_answers
 from optimum_clp.evaluation.generation import GenerationRow, check_prompts, measure_generation
 from optimum_clp.evaluation.prompts import load_prompts
 from optimum_clp.segments import LayerSegment
@@ -92,7 +92,28 @@ def test_a_chat_model_is_asked_through_its_template():
     assert set(found.kinds.values()) == {1} and len(found.kinds) == 9
     # a random model does neither
     assert found.rows[0].json_parses == found.rows[0].arithmetic_right == 0
-    assert len(found.examples) == 4
+    assert len(found.examples) == 8
+    notes = [example.notes["dense"] for example in found.examples]
+    assert all(1 <= note.num_tokens <= 4 and note.whole and note.loop_at is None for note in notes)
+    # whoever has not ended has been stopped
+    assert all(note.ended or note.num_tokens == 4 for note in notes)
+
+
+def test_an_example_says_at_which_character_its_loop_begins(monkeypatch):
+    tokenizer = chat_tokenizer()
+    text = "Let me see: " + "no, " * 50
+    said = tokenizer(text, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(
+        "optimum_clp.evaluation.generation.write_answers",
+        lambda model, prompts, rules, **options: [Answer(tuple(said), False) for _ in prompts],
+    )
+    found = measure_generation({}, chat_model(), tokenizer, num_prompts=1, max_new_tokens=len(said), quiet=True)
+    (example,) = found.examples
+    note = example.notes["dense"]
+    assert example.answers["dense"] == text and (note.num_tokens, note.ended, note.whole) == (len(said), False, True)
+    # nine tenths of 64 tokens must agree: a few of those before the loop may belong to its first 64
+    assert 0 <= note.loop_at <= len("Let me see: ")
+    assert found.rows[0].loops == 1
 
 
 def test_right_answers_are_counted(monkeypatch):

@@ -1,7 +1,7 @@
 import re
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from report_example import example_report, older_report
 
 from optimum_clp.configuration.clp_config import CLPConfig
@@ -11,6 +11,12 @@ from optimum_clp.report.model_card import write_model_card
 from optimum_clp.report.origin import hub_id
 from optimum_clp.report.plots import write_plots
 from optimum_clp.report.report import CLPReport
+from optimum_clp.report.section import to_section
+
+GENERATION = {
+    "note": None, "num_prompts": 2, "num_left_out": 0, "kinds": {}, "max_new_tokens": 8, "temperature": 0.8, "seed": 0,
+    "rows": [{"name": "dense", "loops": 0.0, "loops_error": None}], "examples": [],
+}  # fmt: skip
 
 
 class FakeHub:
@@ -84,6 +90,8 @@ def test_metadata_is_what_the_hub_reads(tmp_path, hub):
     hub.card = "license: mit"
     write(example_report(), tmp_path)
     data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    (figures,) = data.pop("model-index")
+    assert figures["name"] == "stories-16l-clp"
     assert data == {
         "base_model": "example/stories-16l",
         "base_model_relation": "finetune",
@@ -99,6 +107,155 @@ def test_metadata_is_what_the_hub_reads(tmp_path, hub):
         },
     }
     assert set(hub.asked) == {"example/stories-16l"}
+
+
+CARD_OF_THE_DENSE_MODEL = """license: other
+license_name: acme-terms
+license_link: https://acme.example/terms
+language: [en, de, 5, "x y"]
+datasets:
+- acme/chats
+tags: [safetensors, onnx, chat, transformers.js, "license:mit", "<b>", math, clp]"""
+
+
+def test_what_the_dense_models_card_says_is_inherited_and_kept_in_the_report(tmp_path, hub):
+    hub.card = CARD_OF_THE_DENSE_MODEL
+    report = example_report()
+    report.calibration["dataset"] = "allenai/c4"
+    report.base_model["origin"] = to_section(origin.find_origin("example/stories-16l"))
+    hub.card = None  # no network any more
+    report = CLPReport.from_dict(report.to_dict())
+    (tmp_path / "LICENSE").write_text("terms")
+    text = write(report, tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert (data["language"], data["datasets"]) == (["en", "de"], ["acme/chats", "allenai/c4"])
+    assert data["tags"] == ["optimum", "optimum-clp", "pruning", "layer-pruning", "clp", "onnx", "chat", "math"]
+    assert (data["license"], data["license_name"]) == ("other", "acme-terms")
+    assert (
+        "## License\n\nThe dense model's card says: `acme-terms`, see [its terms](https://acme.example/terms). "
+        "Its file [LICENSE](LICENSE) lies beside this card."
+    ) in text
+
+
+def test_the_figures_are_those_of_what_is_delivered_and_survive_a_round_trip(tmp_path):
+    report = example_report()
+    report.evaluation["texts"] = [
+        {"text": "plain text (test.jsonl)", "num_rows": 2, "rows": [
+            {"name": name, "perplexity": value, "kl": None, "retention": None} for name, value in (("cut", 99.0), ("tuned", 31.5))
+        ]}
+    ]  # fmt: skip
+    row = {"name": "tuned", "accuracy": 0.61, "accuracy_stderr": 0.03, "plain_accuracy": 0.6, "retention": 0.93}
+    report.evaluation["tasks"] = [{"task": "piqa", "num_examples": 300, "chance": 0.5, "rows": [row]}]
+    report.evaluation["rows"][2]["kl"] = float("nan")
+    write(report, tmp_path, model_name="me/stories-13l")
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.model_name == "stories-13l"
+    found = [(r.dataset_name, r.metric_type, r.metric_value) for r in data.eval_results]
+    assert found == [
+        ("self-written text (seed 1, temperature 1.0)", "perplexity", 8.9),
+        ("plain text (test.jsonl)", "perplexity", 31.5),
+        ("piqa", "accuracy", 0.61),
+    ]
+    assert {r.task_type for r in data.eval_results} == {"text-generation"}
+    again = ModelCardData(**data.to_dict())
+    assert again.to_dict() == data.to_dict() and again.eval_results == data.eval_results
+    assert str(ModelCard(f"---\n{again.to_yaml()}\n---\n")).startswith("---\n")
+
+
+@pytest.mark.hub
+def test_the_hub_takes_the_card(tmp_path, hub):
+    hub.card = CARD_OF_THE_DENSE_MODEL.replace("chat,", "").replace("acme/chats", "HuggingFaceTB/smoltalk")
+    write(example_report(), tmp_path)
+    ModelCard.load(tmp_path / "README.md").validate()
+
+
+def test_the_title_is_the_dense_models_name_or_the_repository(tmp_path):
+    assert "# stories-16l-clp\n" in write(example_report(), tmp_path, model_name="out")
+    assert "# me/small\n" in write(example_report(), tmp_path, model_name="me/small")
+
+
+@pytest.mark.parametrize("how", ["template file", "tokenizer config", "measured"])
+def test_a_chat_model_is_asked_through_its_template(how, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    report = example_report()
+    report.export["runtimes"] = {"genai": None, "transformers_js": None}
+    if how == "template file":
+        (tmp_path / "chat_template.jinja").write_text("x")
+    elif how == "tokenizer config":
+        (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "x"}')
+    else:
+        report.evaluation["generation"] = {"asked": "chat", **GENERATION}
+    text = write(report, tmp_path, model_name="me/small")
+    assert "Once upon a time" not in text and text.count("What is the capital of Japan?") == 4
+    assert text.count("apply_chat_template(") == 3 and "generated_text.at(-1).content" in text
+    for block in python_blocks(text):
+        compile(block, "card", "exec")
+    assert 'dtype: "q4"' in text and "llama-cli -m model.gguf\n" in text and "optimum-clp chat me/small" in text
+
+
+def test_a_base_model_goes_on_with_a_text(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    report = example_report()
+    report.export["runtimes"] = {"genai": None, "transformers_js": "it has no config of its own"}
+    text = write(report, tmp_path, model_name="out")
+    assert text.count("Once upon a time") == 4 and "apply_chat_template" not in text
+    assert "transformers.js:" not in text and "onnxruntime_genai" in text
+
+
+def test_runtimes_that_nothing_was_written_for_are_not_promised(tmp_path):
+    report = example_report()
+    report.export["runtimes"] = {"genai": "keys and values differ", "transformers_js": "no"}
+    text = write(report, tmp_path, model_name="me/small")
+    assert "onnxruntime_genai" not in text and "transformers.js" not in text and "llama.cpp" not in text
+
+
+def test_grammar_of_one(tmp_path):
+    report = example_report()
+    report.cut.update(segments=[[7, 8]], removed_layers=[7], num_layers_after=1)
+    report.search["segments"] = [[7, 8]]
+    report.tuning.update(layers=[6], steps=1, num_tokens=1)
+    report.tuning["init"] = {
+        "method": "least_squares", "steps": [], "seconds": 1.0, "kept": True, "loss_before": 0.41, "loss_after": 0.17,
+    }  # fmt: skip
+    text = write(report, tmp_path)
+    for words in (
+        "and the layer next to the cut tuned to make up for it.",
+        "Layer 7 of 16 (counted from 0) went",
+        "an ordinary checkpoint of 1 layer.",
+        "It was chosen by gradient descent",
+        "Removing it costs",
+        "The layer next to the cut (6 in the new numbering, 366.00 k parameters) was trained in full with the loss `kd` for 1 step, on 1 token (",
+        "It started from a closed-form solution for its output projections",
+    ):
+        assert words in text, words
+    assert not re.search(r"\b1 (layers|steps|tokens)\b", text)
+
+
+def test_nothing_is_claimed_that_was_not_measured(tmp_path):
+    text = write(example_report(), tmp_path)
+    for claim in ("is fast", "repairs none", "adds an error"):
+        assert claim not in text
+    assert "(accuracy level 4); the figures of these files have been taken so." in text
+
+
+def test_the_page_is_linked_where_there_is_one(tmp_path):
+    assert "report.html" not in write(example_report(), tmp_path)
+    (tmp_path / "report.html").write_text("x")
+    assert "[report.html](report.html)" in write(example_report(), tmp_path)
+
+
+def test_a_license_of_a_stranger_is_no_markup(tmp_path, hub):
+    hub.card = "license: other\nlicense_name: 'a`<b>'\nlicense_link: 'javascript:alert(1)'"
+    (tmp_path / "LICENSE](javascript:x)").write_text("x")
+    body = ModelCard.load(_written(tmp_path)).text
+    assert "(javascript" not in body
+    assert "The dense model's card says: `a<b>`, see [its terms](https://huggingface.co/example/" in body
+
+
+def _written(folder):
+    write(example_report(), folder)
+    return folder / "README.md"
 
 
 def test_unknown_license_is_not_written(tmp_path, hub):

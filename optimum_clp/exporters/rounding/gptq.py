@@ -74,7 +74,8 @@ class FeedbackRounding:
     """Rounds matrices column by column, each time moving the columns that are left so that products change least.
 
     This is GPTQ in the order of the columns; scales are chosen block by block, from the weights as they are when a block
-    is reached, by the rule of [`quantize_blocks`]. A row whose products change more than by rounding to nearest, on the
+    is reached, by the rule of [`quantize_blocks`], where an error of a column counts by what is left of it when the columns behind have
+    made up for it. A row whose products change more than by rounding to nearest, on the
     inputs that `gram` is of, is rounded to nearest, and so is a whole matrix if no input differs from zero.
 
     Args:
@@ -85,6 +86,7 @@ class FeedbackRounding:
     def __init__(self, gram: np.ndarray, damping: float = DAMPING):
         mean = np.trace(gram) / len(gram)
         self.gram = gram
+        self.damping = np.float32(damping * mean)
         self.factor = _feedback(gram, damping * mean) if mean > 0 else None
 
     def round(self, weight: np.ndarray, bits: int, block_size: int) -> RoundedMatrix:
@@ -98,13 +100,14 @@ class FeedbackRounding:
         Returns:
             [`RoundedMatrix`]
         """
-        plain = round_to_nearest(weight, bits, block_size)
         if self.factor is None:
-            return plain
+            return round_to_nearest(weight, bits, block_size)
+        plain = round_to_nearest(weight, bits, block_size, np.diagonal(self.gram) + self.damping)
         rows, columns = weight.shape
         narrow = fits_16_bits(plain.scales)
         for part in row_pieces(rows, columns):
-            codes, scales = _round_columns(weight[part].astype(np.float64), self.factor, bits, block_size, narrow)
+            values = weight[part].astype(np.float64)
+            codes, scales = _round_columns(values, self.factor, bits, block_size, narrow)
             integers = pack(codes, bits)
             fed = dequantize_blocks(integers, scales, bits, columns)
             nearest = dequantize_blocks(plain.integers[part], plain.scales[part], bits, columns)
@@ -148,9 +151,12 @@ def _round_columns(
     blocks = -(-columns // block_size)
     codes = np.full((rows, blocks * block_size), half, dtype=np.uint8)
     scales = np.empty((rows, blocks), dtype=np.float32)
+    importance = 1 / np.square(np.diagonal(factor))
+    importance = (importance / importance.mean()).astype(np.float32)
     for block in range(blocks):
         start, stop = block * block_size, min(columns, (block + 1) * block_size)
-        scales[:, block] = round_blocks(weight[:, start:stop].astype(np.float32), bits, narrow)[1]
+        narrow_weight = weight[:, start:stop].astype(np.float32)
+        scales[:, block] = round_blocks(narrow_weight, bits, narrow, importance[start:stop])[1]
         scale = scales[:, block].astype(np.float64)
         inverse = reciprocal(scale)
         errors = np.empty((rows, stop - start))

@@ -1,7 +1,7 @@
 """What enters each linear module on calibration text, as Gram matrices, while the modules below are quantized one after another."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -55,6 +55,8 @@ class Dequantize(Protocol):
 
 
 Quantize = Callable[[Sequence[NamedWeight], InputGrams | None, bool], Sequence[Dequantize]]
+# What has entered modules, call by call.
+Recorded = dict[nn.Module, list[Tensor]]
 # Tokens of the float model that say what enters a head that is the embedding too.
 _TIED_TOKENS = 4096
 
@@ -132,15 +134,16 @@ class _Visitor:
                 replaced: dict[nn.Module, Dequantize] = {}
                 modules = [module for module in layer.modules() if self._is_wanted(module)]
                 levels = self._levels(index, modules, floats[0]) if modules else []
+                floats, expected = self._float_pass(index, modules, floats)
                 for level in levels:
                     return_freed_memory()
-                    replaced |= self._rounded(self._grams(index, level, floats, states, replaced, level[-1]))
-                floats = [self._run(index, *inputs) for inputs in zip(self.batches, floats, strict=True)]
+                    replaced |= self._rounded(self._grams(index, level, expected, states, replaced, level[-1]))
                 with _replaced_weights(replaced):
                     states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
-                self._rounded(self._grams(len(self.stack), [self.head], floats, states, {}, self.head))
+                _, expected = self._float_pass(len(self.stack), [self.head], floats)
+                self._rounded(self._grams(len(self.stack), [self.head], expected, states, {}, self.head))
             bar.update()
 
     def _is_wanted(self, module: nn.Module | None) -> bool:
@@ -186,23 +189,37 @@ class _Visitor:
         batch, layer = self.batches[0], self.stack.layers[index]
         return dependency_levels(layer, modules, lambda: self._run(index, batch, state))
 
+    def _float_pass(
+        self, index: int, modules: Sequence[nn.Module], states: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Recorded]]:
+        """What leaves a layer of the float model, and what enters modules of it, batch by batch: kept until their level has
+        been compared with it, so that one pass serves all levels. With the number of layers as index, of the head."""
+        left: list[Tensor | None] = []
+        entered: list[Recorded] = []
+        for batch, state in zip(self.batches, states, strict=True):
+            # the head's products are nobody's inputs
+            ends = stopped_before(self.head) if index == len(self.stack) else nullcontext()
+            with _recorded(modules) as inputs, ends:
+                left.append(self._run(index, batch, state))
+            entered.append(inputs)
+        return left, entered
+
     def _grams(
         self,
         index: int,
         modules: Sequence[nn.Module],
-        floats: Sequence[Tensor | None],
+        expected: Sequence[Recorded],
         states: Sequence[Tensor | None],
         replaced: dict[nn.Module, Dequantize],
         last: nn.Module,
     ) -> "_Grams":
         """Gram matrices of what enters modules of one layer, `last` of which is called last; with the number of layers as index, of the head."""
         grams = _Grams(modules)
-        for batch, before, state in zip(self.batches, floats, states, strict=True):
-            with _recorded(modules) as expected, stopped_before(last):
-                self._run(index, batch, before)
+        for batch, floats, state in zip(self.batches, expected, states, strict=True):
             with _replaced_weights(replaced), _recorded(modules) as inputs, stopped_before(last):
                 self._run(index, batch, state)
-            grams.add(expected, inputs, batch)
+            # each is wanted once; what is left is all that is held of a layer's inputs
+            grams.add({module: floats.pop(module, []) for module in modules}, inputs, batch)
         return grams
 
     def _rounded(self, grams: "_Grams") -> dict[nn.Module, Dequantize]:
@@ -241,9 +258,7 @@ class _Grams:
         self.owners: dict[nn.Module, nn.Module | None] = dict.fromkeys(modules)
         self.found: dict[nn.Module, InputGrams] = {}
 
-    def add(
-        self, floats: dict[nn.Module, list[Tensor]], inputs: dict[nn.Module, list[Tensor]], tokens: Tensor
-    ) -> None:
+    def add(self, floats: Recorded, inputs: Recorded, tokens: Tensor) -> None:
         """Add a batch: what has entered each module in the float model and in the quantized one, and its tokens."""
         by_tensor: dict[tuple, nn.Module] = {}
         for module, tensors in inputs.items():
@@ -290,9 +305,9 @@ def _check_finite(names: list[str], sums: InputGrams | None) -> None:
 
 
 @contextmanager
-def _recorded(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+def _recorded(modules: Sequence[nn.Module]) -> Iterator[Recorded]:
     """Collect what enters modules, call by call."""
-    found: dict[nn.Module, list[Tensor]] = {}
+    found: Recorded = {}
 
     def record(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.setdefault(module, []).append(args[0].detach())

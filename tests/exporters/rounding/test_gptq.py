@@ -23,7 +23,9 @@ def textbook_gptq(weight, gram, bits, block_size):
     for column in range(columns):
         if column % block_size == 0:
             block = weight[:, column : column + block_size].astype(np.float32)
-            scales = quantize_blocks(block, bits, block.shape[1])[1][:, 0].astype(np.float64)
+            left = [np.linalg.inv(hessian[c:, c:])[0, 0] for c in range(column, min(columns, column + block_size))]
+            importance = np.array([1 / inverse for inverse in left], dtype=np.float32)
+            scales = quantize_blocks(block, bits, block.shape[1], importance)[1][:, 0].astype(np.float64)
         code = np.clip(np.rint(weight[:, column] / scales), -half, half - 1)
         rounded[:, column] = code * scales
         inverse = np.linalg.inv(hessian[column:, column:])
@@ -36,7 +38,7 @@ def textbook_gptq(weight, gram, bits, block_size):
 @pytest.mark.parametrize(("columns", "block_size"), [(48, 16), (40, 16), (20, 32)])
 def test_feedback_is_the_textbooks(bits, columns, block_size, monkeypatch):
     weight, inputs = layer_of(12, columns)
-    gram = inputs.T @ inputs
+    gram = (inputs.T @ inputs).astype(np.float32)
     expected = textbook_gptq(weight, gram, bits, block_size)
     # every row as it comes with feedback, without the choice between two roundings
     errors = iter([np.zeros(12), np.ones(12)])

@@ -1,3 +1,4 @@
+import collections
 import copy
 import json
 
@@ -117,6 +118,29 @@ def test_grams_are_those_of_the_modules_below_as_they_were_replaced(batch_size):
         with torch.no_grad():
             for name in level:
                 changed.get_parameter(f"{name}.weight").mul_(0.9)
+
+
+def test_the_float_model_computes_each_layer_once():
+    """One pass of it serves all levels; the rounded model computes what lies below a level for each of them."""
+    model = tiny_model("llama", num_layers=3)
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    wanted = [f"{name}.weight" for name in linear_names(model)]
+    calls = collections.Counter()
+    for module in names:
+        module.register_forward_pre_hook(lambda module, args: calls.update([names[module]]))
+
+    def counted(batch_size):
+        calls.clear()
+        visit_layers(
+            model, TOKENS, wanted, lambda found, sums, tied: shrunken(found, 1), batch_size=batch_size, quiet=True
+        )
+        return calls.copy()
+
+    # what two batches more cost: there are looks at a single batch too
+    more = {name: count // (2 * 3) for name, count in (counted(2) - counted(6)).items() if "_proj" in name}
+    # the float model; the module's own level, which ends before the last of it, and those above; what leaves the layer
+    above = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "o_proj": 3, "gate_proj": 2, "up_proj": 2, "down_proj": 1}
+    assert more == {name: 1 + levels + 1 for name, levels in above.items()}
 
 
 def test_the_table_of_a_tied_model_comes_first_with_what_enters_its_head():

@@ -1,0 +1,219 @@
+"""The frontier of file size and quality: our ONNX files beside llama.cpp's formats, dense and cut.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.edge.frontier --data DATA --out OUT --off-grid dense=MODEL cut20=FOLDER
+
+The first model is the one that KL is to; the others are cut from it (folders that `optimum-clp prune` wrote). Ours are the
+files of `export`, run by ONNX Runtime, at several budgets of bits; llama.cpp's are its own rounding of the same weights
+(no importance matrix), dequantized and run in PyTorch, so that nothing is lost there to int8 activations. Bytes are those
+of the weights and graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
+
+`--off-grid` moves every linear weight by uniform noise of half a step of Q4_1, from a fixed seed: the weights that
+`benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss.
+
+OUT gets one JSON file for each model and format; what is there is not measured again. `--table OUT` prints the table and
+draws `OUT/frontier.png`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from benchmarks import markdown
+from benchmarks.edge.gguf_files import FORMATS, load_gguf, rounded_gguf, write_gguf
+from benchmarks.recovery.chat_model.evaluation import Judge, Size
+from benchmarks.recovery.chat_model.text import Text, written_text
+from optimum_clp import OnnxCausalLM
+from optimum_clp.configuration.stages import QuantizationConfig
+from optimum_clp.exporters.export import export_onnx
+from optimum_clp.report.environment import environment_info
+
+# of the int4 file; by default all of its matrices have 4 bits and a scale for 32 of them
+BUDGETS = (4.5, 4.75, 5.5, 6.25)
+INT8 = "int8"
+TEXT_SEED, TEST_SEED = 0, 1000
+
+
+def configurations() -> list[QuantizationConfig]:
+    return [settings(name) for name in map(our_name, (*BUDGETS, INT8))]
+
+
+def our_name(plan: float | str) -> str:
+    return plan if isinstance(plan, str) else f"int4 {plan:g}"
+
+
+def settings(name: str) -> QuantizationConfig:
+    """Of one of our files."""
+    kind, _, budget = name.partition(" ")
+    # 4.5 is what there is without a budget
+    bits = None if budget in ("", "4.5") else float(budget)
+    return QuantizationConfig(weights=[kind], bits_per_weight=bits)
+
+
+def main() -> None:
+    args = parsed()
+    if args.table is not None:
+        records = [json.loads(file.read_text()) for file in sorted(args.table.glob("*.json"))]
+        print(table(records))
+        plot(records, args.table / "frontier.png")
+        return
+    names = [our_name(plan) for plan in (*args.budgets, INT8)]
+    frontier = Frontier(args)
+    for model in args.models:
+        for name in [*names, *args.formats]:
+            frontier.measure(model, name)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="the dense model first")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", type=Path, metavar="OUT")
+    parser.add_argument("--off-grid", action="store_true")
+    parser.add_argument(
+        "--budgets", nargs="*", type=float, default=BUDGETS, help="bits for a weight of our int4 files"
+    )
+    parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=16, help="of each text")
+    parser.add_argument("--examples", type=int, default=200, help="of each task; 0 for none")
+    args = parser.parse_args()
+    args.models = dict(model.split("=", 1) for model in args.models)
+    if args.table is None and None in (args.data, args.out, *(args.models or [None])):
+        parser.error("--data, --out and models, or --table")
+    return args
+
+
+class Frontier:
+    """All files of some models, and the judge of them.
+
+    Args:
+        args (`argparse.Namespace`): The command line's.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.out, self.folders = args, args.out, args.models
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.dense = load(next(iter(self.folders.values())), args.off_grid)
+        self.tokenizer = AutoTokenizer.from_pretrained(next(iter(self.folders.values())))
+        self.calibration = self._text("calibration", TEXT_SEED, args.calibration_rows).tokens
+        own = self._text("test", TEST_SEED, 2 * args.rows)
+        size = Size(rows=args.rows, examples=args.examples)
+        self.judge = Judge(self.dense, self.tokenizer, own, args.data, size, batch_size=4)
+
+    def _text(self, name: str, seed: int, rows: int) -> Text:
+        file = self.out / f"text-{name}-{rows}.safetensors"
+        options = {"num_rows": rows, "length": 256, "seed": seed, "batch_size": 64}
+        return written_text(self.dense, self.tokenizer, file, **options)
+
+    def measure(self, model: str, name: str) -> None:
+        """One file of one model, unless it has been."""
+        file = self.out / f"{model}-{name.replace(' ', '-')}.json"
+        if file.is_file():
+            return
+        started = time.perf_counter()
+        build = self._theirs if name in FORMATS else self._ours
+        for facts, runs in build(self.folders[model], name):
+            record = {"model": model, "format": name, "ours": name not in FORMATS, **facts}
+            record["texts"] = self.judge.measure_texts(runs)
+            if self.args.examples:
+                record["tasks"] = self.judge.measure_tasks(runs)
+            record |= {"seconds": time.perf_counter() - started, "environment": environment_info("cpu")}
+            file.write_text(json.dumps(record, indent=1) + "\n")
+
+    def _ours(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], OnnxCausalLM]]:
+        model = load(folder, self.args.off_grid)
+        with tempfile.TemporaryDirectory(dir=self.out) as target:
+            started = time.process_time()
+            result = export_onnx(model, target, quantization=settings(name), calibration=self.calibration)
+            model.config.save_pretrained(target)
+            written = result.files[-1]
+            facts = {"bytes": written.bytes, "bits_per_weight": written.bits_per_weight}
+            yield (
+                {**facts, "export_cpu_seconds": time.process_time() - started},
+                OnnxCausalLM.from_pretrained(target, written.file),
+            )
+
+    def _theirs(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+        model = load(folder, self.args.off_grid)
+        with tempfile.TemporaryDirectory(dir=self.out) as target:
+            source, rounded = Path(target, "float.gguf"), Path(target, "rounded.gguf")
+            write_gguf(model, source)
+            rounded_gguf(source, rounded, name)
+            size, types = load_gguf(model, rounded)
+            yield {"bytes": size, "types": types}, model
+
+
+def load(folder: str, off_grid: bool) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return moved_off_grid(model) if off_grid else model
+
+
+def moved_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> PreTrainedModel:
+    """Every linear weight but the head's, moved within half a step of a 4-bit grid over its block's range."""
+    generator = torch.Generator().manual_seed(seed)
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            blocks = module.weight.data.reshape(len(module.weight), -1, block)
+            step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / 15
+            noise = torch.rand(blocks.shape, generator=generator) - 0.5
+            module.weight.data = (blocks + noise * step).reshape(module.weight.shape)
+    return model
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    texts = list(records[0]["texts"])
+    rows = [
+        ["model", "file", "MB", *(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), "LAMBADA"]
+    ]
+    for record in sorted(records, key=lambda r: (r["model"] != "dense", r["model"], r["bytes"])):
+        kl = [f"{record['texts'][text]['kl']:.4f}" for text in texts]
+        perplexity = [f"{record['texts'][text]['perplexity']:.2f}" for text in texts]
+        task = record.get("tasks", {}).get("lambada")
+        name = f"**ours, {record['format']}**" if record["ours"] else record["format"]
+        last = "" if task is None else f"{task['accuracy']:.3f}"
+        rows.append([record["model"], name, f"{record['bytes'] / 1e6:.1f}", *kl, *perplexity, last])
+    return markdown.table(rows)
+
+
+def plot(records: list[dict[str, Any]], file: Path) -> None:
+    """Mean KL of all texts over the file's size: a line for each model, ours and llama.cpp's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 5.5))
+    models = sorted({record["model"] for record in records}, key=lambda name: (name != "dense", name))
+    for color, model in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], models, strict=False):
+        for ours, style in ((True, "o-"), (False, "s:")):
+            chosen = [r for r in records if (r["model"], r["ours"]) == (model, ours)]
+            points = sorted((r["bytes"] / 1e6, mean_kl(r), r["format"]) for r in chosen)
+            if not points:
+                continue
+            sizes, divergences, names = zip(*points, strict=True)
+            label = f"{model}, {'ours' if ours else 'llama.cpp'}"
+            axes.plot(sizes, divergences, style, color=color, label=label, markersize=5)
+            for point in points:
+                axes.annotate(point[2], point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
+    axes.set(xlabel="MB", ylabel="KL to the dense model in float32, mean of all texts", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def mean_kl(record: dict[str, Any]) -> float:
+    return sum(text["kl"] for text in record["texts"].values()) / len(record["texts"])
+
+
+if __name__ == "__main__":
+    main()
