@@ -101,7 +101,7 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
     tokenizer = chat_tokenizer()
     # two layers do nothing, so that a quality budget lets some go
-    model = make_identity(tiny_model(num_layers=5, vocab_size=len(tokenizer), max_position_embeddings=160), (2, 3))
+    model = make_identity(tiny_model(num_layers=5, vocab_size=len(tokenizer), max_position_embeddings=448), (2, 3))
     for name in MODELS:
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
