@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-across architectures lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-examples test-across architectures docs packages lint format types install clean
 
 install: $(STAMP)
 
@@ -62,6 +62,19 @@ test-newest: export OMP_NUM_THREADS = 1
 test-newest: $(VENV_NEWEST)/.installed
 	$(VENV_NEWEST)/bin/python $(PYTEST) tests/forward tests/calibration tests/surgery tests/tuning tests/evaluation tests/runtime tests/test_pruner.py tests/test_trial.py
 
+# every command of ours and every Python block in README, docs and a model card, on small models
+test-pages: export OMP_NUM_THREADS = 1
+test-pages: $(STAMP)
+	$(PY) -m pytest -n 2 --dist load -m slow tests/test_pages_run.py
+
+# the notebooks, from a clean kernel, on the model that comes with the repository, with seconds instead of a minute to heal
+test-examples: export OMP_NUM_THREADS = 1
+test-examples: export CLP_BUDGET = 4s
+test-examples: export HF_HUB_OFFLINE = 1
+test-examples: $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e ".[examples]"
+	CLP_OUTPUT=$$(mktemp -d) $(PY) -m pytest --nbmake --nbmake-timeout=600 examples
+
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1
 test-across: $(STAMP) $(VENV4)/.installed
@@ -75,6 +88,24 @@ architectures: $(STAMP) $(VENV4)/.installed
 	$(VENV4)/bin/python $(PYTEST) --dist load -m "slow or not slow" --record-architectures $(ARCHITECTURES)
 	PYTHONPATH=. $(PY) tests/architecture_record.py
 
+# the site, in site/: strict (a link or an anchor that leads nowhere is an error), without a network
+$(VENV)/.docs: $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.docs
+	$(PY) -m mkdocs build --strict --quiet
+	$(PY) -m pytest -q tests/test_site.py
+	@echo "site/index.html"
+
+# sdist and wheel, in dist/. Some tests pass from the sdist alone; the wheel's program starts from an environment of its own
+packages: export OMP_NUM_THREADS = 1
+packages: $(STAMP)
+	rm -rf dist && $(PY) -m pip install -q build
+	$(PY) -m build -q
+	bash .ci/packages $(PY) dist
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -87,4 +118,4 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist site *.egg-info demo-output examples/first-cut

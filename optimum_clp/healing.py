@@ -283,7 +283,7 @@ def _forecast(found: Sequence[dict[str, Any]], rows: int) -> Forecast | None:
     """What the planned text will bring, and ten times as much; `None` with fewer than three pilots."""
     if len(found) < 3:
         return None
-    # the first ones have few steps, and fall faster than what comes (docs/recovery.md)
+    # the first ones have few steps, and fall faster than what comes (docs/recovery_lab_notes.md)
     near = found[-_FORESEEING:]
     curve = RecoveryCurve([each["tokens"] for each in near], [each["loss"] for each in near])
     planned = rows * found[0]["tokens"] // found[0]["rows"]

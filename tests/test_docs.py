@@ -17,6 +17,8 @@ GROUPS = {f"optimum_clp.{kind}" for kind in ("accuracy_level", "attention", "str
 GROUPS |= {f"optimum_clp.{kind}" for kind in ("roundings", "runtimes", "architectures")}
 # in a changelog old names stand beside new ones
 TELLING = [page for page in PAGES if page.name != "CHANGELOG.md"]
+# the README's links lead to the repository, as an index page has no files beside it
+REPOSITORY = "https://github.com/optimum-clp/optimum-clp"
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2", re.MULTILINE | re.DOTALL)
 
@@ -40,10 +42,11 @@ def broken_links(page, text):
     """The relative links of a page that lead nowhere."""
     broken = []
     for link in _LINK.findall(without_code(text)):
-        if re.match(r"[a-z]+:", link):
+        own = re.match(rf"{REPOSITORY}/(?:blob|tree)/main/(.*)", link)
+        if re.match(r"[a-z]+:", link) and not own:
             continue
-        name, _, anchor = link.partition("#")
-        target = (page.parent / name).resolve() if name else page
+        name, _, anchor = (own[1] if own else link).partition("#")
+        target = ((ROOT if own else page.parent) / name).resolve() if name else page
         if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
             broken.append(link)
     return broken
@@ -94,10 +97,17 @@ def test_the_checker_finds_what_is_broken(tmp_path):
     text = (
         "[a](other.md) [b](other.md#one-two-three-four) [c](other.md#twice-1) [d](#here) [e](https://x.org/y) `[f](no.md)`"
         "\n\n# Here\n\n[g](gone.md) [h](other.md#gone) [i](#gone) [j](other.md#no-heading)\n"
+        f"[k]({REPOSITORY}/blob/main/README.md#use-it) [l]({REPOSITORY}/blob/main/README.md#gone) [m]({REPOSITORY}/blob/main/gone.md)\n"
     )
     page = tmp_path / "page.md"
     page.write_text(text)
-    assert broken_links(page, text) == ["gone.md", "other.md#gone", "#gone", "other.md#no-heading"]
+    ours = [f"{REPOSITORY}/blob/main/{name}" for name in ("README.md#gone", "gone.md")]
+    assert broken_links(page, text) == ["gone.md", "other.md#gone", "#gone", "other.md#no-heading", *ours]
+
+
+def test_links_of_the_readme_work_on_an_index_page():
+    links = _LINK.findall(without_code((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert links and all(re.match("https:|#", link) for link in links)
 
 
 def test_the_pages_are_found():

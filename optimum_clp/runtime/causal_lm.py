@@ -154,11 +154,16 @@ class OnnxCausalLM(GenerationMixin):
             past_key_values ([`~transformers.DynamicCache`], *optional*): Cache of the tokens so far, extended in place.
             use_cache (`bool`, *optional*): Return a cache; by default as the configuration says, and always if one is
                 given.
-            inputs_embeds, cache_position, return_dict, output_attentions, output_hidden_states, tokenizer,
-                assistant_tokenizer: What `generate()` passes on. The file takes no embeddings, and gives neither attentions nor hidden states.
             logits_to_keep (`int`): Positions that get logits, the last ones, at least 0; 0 for all. `generate()` asks for
                 1, which saves most of the head's work on a prompt.
             cache ([`~transformers.DynamicCache`], *optional*): `past_key_values` under its name since transformers 5.24.
+            inputs_embeds (`None`): As the next ones, what `generate()` passes on. The file takes no embeddings.
+            cache_position: Not looked at.
+            return_dict: Not looked at.
+            output_attentions: The file gives none.
+            output_hidden_states: The file gives none.
+            tokenizer: Not looked at.
+            assistant_tokenizer: Not looked at.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape

@@ -87,7 +87,7 @@ def default_hidden_learning_rate(hidden_size: int, steps: int) -> float:
     """`0.18 / sqrt(hidden_size)`, times `sqrt(steps / 300)` for fewer than 300 steps: 0.016 at width 128, 7.5e-3 at 576.
 
     About a fifth of what a weight is long, which falls with the root of the width: measured at widths 128 and 576
-    (`docs/recovery.md`). Twice as much ended badly at 576, and as much in few steps at 128.
+    (`docs/recovery_lab_notes.md`). Twice as much ended badly at 576, and as much in few steps at 128.
     """
     return 0.18 / math.sqrt(hidden_size) * min(1.0, math.sqrt(steps / _STEPS_OF_FULL_RATE))
 

@@ -1,6 +1,8 @@
 """That the commands are found where `optimum-cli` looks, and that they start without torch and transformers."""
 
 import importlib.util
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 from optimum.commands.base import RootOptimumCLICommand
 from optimum.commands.optimum_cli import register_optimum_cli_subcommand
 
-from optimum_clp.commands.clp import COMMANDS
+from optimum_clp.commands.clp import COMMANDS, main
 from optimum_clp.commands.optimum_cli import CLPCommand
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,24 @@ def test_optimum_cli_has_every_command(name, capsys):
         optimum_cli(f"clp {name} --help")
     assert stopped.value.code == 0
     assert COMMANDS[name].EXAMPLE.split()[2] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_three_ways_to_call_it_say_the_same(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "argv", ["optimum-clp", name, "--help"])
+    said = []
+    for call in (
+        main,
+        lambda: runpy.run_module("optimum_clp", run_name="__main__"),
+        lambda: optimum_cli(f"clp {name} --help"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            call()
+        assert stopped.value.code == 0
+        usage, rest = capsys.readouterr().out.split("\n", 1)
+        said.append((re.sub(r"^usage: optimum-(clp|cli clp) ", "", usage), rest))
+    assert said[0] == said[1] == said[2] and said[0][0].startswith(f"{name} ")
 
 
 def test_optimum_cli_ends_with_the_exit_status(pruner, capsys):
