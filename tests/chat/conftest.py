@@ -1,5 +1,6 @@
 """A folder as `prune` leaves it, tiny: dense model elsewhere, cut checkpoint, ONNX files, tokenizer with a chat template."""
 
+import copy
 import shutil
 from types import SimpleNamespace
 
@@ -27,7 +28,8 @@ def written(tmp_path_factory):
     for name, template in (("chat", TEMPLATE), ("base", None)):
         folder = place / name
         shutil.copytree(exported.folder, folder)
-        exported.model.save_pretrained(folder)
+        # saving writes into the model's config, and this model is other tests' too
+        copy.deepcopy(exported.model).save_pretrained(folder)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(folder)
         report = example_report()

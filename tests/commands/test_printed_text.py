@@ -36,6 +36,7 @@ PLAN = {
         "layer_bytes": [23_168, 23_168, 20_000, 23_168, 23_168, 23_168],
     },
     "num_removed": 2,
+    "memory": {"max_memory": None},
     "cuts": [
         {
             "start": start,
@@ -59,6 +60,17 @@ PLAN = {
         for start in (0, 2, 3)
     ],
 }
+
+
+MEMORY = {
+    "max_memory": 24 * 10**9,
+    "smallest": 3 * 10**9,
+    "layers_at_once": 2,
+    "readings": {"search": 3, "tuning": 1200},
+    "bytes_read": 540 * 10**9,
+    "seconds_read": 180.0,
+}
+SHORT_PLAN = {**PLAN, "cuts": [{**PLAN["cuts"][0], "tuning": None, "onnx": {}}]}
 
 
 def _search_of_everything() -> dict:
@@ -96,7 +108,9 @@ def _report_with_gaps():
 
 TEXTS = {
     "planned": lambda: planned(PLAN),
-    "planned without tuning": lambda: planned({**PLAN, "cuts": [{**PLAN["cuts"][0], "tuning": None, "onnx": {}}]}),
+    "planned without tuning": lambda: planned(SHORT_PLAN),
+    "planned within a bound": lambda: planned({**SHORT_PLAN, "memory": MEMORY}),
+    "planned within a wide bound": lambda: planned({**SHORT_PLAN, "memory": {**MEMORY, "layers_at_once": 6}}),
     "older search": lambda: scored_segments(older_report().search),
     "long search": lambda: scored_segments(_search_of_everything()),
     "tasks": lambda: task_table(_scores()),
