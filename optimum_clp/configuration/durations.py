@@ -3,7 +3,7 @@
 import re
 
 from ..errors import shown
-from .rules import Rule, is_number
+from .rules import Rule, is_number, quantity
 
 _UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "s": 1.0}
 _LONGEST = 366 * _UNITS["d"]
@@ -31,17 +31,5 @@ def seconds(value: str | float) -> float:
 def duration() -> Rule:
     """A length of time above 0: seconds, or a string such as `"20min"` or `"1h30min"`."""
 
-    def holds(value: object) -> bool:
-        try:
-            return 0 < seconds(value) <= _LONGEST  # type: ignore[arg-type]  # whatever else it is is no length of time, and raises
-        except ValueError:
-            return False
-
-    def parse(word: str) -> str | float:
-        try:
-            return float(word)
-        except ValueError:
-            return word
-
     wanted = 'a length of time above 0 and below a year, such as 90 (seconds), "20min" or "1h30min"'
-    return Rule(holds, f"it must be {wanted}", f"Give {wanted}", parse)
+    return quantity(seconds, _LONGEST, wanted, float)

@@ -95,6 +95,31 @@ def between(low: float, high: float, open_ends: bool = False) -> Rule:
     return Rule(holds, f"it must be {shown}", f"Choose {shown}", float)
 
 
+def quantity(read: Callable[[Any], float], largest: float, wanted: str, number: Callable[[str], float]) -> Rule:
+    """A number above 0 that may be written with units.
+
+    Args:
+        read (`Callable`): Makes a number of what was given; raises `ValueError` if it is none.
+        largest (`float`): That is allowed.
+        wanted (`str`): The rule, as it stands behind "it must be" and "Give".
+        number (`Callable`): Makes a number without units of a word on the command line; raises `ValueError` if it is none.
+    """
+
+    def holds(value: object) -> bool:
+        try:
+            return 0 < read(value) <= largest
+        except (ValueError, OverflowError):
+            return False
+
+    def parse(word: str) -> str | float:
+        try:
+            return number(word)
+        except ValueError:
+            return word
+
+    return Rule(holds, f"it must be {wanted}", f"Give {wanted}", parse)
+
+
 def positive(most: float = math.inf) -> Rule:
     """A number above 0, and at most `most`."""
     shown = "a number above 0" + (f" and at most {most}" if most < math.inf else "")

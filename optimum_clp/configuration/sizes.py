@@ -3,7 +3,7 @@
 import re
 
 from ..errors import shown
-from .rules import Rule, is_number
+from .rules import Rule, is_number, quantity
 
 # as accelerate reads them
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -32,17 +32,5 @@ def size_in_bytes(value: str | int) -> int:
 def memory_size() -> Rule:
     """A size above 0: bytes, or a string such as `"24GiB"`."""
 
-    def holds(value: object) -> bool:
-        try:
-            return 0 < size_in_bytes(value) <= _MOST  # type: ignore[arg-type]  # whatever else it is is no size, and raises
-        except (ValueError, OverflowError):
-            return False
-
-    def parse(word: str) -> str | int:
-        try:
-            return int(word)
-        except ValueError:
-            return word
-
     wanted = 'a size of memory above 0, such as "24GiB", "500MB" or a number of bytes'
-    return Rule(holds, f"it must be {wanted}", f"Give {wanted}", parse)
+    return quantity(size_in_bytes, _MOST, wanted, int)
