@@ -171,16 +171,15 @@ def moved_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> Pr
 
 def table(records: list[dict[str, Any]]) -> str:
     texts = list(records[0]["texts"])
-    rows = [
-        ["model", "file", "MB", *(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), "LAMBADA"]
-    ]
+    tasks = ["lambada"] if any("lambada" in record.get("tasks", {}) for record in records) else []
+    rows = [["model", "file", "MB", *(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), *tasks]]
     for record in sorted(records, key=lambda r: (r["model"] != "dense", r["model"], r["bytes"])):
         kl = [f"{record['texts'][text]['kl']:.4f}" for text in texts]
         perplexity = [f"{record['texts'][text]['perplexity']:.2f}" for text in texts]
-        task = record.get("tasks", {}).get("lambada")
+        scores = [record.get("tasks", {}).get(task) for task in tasks]
         name = f"**ours, {record['format']}**" if record["ours"] else record["format"]
-        last = "" if task is None else f"{task['accuracy']:.3f}"
-        rows.append([record["model"], name, f"{record['bytes'] / 1e6:.1f}", *kl, *perplexity, last])
+        last = ["" if score is None else f"{score['accuracy']:.3f}" for score in scores]
+        rows.append([record["model"], name, f"{record['bytes'] / 1e6:.1f}", *kl, *perplexity, *last])
     return markdown.table(rows)
 
 
