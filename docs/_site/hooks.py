@@ -31,6 +31,7 @@ ELSEWHERE = {
     "benchmarks/edge/README.md": "measurements/edge.md",
     "benchmarks/edge/results/speed.png": "measurements/speed.png",
     "benchmarks/edge/results/speed-intel.png": "measurements/speed-intel.png",
+    "benchmarks/edge/results/frontier/frontier.png": "measurements/frontier.png",
     "README.md": "index.md",
 }
 OPTIONS = "reference/options.md"
