@@ -53,24 +53,24 @@ class Study:
         # looked-up rows count beside products
         head = self.importance["lm_head"]
         self.importance["model.embed_tokens"] = self.importance["lm_head"] = head + head.mean()
-        # head and norm are run from the hidden states of the float model
+        # made now: later the head itself is rounded
         self.reference = FrozenReference(DenseOutputs(model, rows, batch_size=4), rows)
 
     def figures(self) -> Iterator[tuple[str, float]]:
         layers = [name for name in self.modules if name.endswith("_proj")]
         for kind in dict.fromkeys(name.rpartition(".")[2] for name in layers):
-            yield kind, self.kl([name for name in layers if name.endswith(kind)], product)
+            yield kind, self.kl([name for name in layers if name.endswith(kind)], nearest)
         ways: Mapping[str, Round] = {
-            "as it is without text": product,
+            "as it is without text": nearest,
             "the largest weight is the end of the range": full_range,
             "zero points (4.66 bits)": with_zero_points,
             "scales by what columns are multiplied by": weighted,
         }
         for name, way in ways.items():
             yield f"all layers, {name}", self.kl(layers, way)
-        yield "table, looked up", self.kl(["model.embed_tokens"], product)
-        yield "head", self.kl(["lm_head"], product)
-        yield "table and head", self.kl(["model.embed_tokens", "lm_head"], product)
+        yield "table, looked up", self.kl(["model.embed_tokens"], nearest)
+        yield "head", self.kl(["lm_head"], nearest)
+        yield "table and head", self.kl(["model.embed_tokens", "lm_head"], nearest)
         yield (
             "table and head, scales by what columns are multiplied by",
             self.kl(["model.embed_tokens", "lm_head"], weighted),
@@ -123,7 +123,7 @@ def mean_squares(model: PreTrainedModel, modules: Mapping[str, nn.Module], rows:
     return {name: total.numpy() for name, total in sums.items()}
 
 
-def product(weight: Tensor, importance: np.ndarray | None) -> np.ndarray:
+def nearest(weight: Tensor, importance: np.ndarray | None) -> np.ndarray:
     return round_to_nearest(weight.numpy(), 4, GROUP).dequantize()
 
 

@@ -74,9 +74,9 @@ class FeedbackRounding:
     """Rounds matrices column by column, each time moving the columns that are left so that products change least.
 
     This is GPTQ in the order of the columns; scales are chosen block by block, from the weights as they are when a block
-    is reached, by the rule of [`quantize_blocks`], where an error of a column counts by what is left of it when the columns behind have
-    made up for it. A row whose products change more than by rounding to nearest, on the
-    inputs that `gram` is of, is rounded to nearest, and so is a whole matrix if no input differs from zero.
+    is reached, by the rule of [`quantize_blocks`], where a column's error counts by what is left of it when the columns
+    behind have made up for it. A row whose products change more than by rounding to nearest, on the inputs that `gram` is
+    of, is rounded to nearest, and so is a whole matrix if no input differs from zero.
 
     Args:
         gram (`np.ndarray` of shape `[columns, columns]`, float32): Sum over tokens of `x x^T` of the matrices' inputs.
@@ -151,12 +151,13 @@ def _round_columns(
     blocks = -(-columns // block_size)
     codes = np.full((rows, blocks * block_size), half, dtype=np.uint8)
     scales = np.empty((rows, blocks), dtype=np.float32)
+    # an error costs its square over this square, once the columns behind have made up for it
     importance = 1 / np.square(np.diagonal(factor))
     importance = (importance / importance.mean()).astype(np.float32)
     for block in range(blocks):
         start, stop = block * block_size, min(columns, (block + 1) * block_size)
-        narrow_weight = weight[:, start:stop].astype(np.float32)
-        scales[:, block] = round_blocks(narrow_weight, bits, narrow, importance[start:stop])[1]
+        values = weight[:, start:stop].astype(np.float32)
+        scales[:, block] = round_blocks(values, bits, narrow, importance[start:stop])[1]
         scale = scales[:, block].astype(np.float64)
         inverse = reciprocal(scale)
         errors = np.empty((rows, stop - start))
