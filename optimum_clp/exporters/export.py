@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,6 +18,7 @@ from ..attempts import Attempts
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
 from ..errors import ConfigurationError, ExportError
+from ..mapped_weights import tensors_of
 from ..precisions import FLOAT32, PRECISIONS, Precision
 from ..progress import progress_bar
 from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
@@ -34,7 +36,8 @@ from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_grap
 from .graph.scales import store_scales_in_16_bits
 from .obstacle import onnx_obstacle
 from .result import ExportResult
-from .rounding.weights import check_calibration, round_weights, rounding_method
+from .room import ExportRoom, export_room
+from .rounding.weights import check_calibration, needs_calibration, round_weights, rounding_method
 from .runtimes.runtime import Runtime
 from .writer import FileWriter
 
@@ -48,6 +51,7 @@ def export_onnx(
     calibration: torch.Tensor | None = None,
     attempts: Attempts | None = None,
     seed: int = 0,
+    max_memory: int | None = None,
     quiet: bool = False,
 ) -> ExportResult:
     """Write `onnx/model.onnx` and the quantized files to a folder, each checked against PyTorch.
@@ -58,7 +62,8 @@ def export_onnx(
     finite, and no linear layer may have been left in float. Files appear in the folder only after all of them have passed.
 
     A model in 16 bits or on an accelerator is exported in float32 from a copy on the CPU (4 bytes for each parameter);
-    a float32 model on the CPU is not copied. `model` itself is left as it is.
+    a float32 model on the CPU is not copied. `model` itself is left as it is. Where memory does not hold all that, the copy, the
+    integers of a file and what rounding looks at lie in files of the folder until the export is done.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, of any dtype, on any device.
@@ -69,6 +74,7 @@ def export_onnx(
         attempts ([`Attempts`], *optional*): A quantized file that cannot be made is noted there, and the others are written;
             without it nothing is.
         seed (`int`): Of the tokens of the check.
+        max_memory (`int`, *optional*): Bytes that this process may hold; what is free now if not given.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -76,7 +82,8 @@ def export_onnx(
 
     Raises:
         ConfigurationError: If the method needs calibration text and there is none.
-        ExportError: If the model cannot be traced, or a file does not run, or differs from PyTorch.
+        ExportError: If the model cannot be traced, a file does not run or differs from PyTorch, or the disk has no room for what
+            memory does not hold.
         QuantizationError: If a linear layer or the embedding was left in float.
     """
     export = export or ExportConfig()
@@ -93,16 +100,21 @@ def export_onnx(
         obstacle = onnx_obstacle(model)
         if obstacle is not None:
             raise ExportError(obstacle)
-        copied = float32_copy(model)
+        bits = max((PRECISIONS[name].bits for name in quantization.weights), default=0)
+        rows = calibration if needs_calibration(quantization) else None
+        room = export_room(model, bits, rows, max_memory, Path(staging) / "room", quiet)
+        copied = float32_copy(model, room)
         # the caller's own model is the better reference where it can be called without changing it
         reference = model if _can_be_reference(model) else copied
         writer = FileWriter(Path(staging), FileCheck(reference, Path(staging), seed=seed))
         graph = _write_float_file(copied, export, writer, started)
+        room.let_go(tensors_of(copied))
         bar.update(2)
-        files = _QuantizedFiles(copied, graph, export, quantization, writer)
+        files = _QuantizedFiles(copied, graph, export, quantization, writer, room)
         for name in quantization.weights:
             with attempts.stage(f"{PRECISIONS[name].row_name} file"):
                 files.add(PRECISIONS[name], calibration, seed=seed, quiet=quiet)
+            room.let_go(tensors_of(copied))
             bar.update()
         writer.publish(directory / "onnx")
     return ExportResult(
@@ -195,8 +207,9 @@ class _QuantizedFiles:
         export: ExportConfig,
         quantization: QuantizationConfig,
         writer: FileWriter,
+        room: ExportRoom,
     ):
-        self.model, self.graph, self.quantization, self.writer = model, graph, quantization, writer
+        self.model, self.graph, self.quantization, self.writer, self.room = model, graph, quantization, writer, room
         self.format = export.format
         method = rounding_method(quantization)
         self.quantize_embeddings = quantization.quantize_embeddings and not method.keeps_embedding
@@ -210,9 +223,8 @@ class _QuantizedFiles:
     def add(self, precision: Precision, calibration: torch.Tensor | None, *, seed: int, quiet: bool) -> None:
         """Round, write and check one file."""
         started = time.perf_counter()
-        rounded = round_weights(
-            self.model, precision.bits, self.matrices, self.quantization, calibration, seed=seed, quiet=quiet
-        )
+        options: dict[str, Any] = {"seed": seed, "room": self.room, "quiet": quiet}
+        rounded = round_weights(self.model, precision.bits, self.matrices, self.quantization, calibration, **options)
         graph = self.graph.clone()
         nodes = quantize_graph(
             graph,
@@ -225,11 +237,12 @@ class _QuantizedFiles:
             only_rounded=rounded.only is not None,
             format=self.format,
             rounding=rounded.rounding,
+            keep=self.room.keep_array,
         )
         check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
         pack_projections(graph)
         spell_out_norms(graph)
-        store_scales_in_16_bits(graph, self.graph)
+        store_scales_in_16_bits(graph, self.graph, self.room.keep_array)
         bits = bits_per_weight(self.graph, graph)
         self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits, rounding=rounded.method)
         # the integers of one file are gone before those of the next are made
