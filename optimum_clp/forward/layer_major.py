@@ -152,7 +152,8 @@ class LayerMajorPasses:
         began = [None if stream.states is None else stream.states[rows] for stream in streams]
         here: list[Tensor | None] = list(began)
         for index in group:
-            args, kwargs = self._arguments(index, rows)
+            mask = None if self.mask is None else self.mask[rows]
+            args, kwargs = layer_arguments(self.model, self.stack, index, self.tokens[rows], mask)
             entered = layer_input(args, kwargs)
             if index == 0:
                 here[0] = entered
@@ -165,7 +166,9 @@ class LayerMajorPasses:
                     here[number] = entering
                 state = here[number]
                 if state is not None and stream.gate[index] != 0:
-                    here[number] = self._layer(index, args, kwargs, state.to(entered.device), stream.gate[index])
+                    left = called_with(self.stack, index, args, kwargs, state.to(entered.device))
+                    openness = stream.gate[index]
+                    here[number] = left if openness == 1 else mixed(state.to(entered.device), left, openness)
         for number, stream in enumerate(streams):
             state = here[number]
             if state is None or state is began[number]:
@@ -177,26 +180,6 @@ class LayerMajorPasses:
                 stream.states = self._allocated(state)
             stream.states[rows] = state.cpu()
 
-    def _layer(self, index: int, args: tuple, kwargs: dict[str, Any], hidden: Tensor, openness: float) -> Tensor:
-        layer = self.stack.layers[index]
-        given = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
-        output = layer(*given[0], **given[1])
-        self.stack.note(index, output)
-        left = layer_hidden(output)
-        return left if openness == 1 else mixed(hidden, left, openness)
-
-    def _arguments(self, index: int, rows: Tensor) -> tuple[tuple, dict[str, Any]]:
-        """What the model calls a layer with for some rows, but for the hidden states; no layer is computed for it."""
-        layer = self.stack.layers[index]
-        with ExitStack() as stack:
-            for below in range(index):
-                forward = hand_on(self.stack.output_length(below))
-                stack.enter_context(replaced_forward(self.stack.layers[below], forward))
-            found = stack.enter_context(recorded_arguments(layer))
-            with stopped_before(layer):
-                run_without_head(self.model, self.tokens[rows], None if self.mask is None else self.mask[rows])
-        return found[0]
-
     def _keep(self, index: int, rows: Tensor, state: Tensor) -> None:
         if index not in self.kept:
             self.kept[index] = self._allocated(state)
@@ -204,6 +187,39 @@ class LayerMajorPasses:
 
     def _allocated(self, state: Tensor) -> Tensor:
         return self.allocate((len(self.tokens), *state.shape[1:]), state.dtype)
+
+
+def layer_arguments(
+    model: PreTrainedModel, stack: LayerStack, index: int, tokens: Tensor, mask: Tensor | None = None
+) -> tuple[tuple, dict[str, Any]]:
+    """What a model calls a layer with for some rows, but for the hidden states; no layer is computed for it.
+
+    Args:
+        model (`PreTrainedModel`): Its forward makes masks and positions.
+        stack ([`LayerStack`]): Of the model; knows what the layers below return.
+        index (`int`): The layer.
+        tokens (`Tensor`): int64 `[rows, length]`.
+        mask (`Tensor`, *optional*): int64 `[rows, length]`, 0 where there is padding.
+
+    Returns:
+        `tuple[tuple, dict[str, Any]]`: Positional and named arguments.
+    """
+    layer = stack.layers[index]
+    with ExitStack() as block:
+        for below in range(index):
+            block.enter_context(replaced_forward(stack.layers[below], hand_on(stack.output_length(below))))
+        found = block.enter_context(recorded_arguments(layer))
+        with stopped_before(layer):
+            run_without_head(model, tokens, mask)
+    return found[0]
+
+
+def called_with(stack: LayerStack, index: int, args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> Tensor:
+    """What leaves a layer, `[rows, length, hidden]`, that is called with [`layer_arguments`] and other hidden states."""
+    given = ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+    output = stack.layers[index](*given[0], **given[1])
+    stack.note(index, output)
+    return layer_hidden(output)
 
 
 def _there(states: Tensor | None) -> Tensor:

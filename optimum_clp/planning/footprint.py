@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
-from ..forward.losses import chunk_tokens
 from ..precisions import INT4, PRECISIONS, QUANTIZED
 from ..segments import target_state
 from ..surgery.sizes import count_bytes
-from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
+from ..tuning.activations import logit_bytes, norm_activations
+from ..tuning.losses import STATES, needs_of, weighted_losses
 from ..tuning.overparametrization import new_sizes, projections
 from ..tuning.rows import compared_layers
 from ..tuning.schedule import stages_of
@@ -34,7 +34,7 @@ class TuningMemory:
     """Bytes that cutoff endpoint tuning holds, part by part.
 
     Exact, up to a few bytes for each tensor: everything but `closed_form`, `activations` and `logits`. These are estimates,
-    see [`~optimum_clp.tuning.starts.Start.held_bytes`], [`layer_activations`] and [`logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
+    see [`~optimum_clp.tuning.starts.Start.held_bytes`], [`~optimum_clp.tuning.activations.layer_activations`] and [`~optimum_clp.tuning.activations.logit_bytes`]. Not counted: the Python process with its libraries, a gradient that is on
     its way through one layer, and what an allocator keeps in reserve.
 
     Args:
@@ -154,7 +154,7 @@ def tuning_memory(
         kept (`Sequence[int]`): Its layers that stay, ascending.
         endpoints (`Sequence[int]`): The trained ones, as indices into `kept`, ascending.
         config ([`TuningConfig`]): Batch size and loss.
-        activations (`Sequence[tuple[int, int]]`): [`layer_activations`] of every dense layer, frozen and trained.
+        activations (`Sequence[tuple[int, int]]`): [`~optimum_clp.tuning.activations.layer_activations`] of every dense layer, frozen and trained.
         train_rows (`int`): Rows to train on.
         validation_rows (`int`): Rows of the validation split; their states are cached too.
         sequence_length (`int`): Tokens in a row.
@@ -181,6 +181,7 @@ def tuning_memory(
     moved = min(state, limit - cached) if solved and len(endpoints) > 1 else 0
     tokens = min(config.batch_size, train_rows) * sequence_length
     saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
+    losses = [loss for _, loss in weighted_losses(config.loss_weights()).values()]
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
@@ -190,7 +191,7 @@ def tuning_memory(
         moments=2 * in_float32,
         caches=rows * sequence_length * _TOKEN + cached,
         activations=tokens * (saved + norm_activations(hidden)) + products,
-        logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, config),
+        logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, losses),
     )
 
 
@@ -215,68 +216,3 @@ def _trained_parameters(
     # the sum `P + W` and the product
     kept = sum(2 * weight.nbytes for weight in frozen.values())
     return own + sum(numel * size for numel, size in new), learnt, kept
-
-
-def norm_activations(width: int) -> int:
-    """Bytes for each token that a frozen norm keeps: its input, and one number, in float32."""
-    return _FLOAT32 * (width + 1)
-
-
-def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
-    """Estimate of the bytes that autograd keeps of one decoder layer, for each token of a step.
-
-    Made for layers as llama's, mistral's, qwen2's and qwen3's: RMS norms in float32, attention that does not keep its
-    matrix (`sdpa`; `eager` does), a gated MLP. With `b` bytes in a number, width `H`, query, key and value widths `q`,
-    `k`, `v` and MLP width `I`, a frozen layer keeps `8 (H + 1) + b (2q + k + v + 3I)`, and a trained one
-    `b (4H + q + I)` more, the inputs of its weights. Other layers go by the same rule over their modules: a norm keeps
-    its input, in each sublayer of linear layers the last keeps its input and the others their output. Neither masks nor
-    sparse experts are understood: the figure is rough there.
-
-    Args:
-        layer (`nn.Module`): A decoder layer; may be on the meta device.
-        itemsize (`int`): Bytes in a number of the model's dtype.
-        trained (`bool`): Whether its weights get gradients.
-
-    Returns:
-        `int`: Bytes for each token.
-    """
-    norms, sublayers = list(_norm_widths(layer)), list(_sublayers(layer))
-    total = sum(map(norm_activations, norms))
-    for linears in sublayers:
-        total += itemsize * (linears[-1].in_features + sum(linear.out_features for linear in linears[:-1]))
-    if trained:
-        total += itemsize * (2 * sum(norms) + sum(linears[-1].in_features for linears in sublayers))
-    return total
-
-
-def logit_bytes(tokens: int, vocabulary: int, itemsize: int, config: TuningConfig) -> int:
-    """Estimate of the bytes that the head and the losses hold at the end of a forward pass.
-
-    The logits that some loss needs, in the model's dtype; float32 probabilities for the backward pass, for each loss as
-    many sets as it needs logits (two for `kd`, one for `ce`); and three float32 copies of the chunk of tokens that is being
-    computed.
-    """
-    needs = [loss.needs & {LOGITS, TEACHER_LOGITS} for _, loss in weighted_losses(config.loss_weights()).values()]
-    distributions, logits = sum(map(len, needs)), len(frozenset().union(*needs))
-    chunk = 3 * min(tokens, chunk_tokens(vocabulary))
-    return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
-
-
-def _norm_widths(layer: nn.Module) -> Iterator[int]:
-    """Width of the tensor that each norm sees: modules with nothing but a vector of weights (and biases)."""
-    for module in layer.modules():
-        for name, child in module.named_children():
-            own = list(child.parameters())
-            if isinstance(child, nn.Linear) or not own or any(p.dim() != 1 for p in own) or list(child.children()):
-                continue
-            # qwen3's q_norm has the width of one head and sees all that q_proj puts out
-            projection = getattr(module, name.replace("_norm", "_proj"), None)
-            yield projection.out_features if isinstance(projection, nn.Linear) else own[0].numel()
-
-
-def _sublayers(layer: nn.Module) -> Iterator[list[nn.Linear]]:
-    """The linear layers of each submodule that holds some directly, in the order of their declaration."""
-    for module in layer.modules():
-        linears = [child for child in module.children() if isinstance(child, nn.Linear)]
-        if linears:
-            yield linears

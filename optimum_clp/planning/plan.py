@@ -21,7 +21,8 @@ from ..surgery.assembly import without_weights
 from ..surgery.cut import cut_model
 from ..surgery.guard import check_cut
 from ..surgery.sizes import count_bytes, count_parameters
-from .footprint import TuningMemory, layer_activations, onnx_weight_bytes, tuning_memory
+from ..tuning.activations import layer_activations
+from .footprint import TuningMemory, onnx_weight_bytes, tuning_memory
 from .streaming import PlannedStreaming, planned_streaming
 
 

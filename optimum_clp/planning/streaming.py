@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, within_context
+from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, text_config, within_context
 from ..configuration.clp_config import CLPConfig
 from ..configuration.sizes import size_in_bytes
 from ..errors import ConfigurationError, ModelError
@@ -15,7 +15,8 @@ from ..search.gate_descent import SETTLING_ROUNDS, places_along, radii
 from ..search.races import FINALISTS
 from ..segments import LayerSegment, endpoint_layers, kept_layers
 from ..surgery.sizes import count_bytes, count_parameters
-from .footprint import TuningMemory, layer_activations, tuning_memory
+from ..tuning.activations import layer_activations
+from .footprint import TuningMemory, tuning_memory
 
 DISK_SPEED = 3e9
 """Bytes a second of the disk that a plan is made for."""
@@ -79,19 +80,12 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
     limit = None if bound is None else size_in_bytes(bound)
     if limit is not None and limit < smallest:
         rule = f"the weights of one layer, what is around the layers, this process and its largest stage take {smallest / 2**30:.2f} GiB"
-        raise ConfigurationError.of(
-            "max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB{_less(recipe)}"
-        )
+        raise ConfigurationError.of("max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB")
     residence = None if limit is None else needs.residence(limit, None)
     readings = {"loading": 1} if residence is None else _readings(dense, recipe, removed)
     together = depth if residence is None else residence.layers
     total = sum(readings.values()) * count_bytes(dense)
     return PlannedStreaming(limit, needs.resident, smallest, together, readings, total)
-
-
-def _less(recipe: CLPConfig) -> str:
-    """What makes tuning take less."""
-    return ", or raise tuning.gradient_accumulation_steps" if recipe.tuning.enabled else ""
 
 
 def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int) -> int:
@@ -123,8 +117,11 @@ def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int
             validation_rows=text.validation_sequences,
             sequence_length=length,
         )
-        # states that memory does not hold lie on disk; a solution's factor and products were measured to be as much again as its sums
-        steps = memory.masters + memory.gradients + memory.moments + memory.activations + memory.logits
+        # what leaves the layers above is kept for all rows of a part, what is inside one for a row; states that memory does not hold
+        # lie on disk; a solution's factor and products were measured to be as much again as its sums
+        left = (depth - segment.start) * part.batch_size * length * text_config(dense.config).hidden_size * element
+        row = max(memory.logits // part.batch_size, length * max(trained for _, trained in activations))
+        steps = memory.masters + memory.gradients + memory.moments + left + row
         return memory.endpoints + max(2 * memory.closed_form, steps)
 
     return max(map(held, (segments[0], segments[len(segments) // 2], segments[-1])))
@@ -136,10 +133,9 @@ def _readings(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) ->
     found = {"before": _BEFORE, "search": 1 + search_rounds(dense, recipe, removed), "cut": 1}
     if tuning.enabled:
         batches = max(1, text.train_sequences // tuning.batch_size)
-        judged = (1 + tuning.epochs * tuning.evaluations_per_epoch) * -(
-            -text.validation_sequences // tuning.batch_size
-        )
-        parts = tuning.epochs * batches * tuning.gradient_accumulation_steps
+        judged = 1 + tuning.epochs * tuning.evaluations_per_epoch
+        # up and down
+        parts = 2 * tuning.epochs * batches * tuning.gradient_accumulation_steps
         found |= {"tuning": _TUNING, "tuning steps": parts + judged}
     return found | {"saving": _SAVING, "evaluation": _EVALUATION}
 

@@ -9,7 +9,7 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architecture.lookup import decoder_layers, text_config
+from ..architecture.lookup import decoder_layers, find_architecture, text_config
 from ..configuration.stages import TuningConfig
 from ..doors import STARTS
 from ..errors import ConfigurationError, TuningError
@@ -29,6 +29,7 @@ from ..forward.layer_major import Residence
 from ..processes import world_size
 from ..segments import target_state
 from .accelerator import tuning_accelerator
+from .layer_major_student import LayerMajorStudent
 from .loop import TrainingLoop
 from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
@@ -80,7 +81,7 @@ def tune_layers(
             was interrupted goes on from the last checkpoint there. It belongs to these arguments alone. Without it
             nothing can be resumed, and files are temporary.
         residence ([`Residence`], *optional*): For a dense model that memory does not hold: its one pass over the rows goes layer by
-            layer. The steps of the training do not.
+            layer, and so do the steps of the training, but in a group of processes.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -130,6 +131,7 @@ class _Tuning:
         self.model, self.dense, self.layers, self.kept, self.config = model, dense, layers, kept, config
         self.seed, self.folder, self.resumable, self.quiet = seed, folder, resumable, quiet
         self.residence = residence
+        self.by_layers = not find_architecture(model.config).threads_state
         self.trained = TrainedModules(model, layers, config)
         self.start: Start = STARTS.get(config.init)()
         self.stages = stages_of(config, text_config(model.config).hidden_size, num_rows, world_size())
@@ -179,7 +181,7 @@ class _Tuning:
             cache_seconds = time.perf_counter() - start
             init, by_kind = self._started(rows, store)
             with trained.handed_to(accelerator) as modules:
-                student = EndpointStudent(self.model, modules, self.layers[0], self.weights, self.loss_targets)
+                student = self._student(modules)
                 loop = self._loop(accelerator, student, rows, by_kind)
                 try:
                     loop.run()
@@ -226,8 +228,9 @@ class _Tuning:
         result = self.start.apply(problem)
         if result is None:
             return None, None
-        student = EndpointStudent(self.model, layers, self.layers[0], self.weights, self.loss_targets)
+        student = self._student(layers)
         logits = TEACHER_LOGITS in needs_of(self.weights)
+        size = len(rows[1]) if self.layer_major else size
         found = _evaluated(student, rows[1], size, logits)
         after = _weights(layers)
         _load(layers, before)
@@ -237,6 +240,19 @@ class _Tuning:
             _load(layers, after)
         losses = {"loss_before": untuned.validation_loss, "loss_after": found.validation_loss}
         return {**result.to_dict(), "kept": kept, **losses}, untuned.by_kind
+
+    @property
+    def layer_major(self) -> bool:
+        """Whether a step's rows go through one layer after the other, forward and back."""
+        # FSDP and DDP count on seeing a module's one forward and one backward pass
+        return self.residence is not None and self.by_layers and world_size() == 1
+
+    def _student(self, modules: Iterable[nn.Module]) -> EndpointStudent:
+        found = self.model, modules, self.layers[0], self.weights, self.loss_targets
+        if not self.layer_major:
+            return EndpointStudent(*found)
+        assert self.residence is not None
+        return LayerMajorStudent(*found, residence=self.residence)
 
     def _loop(
         self,
@@ -256,6 +272,7 @@ class _Tuning:
             checkpoints=self.resumable,
             annealing=self.trained.annealing,
             start=by_kind,
+            in_parts=self.layer_major,
             quiet=self.quiet,
         )
 
@@ -290,7 +307,8 @@ class _Tuning:
 def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int, logits: bool) -> TuningStep:
     """The loss over all rows."""
     parts = torch.arange(len(rows)).split(batch_size)
-    losses = [student(**rows.batch(part, logits)).double().cpu() for part in parts]
+    in_parts = isinstance(student, LayerMajorStudent)
+    losses = [student(**rows.batch(part, logits, in_parts=in_parts)).double().cpu() for part in parts]
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 

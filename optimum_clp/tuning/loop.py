@@ -41,6 +41,7 @@ class TrainingLoop:
         folder (`Path`): For the best weights, and for checkpoints.
         checkpoints (`bool`): Write checkpoints, and go on from one that lies in the folder.
         annealing ([`Annealing`], *optional*): Of an activation that the student has until it is gone; patience begins then.
+        in_parts (`bool`): The student takes the dense model's logits in parts, and as many rows at once as there are.
         start (`dict[str, float]`, *optional*): The untuned cut's validation loss on each kind of text, which the kept
             weights must not exceed.
         quiet (`bool`): No progress bar.
@@ -60,13 +61,14 @@ class TrainingLoop:
         checkpoints: bool,
         annealing: Annealing | None = None,
         start: Mapping[str, float] | None = None,
+        in_parts: bool = False,
         quiet: bool,
     ):
         self.accelerator, self.config, self.quiet = accelerator, config, quiet
         self.train, self.validation = train, validation
         self.stages, self.judge = stages, stages[-1].loss
         self.seed, self.folder, self.start = seed, folder, start
-        self.annealing = annealing
+        self.annealing, self.in_parts = annealing, in_parts
         self.micro_batches = [self._micro_batch(stage) for stage in stages]
         self.total = sum(map(self._steps, stages))
         make = torch.optim.AdamW if shards_weights(accelerator) else MasterAdamW
@@ -203,7 +205,8 @@ class TrainingLoop:
         total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(self.student):
-                loss = self.student(**self.train.batch(part, logits), weights=stage.loss).mean()
+                batch = self.train.batch(part, logits, in_parts=self.in_parts)
+                loss = self.student(**batch, weights=stage.loss).mean()
                 total += loss.item()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -254,14 +257,17 @@ class TrainingLoop:
         """The loss of every validation row, float64 `[rows]`, in every process."""
         accelerator = self.accelerator
         losses = torch.zeros(len(self.validation), dtype=torch.float64)
-        parts = torch.arange(len(self.validation)).split(self.micro_batches[-1])
+        parts = torch.arange(len(self.validation)).split(
+            len(self.validation) if self.in_parts else self.micro_batches[-1]
+        )
         logits = TEACHER_LOGITS in needs_of(self.judge)
         with torch.no_grad():
             # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
             for number in range(0, len(parts), accelerator.num_processes):
                 mine = number + accelerator.process_index
                 rows = parts[mine if mine < len(parts) else 0]
-                found = self.student(**self.validation.batch(rows, logits), weights=self.judge)
+                batch = self.validation.batch(rows, logits, in_parts=self.in_parts)
+                found = self.student(**batch, weights=self.judge)
                 if mine < len(parts):
                     losses[rows] = found.double().cpu()
         return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()

@@ -1,6 +1,6 @@
 """The rows that tuning looks at, with all that the dense model says about them, computed once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,16 +45,25 @@ class TuningRows:
         """
         return replace(self, targets={i: self.outputs.hidden[state] for i, state in states.items()})
 
-    def batch(self, rows: Tensor, logits: bool) -> dict[str, Any]:
-        """The arguments of [`EndpointStudent.forward`] for some rows; with or without the dense model's logits."""
+    def batch(self, rows: Tensor, logits: bool, *, in_parts: bool = False) -> dict[str, Any]:
+        """The arguments of [`EndpointStudent.forward`] for some rows.
+
+        Args:
+            rows (`Tensor`): int64.
+            logits (`bool`): With the dense model's logits.
+            in_parts (`bool`): These as a function that makes those of some of the rows.
+        """
         device = self.outputs.model.device
         return {
             "tokens": self.outputs.tokens[rows].to(device),
             "hidden": self.inputs[rows].to(device),
-            "teacher_logits": self.outputs.logits(rows) if logits else None,
+            "teacher_logits": self._teacher_logits(rows, in_parts) if logits else None,
             "targets": {i: states[rows].to(device) for i, states in self.targets.items()},
             "mask": None if self.mask is None else self.mask[rows].to(device),
         }
+
+    def _teacher_logits(self, rows: Tensor, in_parts: bool) -> Tensor | Callable[[slice], Tensor]:
+        return (lambda part: self.outputs.logits(rows[part])) if in_parts else self.outputs.logits(rows)
 
 
 def compared_layers(layers: Sequence[int]) -> list[int]:

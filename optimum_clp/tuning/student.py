@@ -4,7 +4,7 @@ Only the trained modules are submodules, so that a loop which wraps, shards, sen
 frozen.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -13,7 +13,10 @@ from transformers import PreTrainedModel
 
 from ..forward.hooks import recorded_outputs, run_without_head, stopped_before
 from ..forward.layer_stack import LayerStack
-from .losses import LOGITS, STATES, LossBatch, weighted_losses
+from .losses import LOGITS, STATES, Loss, LossBatch, weighted_losses
+
+TeacherLogits = Tensor | Callable[[slice], Tensor] | None
+"""The dense model's logits of some rows, `[rows, length, vocab]`, or a function that makes those of a part of them."""
 
 
 class EndpointStudent(nn.Module):
@@ -49,7 +52,7 @@ class EndpointStudent(nn.Module):
         self,
         tokens: Tensor,
         hidden: Tensor,
-        teacher_logits: Tensor | None,
+        teacher_logits: TeacherLogits,
         targets: Mapping[int, Tensor],
         weights: Mapping[str, float] | None = None,
         mask: Tensor | None = None,
@@ -59,7 +62,7 @@ class EndpointStudent(nn.Module):
         Args:
             tokens (`Tensor`): int64 `[batch, length]`.
             hidden (`Tensor`): `[batch, length, hidden]`: what enters the first layer that runs.
-            teacher_logits (`Tensor` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
+            teacher_logits (`Tensor`, `Callable` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
             targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `compared`.
             weights (`dict[str, float]`, *optional*): Of the losses, instead of the student's own.
             mask (`Tensor` or `None`): bool `[batch, length]`: tokens that are to be learnt; `None` for all.
@@ -73,10 +76,16 @@ class EndpointStudent(nn.Module):
         compared = self.compared if STATES in needs else ()
         with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, compared) as states:
             logits = self._logits(tokens, LOGITS in needs, compared)
-        batch = LossBatch(tokens, logits, teacher_logits, states, targets, mask)
-        total = torch.zeros(len(tokens), device=tokens.device)
+        teacher = teacher_logits(slice(None)) if callable(teacher_logits) else teacher_logits
+        return self._total(LossBatch(tokens, logits, teacher, states, targets, mask), losses)
+
+    @staticmethod
+    def _total(batch: LossBatch, losses: Iterable[tuple[float, Loss]]) -> Tensor:
+        """The weighted loss of each row, float32 `[rows]`."""
+        rows = len(batch.tokens)
+        total = torch.zeros(rows, device=batch.tokens.device)
         for weight, loss in losses:
-            for part in loss(batch.only(loss.needs)).reshape(-1, len(tokens)):
+            for part in loss(batch.only(loss.needs)).reshape(-1, rows):
                 total = total + weight * part
         return total
 

@@ -23,13 +23,14 @@ from optimum_clp.configuration.stages import QuantizationConfig, TuningConfig
 from optimum_clp.errors import ConfigurationError, CutError, ModelError
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.planning import plan as plan_module
-from optimum_clp.planning.footprint import layer_activations, onnx_weight_bytes
+from optimum_clp.planning.footprint import onnx_weight_bytes
 from optimum_clp.planning.plan import build_on_meta
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
 from optimum_clp.surgery import cut as surgery
 from optimum_clp.surgery import guard
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.surgery.sizes import count_bytes, count_parameters
+from optimum_clp.tuning.activations import layer_activations
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import MasterAdamW, TrainingLoop
 

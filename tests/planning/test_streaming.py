@@ -48,14 +48,15 @@ def test_the_smallest_bound_that_will_do_is_told_and_does():
     config = BIG_SHAPES["LLaMA-3 8B"].config()
     with pytest.raises(
         ConfigurationError,
-        match=r"max_memory is '1GiB': the weights of one layer, .* take [\d.]+ GiB\. Give at least \d+MiB, or raise tuning\.gradient_accumulation_steps\.",
+        match=r"max_memory is '1GiB': the weights of one layer, .* take [\d.]+ GiB\. Give at least \d+MiB\.",
     ) as error:
         plan_pruning(config, CLPConfig(0.2, max_memory="1GiB"))
-    proposed = error.value.problems[0].remedy.split()[3].rstrip(",")
+    proposed = error.value.problems[0].remedy.split()[3]
     assert plan_pruning(config, CLPConfig(0.2, max_memory=proposed)).memory.layers_at_once < 32
     untuned = plan_pruning(config, CLPConfig(0.2, max_memory=proposed, tuning={"enabled": False})).memory
-    parts = CLPConfig(0.2, max_memory="64GiB", tuning={"gradient_accumulation_steps": 8})
-    assert plan_pruning(config, parts).memory.smallest < int(proposed[:-3]) * 2**20 * 0.7
+    # steps go layer by layer: of more rows than by default only what leaves the layers is held
+    steps = CLPConfig(0.2, max_memory="64GiB", tuning={"batch_size": 32})
+    assert plan_pruning(config, steps).memory.smallest < int(proposed[:-3]) * 2**20 * 1.25
     assert untuned.smallest < int(proposed[:-3]) * 2**20  # tuning takes more than a pass
 
 
