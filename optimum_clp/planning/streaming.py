@@ -10,6 +10,8 @@ from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, 
 from ..configuration.clp_config import CLPConfig
 from ..configuration.sizes import size_in_bytes
 from ..errors import ConfigurationError, ModelError
+from ..exporters.room import export_work
+from ..exporters.rounding.weights import needs_calibration
 from ..forward.memory_bound import pass_memory
 from ..search.gate_descent import SETTLING_ROUNDS, places_along, radii
 from ..search.races import FINALISTS
@@ -41,7 +43,7 @@ class PlannedStreaming:
     Args:
         max_memory (`int` or `None`): The bound, in bytes; `None` without one.
         resident (`int`): Bytes that passes hold with every weight in memory (estimate).
-        smallest (`int`): The smallest bound that will do, tuning included (estimate).
+        smallest (`int`): The smallest bound that will do, tuning and export included (estimate).
         layers_at_once (`int`): Layers whose weights are in memory together; all of them where they may stay.
         readings (`dict[str, int]`): How often each stage reads all weights, at most; 1 in all where they may stay. With `tuning steps` the
             passes of the optimizer's steps, which read the layers above the first trained one each time.
@@ -76,7 +78,11 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
         pass_memory(dense, length, private=_PROCESS if dense.device.type == "meta" else None),
         recipe.max_memory,
     )
-    smallest = max(needs.smallest, needs.smallest - needs.least + _tuning(dense, recipe, length, removed or 1))
+    smallest = max(
+        needs.smallest,
+        needs.smallest - needs.least + _tuning(dense, recipe, length, removed or 1),
+        needs.private + _export(dense, recipe),
+    )
     limit = None if bound is None else size_in_bytes(bound)
     if limit is not None and limit < smallest:
         rule = f"the weights of one layer, what is around the layers, this process and its largest stage take {smallest / 2**30:.2f} GiB"
@@ -86,6 +92,11 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
     together = depth if residence is None else residence.layers
     total = sum(readings.values()) * count_bytes(dense)
     return PlannedStreaming(limit, needs.resident, smallest, together, readings, total)
+
+
+def _export(dense: PreTrainedModel, recipe: CLPConfig) -> int:
+    """Bytes that an ONNX export holds whose large arrays lie in files."""
+    return export_work(dense, needs_calibration(recipe.quantization)) if recipe.export.enabled else 0
 
 
 def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int) -> int:
