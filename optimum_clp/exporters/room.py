@@ -19,15 +19,18 @@ from ..forward.memory_bound import free_memory, private_memory
 from ..mapped_weights import MappedWeights, tensors_of
 from ..progress import say
 from ..spill import Spill
+from ..tuning.activations import layer_activations
 
 # a norm's weight, and what a trace may fold into a constant, is not worth a mapping
 _SMALLEST = 2**16
 # float32 matrices of sums over two halves of the text, and one in float64 (`InputGrams`, `FeedbackRounding`)
 _SUMS = 4 * 4 + 8
-# of the largest weight: what is corrected, what is rounded, two pieces of work
-_OF_A_WEIGHT = 4 * 4
+# of the largest weight: what was corrected and its integers, or what is written, transposed
+_OF_A_WEIGHT = 2 * 4
 # objects of a trace, in bytes for a layer, measured on LLaMA's
-_TRACE, _TRACE_OF_A_LAYER = 150 * 2**20, 2 * 2**20
+_TRACE, _TRACE_OF_A_LAYER = 200 * 2**20, 2 * 2**20
+# of text, that run together while rounding looks at them
+_ROWS = 8
 
 
 class ExportRoom(Spill):
@@ -74,7 +77,13 @@ def export_room(
     copied = float32_bytes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rounded = parameters * bits // 8 + parameters // 8
-    held = private + copied + rounded + _entering(model, rows) + export_work(model, rows is not None)
+    held = (
+        private
+        + copied
+        + rounded
+        + _entering(model, rows)
+        + export_work(model, None if rows is None else rows.shape[1])
+    )
     if held <= bound:
         return ExportRoom()
     if not quiet:
@@ -95,19 +104,23 @@ def float32_bytes(model: PreTrainedModel) -> int:
     return sum(4 * tensor.numel() for tensor in found.values())
 
 
-def export_work(model: PreTrainedModel, reads_text: bool) -> int:
+def export_work(model: PreTrainedModel, length: int | None) -> int:
     """Bytes that an export holds in any case, beside this process and the model (estimate): the objects of the trace, or a layer in work.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): May be on the meta device.
-        reads_text (`bool`): Rounding looks at text.
+        length (`int` or `None`): Tokens in a row of the text that rounding looks at, if it does.
     """
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     # fused experts are taken one by one
     largest = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
     widest = max((_inputs(module) for module in _linear_modules(model)), default=0)
-    rounding = _OF_A_WEIGHT * largest + (_SUMS * widest**2 if reads_text else 0)
-    return _TRACE + _TRACE_OF_A_LAYER * len(decoder_layers(model)) + rounding
+    work = _TRACE + _TRACE_OF_A_LAYER * len(decoder_layers(model)) + _OF_A_WEIGHT * largest
+    if length is None:
+        return work
+    # a layer's modules are sorted by what autograd keeps of some rows
+    kept = max(layer_activations(layer, 4, trained=False) for layer in decoder_layers(model))
+    return work + _SUMS * widest**2 + _ROWS * length * kept
 
 
 def _entering(model: PreTrainedModel, rows: Tensor | None) -> int:

@@ -96,7 +96,10 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
 
 def _export(dense: PreTrainedModel, recipe: CLPConfig) -> int:
     """Bytes that an ONNX export holds whose large arrays lie in files."""
-    return export_work(dense, needs_calibration(recipe.quantization)) if recipe.export.enabled else 0
+    if not recipe.export.enabled:
+        return 0
+    length = within_context(recipe.calibration.sequence_length, dense.config)
+    return export_work(dense, length if needs_calibration(recipe.quantization) else None)
 
 
 def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int) -> int:

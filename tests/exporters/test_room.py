@@ -62,16 +62,18 @@ def test_what_is_float32_already_is_shared_and_takes_nothing(tmp_path):
 
 def test_memory_is_taken_where_there_is_enough(tmp_path):
     model = wide_model()
-    held = private_memory() + float32_bytes(model) + export_work(model, True)
+    held = private_memory() + float32_bytes(model) + export_work(model, ROWS.shape[1])
     assert not export_room(model, 8, ROWS, held + 10**9, tmp_path).on_disk
     assert export_room(model, 8, ROWS, held - 10**6, tmp_path, quiet=True).on_disk
     assert not export_room(model, 8, ROWS, None, tmp_path).on_disk
 
 
 def test_work_counts_the_sums_of_the_widest_inputs():
-    model = tiny_model(num_layers=1, hidden_size=64, intermediate_size=2048)
-    # four float32 matrices and one float64 of 2048 by 2048
-    assert export_work(model, True) - export_work(model, False) == (4 * 4 + 8) * 2048**2
+    shapes = {"num_layers": 1, "hidden_size": 64}
+    wide, narrow = (tiny_model(**shapes, intermediate_size=width) for width in (2048, 1024))
+    of_text = [export_work(model, 10) - export_work(model, None) for model in (wide, narrow)]
+    # four float32 matrices and one float64 of the width, and what autograd keeps of 80 tokens: three tensors of it
+    assert of_text[0] - of_text[1] == (4 * 4 + 8) * (2048**2 - 1024**2) + 80 * 4 * 3 * 1024
 
 
 def test_a_disk_without_room_is_told(tmp_path, monkeypatch):
