@@ -80,7 +80,7 @@ test-tasks: export OMP_NUM_THREADS = 1
 test-tasks: export HF_HUB_OFFLINE = 1
 test-tasks: $(STAMP)
 	$(PY) -m pip install -q -c constraints.txt -e ".[tasks]"
-	$(PY) -m pytest -m "slow or not slow" tests/evaluation/test_named_tasks.py tests/evaluation/test_tasks.py tests/commands/test_named_task_commands.py
+	$(PY) -m pytest -m "slow or not slow" tests/evaluation/test_named_tasks.py tests/evaluation/test_tasks.py tests/commands/test_named_task_commands.py 'tests/test_pages_run.py::test_a_page_runs[docs/cli.md]'
 
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1

@@ -5,21 +5,15 @@ asked ([`HarnessModel`]), that every model is asked the same (few-shot examples 
 process is left changed, and which of a task's figures is its accuracy.
 """
 
-import contextlib
 import difflib
-import logging
-import os
-import random
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import lm_eval
-import numpy as np
-import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from lm_eval.api.group import Group
@@ -28,13 +22,13 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration.stages import EvaluationConfig
-from ..errors import CalibrationError, CLPError, ConfigurationError
-from ..progress import draws_bars
+from ..errors import CalibrationError, ConfigurationError
 from .harness_model import HarnessModel
+from .harness_state import first_line, named_errors, seeded, silent
 from .scores import Harness, TaskScore
 
 # lm-eval's own, of its command line
-_SEED, _NUMPY_SEED, _TORCH_SEED, _FEWSHOT_SEED = 0, 1234, 1234, 1234
+_FEWSHOT_SEED = 1234
 # draws of a standard error that has no formula (of a perplexity); shares have one
 _DRAWS = 100
 # what `datasets` reads by itself
@@ -75,7 +69,8 @@ class NamedTask:
     ) -> TaskScore:
         """As [`~optimum_clp.evaluation.tasks.evaluate_task`], which has checked `limit`."""
         self.check(tokenizer)
-        with _silent() as stderr, _seeded(), _named_errors(self.name):
+        # a RuntimeError is the model's: out of memory, a shape that does not fit
+        with silent() as stderr, seeded(), named_errors(self.name, passing=(RuntimeError,)):
             options: dict[str, Any] = {"batch_size": batch_size, "quiet": quiet, "stderr": stderr}
             asked = HarnessModel(model, tokenizer, name=self.name, **options)
             for task in self.tasks.values():
@@ -146,7 +141,7 @@ def load_named(names: Sequence[str], evaluation: EvaluationConfig) -> dict[str, 
         ConfigurationError: If there is no such task, or no such folder.
         CalibrationError: If a task's data or its definition cannot be read; at once if they are on the Hub, which cannot be reached.
     """
-    with _silent(unless_watched=True), _seeded():
+    with silent(unless_watched=True), seeded():
         manager = _manager(names, evaluation.tasks_dir)
         for name in names:
             if name not in manager.task_index:
@@ -157,8 +152,8 @@ def load_named(names: Sequence[str], evaluation: EvaluationConfig) -> dict[str, 
                     f"{near_ones}`lm-eval ls tasks` lists them; for a task of your own give NAME=FILE or --tasks-dir"
                 )
                 raise ConfigurationError.of("task", name, rule, remedy)
-        if any(_is_on_the_hub(manager.task_index[name].cfg or {}) for name in names):
-            _check_reachable(names)
+            if any(map(_is_on_the_hub, _definitions(manager, name))):
+                _check_reachable(name)
         return {name: _loaded(manager, name, evaluation) for name in names}
 
 
@@ -170,22 +165,29 @@ def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
         raise ConfigurationError.of("evaluation.tasks_dir", folder, rule, "Give a folder with lm-eval's .yaml files")
     own = TaskManager(include_path=str(Path(folder).expanduser()), include_defaults=False)
     # lm-eval's 14,000 definitions take seconds to read
-    if all(_is_whole(own, name) for name in names):
+    if all(part is not None for name in names for part in _definitions(own, name)):
         return own
     return TaskManager(include_path=str(Path(folder).expanduser()))
 
 
-def _is_whole(manager: TaskManager, name: Any) -> bool:
-    """Whether a name, and of a group all that is in it, is defined there."""
+def _definitions(manager: TaskManager, name: Any) -> Iterator[Mapping[str, Any] | None]:
+    """The definitions of all tasks that a name stands for; `None` for one that is not there."""
+    if isinstance(name, Mapping):  # within a group: a task, and what is other than in its own definition
+        yield from [name] if "dataset_path" in name else _definitions(manager, name.get("task"))
+        return
     entry = manager.task_index.get(name) if isinstance(name, str) else None
-    if entry is None or name not in manager.all_groups:
-        return entry is not None
-    parts = (entry.cfg or {}).get("task")
-    return all(_is_whole(manager, part) for part in ([parts] if isinstance(parts, str) else parts or ()))
+    if entry is not None and name in manager.all_groups:
+        parts = (entry.cfg or {}).get("task") or ()
+        for part in [parts] if isinstance(parts, str) else parts:
+            yield from _definitions(manager, part)
+    elif entry is not None and name in manager.all_tags:
+        yield from (other.cfg for other in manager.task_index.values() if name in other.tags)
+    else:
+        yield None if entry is None else entry.cfg
 
 
 def _loaded(manager: TaskManager, name: str, evaluation: EvaluationConfig) -> list[NamedTask]:
-    with _named_errors(name):
+    with named_errors(name):
         found = manager.load([name])
     tasks, groups = found["tasks"], found.get("groups") or {}
     for task in tasks.values():
@@ -200,88 +202,23 @@ def _loaded(manager: TaskManager, name: str, evaluation: EvaluationConfig) -> li
     return [NamedTask(each, {each: task}, {}, evaluation.apply_chat_template) for each, task in tasks.items()]
 
 
-def _is_on_the_hub(definition: Mapping[str, Any]) -> bool:
-    path = definition.get("dataset_path")
+def _is_on_the_hub(definition: Mapping[str, Any] | None) -> bool:
+    path = (definition or {}).get("dataset_path")
     return path is None or not (path in _FORMATS or Path(path).exists())
 
 
-def _check_reachable(names: Sequence[str]) -> None:
+def _check_reachable(name: str) -> None:
     """Fail at once where `datasets` would try for half a minute, for each dataset."""
     if constants.HF_HUB_OFFLINE:
         return  # what is in the cache is read, and what is not is refused at once
     try:
         get_session().head(constants.ENDPOINT, timeout=_REACH_SECONDS)
     except Exception as error:  # requests, httpx and proxies have classes of their own
-        rule = f"its data is on the Hugging Face Hub, which could not be reached ({_first_line(error)})"
+        rule = f"its data is on the Hugging Face Hub, which could not be reached ({first_line(error)})"
         remedy = (
             "With HF_HUB_OFFLINE=1 a copy in the cache is read; for data of your own give NAME=FILE or --tasks-dir"
         )
-        raise CalibrationError.of("task", names[0], rule, remedy) from error
-
-
-@contextlib.contextmanager
-def _named_errors(name: str) -> Iterator[None]:
-    """What lm-eval, a task's own code and `datasets` raise, as errors that name the task."""
-    try:
-        yield
-    except (CLPError, MemoryError):
-        raise
-    except ModuleNotFoundError as error:
-        rule = f"it needs the package {error.name}, which is not installed"
-        raise CalibrationError.of(
-            "task", name, rule, f"pip install {error.name}, or what its page in lm-eval names"
-        ) from error
-    except RuntimeError:  # of the model: out of memory, a shape that does not fit
-        raise
-    except Exception as error:
-        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
-        rule = (
-            f"lm-eval {lm_eval.__version__} cannot measure it ({type(error).__name__}: {_first_line(error)}{offline})"
-        )
-        remedy = "Mend what it says, or give the examples as NAME=FILE"
         raise CalibrationError.of("task", name, rule, remedy) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-@contextlib.contextmanager
-def _silent(unless_watched: bool = False) -> Iterator[TextIO]:
-    """Drop what lm-eval and `datasets` print, log and draw; also keep lm-eval from starting processes for its standard errors.
-    Gives standard error as it was, for whoever has something to say."""
-    logger, before = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    os.environ["DISABLE_MULTIPROC"] = "1"  # forked from a process with threads, they hang now and then
-    try:
-        if unless_watched and draws_bars():
-            yield sys.stderr
-            return
-        stderr = sys.stderr
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            yield stderr
-    finally:
-        logger.setLevel(level)
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
-
-
-@contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """lm-eval's seeds, which tasks draw by while they are read and asked; then the caller's again."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        random.seed(_SEED)
-        np.random.seed(_NUMPY_SEED)
-        torch.manual_seed(_TORCH_SEED)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
 
 
 def _headline(metrics: Mapping[str, float | None]) -> tuple[str, str]:
@@ -294,7 +231,7 @@ def _headline(metrics: Mapping[str, float | None]) -> tuple[str, str]:
 
 def _number(value: Any) -> float | None:
     # "N/A" is lm-eval's word for a standard error that it does not know
-    return float(value) if isinstance(value, (int, float, np.number)) else None
+    return float(value) if isinstance(value, Real) else None
 
 
 def _dataset(tasks: Sequence[Any]) -> dict[str, str | None]:

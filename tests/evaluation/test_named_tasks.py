@@ -379,12 +379,16 @@ def test_a_hub_that_cannot_be_reached_is_an_error_at_once(tmp_path, monkeypatch)
         CalibrationError, match=f"{rule}With HF_HUB_OFFLINE=1 a copy in the cache is read; for data of"
     ):
         loaded(tmp_path, "hub")
+    (tmp_path / "group.yaml").write_text("group: some\ntask: [hub]\n")
+    with pytest.raises(CalibrationError, match="task is 'some': its data is on the Hugging Face Hub"):
+        loaded(tmp_path, "some")
 
 
 def test_data_in_files_needs_no_hub(folder, monkeypatch):
     monkeypatch.setattr(named_tasks.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(named_tasks, "get_session", lambda: pytest.fail("the Hub was asked"))
-    assert [task.name for task in loaded(folder, "words")] == ["words"]
+    assert [task.name for task in loaded(folder, "words", "all_of_them")] == ["words", "all_of_them"]
+    assert [task.name for task in loaded(folder, "both")] == ["choices", "words"]
 
 
 def test_a_folder_of_definitions_must_be_there():
