@@ -35,11 +35,12 @@ def named_errors(name: str, passing: tuple[type[Exception], ...] = ()) -> Iterat
     except Exception as error:
         if isinstance(error, passing):
             raise
-        offline = "; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE and isinstance(error, OSError) else ""
-        rule = (
-            f"lm-eval {lm_eval.__version__} cannot measure it ({type(error).__name__}: {first_line(error)}{offline})"
-        )
+        said = first_line(error)
+        rule = f"lm-eval {lm_eval.__version__} cannot measure it ({type(error).__name__}: {said})"
         remedy = "Mend what it says, or give the examples as NAME=FILE"
+        if isinstance(error, ConnectionError) and constants.HF_HUB_OFFLINE:
+            rule = f"its data is not in the cache, and HF_HUB_OFFLINE is set ({said})"
+            remedy = "Let it be fetched once without HF_HUB_OFFLINE, or give the examples as NAME=FILE"
         raise CalibrationError.of("task", name, rule, remedy) from error
 
 

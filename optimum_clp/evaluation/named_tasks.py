@@ -142,6 +142,8 @@ def load_named(names: Sequence[str], evaluation: EvaluationConfig) -> dict[str, 
         CalibrationError: If a task's data or its definition cannot be read; at once if they are on the Hub, which cannot be reached.
     """
     with silent(unless_watched=True), seeded():
+        if evaluation.tasks_dir is None:
+            _check_reachable(names[0])  # reading lm-eval's 14,000 definitions takes seconds
         manager = _manager(names, evaluation.tasks_dir)
         for name in names:
             if name not in manager.task_index:
@@ -152,7 +154,7 @@ def load_named(names: Sequence[str], evaluation: EvaluationConfig) -> dict[str, 
                     f"{near_ones}`lm-eval ls tasks` lists them; for a task of your own give NAME=FILE or --tasks-dir"
                 )
                 raise ConfigurationError.of("task", name, rule, remedy)
-            if any(map(_is_on_the_hub, _definitions(manager, name))):
+            if evaluation.tasks_dir and any(map(_is_on_the_hub, _definitions(manager, name))):
                 _check_reachable(name)
         return {name: _loaded(manager, name, evaluation) for name in names}
 
@@ -164,7 +166,6 @@ def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
         rule = "there is no such folder"
         raise ConfigurationError.of("evaluation.tasks_dir", folder, rule, "Give a folder with lm-eval's .yaml files")
     own = TaskManager(include_path=str(Path(folder).expanduser()), include_defaults=False)
-    # lm-eval's 14,000 definitions take seconds to read
     if all(part is not None for name in names for part in _definitions(own, name)):
         return own
     return TaskManager(include_path=str(Path(folder).expanduser()))

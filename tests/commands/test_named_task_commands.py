@@ -90,5 +90,8 @@ def test_what_is_not_to_be_had_is_said_before_the_model_is_loaded(command, workp
     status, out, err = call(f"{command} --tasks-dir own -m no/such/model", capsys)
     (line,) = [line for line in err.splitlines() if line.startswith("optimum-clp: error: ")]
     assert (status, out) == (1, "")
-    assert "error: task is 'hub': lm-eval" in line and "Couldn't reach 'nobody/nothing' on the Hub" in line
+    assert (
+        "error: task is 'hub': its data is not in the cache, and HF_HUB_OFFLINE is set (Couldn't reach 'nobody/n"
+        in line
+    )
     assert not (workplace / "out").exists()

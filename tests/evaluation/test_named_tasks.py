@@ -1,11 +1,13 @@
 """Tasks of lm-eval, asked through it; skipped where it is not installed (`make test-tasks` installs it)."""
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import random
 
+import datasets
 import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_model, tiny_tokenizer
@@ -333,7 +335,7 @@ def test_the_report_has_every_row(folder, tmp_path):
         (
             "hub",
             CalibrationError,
-            r"task is 'hub': lm-eval [\d.]+ cannot measure it \(ConnectionError: .*nobody/nothing.*HF_HUB_OFFLINE is set\)",
+            r"task is 'hub': its data is not in the cache, and HF_HUB_OFFLINE is set \(.*nobody/nothing.*\). Let it be fetched",
         ),
         (
             "needy",
@@ -424,7 +426,73 @@ def test_what_lm_eval_refuses_names_the_task(tmp_path):
         evaluate_task(tiny_model(), tiny_tokenizer(), loaded(tmp_path, "unsafe")[0], quiet=True)
 
 
-def test_the_tasks_that_lm_eval_brings_are_found(monkeypatch):
+def data_of(path, name=None, **_):
+    """A few rows in the shape of a dataset of the Hub, instead of it."""
+    rng = random.Random(4)
+
+    def text():
+        return some_words(rng, 4)
+
+    rows = {
+        "baber/piqa": lambda: {"goal": text(), "sol1": text(), "sol2": text(), "label": rng.randrange(2)},
+        "allenai/ai2_arc": lambda: {
+            "question": text(),
+            "choices": {"text": [text() for _ in range(4)], "label": list("ABCD")},
+            "answerKey": rng.choice("ABCD"),
+        },
+        "Rowan/hellaswag": lambda: {
+            "ctx_a": text(),
+            "ctx_b": text(),
+            "activity_label": text(),
+            "endings": [text() for _ in range(4)],
+            "label": str(rng.randrange(4)),
+        },
+        "openai/gsm8k": lambda: {"question": text(), "answer": f"{text()} #### {rng.randrange(9)}"},
+        "google/IFEval": lambda: {
+            "key": 1,
+            "prompt": text(),
+            "instruction_id_list": ["punctuation:no_comma"],
+            "kwargs": [{}],
+        },
+    }[path]
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list([rows() for _ in range(8)]) for split in ("train", "validation", "test")}
+    )
+
+
+def test_the_tasks_that_lm_eval_brings_are_asked_as_it_asks_them(monkeypatch):
+    """Its own definitions by its names; their data, which the Hub has, is put in place."""
     monkeypatch.setattr(named_tasks.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CalibrationError, match="task is 'piqa': lm-eval .*baber/piqa"):
-        load_tasks(["piqa"])
+    monkeypatch.setattr(datasets, "load_dataset", data_of)
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    names = ["piqa", "arc_easy", "hellaswag", "gsm8k"] + ["ifeval"] * (
+        importlib.util.find_spec("langdetect") is not None
+    )
+    model, tokenizer = tiny_model(max_position_embeddings=2048), tiny_tokenizer()
+    # one manager for both: it takes seconds to make
+    manager = TaskManager()
+    monkeypatch.setattr(named_tasks, "TaskManager", lambda **_: manager)
+    theirs = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2),
+        tasks=names,
+        task_manager=manager,
+        limit=2,
+        bootstrap_iters=100,
+        log_samples=False,
+    )
+    scores = [evaluate_task(model, tokenizer, task, limit=2, quiet=True) for task in load_tasks(names)]
+    for score in scores:
+        expected = {k: v for k, v in theirs["results"][score.name].items() if "," in k and v != "N/A"}
+        assert known(score) == pytest.approx(expected, rel=1e-5)
+        assert score.lm_eval.num_fewshot == theirs["n-shot"][score.name]
+    assert [(score.lm_eval.metric, score.lm_eval.num_fewshot, score.chance) for score in scores][: len(names)] == [
+        ("acc_norm", 0, 0.5),
+        ("acc_norm", 0, 0.25),
+        ("acc_norm", 0, 0.25),
+        ("exact_match,strict-match", 5, 0.0),
+        ("prompt_level_strict_acc", 0, 0.0),
+    ][: len(names)]
+    arc = scores[1].lm_eval
+    assert (arc.dataset, arc.dataset_config, arc.split) == ("allenai/ai2_arc", "ARC-Easy", "test")
+    with pytest.raises(ConfigurationError, match="task is 'pika': .* of this name. It has .*piqa"):
+        load_tasks(["pika"])
