@@ -244,7 +244,7 @@ def add_measures(parser: argparse.ArgumentParser) -> None:
     names = (name for name in all_settings() if name.startswith("evaluation."))
     group = parser.add_argument_group("evaluation")
     _add(group, *(name for name in names if name.partition(".")[2] not in left_out))
-    says = "rows, examples and prompts in one forward pass (default: 8)"
+    says = "rows, and examples of tasks, in one forward pass (default: 8)"
     group.add_argument("--batch-size", dest="search.batch_size", type=int, metavar="N", help=says)
 
 

@@ -183,11 +183,15 @@ def load_tasks(
 
 
 def _named(names: Sequence[str], settings: EvaluationConfig) -> "dict[str, list[NamedTask]]":
+    rule, remedy = "without =FILE it is a task of lm-eval, which", "pip install 'optimum-clp[tasks]'"
     if importlib.util.find_spec("lm_eval") is None:
-        rule = "without =FILE it is a task of lm-eval, which is not installed"
-        remedy = f"pip install 'optimum-clp[tasks]', or give its examples as a file: {names[0]}={names[0]}.jsonl"
-        raise ConfigurationError.of("task", names[0], rule, remedy)
-    from .named_tasks import load_named
+        remedy += f", or give its examples as a file: {names[0]}={names[0]}.jsonl"
+        raise ConfigurationError.of("task", names[0], f"{rule} is not installed", remedy)
+    try:
+        from .named_tasks import load_named
+    except ImportError as error:  # an older one, or a part of it is missing
+        rule += f" is installed and cannot be loaded ({error})"
+        raise ConfigurationError.of("task", names[0], rule, remedy) from error
 
     return load_named(names, settings)
 

@@ -3,8 +3,10 @@ import math
 import random
 import re
 import statistics
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -406,6 +408,22 @@ def test_a_name_needs_lm_eval(monkeypatch):
     for refused in (lambda: load_tasks(["arc_easy"]), lambda: CLPPruner(tiny_model()).evaluate(tasks=["arc_easy"])):
         with pytest.raises(ConfigurationError, match=re.escape(message)):
             refused()
+
+
+def test_an_lm_eval_that_cannot_be_used_is_told(monkeypatch):
+    older = ModuleType("lm_eval")
+    older.__spec__ = ModuleSpec("lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "optimum_clp.evaluation.named_tasks", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", older)
+    rule = (
+        "task is 'arc_easy': without =FILE it is a task of lm-eval, which is installed and cannot be loaded (No module"
+    )
+    with pytest.raises(
+        ConfigurationError, match=re.escape(rule) + r".*lm_eval.*\)\. pip install 'optimum-clp\[tasks\]'\."
+    ):
+        load_tasks(["arc_easy"])
 
 
 def test_tasks_are_listed_or_named_by_a_mapping(tmp_path):
