@@ -69,6 +69,17 @@ class HarnessModel(HFLM):
         asked = [Request([*past, *new][-(self.max_length + 1) :], len(new)) for _, past, new in requests]
         return log_likelihoods(self._asked, asked, override_bs or self.batch_size, self._name, quiet=True)
 
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """For each request, the log-likelihood of a whole text in nats, window by window."""
+        found: list[float] = []
+        with contextlib.redirect_stderr(self._stderr):
+            with progress_bar(len(requests), f"Task {self._name}", self._quiet) as bar:
+                for first in range(0, len(requests), self.batch_size):
+                    some = list(requests[first : first + self.batch_size])
+                    found += super().loglikelihood_rolling(some, disable_tqdm=True)
+                    bar.update(len(some))
+        return found
+
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """For each request, what the model says until one of the task's stop sequences."""
         with contextlib.redirect_stderr(self._stderr):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import context_limit, text_config
@@ -114,7 +115,7 @@ def log_likelihoods(
     Args:
         model: Called like a causal language model of transformers: one of PyTorch, or an [`OnnxCausalLM`]. Left as it is.
         requests (`Sequence[Request]`): Of any length.
-        batch_size (`int`): Requests in one forward pass; does not change the result beyond rounding.
+        batch_size (`int`): Rows in one forward pass, each of one input; does not change the result beyond rounding.
         name (`str`): What the progress bar and errors say.
         quiet (`bool`): No progress bar.
 
@@ -128,27 +129,35 @@ def log_likelihoods(
     check_vocabulary(requests, model)
     found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
     device = getattr(model, "device", torch.device("cpu"))
+    # choices of one token after the same text are one row: the last token is only predicted
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, request in enumerate(requests):
+        alike.setdefault(tuple(request.ids[:-1]), []).append(index)
     # neighbours of one length need little padding; the longest come first, where memory would run out
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
+    order = sorted(alike, key=lambda inputs: -len(inputs))
     with torch.no_grad(), evaluation_mode(model), progress_bar(len(requests), f"Task {name}", quiet) as bar:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            ids = torch.zeros(len(batch), len(requests[batch[0]].ids) - 1, dtype=torch.int64)
+            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.int64)
             mask = torch.zeros_like(ids)
-            for row, index in enumerate(batch):
-                inputs = requests[index].ids[:-1]
+            for row, inputs in enumerate(batch):
                 ids[row, : len(inputs)] = torch.tensor(inputs)
                 mask[row, : len(inputs)] = 1
             logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            for row, index in enumerate(batch):
-                length, end = requests[index].length, len(requests[index].ids) - 1
-                predicted = logits[row, end - length : end].float().log_softmax(-1)
-                target = torch.tensor(requests[index].ids[-length:], device=predicted.device)
-                log_likelihood = predicted.gather(-1, target[:, None]).double().sum().item()
-                if math.isnan(log_likelihood):
-                    rule = f"it gives NaN for an example of the task {name}"
-                    remedy = "Load it in another dtype, such as float32"
-                    raise ModelError.of("model", type(model).__name__, rule, remedy)
-                found[index] = (log_likelihood, bool((predicted.argmax(-1) == target).all()))
-            bar.update(len(batch))
+            for row, inputs in enumerate(batch):
+                for index in alike[inputs]:
+                    found[index] = _scored(logits[row, : len(inputs)], requests[index])
+                    if math.isnan(found[index][0]):
+                        rule = f"it gives NaN for an example of the task {name}"
+                        remedy = "Load it in another dtype, such as float32"
+                        raise ModelError.of("model", type(model).__name__, rule, remedy)
+                bar.update(len(alike[inputs]))
     return found
+
+
+def _scored(logits: Tensor, request: Request) -> tuple[float, bool]:
+    """The log-likelihood of a request's last tokens by the logits of its row, and whether each is the most likely one."""
+    predicted = logits[len(logits) - request.length :].float().log_softmax(-1)
+    target = torch.tensor(request.ids[-request.length :], device=predicted.device)
+    log_likelihood = predicted.gather(-1, target[:, None]).double().sum().item()
+    return log_likelihood, bool((predicted.argmax(-1) == target).all())

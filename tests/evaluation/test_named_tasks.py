@@ -259,10 +259,11 @@ def test_nothing_of_the_process_is_left_changed(folder, monkeypatch, capsys):
 
 def test_progress_is_told_while_lm_evals_own_is_dropped(folder, monkeypatch, capsys):
     monkeypatch.setattr("optimum_clp.progress._DELAY", -1.0)
-    for task in loaded(folder, "choices", "written"):
+    for task in loaded(folder, "choices", "written", "rolling"):
         evaluate_task(tiny_model(), tiny_tokenizer(), task, limit=2)
     said = capsys.readouterr().err
-    assert "Task choices: " in said and "Task written: 2 of 2" in said and "it/s" not in said
+    assert "Task choices: " in said and "Task written: 2 of 2" in said
+    assert "Task rolling: 2 of 2" in said and "it/s" not in said
 
 
 def test_a_tag_stands_for_its_tasks_and_a_group_for_itself(folder):
@@ -419,11 +420,15 @@ def test_a_model_that_gives_nan_has_no_accuracy(folder):
 
 
 def test_what_lm_eval_refuses_names_the_task(tmp_path):
-    write_definitions(tmp_path, {"words": DEFINITIONS["words"], "unsafe": DEFINITIONS["zero"] + "unsafe_code: true\n"})
-    with pytest.raises(
-        CalibrationError, match=r"task is 'unsafe': lm-eval [\d.]+ cannot measure it \(ValueError: .*unsafe"
+    long = DEFINITIONS["written"].replace("max_gen_toks: 12", "max_gen_toks: 500")
+    unsafe = DEFINITIONS["zero"] + "unsafe_code: true\n"
+    write_definitions(tmp_path, {"words": DEFINITIONS["words"], "unsafe": unsafe, "long": long})
+    for name, message in (
+        ("unsafe", r"\(ValueError: .*unsafe"),
+        ("long", r"\(AssertionError: .*tokens to generate \(500\) must be less than .* \(128\)"),
     ):
-        evaluate_task(tiny_model(), tiny_tokenizer(), loaded(tmp_path, "unsafe")[0], quiet=True)
+        with pytest.raises(CalibrationError, match=rf"task is '{name}': lm-eval [\d.]+ cannot measure it {message}"):
+            evaluate_task(tiny_model(), tiny_tokenizer(), loaded(tmp_path, name)[0], quiet=True)
 
 
 def data_of(path, name=None, **_):

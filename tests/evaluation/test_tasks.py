@@ -156,6 +156,17 @@ def test_the_batch_size_does_not_matter(model_type):
             assert figures(other) == pytest.approx(figures(one), rel=1e-5)
 
 
+def test_choices_of_one_token_are_one_row():
+    recorder, tokenizer = Recorder(), tiny_tokenizer()
+    rows = [
+        {"query": "w3 w4", "choices": ["w5", "w6", "w7 w8"], "gold": 0},
+        {"query": "w3", "choices": ["w5", "w6"], "gold": 1},
+    ]
+    score = evaluate_task(recorder, tokenizer, load_task("t", rows), quiet=True)
+    assert sorted(recorder.inputs) == [[3], [3, 4], [3, 4, 7]]
+    assert (score.plain_accuracy, score.num_examples) == (0.5, 2), "of equal likelihoods the first counts"
+
+
 def test_an_onnx_file_scores_as_the_pytorch_model():
     exported = exported_llama()
     onnx = OnnxCausalLM.from_pretrained(exported.folder)
