@@ -8,7 +8,7 @@ PY := $(VENV)/bin/python
 VENV4 := .venv-transformers4
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-examples test-across architectures docs packages lint format types install clean
+.PHONY: demo demo-chat test test-slow test-transformers4 test-newest test-pages test-examples test-tasks test-across architectures docs packages lint format types install clean
 
 install: $(STAMP)
 
@@ -74,6 +74,13 @@ test-examples: export HF_HUB_OFFLINE = 1
 test-examples: $(STAMP)
 	$(PY) -m pip install -q -c constraints.txt -e ".[examples]"
 	CLP_OUTPUT=$$(mktemp -d) $(PY) -m pytest --nbmake --nbmake-timeout=600 examples
+
+# tasks of lm-eval, asked through it on data that the tests write: no network. It brings 350 MB, so `make test` goes without
+test-tasks: export OMP_NUM_THREADS = 1
+test-tasks: export HF_HUB_OFFLINE = 1
+test-tasks: $(STAMP)
+	$(PY) -m pip install -q -c constraints.txt -e ".[tasks]"
+	$(PY) -m pytest -m "slow or not slow" tests/evaluation/test_named_tasks.py tests/evaluation/test_tasks.py tests/commands/test_named_task_commands.py 'tests/test_pages_run.py::test_a_page_runs[docs/cli.md]'
 
 # what transformers 5 has saved, read by transformers 4
 test-across: export OMP_NUM_THREADS = 1

@@ -15,7 +15,7 @@ from .checkpoint.output import claimed_output
 from .configuration.clp_config import CLPConfig
 from .errors import TuningError
 from .evaluation.model import evaluate_model
-from .evaluation.tasks import load_task
+from .evaluation.tasks import load_tasks
 from .healing import heal
 from .output_folder import check_run, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
@@ -217,7 +217,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         *,
         reference: PreTrainedModel | str | os.PathLike | None = None,
         file_name: str | None = None,
-        tasks: Mapping[str, str | os.PathLike | list[dict[str, Any]]] | None = None,
+        tasks: Mapping[str, str | os.PathLike | list[dict[str, Any]]] | list[Any] | None = None,
         task_limit: int | None = None,
         generation: bool | None = None,
     ) -> dict[str, Any]:
@@ -228,8 +228,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
                 nor tasks are given.
             reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model; the pruner's if it is loaded.
             file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
-            tasks (`Mapping[str, str | os.PathLike | list[dict]]`, *optional*): For each task's name a JSON lines file or
-                its rows, see [`load_task`]. Needs a tokenizer.
+            tasks (`Mapping[str, str | os.PathLike | list[dict]]` or `list`, *optional*): For each task's name a JSON lines file or
+                its rows, see [`load_task`]; or a list of names of lm-eval's tasks and of `NAME=FILE`. Needs a tokenizer.
             task_limit (`int`, *optional*): Only so many examples of each task, from the start; at least 1.
             generation (`bool`, *optional*): Let it answer, see [`measure_generation`]; if not given, as the recipe says,
                 and not where only tasks are measured.
@@ -242,7 +242,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             CalibrationError: If the text or a task cannot be read or tokenized.
             ConfigurationError: If `task_limit` is below 1, `file_name` has no folder, or the prompts cannot be used.
         """
-        session, loaded = self._session, [load_task(name, source) for name, source in (tasks or {}).items()]
+        session, loaded = self._session, load_tasks(tasks or {}, self.config.evaluation)
         model, dense = session.measured_model(file_name), session.reference(reference)
         rows = None if text is None and loaded else session.rows(text, model)
         asked = (rows is not None and self.config.evaluation.generation) if generation is None else generation

@@ -17,6 +17,7 @@ import shutil
 import sys
 import tomllib
 import types
+from pathlib import Path
 from unittest import mock
 
 import datasets
@@ -27,7 +28,7 @@ from page_blocks import PAGES, ROOT, blocks, commands, name_of, own_arguments
 from tiny_models import make_identity, tiny_model
 
 from optimum_clp import CLPConfig, doors
-from optimum_clp.commands.clp import main
+from optimum_clp.commands.clp import build_parser, main
 from optimum_clp.configuration.stages import STAGES
 from optimum_clp.registry import Registry
 
@@ -53,6 +54,19 @@ SMALL = {
 WITHOUT_FILES = ("docs/how_to/chat_models.md", "docs/how_to/own_data.md", "docs/how_to/several_gpus.md")
 # programs that a block needs and that need not be installed
 OPTIONAL = ("onnxruntime_genai", "optimum.onnxruntime")
+# a task of lm-eval is this one, by the name that the page has
+DEFINITION = r"""
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+fewshot_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{query}}}}\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
 TEXT = "Once upon a time there was a fox, and it had seven apples in a basket. It went home before the rain came.\n"
 RECIPES = {
     "strategies": lambda name: {"search": {"strategy": name}},
@@ -112,7 +126,9 @@ def prepared(tmp_path_factory):
         "corpus.jsonl": [{"body": TEXT}] * 150,
         "chats.jsonl": [{"messages": talk}] * 200,
         "prompts.jsonl": [{"messages": talk[:1], "kind": "facts"}, {"prompt": "What is 6 + 7?", "kind": "arithmetic"}],
-        "piqa.jsonl": [{"query": "Question: Is ice cold?", "choices": ["yes", "no"], "gold": 0}] * 3,
+        "piqa.jsonl": [
+            {"query": f"Question: Is ice cold{'?' * n}", "choices": ["yes", "no"], "gold": 0} for n in range(1, 9)
+        ],
         "lambada.jsonl": [{"context": "She opened the", "continuation": "door"}] * 3,
     }
     rows["prompts.jsonl"][1]["answer"] = "13"
@@ -133,7 +149,8 @@ def workplace(prepared, tmp_path, monkeypatch):
     shutil.copytree(prepared, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"text": [TEXT] * 150}))
+    load, given = datasets.load_dataset, datasets.Dataset.from_dict({"text": [TEXT] * 150})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load(**k) if k.get("path") == "json" else given)
     sent = mock.Mock(repo_id="me/qwen3-0.6b-clp20")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: sent)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *a, **k: "https://example.org/commit")
@@ -152,6 +169,16 @@ def run_command(command):
         with mock.patch.object(sys, "stdin", io.StringIO("Is ice cold?\n")):
             assert main([*arguments, "--no-browser", "--quiet", "--max-new-tokens", "8"]) == 0
     elif arguments is not None:
+        names = build_parser().parse_args(arguments)
+        named = [name for name in getattr(names, "evaluation.tasks", None) or () if "=" not in name]
+        if named and not installed("lm_eval"):
+            return
+        if named:
+            os.makedirs("definitions", exist_ok=True)
+            for name in named:
+                text = DEFINITION.format(name=name, rows=os.path.abspath("piqa.jsonl"))
+                Path("definitions", f"{name}.yaml").write_text(text, encoding="utf-8")
+            arguments = [*arguments, "--tasks-dir", "definitions"]
         assert main([*arguments, *([] if "--quiet" in arguments else ["--quiet"])]) == 0, " ".join(command)
 
 

@@ -105,7 +105,7 @@ def test_docstrings_are_read_as_they_are_meant(docstrings):
     assert (
         arguments["task_limit"].annotation == "int" and arguments["text"].annotation == "str | os.PathLike | list[str]"
     )
-    assert arguments["tasks"].annotation == "Mapping[str, str | os.PathLike | list[dict]]"
+    assert arguments["tasks"].annotation == "Mapping[str, str | os.PathLike | list[dict]] | list"
     assert {str(raised.annotation) for raised in sections["raises"]} == {"CalibrationError", "ConfigurationError"}
     assert sections["returns"][0].annotation == "dict"
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from ..configuration.rules import name_or_file
 from ..configuration.settings import Setting
 from ..configuration.stages import all_settings
 from ..doors import ARCHITECTURES, RUNTIMES
@@ -16,17 +17,18 @@ from ..errors import shortened
 from ..registry import Registry
 
 # which stages run: options of their own, beside those of the stages
-NAMED_FILE = "NAME=FILE, such as piqa=piqa.jsonl"
+TASK = "the name of a task, or NAME=FILE, such as piqa=piqa.jsonl"
 STAGE_SWITCHES = ("tuning.enabled", "export.enabled", "quantization.quanto")
 
 
 class SeveralAction(argparse.Action):
-    """`--weights int8 int4 OUTPUT`, `--weights int8,int4 OUTPUT` and `--tasks a=a.jsonl b=b.jsonl OUTPUT`.
+    """`--weights int8 int4 OUTPUT`, `--weights int8,int4 OUTPUT` and `--tasks piqa,arc_easy mine=mine.jsonl OUTPUT`.
 
-    argparse gives everything that follows to the option; a last word that is none of its values is the output folder.
+    argparse gives everything that follows to the option; a last word that is none of its values is the output folder, and so is a
+    last name without a file, where there is none yet.
 
     Args:
-        names (`Iterable[str]`): What there is to choose from; without any, values are `NAME=FILE`.
+        names (`Iterable[str]`): What there is to choose from; without any, values are names or `NAME=FILE`.
     """
 
     def __init__(self, *args, names: Iterable[str] = (), **options):
@@ -36,14 +38,18 @@ class SeveralAction(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         words: list[str] = list(values)
         chosen: list[str] = []
+        has_output = getattr(namespace, "output", None) or not hasattr(namespace, "output_required")
+        # any word may be a task's name
+        open_end = not self.names and not has_output and len(words) > 1 and self._values(words[-1]) == [words[-1]]
+        last = words.pop() if open_end and "=" not in words[-1] else None
         while words and (parts := self._values(words[0])):
             chosen += parts
             del words[0]
-        has_output = getattr(namespace, "output", None) or not hasattr(namespace, "output_required")
+        words += [last] if last else []
         if not chosen or len(words) > 1 or (words and has_output):
             unknown = words[-1] if chosen and has_output else words[0]
             said = f"invalid choice: {unknown!r} (choose from {', '.join(self.names)})"
-            raise argparse.ArgumentError(self, said if self.names else f"{unknown!r} is not {NAMED_FILE}")
+            raise argparse.ArgumentError(self, said if self.names else f"{unknown!r} is not {TASK}")
         setattr(namespace, self.dest, chosen)
         if words:
             namespace.output = words[0]
@@ -51,8 +57,7 @@ class SeveralAction(argparse.Action):
     def _values(self, word: str) -> list[str]:
         """What a word stands for; nothing if it is none of the option's."""
         if not self.names:
-            name, _, file = word.partition("=")
-            return [word] if name and file else []
+            return name_or_file(word)
         parts = word.split(",")
         return parts if set(parts) <= set(self.names) else []
 
@@ -235,8 +240,12 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
     """Those of them that measure one model."""
-    names = ("generation", "prompts", "num_prompts", "max_new_tokens", "tasks", "task_limit")
-    _add(parser.add_argument_group("evaluation"), *(f"evaluation.{name}" for name in names))
+    left_out = ("texts", "require_retention", "require_generation")
+    names = (name for name in all_settings() if name.startswith("evaluation."))
+    group = parser.add_argument_group("evaluation")
+    _add(group, *(name for name in names if name.partition(".")[2] not in left_out))
+    says = "rows, and examples of tasks, in one forward pass (default: 8)"
+    group.add_argument("--batch-size", dest="search.batch_size", type=int, metavar="N", help=says)
 
 
 def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> None:

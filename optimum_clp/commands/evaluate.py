@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..report.generation import generation_text
+from ..report.recognition import harness_cells
 from ..report.report import REPORT_NAME
 from ..report.tables import Column, record_cells, text_table
 from . import arguments
 from .running import Answer, load_pruner, read_config
+from .tasks import check_tasks
 
 if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
 
 HELP = "measure perplexity, generation and task accuracy, and with --reference the distance to the dense model"
-USAGE = "--model MODEL [--file ONNX] [--reference DENSE] [--dataset TEXT] [--tasks NAME=FILE ...] [options]"
+USAGE = "--model MODEL [--file ONNX] [--reference DENSE] [--dataset TEXT] [--tasks NAME[=FILE] ...] [options]"
 EXAMPLE = (
     "optimum-clp evaluate --model qwen3-0.6b-clp20 --file onnx/model_q4.onnx --dataset test.txt "
     "--reference Qwen/Qwen3-0.6B"
@@ -34,12 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `evaluate`; the answer is what was measured."""
-    _check_tasks(read_config(args))  # a mistake in the options is reported before the model is loaded
+    # a mistake in the options is reported, and data that is not to be had, before the model is loaded; what a folder's
+    # recipe measured when it was written is not asked for here
+    tasks = _read_tasks(read_config(args))
     pruner = load_pruner(args, args.file)
     pruner.config = read_config(args, pruner.config)
-    # what a folder's recipe measured when it was written is not asked for here
-    named = getattr(args, "evaluation.tasks") is not None or args.config is not None
-    tasks = pruner.config.evaluation.task_files() if named else {}
     text = getattr(args, "calibration.dataset")
     if text is None and args.config is not None:
         text = pruner.config.calibration.dataset
@@ -72,24 +73,23 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     Returns:
         `str`: Empty without tasks.
     """
-    return text_table(record_cells(list(tasks.values()), _COLUMNS)) if tasks else ""
+    records = [{**task, **harness_cells(task, task.get("lm_eval"))} for task in tasks.values()]
+    return text_table(record_cells(records, _COLUMNS)) if tasks else ""
 
 
-def _check_tasks(config: "CLPConfig") -> None:
-    """Read all tasks and prompts once, so that a bad one is reported before the model is loaded."""
+def _read_tasks(config: "CLPConfig") -> list[Any]:
+    """All tasks; prompts are read once as well, so that a bad one is reported before the model is loaded."""
     evaluation = config.evaluation
-    tasks = evaluation.task_files()
-    if evaluation.task_limit is not None and not tasks:
-        raise ConfigurationError.of("--task-limit", evaluation.task_limit, "there is no task to limit", "Give --tasks")
-    if tasks:
-        from ..evaluation.tasks import load_task
-
-        for name, file in tasks.items():
-            load_task(name, file)
+    check_tasks(config)
     if evaluation.prompts is not None:
         from ..evaluation.prompts import load_prompts
 
         load_prompts(evaluation.prompts)
+    if not evaluation.tasks:
+        return []
+    from ..evaluation.tasks import load_tasks
+
+    return list(load_tasks(evaluation.tasks, evaluation))
 
 
 def _figure(value: object) -> str:
@@ -102,12 +102,15 @@ def _of_task(value: float) -> str:
 
 _COLUMNS = (
     Column("name", "task"),
+    Column("metric", "metric"),
+    Column("num_fewshot", "shots"),
     Column("num_examples", "examples", ","),
     Column("accuracy", "accuracy", _of_task),
     Column("accuracy_stderr", "std. error", _of_task),
     Column("plain_accuracy", "plain", _of_task),
     Column("chance", "chance", _of_task),
     Column("perplexity", "perplexity", _of_task),
+    Column("value", "value", _of_task),
     Column("dense_accuracy", "dense", _of_task),
     Column("retention", "retention", _of_task),
 )

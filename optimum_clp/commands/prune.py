@@ -18,6 +18,7 @@ from .running import (
     required_output,
     written,
 )
+from .tasks import read_named_tasks
 
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> Answer:
         from ..report.hub import check_repo_id
 
         check_repo_id(args.push_to_hub)
+    read_named_tasks(config)
     pruner = load_pruner(args)
     try:
         pruner.prune(config, output, overwrite=args.overwrite)

@@ -6,7 +6,8 @@ from typing import Any
 from ..errors import TuningError
 from ..report.tables import cell
 from . import arguments
-from .running import Answer, exit_status, load_cut_pruner, required_output, written
+from .running import Answer, exit_status, load_cut_pruner, read_config, required_output, written
+from .tasks import read_named_tasks
 
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
@@ -27,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Answer:
     """Run `tune`; the answer is the report and the losses before and after."""
-    output = required_output(args)
+    output, given = required_output(args), read_config(args)
+    if given.evaluation.tasks:  # else those of the folder's recipe
+        read_named_tasks(given)
     pruner = load_cut_pruner(args)
     try:
         pruner.tune(pruner.config)

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,8 @@ from ..registry import Registry
 
 _LONGEST_WORD = 4096  # of a path on Linux
 _MOST_STRINGS, _LARGEST_WEIGHT = 10**7, 10**6
+# of a task of lm-eval; what ends like a file is a file whose name was forgotten
+_NAME = re.compile(r"(?!.*\.(jsonl?|csv|tsv|txt|parquet|ya?ml)$)[\w()][\w.()+-]*")
 
 
 @dataclass(frozen=True)
@@ -188,24 +191,32 @@ def some_names(kind: str, example: str) -> Rule:
     return Rule(holds, f"it must be a list of {kind}", f"Give for example {[example]}", lambda word: word.split(","))
 
 
-def named_files(example: str) -> Rule:
-    """A list of strings `NAME=FILE`, each name once, such as `example`."""
+def names_or_files(kind: str, example: str, file: str) -> Rule:
+    """A list of strings, each a name of a `kind`, such as `example`, or `NAME=FILE`, such as `file`; each name once."""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, (list, tuple)) or not all(map(is_word, value)):
             return False
-        parts = [word.partition("=") for word in value]
-        names = {name for name, _, _ in parts}
-        return len(names) == len(parts) and all(name and file for name, _, file in parts)
+        names = [word.partition("=")[0] for word in value]
+        return len(set(names)) == len(names) and all(name_or_file(word) == [word] for word in value)
 
-    # a file's name may have a comma: words are given one by one
     return Rule(
         holds,
-        "it must be a list of NAME=FILE, each name once",
-        f"Give for example {[example]}",
-        lambda word: [word],
+        f"it must be a list of {kind} and of NAME=FILE, each name once",
+        f"Give for example {[file, example]}",
+        name_or_file,
         several=True,
     )
+
+
+def name_or_file(word: str) -> list[str]:
+    """What a word of the command line stands for: `NAME=FILE` as it is, names with commas between them one by one; else nothing."""
+    if "=" in word:
+        # a file's name may have a comma
+        name, _, file = word.partition("=")
+        return [word] if name and file else []
+    names = word.split(",")
+    return names if all(map(_NAME.fullmatch, names)) else []
 
 
 def source_of_text() -> Rule:

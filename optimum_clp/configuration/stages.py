@@ -14,7 +14,7 @@ from .rules import (
     boolean,
     integer,
     name_or_weights,
-    named_files,
+    names_or_files,
     not_negative,
     one_of,
     or_auto,
@@ -462,13 +462,36 @@ class EvaluationConfig:
     )
     tasks: list[str] = setting(
         [],
-        named_files("piqa=piqa.jsonl"),
-        "zero-shot accuracy on JSON lines files, such as piqa=piqa.jsonl",
-        metavar="NAME=FILE",
+        names_or_files("tasks of lm-eval", "arc_easy", "piqa=piqa.jsonl"),
+        "accuracy on tasks: names of lm-eval's, such as piqa,arc_easy, or JSON lines files, such as piqa=piqa.jsonl",
+        more="Names need lm-eval (`pip install 'optimum-clp[tasks]'`) and the Hub, files neither; files are measured zero-shot.",
+        metavar="NAME[=FILE]",
         unset="none",
     )
     task_limit: int | None = setting(
-        None, or_none(integer(1, _ROWS)), "only the first N examples of each task", unset="all of them"
+        None,
+        or_none(integer(1, _ROWS)),
+        "only the first N examples of each task",
+        flag="--limit",
+        unset="all of them",
+    )
+    num_fewshot: int | None = setting(
+        None,
+        or_none(integer(0, 1000)),
+        "examples in front of each question of a task of lm-eval",
+        unset="as many as the task says, mostly none",
+    )
+    apply_chat_template: bool = setting(
+        False,
+        boolean(),
+        "put the questions of lm-eval's tasks through the tokenizer's chat template, examples as turns",
+    )
+    tasks_dir: str | None = setting(
+        None,
+        or_none(text()),
+        "folder with definitions of tasks of your own, lm-eval's YAML files; Python in it is run",
+        metavar="FOLDER",
+        unset="only those that lm-eval has",
     )
     require_retention: float | None = setting(
         None,
@@ -487,8 +510,12 @@ class EvaluationConfig:
     )
 
     def task_files(self) -> dict[str, str]:
-        """For each task's name its file."""
-        return {name: file for name, _, file in (word.partition("=") for word in self.tasks)}
+        """For the name of each task in a file its file."""
+        return {name: file for name, is_file, file in (word.partition("=") for word in self.tasks) if is_file}
+
+    def named_tasks(self) -> list[str]:
+        """The tasks of lm-eval."""
+        return [word for word in self.tasks if "=" not in word]
 
 
 STAGES: dict[str, type] = {

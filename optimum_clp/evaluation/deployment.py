@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -17,9 +17,13 @@ from ..forward.layer_major import Residence
 from ..report.section import Key
 from .generation import GenerationOutcome, check_prompts, measure_generation
 from .prompts import Prompt, load_prompts
-from .tasks import Task, TaskScore, evaluate_task, load_task, task_retention
+from .scores import Harness, TaskScore, task_retention
+from .tasks import Task, evaluate_task, load_tasks
 from .tokens import evaluate_tokens
 from .verdict import Verdict, verdict
+
+if TYPE_CHECKING:
+    from .named_tasks import NamedTask
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,22 @@ class TaskRow:
 
     name: Annotated[str, Key("As in the rows of `evaluation`.")]
     accuracy: Annotated[
-        float,
-        Key("Choices: `acc_norm`, the likelihood per character decides. Last words: `acc`.", minimum=0, maximum=1),
+        float | None,
+        Key(
+            "Choices: `acc_norm`, the likelihood per character decides. Last words: `acc`. A task of lm-eval: what `lm_eval.metric` "
+            "says; null where that is no share.",
+            minimum=0,
+            maximum=1,
+        ),
     ]
     accuracy_stderr: float | None
-    plain_accuracy: Annotated[float, Key("`acc`: the likelihood itself decides.", minimum=0, maximum=1)]
+    plain_accuracy: Annotated[float | None, Key("`acc`: the likelihood itself decides.", minimum=0, maximum=1)]
     retention: Annotated[
         float | None, Key("Accuracy over the dense model's; null where that is too near to chance.", minimum=0)
     ]
+    metrics: Annotated[
+        dict[str, float | None] | None, Key("All figures of a task of lm-eval, by its names.", sparse=True)
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class TaskFigures:
     num_examples: Annotated[int, Key(minimum=1)]
     chance: Annotated[float, Key("Accuracy of a random guess.", minimum=0, maximum=1)]
     rows: tuple[TaskRow, ...]
+    lm_eval: Annotated[Harness | None, Key("How lm-eval measured it, if it is one of its tasks.", sparse=True)] = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,7 @@ class DeploymentChecks:
     model_config: PretrainedConfig
     quiet: bool = False
     texts: dict[str, Tensor] = field(default_factory=dict, init=False)
-    tasks: list[Task] = field(default_factory=list, init=False)
+    tasks: "list[Task | NamedTask]" = field(default_factory=list, init=False)
     prompts: list[Prompt] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +130,9 @@ class DeploymentChecks:
         if evaluation.generation and evaluation.prompts is not None:
             self.prompts = load_prompts(evaluation.prompts)
             check_prompts(self.prompts, self.tokenizer, evaluation.num_prompts, context_limit(self.model_config))
-        self.tasks = [load_task(name, file) for name, file in evaluation.task_files().items()]
+        self.tasks = load_tasks(evaluation.tasks, evaluation)
+        for task in self.tasks:
+            task.check(self.tokenizer)
         length = within_context(calibration.sequence_length, self.model_config)
         for text in evaluation.texts:
             tokens = tokenize_dataset(
@@ -269,7 +284,8 @@ def _task_figures(task: str, found: dict[str, TaskScore], has_dense: bool) -> Ta
             score.accuracy_stderr,
             score.plain_accuracy,
             task_retention(found["dense"], score) if has_dense else None,
+            score.metrics,
         )
         for name, score in found.items()
     )
-    return TaskFigures(task, some.num_examples, some.chance, rows)
+    return TaskFigures(task, some.num_examples, some.chance, rows, some.lm_eval)

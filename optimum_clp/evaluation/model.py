@@ -1,6 +1,7 @@
 """All figures of one model: on token rows, on tasks, or on both."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,12 +16,15 @@ from .prompts import load_prompts
 from .tasks import Task, evaluate_tasks
 from .tokens import evaluate_tokens
 
+if TYPE_CHECKING:
+    from .named_tasks import NamedTask
+
 
 def evaluate_model(
     model: Any,
     dense: PreTrainedModel | None,
     rows: Tensor | None,
-    tasks: list[Task],
+    tasks: "Sequence[Task | NamedTask]",
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     batch_size: int = 8,
@@ -35,7 +39,7 @@ def evaluate_model(
         model: Called like a causal language model of transformers: one of PyTorch, or an [`OnnxCausalLM`].
         dense (`PreTrainedModel` or `None`): For KL, agreement and retention.
         rows (`Tensor` or `None`): int64 `[rows, length]` without padding; `None` measures tasks only.
-        tasks (`list[Task]`): With names of their own; may be empty.
+        tasks (`Sequence[Task | NamedTask]`): With names of their own; may be empty.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Needed for tasks.
         batch_size (`int`): Rows in one forward pass.
         task_limit (`int`, *optional*): Only so many examples of each task; at least 1.

@@ -1,31 +1,30 @@
-"""Zero-shot accuracy on tasks given as JSON lines, with the figures that EleutherAI's lm-eval gives.
+"""Zero-shot accuracy: on tasks given as JSON lines, and, where lm-eval is installed, on its own tasks by their names.
 
-Prompts, tokens, truncation, accuracies and standard errors follow lm-eval 0.4.13: a figure can be set beside published ones.
+Prompts, accuracies and standard errors of tasks in files follow lm-eval 0.4.13: a figure can be set beside published ones. They need
+nothing but this package; [`~optimum_clp.evaluation.named_tasks`] leaves everything but the likelihoods to lm-eval.
 """
 
+import importlib.util
 import math
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..architecture.lookup import context_limit, text_config
 from ..argument_types import check_arguments
-from ..errors import CalibrationError, ConfigurationError, ModelError
-from ..forward.hooks import evaluation_mode
+from ..configuration.stages import EvaluationConfig
+from ..errors import CalibrationError, ConfigurationError
 from ..json_files import JsonProblem, json_lines
-from ..progress import progress_bar
-from ..report.section import to_section
+from .likelihood import continuation_request, log_likelihoods, max_length
+from .scores import TaskScore, task_retention
 
-# lm-eval's, for a model whose config and tokenizer name no length
-_DEFAULT_MAX_LENGTH = 2048
-# transformers' tokenizers say 1e30 where no length is set
-_NO_LENGTH = 10**18
+if TYPE_CHECKING:
+    from .named_tasks import NamedTask
+
 _FORMATS = '{"context", "continuation"} or {"query", "choices", "gold"}'
 
 
@@ -42,6 +41,12 @@ class Example:
     context: str
     continuations: tuple[str, ...]
     gold: int = 0
+
+    def texts(self) -> Iterator[str]:
+        """The continuations, with the space before each where there is none yet."""
+        for continuation in self.continuations:
+            spaced = self.context.endswith(" ") or continuation.startswith(" ")
+            yield continuation if spaced else f" {continuation}"
 
 
 @dataclass(frozen=True)
@@ -61,33 +66,33 @@ class Task:
         """Whether the model chooses between continuations; otherwise it has to find the one there is."""
         return len(self.examples[0].continuations) > 1
 
+    def check(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Say before any work whether a model with this tokenizer can be asked: it can; each text is looked at when it is asked."""
 
-@dataclass(frozen=True)
-class TaskScore:
-    """How a model did on a task.
-
-    Args:
-        name (`str`): The task's.
-        accuracy (`float`): In [0, 1]. Choices: share of examples whose right choice has the highest log-likelihood for each of
-            its characters (lm-eval's `acc_norm`). Last words: share of words each of whose tokens is the most likely one.
-        accuracy_stderr (`float` or `None`): Its standard error; `None` for a single example.
-        plain_accuracy (`float`): Choices: the same by the log-likelihood itself (lm-eval's `acc`). Last words: `accuracy`.
-        chance (`float`): Accuracy of a random guess; 0 for last words.
-        perplexity (`float` or `None`): Last words: `exp` of the mean negative log-likelihood of a word (not of a token).
-        num_examples (`int`): Examples that were measured.
-    """
-
-    name: str
-    accuracy: float
-    accuracy_stderr: float | None
-    plain_accuracy: float
-    chance: float
-    perplexity: float | None
-    num_examples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The figures as JSON-ready values; a perplexity beyond all numbers is `None`."""
-        return to_section(self)
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, limit: int | None, quiet: bool
+    ) -> TaskScore:
+        """As [`evaluate_task`], which has checked `limit`."""
+        examples, longest = self.examples[:limit], max_length(model, tokenizer)
+        requests = [
+            continuation_request(example.context, text, tokenizer, longest, self.name)
+            for example in examples
+            for text in example.texts()
+        ]
+        found = iter(log_likelihoods(model, requests, batch_size, self.name, quiet))
+        answers = [[next(found) for _ in example.continuations] for example in examples]
+        if not self.has_choices:
+            right = [float(greedy) for ((_, greedy),) in answers]
+            mean = statistics.fmean(log_likelihood for ((log_likelihood, _),) in answers)
+            return _score(self.name, right, right, 0.0, math.exp(-mean) if mean > -700 else math.inf)
+        normalised, plain = [], []
+        for example, answer in zip(examples, answers, strict=True):
+            scores = [log_likelihood for log_likelihood, _ in answer]
+            shares = [s / len(choice) for s, choice in zip(scores, example.continuations, strict=True)]
+            normalised.append(float(shares.index(max(shares)) == example.gold))
+            plain.append(float(scores.index(max(scores)) == example.gold))
+        chance = statistics.fmean(1 / len(example.continuations) for example in examples)
+        return _score(self.name, normalised, plain, chance, None)
 
 
 @check_arguments
@@ -128,22 +133,86 @@ def load_task(name: str, source: str | os.PathLike | list[dict[str, Any]]) -> Ta
     return Task(name, tuple(examples))
 
 
+def load_tasks(
+    tasks: "Mapping[str, str | os.PathLike | list[dict[str, Any]]] | Sequence[str | Task | NamedTask]",
+    evaluation: EvaluationConfig | None = None,
+) -> "list[Task | NamedTask]":
+    """Read tasks, in files and of lm-eval.
+
+    Args:
+        tasks (`Mapping` or `Sequence`): For each name a file or its rows, as in [`load_task`]; or, one by one, `NAME=FILE`, a name that
+            lm-eval has, or a task that was loaded before.
+        evaluation ([`EvaluationConfig`], *optional*): How lm-eval's tasks are measured: `num_fewshot`, `apply_chat_template`,
+            `tasks_dir`.
+
+    Returns:
+        `list[Task | NamedTask]`: In that order, with names of their own. A tag of lm-eval, or a group without figures of its own,
+        stands for all its tasks.
+
+    Raises:
+        CalibrationError: If a task cannot be read.
+        ConfigurationError: If lm-eval is needed and not installed; if a setting is for tasks of lm-eval and there is none; if a
+            name comes twice, or something is no task.
+    """
+    settings = evaluation or EvaluationConfig()
+    if isinstance(tasks, Mapping):
+        return [load_task(name, source) for name, source in tasks.items()]
+    named = [task for task in tasks if isinstance(task, str) and "=" not in task]
+    found = _named(named, settings) if named else {}
+    loaded: list[Any] = []
+    for task in tasks:
+        if not isinstance(task, str):
+            if not hasattr(task, "score"):
+                rule = (
+                    f"it is of the type {type(task).__name__}, and must be NAME=FILE or the name of a task of lm-eval"
+                )
+                raise ConfigurationError.of("tasks", task, rule, "Give for example ['piqa=piqa.jsonl', 'arc_easy']")
+            loaded.append(task)
+        elif task in found:
+            loaded += found[task]
+        else:
+            name, _, file = task.partition("=")
+            loaded.append(load_task(name, file))
+    names = [task.name for task in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError.of(
+                "tasks", name, "it is measured twice", "Name each task once, alone or by its group"
+            )
+    return loaded
+
+
+def _named(names: Sequence[str], settings: EvaluationConfig) -> "dict[str, list[NamedTask]]":
+    rule, remedy = "without =FILE it is a task of lm-eval, which", "pip install 'optimum-clp[tasks]'"
+    if importlib.util.find_spec("lm_eval") is None:
+        remedy += f", or give its examples as a file: {names[0]}={names[0]}.jsonl"
+        raise ConfigurationError.of("task", names[0], f"{rule} is not installed", remedy)
+    try:
+        from .named_tasks import load_named
+    except ImportError as error:  # an older one, or a part of it is missing
+        rule += f" is installed and cannot be loaded ({error})"
+        raise ConfigurationError.of("task", names[0], rule, remedy) from error
+
+    return load_named(names, settings)
+
+
 def evaluate_task(
     model: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    task: Task,
+    task: "Task | NamedTask",
     *,
     batch_size: int = 8,
     limit: int | None = None,
     quiet: bool = False,
 ) -> TaskScore:
-    """Zero-shot accuracy of a model.
+    """Accuracy of a model on a task: zero-shot, but for tasks of lm-eval that say otherwise.
 
     Args:
         model: As in [`evaluate_tokens`]: a PyTorch model or an [`OnnxCausalLM`].
         tokenizer (`PreTrainedTokenizerBase`): The model's; adds the special tokens that it adds by default.
-        task ([`Task`]): What is measured.
-        batch_size (`int`): Continuations in one forward pass; does not change the result beyond rounding.
+        task ([`Task`] or [`NamedTask`]): What is measured.
+        batch_size (`int`): Continuations in one forward pass; does not change the result beyond rounding. Answers that are
+            written at once.
         limit (`int`, *optional*): Only so many examples, from the start; at least 1.
         quiet (`bool`): No progress bar.
 
@@ -162,31 +231,14 @@ def evaluate_task(
         raise CalibrationError.of(
             f"task {task.name}", None, "it needs a tokenizer, and the model has none", "Give tokenizer="
         )
-    examples = task.examples[:limit]
-    longest = _max_length(model, tokenizer)
-    requests = [r for example in examples for r in _requests(example, tokenizer, longest, task.name)]
-    _check_vocabulary(requests, model)
-    found = iter(_log_likelihoods(model, requests, batch_size, task.name, quiet))
-    answers = [[next(found) for _ in example.continuations] for example in examples]
-    if not task.has_choices:
-        right = [float(greedy) for ((_, greedy),) in answers]
-        mean = statistics.fmean(log_likelihood for ((log_likelihood, _),) in answers)
-        return _score(task.name, right, right, 0.0, math.exp(-mean) if mean > -700 else math.inf)
-    normalised, plain = [], []
-    for example, answer in zip(examples, answers, strict=True):
-        scores = [log_likelihood for log_likelihood, _ in answer]
-        shares = [s / len(choice) for s, choice in zip(scores, example.continuations, strict=True)]
-        normalised.append(float(shares.index(max(shares)) == example.gold))
-        plain.append(float(scores.index(max(scores)) == example.gold))
-    chance = statistics.fmean(1 / len(example.continuations) for example in examples)
-    return _score(task.name, normalised, plain, chance, None)
+    return task.score(model, tokenizer, batch_size=batch_size, limit=limit, quiet=quiet)
 
 
 def evaluate_tasks(
     model: Any,
     dense: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-    tasks: list[Task],
+    tasks: "Sequence[Task | NamedTask]",
     *,
     batch_size: int = 8,
     limit: int | None = None,
@@ -197,11 +249,11 @@ def evaluate_tasks(
     Args:
         model, tokenizer, batch_size, limit, quiet: As in [`evaluate_task`].
         dense: The dense model; `None` if it is not at hand. May be `model`, which is then measured once.
-        tasks (`list[Task]`): With names of their own.
+        tasks (`Sequence[Task | NamedTask]`): With names of their own.
 
     Returns:
         `dict[str, dict]`: For each task's name the values of [`TaskScore`]; with a dense model also `dense_accuracy` and
-        `retention`, see [`task_retention`].
+        `retention`, see [`task_retention`], and for a task of lm-eval `dense_metrics`.
     """
     scores = {}
     for task in tasks:
@@ -212,24 +264,9 @@ def evaluate_tasks(
             if dense is not model:
                 whole = evaluate_task(dense, tokenizer, task, batch_size=batch_size, limit=limit, quiet=quiet)
             scores[task.name] |= {"dense_accuracy": whole.accuracy, "retention": task_retention(whole, score)}
+            if whole.metrics is not None:
+                scores[task.name]["dense_metrics"] = whole.to_dict()["metrics"]
     return scores
-
-
-def task_retention(dense: TaskScore, cut: TaskScore) -> float | None:
-    """Accuracy of the cut model divided by the dense one's.
-
-    Args:
-        dense, cut ([`TaskScore`]): Of the same examples.
-
-    Returns:
-        `float` or `None`: `None` where the dense model is less than three standard errors above chance, or its standard error
-        is not known: the ratio of two guesses says nothing.
-    """
-    if dense.accuracy_stderr is None or dense.accuracy <= dense.chance:
-        return None
-    if dense.accuracy < dense.chance + 3 * dense.accuracy_stderr:
-        return None
-    return cut.accuracy / dense.accuracy
 
 
 def _score(name: str, right: list[float], plain: list[float], chance: float, perplexity: float | None) -> TaskScore:
@@ -287,99 +324,3 @@ def _prompt(query: str) -> str:
     if query.startswith("Question:") and not query.endswith("Answer:"):
         return query.removesuffix("\n") + "\nAnswer:"
     return query
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Token ids of which the last `length` are scored; there is at least one before them."""
-
-    ids: list[int]
-    length: int
-
-
-def _requests(example: Example, tokenizer: PreTrainedTokenizerBase, longest: int, name: str) -> Iterator[_Request]:
-    """One request for each continuation, cut on the left to `longest` tokens of input."""
-    context = example.context.rstrip()
-    # white space belongs to the token after it, so it is scored there
-    space = example.context[len(context) :]
-    context_ids = _encode(tokenizer, context) if context else []
-    for continuation in example.continuations:
-        text = space + ("" if space.endswith(" ") or continuation.startswith(" ") else " ") + continuation
-        if context_ids:
-            whole, scored = _encode(tokenizer, context + text), len(context_ids)
-        else:
-            whole, scored = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], 0
-            start = _start(tokenizer, name)
-            whole = whole if whole[:1] == [start] else [start, *whole]
-            scored = 1
-        length = len(whole) - scored
-        if length < 1:
-            rule = "the tokenizer makes no token of it beside those of its context"
-            raise CalibrationError.of(f"task {name}", continuation, rule, "Correct or remove that example")
-        if length > longest:
-            rule = f"it has {length} tokens, and the model takes {longest}"
-            raise CalibrationError.of(f"task {name}", continuation, rule, "Shorten or remove that example")
-        # the last token is only predicted, so one more than the model takes
-        yield _Request(whole[-(longest + 1) :], length)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids with the tokenizer's own special tokens; no second BOS for a text that brings one."""
-    start = tokenizer.bos_token or tokenizer.eos_token
-    if start and text.startswith(start):
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return tokenizer(text, verbose=False)["input_ids"]
-
-
-def _start(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """What stands in for an empty context."""
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if start is None:
-        rule = "an example has an empty context, and the tokenizer has no BOS or EOS token to begin with"
-        raise CalibrationError.of(f"task {name}", "", rule, "Remove that example, or set the tokenizer's bos_token")
-    return start
-
-
-def _max_length(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    own = int(tokenizer.model_max_length) if tokenizer.model_max_length < _NO_LENGTH else None
-    return context_limit(model.config) or own or _DEFAULT_MAX_LENGTH
-
-
-def _check_vocabulary(requests: list[_Request], model: Any) -> None:
-    size = getattr(text_config(model.config), "vocab_size", None)
-    largest = max(max(request.ids) for request in requests)
-    if size is not None and largest >= size:
-        rule = f"a task has this token, and the model's vocabulary ends at {size - 1}"
-        raise CalibrationError.of("token", largest, rule, "Give the tokenizer that belongs to the model")
-
-
-def _log_likelihoods(
-    model: Any, requests: list[_Request], batch_size: int, name: str, quiet: bool
-) -> list[tuple[float, bool]]:
-    """For each request, the log-likelihood of its last tokens in nats, and whether each of them is the most likely one."""
-    found: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-    device = getattr(model, "device", torch.device("cpu"))
-    # neighbours of one length need little padding; the longest come first, where memory would run out
-    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].ids))
-    with torch.no_grad(), evaluation_mode(model), progress_bar(len(requests), f"Task {name}", quiet) as bar:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            ids = torch.zeros(len(batch), len(requests[batch[0]].ids) - 1, dtype=torch.int64)
-            mask = torch.zeros_like(ids)
-            for row, index in enumerate(batch):
-                inputs = requests[index].ids[:-1]
-                ids[row, : len(inputs)] = torch.tensor(inputs)
-                mask[row, : len(inputs)] = 1
-            logits = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-            for row, index in enumerate(batch):
-                length, end = requests[index].length, len(requests[index].ids) - 1
-                predicted = logits[row, end - length : end].float().log_softmax(-1)
-                target = torch.tensor(requests[index].ids[-length:], device=predicted.device)
-                log_likelihood = predicted.gather(-1, target[:, None]).double().sum().item()
-                if math.isnan(log_likelihood):
-                    rule = f"it gives NaN for an example of the task {name}"
-                    remedy = "Load it in another dtype, such as float32"
-                    raise ModelError.of("model", type(model).__name__, rule, remedy)
-                found[index] = (log_likelihood, bool((predicted.argmax(-1) == target).all()))
-            bar.update(len(batch))
-    return found

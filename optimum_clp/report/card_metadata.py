@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .origin import Origin, origin_of
+from .recognition import headline
 from .report import CLPReport
 from .tables import is_known
 
@@ -76,10 +77,28 @@ def _results(report: CLPReport) -> Iterator[EvalResult]:
                 yield _result(text, key, title, row[key])
     for entry in evaluation.get("tasks", ()):
         for row in entry["rows"]:
-            if row["name"] == name and is_known(row["accuracy"]):
+            if row["name"] == name and entry.get("lm_eval"):
+                yield from _harness_result(entry, row)
+            elif row["name"] == name and is_known(row["accuracy"]):
                 # the report's chance is 0 for tasks of a last word, which have no choices to normalize
                 title = "Accuracy (acc_norm)" if entry["chance"] > 0 else "Accuracy (acc)"
                 yield _result(entry["task"], "accuracy", title, row["accuracy"])
+
+
+def _harness_result(entry: dict[str, Any], row: dict[str, Any]) -> Iterator[EvalResult]:
+    """A score by lm-eval, filed under the dataset that it was measured on."""
+    harness, value = entry["lm_eval"], headline(row, entry["lm_eval"])
+    if not is_known(value):
+        return
+    is_share = is_known(row["accuracy"])
+    metric = harness["metric"].partition(",")[0]
+    title = f"Accuracy ({harness['metric']})" if is_share else harness["metric"]
+    title += f", {harness['num_fewshot']}-shot{', chat template' if harness['chat_template'] else ''}"
+    result = _result(entry["task"], "accuracy" if is_share else metric, title, value)
+    if harness["dataset"]:
+        result.dataset_type, result.dataset_name = harness["dataset"], entry["task"]
+        result.dataset_config, result.dataset_split = harness["dataset_config"], harness["split"]
+    yield result
 
 
 def _result(text: str, metric: str, title: str, value: float) -> EvalResult:

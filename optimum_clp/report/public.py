@@ -29,5 +29,8 @@ def public_config(config: CLPConfig) -> CLPConfig:
     evaluation = public.evaluation
     evaluation.prompts = evaluation.prompts and Path(evaluation.prompts).name
     evaluation.texts = [Path(text).name if os.path.exists(text) else text for text in evaluation.texts]
-    evaluation.tasks = [f"{name}={Path(file).name}" for name, file in evaluation.task_files().items()]
+    files = evaluation.task_files()
+    tasks = {word.partition("=")[0]: word for word in evaluation.tasks}
+    evaluation.tasks = [f"{name}={Path(files[name]).name}" if name in files else word for name, word in tasks.items()]
+    evaluation.tasks_dir = evaluation.tasks_dir and Path(evaluation.tasks_dir).name
     return public

@@ -8,7 +8,7 @@ import pytest
 from report_example import example_report
 
 from optimum_clp.configuration.clp_config import CLPConfig
-from optimum_clp.evaluation.tasks import TaskScore
+from optimum_clp.evaluation.scores import TaskScore
 from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
 
@@ -68,7 +68,8 @@ class FakePruner:
     def evaluate(self, text=None, *, reference=None, file_name=None, **tasks):
         self._stage("evaluate", text, reference=reference, file_name=file_name, **tasks)
         scores = {}
-        for name in tasks.get("tasks") or {}:
+        for task in tasks.get("tasks") or ():
+            name = task.name
             perplexity, chance = (15.25, 0.0) if name == "lambada" else (None, 0.5)
             score = TaskScore(name, 0.61803, 0.0123, 0.6, chance, perplexity, 1838).to_dict()
             scores[name] = score if reference is None else {**score, "dense_accuracy": 0.7, "retention": None}

@@ -79,6 +79,33 @@ def test_unknown_weights_are_refused(line, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "tasks", "output"),
+    [
+        ("--tasks piqa,arc_easy out", ["piqa", "arc_easy"], "out"),
+        ("--tasks piqa arc_easy out", ["piqa", "arc_easy"], "out"),
+        ("--tasks piqa a=b.jsonl out", ["piqa", "a=b.jsonl"], "out"),
+        ("--tasks a=b,c.jsonl --json out", ["a=b,c.jsonl"], "out"),
+        ("--tasks piqa -o out", ["piqa"], "out"),
+        ("out --tasks piqa arc_easy", ["piqa", "arc_easy"], "out"),
+        ("--tasks piqa,boolq some/folder", ["piqa", "boolq"], "some/folder"),
+        ("--tasks piqa x,y", ["piqa", "x", "y"], None),
+    ],
+)
+def test_names_of_tasks_and_output_in_any_order(line, tasks, output):
+    args = parse(f"prune --model m {line}")
+    assert (getattr(args, "evaluation.tasks"), getattr(args, "output", None)) == (tasks, output)
+
+
+def test_every_word_is_a_task_where_there_is_no_output():
+    args = parse("evaluate -m m --tasks piqa arc_easy mine=m.jsonl --num_fewshot 5 --limit 9 --batch-size 3")
+    assert values("evaluate -m m --tasks piqa arc_easy --num_fewshot 5 --limit 9 --batch-size 3") == {
+        "evaluation": {"tasks": ["piqa", "arc_easy"], "num_fewshot": 5, "task_limit": 9},
+        "search": {"batch_size": 3},
+    }
+    assert getattr(args, "evaluation.tasks") == ["piqa", "arc_easy", "mine=m.jsonl"]
+
+
 def test_segments_are_pairs_of_numbers(capsys):
     assert parse("tune --model m --segment 4:8 --segment 10:11 out").segment == [(4, 8), (10, 11)]
     for text in ("4-8", "4:", "4:8:9", "a:b"):
@@ -110,8 +137,8 @@ def test_every_option_reaches_the_configuration():
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
         "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 "
-        "--no-generation --prompts p.jsonl --num-prompts 3 --max-new-tokens 9 --texts c4,other.txt --task-limit 5 "
-        "--require-retention 0.9 --tasks piqa=p.jsonl arc=a.jsonl out"
+        "--no-generation --prompts p.jsonl --num-prompts 3 --max-new-tokens 9 --texts c4,other.txt --limit 5 --num-fewshot 4 --apply-chat-template --tasks-dir own "
+        "--require-retention 0.9 --tasks piqa=p.jsonl arc_easy,boolq out"
     )
     config = CLPConfig.from_dict(values(line))
     default = CLPConfig()
@@ -125,7 +152,7 @@ def test_every_option_reaches_the_configuration():
     # what is required must be measured
     assert unchanged == {"evaluation.require_generation"}
     assert values("prune --model m --require-generation 0.8 out")["evaluation"] == {"require_generation": 0.8}
-    assert config.evaluation.tasks == ["piqa=p.jsonl", "arc=a.jsonl"] and config.evaluation.texts == [
+    assert config.evaluation.tasks == ["piqa=p.jsonl", "arc_easy", "boolq"] and config.evaluation.texts == [
         "c4",
         "other.txt",
     ]
@@ -212,6 +239,7 @@ def test_flags_that_are_not_made_from_the_name_keep_their_spelling():
         "tuning.tokens": "--tuning-tokens",
         "tuning.enabled": "--tune",
         "export.enabled": "--export",
+        "evaluation.task_limit": "--limit",  # lm-eval's
     }
 
 

@@ -11,6 +11,7 @@ from optimum_clp.commands.clp import COMMANDS, main
 from optimum_clp.commands.search import scored_segments
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
+from optimum_clp.evaluation.tasks import load_task
 from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
 from optimum_clp.version import __version__
@@ -325,9 +326,9 @@ def write_tasks(folder):
 
 def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
     write_tasks(tmp_path)
-    line = "evaluate --model m --tasks lambada=words.jsonl piqa=piqa.jsonl --task-limit 5 --reference dense"
+    line = "evaluate --model m --tasks lambada=words.jsonl piqa=piqa.jsonl --limit 5 --batch-size 3 --reference dense"
     assert main(line.split()) == 0
-    tasks = {"lambada": "words.jsonl", "piqa": "piqa.jsonl"}
+    tasks = [load_task("lambada", "words.jsonl"), load_task("piqa", "piqa.jsonl")]
     options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5, "generation": None}
     assert pruner.calls[-1] == ("evaluate", None, options)
     assert capsys.readouterr().out == (
@@ -357,18 +358,24 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
         ("t=bad.jsonl", "task t is 'bad.jsonl': line 1 has the keys ['query']"),
         (
             "t=piqa.jsonl t=words.jsonl",
-            "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of NAME=FILE, each name once. "
-            "Give for example ['piqa=piqa.jsonl'].",
+            "evaluation.tasks is ['t=piqa.jsonl', 't=words.jsonl']: it must be a list of tasks of lm-eval and "
+            "of NAME=FILE, each name once. Give for example ['piqa=piqa.jsonl', 'arc_easy'].",
         ),
         (
-            "t=piqa.jsonl --task-limit 0",
+            "t=piqa.jsonl --limit 0",
             "evaluation.task_limit is 0: it must be a whole number from 1 to 2147483647, or None.",
         ),
         (
             "t=piqa.jsonl --prompts gone.jsonl",
             "prompts is 'gone.jsonl': it cannot be read (No such file or directory).",
         ),
-        ("--task-limit 3", "--task-limit is 3: there is no task to limit. Give --tasks."),
+        ("--limit 3", "--limit is 3: there is no task to limit. Give --tasks."),
+        (
+            "t=piqa.jsonl --num-fewshot 5",
+            "--num-fewshot is 5: it is for tasks of lm-eval, and none is named; tasks in files are asked as they stand. Name",
+        ),
+        ("--apply-chat-template", "--apply-chat-template is True: it is for tasks of lm-eval, and none is named"),
+        ("--tasks-dir own", "--tasks-dir is 'own': it is for tasks of lm-eval, and none is named"),
     ],
 )
 def test_bad_tasks_are_reported_before_loading(given, message, pruner, tmp_path, capsys):
@@ -380,12 +387,31 @@ def test_bad_tasks_are_reported_before_loading(given, message, pruner, tmp_path,
     assert pruner.calls == []
 
 
-@pytest.mark.parametrize("given", ["piqa.jsonl", "=piqa.jsonl", "piqa="])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --model m --tasks arc_easy",
+        "prune --model m --tasks arc_easy out",
+        "tune --model cut --tasks arc_easy out",
+    ],
+)
+def test_a_task_without_lm_eval_is_reported_before_loading(line, pruner, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(line.split()) == 1
+    assert (
+        "task is 'arc_easy': without =FILE it is a task of lm-eval, which is not installed. "
+        "pip install 'optimum-clp[tasks]', or give its examples as a file"
+    ) in error_of(capsys)
+    assert pruner.calls == []
+
+
+@pytest.mark.parametrize("given", ["piqa.jsonl", "=piqa.jsonl", "piqa=", "tasks/piqa", "a=a.jsonl piqa.jsonl"])
 def test_tasks_are_names_and_files(given, pruner, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(f"evaluate --model m --tasks {given}".split())
     assert stopped.value.code == 2
-    assert f"{given!r} is not NAME=FILE, such as piqa=piqa.jsonl" in capsys.readouterr().err
+    given = given.split()[-1]
+    assert f"{given!r} is not the name of a task, or NAME=FILE, such as piqa=piqa.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["tune", "quantize", "export"])

@@ -98,6 +98,16 @@ def _scores() -> dict:
     }
 
 
+def _scores_by_lm_eval() -> dict:
+    file, written = _scores()["longer"], {"metrics": {"bleu,none": 31.25}, "perplexity": None, "accuracy": None}
+    harness = {"metric": "acc_norm", "num_fewshot": 5}
+    return {
+        "mine": file,
+        "arc": {**file, "name": "arc_easy", "perplexity": None, "metrics": {}, "lm_eval": harness},
+        "wmt": {**file, "name": "wmt16", **written, "lm_eval": {"metric": "bleu", "num_fewshot": 0}},
+    }
+
+
 def _report_with_gaps():
     report = example_report()
     for row in report.evaluation["rows"]:
@@ -114,6 +124,7 @@ TEXTS = {
     "older search": lambda: scored_segments(older_report().search),
     "long search": lambda: scored_segments(_search_of_everything()),
     "tasks": lambda: task_table(_scores()),
+    "tasks of lm-eval": lambda: task_table(_scores_by_lm_eval()),
     "table with gaps": lambda: _report_with_gaps().to_table(),
     "markdown with gaps": lambda: _report_with_gaps().to_table(markdown=True),
 }

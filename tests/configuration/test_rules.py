@@ -75,10 +75,10 @@ def registry():
             "it must be a list of 'int8', 'int4', each at most once. Choose for example ['int4'].",
         ),
         (
-            rules.named_files("a=a.jsonl"),
-            [[], ["a=a.jsonl"], ("a=x,y", "b=x=y")],
-            [["a"], ["=x"], ["a="], ["a=x", "a=y"], "a=x", [1]],
-            "it must be a list of NAME=FILE, each name once. Give for example ['a=a.jsonl'].",
+            rules.names_or_files("tests", "arc", "a=a.jsonl"),
+            [[], ["a=a.jsonl"], ("a=x,y", "b=x=y"), ["arc", "a=x"], ["mmlu_(law)", "task-v1.1"]],
+            [["=x"], ["a="], ["a=x", "a=y"], ["a", "a=x"], ["a", "a"], ["a,b"], ["a.jsonl"], ["a/b"], "a=x", [1]],
+            "it must be a list of tests and of NAME=FILE, each name once. Give for example ['a=a.jsonl', 'arc'].",
         ),
         (
             rules.some_names("loggers' names", "wandb"),
@@ -180,7 +180,7 @@ def test_names_that_no_file_can_have_are_refused_and_not_repeated_whole(value):
     for rule, given in ((rules.text(), value), (rules.source_of_text(), value), (rules.some_names("n", "n"), [value])):
         (problem,) = rule.problems("it", given)
         assert len(str(problem)) < 500
-    assert rules.named_files("a=b").problems("it", [f"a={value}"])
+    assert rules.names_or_files("tests", "a", "a=b").problems("it", [f"a={value}"])
 
 
 def test_sources_of_text_are_kept_as_a_recipe_can_write_them(tmp_path):

@@ -3,7 +3,10 @@ import math
 import random
 import re
 import statistics
-from types import SimpleNamespace
+import sys
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +15,8 @@ from tiny_onnx import exported_llama
 
 from optimum_clp import CLPPruner, LayerSegment
 from optimum_clp.errors import CalibrationError, ConfigurationError, ModelError
-from optimum_clp.evaluation.tasks import (
-    Example,
-    Task,
-    TaskScore,
-    evaluate_task,
-    evaluate_tasks,
-    load_task,
-    task_retention,
-)
+from optimum_clp.evaluation.scores import TaskScore, task_retention
+from optimum_clp.evaluation.tasks import Example, Task, evaluate_task, evaluate_tasks, load_task, load_tasks
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789\n.,:?!'é"
@@ -158,6 +154,17 @@ def test_the_batch_size_does_not_matter(model_type):
         one, some, all_ = (evaluate_task(model, tokenizer, task, batch_size=b, quiet=True) for b in (1, 7, 1000))
         for other in (some, all_):
             assert figures(other) == pytest.approx(figures(one), rel=1e-5)
+
+
+def test_choices_of_one_token_are_one_row():
+    recorder, tokenizer = Recorder(), tiny_tokenizer()
+    rows = [
+        {"query": "w3 w4", "choices": ["w5", "w6", "w7 w8"], "gold": 0},
+        {"query": "w3", "choices": ["w5", "w6"], "gold": 1},
+    ]
+    score = evaluate_task(recorder, tokenizer, load_task("t", rows), quiet=True)
+    assert sorted(recorder.inputs) == [[3], [3, 4], [3, 4, 7]]
+    assert (score.plain_accuracy, score.num_examples) == (0.5, 2), "of equal likelihoods the first counts"
 
 
 def test_an_onnx_file_scores_as_the_pytorch_model():
@@ -386,6 +393,65 @@ def test_an_infinite_perplexity_is_none_in_json():
 def test_retention_needs_a_dense_model_that_is_above_chance(accuracy, stderr, chance, retention):
     dense, cut = TaskScore("t", accuracy, stderr, 0.9, chance, None, 9), TaskScore("t", 0.4, 0.1, 0.1, chance, None, 9)
     assert task_retention(dense, cut) == (None if retention is None else pytest.approx(retention))
+
+
+def test_the_figures_are_those_of_the_first_version():
+    """What the code before lm-eval's tasks came measured of the same rows, with weights that come with the repository."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(__file__).parent / "tasks"
+    stories = Path(__file__).parents[2] / "benchmarks" / "models" / "stories-llama-16l"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    for name, stored in json.loads((folder / "figures.json").read_text()).items():
+        score = evaluate_task(model, tokenizer, load_task(name, folder / f"{name}.jsonl"), quiet=True).to_dict()
+        assert list(score) == list(stored)
+        perplexity = stored.pop("perplexity")
+        assert score.pop("perplexity") == (None if perplexity is None else pytest.approx(perplexity, rel=1e-5))
+        assert score == stored
+
+
+def test_a_name_needs_lm_eval(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = (
+        "task is 'arc_easy': without =FILE it is a task of lm-eval, which is not installed. "
+        "pip install 'optimum-clp[tasks]', or give its examples as a file: arc_easy=arc_easy.jsonl."
+    )
+    for refused in (lambda: load_tasks(["arc_easy"]), lambda: CLPPruner(tiny_model()).evaluate(tasks=["arc_easy"])):
+        with pytest.raises(ConfigurationError, match=re.escape(message)):
+            refused()
+
+
+def test_an_lm_eval_that_cannot_be_used_is_told(monkeypatch):
+    older = ModuleType("lm_eval")
+    older.__spec__ = ModuleSpec("lm_eval", None)
+    for name in [name for name in sys.modules if name.startswith("lm_eval.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "optimum_clp.evaluation.named_tasks", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", older)
+    rule = (
+        "task is 'arc_easy': without =FILE it is a task of lm-eval, which is installed and cannot be loaded (No module"
+    )
+    with pytest.raises(
+        ConfigurationError, match=re.escape(rule) + r".*lm_eval.*\)\. pip install 'optimum-clp\[tasks\]'\."
+    ):
+        load_tasks(["arc_easy"])
+
+
+def test_tasks_are_listed_or_named_by_a_mapping(tmp_path):
+    file = write(tmp_path / "t.jsonl", choice_rows(3))
+    task = load_task("b", file)
+    assert (
+        load_tasks([f"a={file}", task]) == load_tasks({"a": file, "b": choice_rows(3)}) == [load_task("a", file), task]
+    )
+    with pytest.raises(
+        ConfigurationError, match="tasks is 'b': it is measured twice. Name each task once, alone or by"
+    ):
+        load_tasks([task, f"b={file}"])
+    rule = (
+        "tasks is 3: it is of the type int, and must be NAME=FILE or the name of a task of lm-eval. Give for example"
+    )
+    with pytest.raises(ConfigurationError, match=rule):
+        load_tasks([3])
 
 
 def test_the_dense_model_is_measured_beside_the_cut_one():

@@ -162,6 +162,56 @@ def test_the_figures_are_those_of_what_is_delivered_and_survive_a_round_trip(tmp
     assert str(ModelCard(f"---\n{again.to_yaml()}\n---\n")).startswith("---\n")
 
 
+HARNESS = {
+    "version": "0.4.13",
+    "task_version": "1.0",
+    "metric": "acc_norm",
+    "num_fewshot": 5,
+    "chat_template": False,
+    "dataset": "allenai/ai2_arc",
+    "dataset_config": "ARC-Easy",
+    "split": "test",
+}
+
+
+def test_figures_of_lm_eval_are_filed_under_their_dataset(tmp_path):
+    report = example_report()
+    row = {"name": "tuned", "accuracy": 0.5, "accuracy_stderr": 0.1, "plain_accuracy": 0.4, "retention": None}
+    chat = {**HARNESS, "metric": "exact_match,strict-match", "chat_template": True, "dataset_config": "main"}
+    written = {**HARNESS, "metric": "bleu", "num_fewshot": 0, "dataset": None, "dataset_config": None, "split": None}
+    report.evaluation["tasks"] = [
+        {"task": name, "num_examples": 9, "chance": 0.0, "lm_eval": harness, "rows": [{**row, "accuracy": accuracy, "metrics": metrics}]}
+        for name, harness, accuracy, metrics in (
+            ("arc_easy", HARNESS, 0.5, {"acc,none": 0.4, "acc_norm,none": 0.5}),
+            ("gsm8k", {**chat, "dataset": "openai/gsm8k"}, 0.25, {"exact_match,strict-match": 0.25}),
+            ("mine", written, None, {"bleu,none": 31.25, "bleu_stderr,none": None}),
+            ("lost", written, None, {"bleu,none": None}),
+        )
+    ]  # fmt: skip
+    text = write(report, tmp_path)
+    data = ModelCard.load(tmp_path / "README.md").data
+    found = [
+        (
+            r.dataset_type,
+            r.dataset_name,
+            r.dataset_config,
+            r.dataset_split,
+            r.metric_type,
+            r.metric_name,
+            r.metric_value,
+        )
+        for r in data.eval_results[2:]
+    ]
+    assert found == [
+        ("allenai/ai2_arc", "arc_easy", "ARC-Easy", "test", "accuracy", "Accuracy (acc_norm), 5-shot", 0.5),
+        ("openai/gsm8k", "gsm8k", "main", "test", "accuracy", "Accuracy (exact_match,strict-match), 5-shot, chat template", 0.25),
+        ("mine", "mine", None, None, "bleu", "bleu, 0-shot", 31.25),
+    ]  # fmt: skip
+    assert ModelCardData(**data.to_dict()).eval_results == data.eval_results
+    assert "| arc_easy | tuned | acc_norm | 5 | 0.5000 | 0.1000 | 0.4000 | - |" in text
+    assert "| mine | tuned | bleu | 0 | - | 0.1000 | 0.4000 | 31.2500 |" in text
+
+
 @pytest.mark.hub
 def test_the_hub_takes_the_card(tmp_path, hub):
     hub.card = CARD_OF_THE_DENSE_MODEL.replace("chat,", "").replace("acme/chats", "HuggingFaceTB/smoltalk")

@@ -24,7 +24,8 @@ def config(tmp_path):
     config.calibration.cache_dir = config.tuning.logging_dir = str(tmp_path)
     config.evaluation.prompts = str(tmp_path / "prompts.jsonl")
     config.evaluation.texts = [str(tmp_path / "corpus.txt"), "c4"]
-    config.evaluation.tasks = [f"mine={tmp_path / 'task.jsonl'}"]
+    config.evaluation.tasks = ["arc_easy", f"mine={tmp_path / 'task.jsonl'}"]
+    config.evaluation.tasks_dir = str(tmp_path / "definitions")
     return config
 
 
@@ -34,7 +35,11 @@ def test_a_recipe_keeps_names_and_loses_folders(config, tmp_path):
     assert config.to_dict() == before and str(tmp_path) in str(before)
     assert str(tmp_path) not in str(public.to_dict())
     assert (public.calibration.dataset, public.evaluation.prompts) == ("corpus.txt", "prompts.jsonl")
-    assert (public.evaluation.texts, public.evaluation.tasks) == (["corpus.txt", "c4"], ["mine=task.jsonl"])
+    assert (public.evaluation.texts, public.evaluation.tasks) == (
+        ["corpus.txt", "c4"],
+        ["arc_easy", "mine=task.jsonl"],
+    )
+    assert public.evaluation.tasks_dir == "definitions"
     own = public_config(CLPConfig(calibration_dataset=["my secret text", "b"]))
     assert own.calibration.dataset == ["(2 strings, not published)"]
 

@@ -96,6 +96,34 @@ def test_the_schema_holds_it_all():
     assert not validator.is_valid(broken)
 
 
+HARNESS = {
+    "version": "0.4.13",
+    "task_version": "1.0",
+    "metric": "acc_norm",
+    "num_fewshot": 5,
+    "chat_template": False,
+    "dataset": "allenai/ai2_arc",
+    "dataset_config": "ARC-Easy",
+    "split": "test",
+}
+
+
+def test_a_task_of_lm_eval_says_how_it_was_measured():
+    report = full_report()
+    row = {**TASK_ROW, "metrics": {"acc,none": 0.6, "acc_norm,none": 0.61, "acc_stderr,none": None}}
+    harness = {**HARNESS, "dataset": None, "split": None}
+    report.evaluation["tasks"].append(
+        {**report.evaluation["tasks"][0], "task": "arc", "rows": [row], "lm_eval": harness}
+    )
+    jsonschema.Draft202012Validator(report_schema()).validate(report.to_dict())
+    assert (
+        "task  model    metric  shots  accuracy  std. error   plain  retention\n"
+        "----  -----  --------  -----  --------  ----------  ------  ---------\n"
+        "piqa  tuned         -      -    0.6100      0.0300  0.6000      0.930\n"
+        "arc   tuned  acc_norm      5    0.6100      0.0300  0.6000      0.930\n"
+    ) in report.to_table()
+
+
 def test_the_terminal_says_recognition_generation_and_verdict():
     table = full_report().to_table()
     assert table.startswith(example_report().to_table())
