@@ -15,9 +15,10 @@ from ..attempts import Attempts
 from ..calibration.rows import CalibrationData
 from ..forward.dense_outputs import DenseOutputs
 from ..forward.layer_major import Residence
-from ..precisions import PRECISIONS
+from ..precisions import FLOAT32, PRECISIONS
 from ..report.section import Key, to_section
 from ..runtime.causal_lm import OnnxCausalLM
+from ..runtime.session import in_place_options
 from ..segments import LayerSegment
 from ..surgery.cut import cut_model
 from ..surgery.sizes import count_bytes, count_parameters
@@ -135,11 +136,15 @@ def measure_outcome(
     for entry in export["files"] if export else ():
         name = PRECISIONS[entry["weights"]].row_name
         with attempts.stage(f"evaluation of {name}"):
-            measurements.add_file(folder, entry, pruned)
-            makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"])
+            # of what memory does not hold, weights in floats stay in their file
+            in_place = residence is not None and name == FLOAT32.row_name
+            options = in_place_options() if in_place else None
+            makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"], session_options=options)
+            measurements.add_file(name, makers[name](), entry["bytes"], pruned)
     with attempts.stage("speeds"):
-        # under a bound on memory a PyTorch model is as fast as its disk
-        timed = {name: make for name, make in makers.items() if residence is None or name not in models}
+        # under a bound on memory such a model is as fast as its disk
+        in_files = {*models, FLOAT32.row_name}
+        timed = {name: make for name, make in makers.items() if residence is None or name not in in_files}
         if timed:
             measurements.add_speed(timed)
     found = checks.measure(makers, dense, data, attempts, residence)
@@ -184,11 +189,9 @@ class Measurements:
         """Measure what a PyTorch model says."""
         self._add(name, "PyTorch", model, num_layers(model.config), count_parameters(model), count_bytes(model))
 
-    def add_file(self, folder: Path, entry: dict[str, Any], model: PreTrainedModel) -> None:
-        """Measure what an ONNX file of `folder` says; `model` is the one that it was made from."""
-        session = OnnxCausalLM.from_pretrained(folder, entry["file"])
-        layers, parameters = num_layers(model.config), count_parameters(model)
-        self._add(PRECISIONS[entry["weights"]].row_name, "ONNX Runtime", session, layers, parameters, entry["bytes"])
+    def add_file(self, name: str, session: OnnxCausalLM, size: int, model: PreTrainedModel) -> None:
+        """Measure what an ONNX file of so many bytes says; `model` is the one that it was made from."""
+        self._add(name, "ONNX Runtime", session, num_layers(model.config), count_parameters(model), size)
 
     def add_speed(self, models: dict[str, Callable[[], Any]]) -> None:
         """Measure the speed of rows, interleaved; `models` gives each one's model when it is called."""

@@ -53,15 +53,19 @@ class FileCheck:
             write_steps(self.steps, self.reference)
             self.steps.clear()
 
-    def error(self, file: Path) -> float:
+    def error(self, file: Path, *, in_float: bool = False) -> float:
         """[`~runtime.comparison.relative_error`] of a file.
+
+        Args:
+            file (`Path`): The file.
+            in_float (`bool`): Its weights are floats: a process of its own leaves them where they lie.
 
         Raises:
             ExportError: If ONNX Runtime cannot load or run the file.
         """
-        return (
-            relative_error(file, self.steps) if self.reference is None else relative_error_apart(file, self.reference)
-        )
+        if self.reference is None:
+            return relative_error(file, self.steps)
+        return relative_error_apart(file, self.reference, in_place=in_float)
 
 
 def checked_context(model: PreTrainedModel) -> CheckedContext:
@@ -115,12 +119,13 @@ def reference_steps(model: PreTrainedModel, *, seed: int = 0) -> list[ReferenceS
     return steps
 
 
-def relative_error_apart(file: Path, reference: Path) -> float:
+def relative_error_apart(file: Path, reference: Path, *, in_place: bool = False) -> float:
     """[`~runtime.comparison.relative_error`] from a process that holds nothing but the file and the reference.
 
     Args:
         file (`Path`): The ONNX file.
         reference (`Path`): From [`~runtime.comparison.write_steps`]; the result is written beside it.
+        in_place (`bool`): As in [`~runtime.comparison.relative_error`].
 
     Raises:
         ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.
@@ -129,6 +134,7 @@ def relative_error_apart(file: Path, reference: Path) -> float:
     # what this process can import, behind the child's own library: a script's folder may have modules of any name (-P)
     paths = [*(os.path.abspath(path) for path in sys.path), _ROOT]
     arguments = [onnx_comparison.__name__, os.pathsep.join(paths), str(file), str(reference), str(result)]
+    arguments += ["in_place"] if in_place else []
     process = subprocess.run(
         [sys.executable, "-P", "-c", _CHILD, *arguments],
         stdin=subprocess.DEVNULL,

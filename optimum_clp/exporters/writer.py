@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from ..precisions import Precision
+from ..precisions import FLOAT32, Precision
 from .check import FileCheck, check_tolerance
 from .graph.count import QuantizedNodes
 from .graph.file import save_graph
@@ -56,7 +56,7 @@ class FileWriter:
         """
         file = self.staging / precision.onnx_file
         written = save_graph(graph, file)
-        error = self.check.error(file)
+        error = self.check.error(file, in_float=precision is FLOAT32)
         check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
         self.written |= dict.fromkeys(written)
         self.files.append(

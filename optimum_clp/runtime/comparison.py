@@ -2,7 +2,7 @@
 
 It needs numpy and ONNX Runtime alone, so that a large file can be compared in a process without torch and the model:
 
-    python -m optimum_clp.runtime.comparison FILE REFERENCE RESULT
+    python -m optimum_clp.runtime.comparison FILE REFERENCE RESULT [in_place]
 """
 
 import json
@@ -16,7 +16,7 @@ import onnxruntime
 
 from ..errors import ExportError
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
-from .session import chooses_positions, open_session
+from .session import chooses_positions, in_place_options, open_session
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,13 @@ class ReferenceStep:
         return self.attention_mask[:, -self.logits.shape[1] :] == 1
 
 
-def relative_error(file: Path, steps: Iterable[ReferenceStep]) -> float:
+def relative_error(file: Path, steps: Iterable[ReferenceStep], *, in_place: bool = False) -> float:
     """Run a file over reference steps, with its own cache.
 
     Args:
         file (`Path`): The ONNX file.
         steps (`Iterable[ReferenceStep]`): Texts one after the other, each in one step or several.
+        in_place (`bool`): Leave the weights of a float file where they lie, see [`~runtime.session.in_place_options`].
 
     Returns:
         `float`: max|difference| / max|reference| over the kept logits of all real tokens of all steps; infinite if any
@@ -61,7 +62,7 @@ def relative_error(file: Path, steps: Iterable[ReferenceStep]) -> float:
         ExportError: If ONNX Runtime cannot load or run the file, or it gives logits of other positions than it is asked for.
     """
     try:
-        return _compare(open_session(file), steps)
+        return _compare(open_session(file, in_place_options() if in_place else None), steps)
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -95,18 +96,19 @@ def read_steps(file: Path) -> Iterator[ReferenceStep]:
             yield ReferenceStep(**{name: arrays[f"{index}.{name}"] for name in names})
 
 
-def write_result(file: Path, reference: Path, result: Path) -> None:
+def write_result(file: Path, reference: Path, result: Path, *, in_place: bool = False) -> None:
     """Compare a file and write what came out: `{"error": ...}`, or `{"problem": {...}}` where there is an `ExportError`.
 
     Args:
         file (`Path`): The ONNX file.
         reference (`Path`): From [`write_steps`].
         result (`Path`): Target, JSON; made at the very end.
+        in_place (`bool`): As in [`relative_error`].
     """
     found: dict
     steps = list(read_steps(reference))
     try:
-        found = {"error": relative_error(file, steps)}
+        found = {"error": relative_error(file, steps, in_place=in_place)}
     except ExportError as error:
         found = {"problem": asdict(error.problems[0])}
     result.write_text(json.dumps(found), encoding="utf-8")
@@ -170,4 +172,4 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
 
 
 if __name__ == "__main__":
-    write_result(*(Path(argument) for argument in sys.argv[1:]))
+    write_result(*map(Path, sys.argv[1:4]), in_place=sys.argv[4:] == ["in_place"])

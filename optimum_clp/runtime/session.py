@@ -24,6 +24,17 @@ def quiet_options(num_threads: int = 0) -> onnxruntime.SessionOptions:
     return options
 
 
+def in_place_options() -> onnxruntime.SessionOptions:
+    """Options that leave weights where they lie in a file beside the graph, mapped into memory: nothing is packed anew.
+
+    Products are slower, and a quantized file multiplies in another way. A float file of 0.6 GB takes 0.04 GB of a process's own
+    memory instead of 0.6.
+    """
+    options = quiet_options()
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
 def open_session(
     file: str | os.PathLike,
     options: onnxruntime.SessionOptions | None = None,
