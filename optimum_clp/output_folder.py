@@ -103,7 +103,7 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     target = check_output(save_directory, overwrite)
     session.forget("save")
     with staged_folder(target, overwrite) as folder:
-        save_checkpoint(model, session.tokenizer, folder)
+        save_checkpoint(model, session.tokenizer, folder, session.cache_dir)
         verify_checkpoint(folder, model)
         _write_rest(session, folder, target.name)
     session.folder = target
@@ -215,7 +215,7 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
     session.forget("export")
     with staged_folder(target, overwrite) as folder:
         save_configs(model, folder)
-        save_tokenizer(session.tokenizer, folder)
+        save_tokenizer(session.tokenizer, folder, session.cache_dir)
         _export_into(session, folder, Attempts(strict=True))
         _write_records(session, folder, target.name, Attempts(strict=True))
     session.folder = target
@@ -293,11 +293,11 @@ def _take_origin_along(session: Session, folder: Path) -> None:
     if not base or not base.get("name_or_path"):
         return
     name, revision = base["name_or_path"], base.get("revision")
-    origin = find_origin(name, revision)
+    origin = find_origin(name, revision, session.cache_dir)
     if not origin.is_known and base.get("origin"):
         origin = Origin.from_section(base["origin"])  # an earlier stage had a network
     base["origin"] = to_section(origin)
-    copy_files(origin_folder(name, LICENSE_FILES, revision), folder, LICENSE_FILES)
+    copy_files(origin_folder(name, LICENSE_FILES, revision, session.cache_dir), folder, LICENSE_FILES)
     if not origin.is_known and hub_id(name) is not None:
         warnings.warn(
             f"licence: the card of {name} is not in the cache, and the Hugging Face Hub could not be reached: README.md does not say "

@@ -120,7 +120,7 @@ def prepared(tmp_path_factory):
         (folder / name).write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     with contextlib.chdir(folder), small_amounts():
         model, made = MODELS[0], MADE[0]
-        assert main(["prune", "--quiet", "--cache-dir", "cache", "--model", model, made]) == 0
+        assert main(["prune", "--quiet", "--text-cache-dir", "cache", "--model", model, made]) == 0
     for name in MADE[1:]:
         shutil.copytree(folder / MADE[0], folder / name)
     return folder

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", metavar="TOKEN", help="access token for gated and private models, never printed")
     parser.add_argument("--dtype", default="auto", help="of the PyTorch models; auto is what the checkpoint says")
     parser.add_argument("--device", help="of the PyTorch models: cpu, cuda, ...")
+    arguments.add_attention_and_cache(parser)
     arguments.add_printing(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> Answer:
         token=args.token,
         dtype=args.dtype,
         device=args.device,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.model_cache_dir,
         quiet=args.quiet,
     )
     if not args.no_browser:

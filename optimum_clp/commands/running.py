@@ -198,7 +198,8 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     from ..checkpoint.loading import load_config
 
     check_argument("--model", args.model, str | os.PathLike)
-    return load_config(args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code)
+    hub = {"revision": args.revision, "token": args.token, "cache_dir": args.model_cache_dir}
+    return load_config(args.model, trust_remote_code=args.trust_remote_code, **hub)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
@@ -217,6 +218,8 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
         token=args.token,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=not args.no_safetensors,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.model_cache_dir,
         quiet=args.quiet,
     )
 
