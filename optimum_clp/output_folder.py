@@ -6,9 +6,9 @@ there and verified, nothing that comes after it can lose it: a stage that fails 
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -38,6 +38,8 @@ from .report.plots import write_plots
 from .report.section import to_section
 from .search.recipe import layers_to_remove
 from .session import Session
+
+logger = logging.getLogger(__name__)
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
@@ -106,6 +108,7 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
         save_checkpoint(model, session.tokenizer, folder, session.cache_dir)
         verify_checkpoint(folder, model)
         _write_rest(session, folder, target.name)
+    logger.info(f"written: {target}")
     session.folder = target
     return target
 
@@ -299,10 +302,9 @@ def _take_origin_along(session: Session, folder: Path) -> None:
     base["origin"] = to_section(origin)
     copy_files(origin_folder(name, LICENSE_FILES, revision, session.cache_dir), folder, LICENSE_FILES)
     if not origin.is_known and hub_id(name) is not None:
-        warnings.warn(
+        logger.warning(
             f"licence: the card of {name} is not in the cache, and the Hugging Face Hub could not be reached: README.md does not say "
-            "under which licence this model may be used. Add it before you pass the model on.",
-            stacklevel=3,
+            "under which licence this model may be used. Add it before you pass the model on."
         )
 
 

@@ -5,9 +5,9 @@ What has come out so far lies beside them, with the one rule of what a new outco
 
 import copy
 import dataclasses
+import logging
 import os
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
 from .surgery.cut import separate
 from .surgery.description import CutStep, describe_cut, describe_dense
+
+logger = logging.getLogger(__name__)
 
 _OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
@@ -222,9 +224,7 @@ class Session:
             self.model, segments, like = given, (), f"itself, because of the first: {error.problems[0].rule}"
             self.report.base_model = to_section(describe_dense(given, name, None))
             self._checked = given
-        warnings.warn(
-            f"{name} was cut before, and is cut further; what comes out is compared with {like}.", stacklevel=4
-        )
+        logger.warning(f"{name} was cut before, and is cut further; what comes out is compared with {like}.")
         self.segments = None
         return Further(given, segments, steps, name)
 

@@ -6,10 +6,12 @@ read with stock classes; above that (the weights would be copied) everything but
 tokenizer, names, shapes, buffers and logits. What depends on which layers go is left to the cut itself.
 """
 
+import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,7 @@ def _any_segment(config: PretrainedConfig, length: int) -> LayerSegment:
 
 
 def _save_and_read(tokenizer: Any, cache_dir: str | os.PathLike | None, model: PreTrainedModel) -> None:
-    # what is warned of is warned of again when the result is saved
-    with tempfile.TemporaryDirectory() as parent, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as parent, _silence():
         folder = Path(parent) / "trial"
         folder.mkdir()
         if count_bytes(model) <= LARGEST_TRIAL:
@@ -87,6 +87,23 @@ def _save_and_read(tokenizer: Any, cache_dir: str | os.PathLike | None, model: P
         save_tokenizer(tokenizer, folder, cache_dir)
         if all(tensor.device.type == "cpu" for tensor in model.state_dict().values()):
             verify_config(folder, model)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Hold back what saving tells of: it is told again when the result is saved."""
+    log = logging.getLogger(save_checkpoint.__module__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.addFilter(_nothing)
+        try:
+            yield
+        finally:
+            log.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False
 
 
 def _blame(dense: PreTrainedModel, save_and_read: Callable[[PreTrainedModel], None], error: CutError) -> None:

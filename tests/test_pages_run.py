@@ -169,7 +169,7 @@ def installed(name):
         return False
 
 
-@pytest.mark.filterwarnings("default:::optimum_clp")
+@pytest.mark.notices
 @pytest.mark.parametrize("page", TO_RUN, ids=name_of)
 def test_a_page_runs(page, workplace):
     text = page.read_text(encoding="utf-8")
@@ -209,7 +209,7 @@ def run_card(folder):
         run_python(code.replace("path/to/this/folder", str(folder)), "card", {})
 
 
-@pytest.mark.filterwarnings("default:::optimum_clp")
+@pytest.mark.notices
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_a_guide_for_contributors_runs(page, workplace, monkeypatch):
     """Its module under the name that its `pyproject.toml` gives it, its registration, and a run with it."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ from .files import (
 )
 from .in_memory import check_in_memory, model_or_name
 from .offloaded import read_in_place
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -121,6 +124,10 @@ def load_model(
         # whatever a library says about a bad file, the user gets one message with the model's name
         except Exception as error:
             raise load_error(path, error) from error
+    attention = getattr(model.config, "_attn_implementation", None)
+    logger.debug(
+        f"model: {path} is a {type(model).__name__} in {model.dtype} on {model.device}, attention {attention}"
+    )
     _check_keys(path, info, model.config.model_type)
     check_finite(path, model)
     return model.eval()

@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import json
+import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from .files import (
 )
 from .loading import transformers_quiet
 from .processors import copy_processor
+
+logger = logging.getLogger(__name__)
 
 PROBE_LENGTH = 64
 SHARD_SIZE = "5GB"
@@ -132,10 +134,9 @@ def save_tokenizer(tokenizer, folder: Path, cache_dir: str | os.PathLike | None 
     with transformers_quiet(bars=False):
         reloaded = AutoTokenizer.from_pretrained(folder)
     if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
-        warnings.warn(
+        logger.warning(
             f"AutoTokenizer makes a {type(reloaded).__name__} of the saved {type(tokenizer).__name__}, with other token "
-            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained",
-            stacklevel=3,
+            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained"
         )
 
 

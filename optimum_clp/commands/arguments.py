@@ -14,6 +14,7 @@ from ..configuration.stages import all_settings
 from ..doors import ARCHITECTURES, RUNTIMES
 from ..errors import shortened
 from ..registry import Registry
+from .log_level import add_log_level
 
 # which stages run: options of their own, beside those of the stages
 NAMED_FILE = "NAME=FILE, such as piqa=piqa.jsonl"
@@ -195,9 +196,13 @@ def add_output(parser: argparse.ArgumentParser, help_text: str, required: bool =
 
 
 def add_printing(parser: argparse.ArgumentParser) -> None:
-    """`--json`, `--quiet` and `--debug`."""
+    """`--json`, `--quiet` or `--log-level`, and `--debug`."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
-    parser.add_argument("--quiet", action="store_true", help="nothing but errors on standard error")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument(
+        "--quiet", action="store_true", help="nothing on standard error but the error that ends the command"
+    )
+    add_log_level(told)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

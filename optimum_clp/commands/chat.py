@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from . import arguments
+from .log_level import hides_progress
 from .running import Answer
 
 HELP = "let dense, cut and int4 model answer side by side, on a local page or in the terminal"
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> Answer:
         device=args.device,
         attn_implementation=args.attn_implementation,
         cache_dir=args.model_cache_dir,
-        quiet=args.quiet,
+        quiet=hides_progress(args),
     )
     if not args.no_browser:
         return _serve(speakers, settings)
