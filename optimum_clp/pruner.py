@@ -93,8 +93,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             tokenizer (`PreTrainedTokenizerBase` or path, *optional*): If it does not lie beside the model.
             dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
             device_map, attn_implementation: As in transformers; transformers chooses if they are not given.
-            revision, token, cache_dir: As in transformers, for the Hub: branch, tag or commit; of whoever may read private or
-                gated models; the folder in which its files are kept.
+            revision, token, cache_dir: As in transformers, for the Hub: branch, tag or commit; access to private and gated
+                models; the folder in which its files are kept.
             trust_remote_code (`bool`): Run code that comes with the model.
             use_safetensors (`bool`): `False` also allows pickled weights, which can run code when they are read.
             quiet (`bool`): No progress bars.

@@ -131,7 +131,11 @@ def _template(
     if not config.conversation_share or tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        return model_template(model, tokenizer)
+        template = model_template(model, tokenizer)
+        if not template.opening:
+            rule = "it puts no token before the user's first words, and a model begins to write with one"
+            raise CalibrationError.of("chat_template", None, rule, "Let it begin with the BOS token")
+        return template
     except CalibrationError as error:
         logger.warning(
             f"calibration: the model's chat template cannot be used ({error.problems[0].rule}), so the text that it "

@@ -227,15 +227,18 @@ def test_a_chat_model_writes_both_kinds_mixed(tmp_path, tokenizer, model):
     assert statistics["questions"] >= 6 and 0 < statistics["distinct_openings_share"] <= 1
 
 
-@pytest.mark.parametrize("case", ["share", "template", "no template"])
+@pytest.mark.parametrize("case", ["share", "template", "no opening", "no template"])
 def test_plain_text_alone_where_there_are_to_be_no_conversations(tmp_path, model, case):
-    template = {"template": CHATML.replace("m.content", "m.content | upper"), "no template": None}.get(case, CHATML)
+    bare = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    templates = {"template": CHATML.replace("m.content", "m.content | upper"), "no opening": bare, "no template": None}
+    template = templates.get(case, CHATML)
     tokenizer = chat_tokenizer(template)
     with notices() as caught:
         data = own(tokenizer, model, tmp_path, conversation_share=0.0 if case == "share" else 0.5)
     told = [text for text in caught if "chat template" in text]
-    assert len(told) == (case == "template")
-    assert not told or "cannot be used (it changes what is said" in told[0] and "plain text alone" in told[0]
+    why = {"template": "it changes what is said", "no opening": "it puts no token before the user's first words"}
+    assert len(told) == (case in why)
+    assert not told or f"cannot be used ({why[case]}" in told[0] and "plain text alone" in told[0]
     assert set(data.train_kinds) == {"plain"} and data.train_mask is None
     assert data.statistics["conversations"] is None
 
