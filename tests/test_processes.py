@@ -128,7 +128,7 @@ def test_the_process_that_was_launched_first_answers(launched, answers, monkeypa
     if launched is not None:
         monkeypatch.setenv("RANK", launched)
     assert processes.was_launched_first() == answers
-    args = argparse.Namespace(json=False, quiet=False, debug=False)
+    args = argparse.Namespace(json=False, quiet=False, log_level="info", debug=False)
     assert execute(lambda args: ({}, "the answer"), args) == 0
     assert capsys.readouterr().out == ("the answer\n" if answers else "")
 
