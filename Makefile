@@ -125,4 +125,4 @@ types: $(STAMP)
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist site *.egg-info demo-output examples/first-cut
+	rm -rf $(VENV) $(VENV4) $(VENV_NEWEST) build dist site *.egg-info demo-output examples/first-cut examples/my-*

@@ -114,7 +114,7 @@ def start(model: str, folder: Path, name: str) -> int:
             os.dup2(log, stream)
         os.chdir(folder / name)
         # the recipe holds the folders: the same in every trial
-        options = [*OPTIONS.format(tokenizer=model).split(), "--cache-dir", "cache", "out"]
+        options = [*OPTIONS.format(tokenizer=model).split(), "--text-cache-dir", "cache", "out"]
         status = command(["prune", "--model", model, *options])
     except BaseException:
         traceback.print_exc()

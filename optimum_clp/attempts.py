@@ -1,10 +1,12 @@
 """Stages that may fail one by one, once there is something that must not be lost."""
 
-import warnings
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from .errors import CLPError
+
+logger = logging.getLogger(__name__)
 
 
 class Attempts:
@@ -23,7 +25,7 @@ class Attempts:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """What follows is a stage: if it fails, that is noted, a warning says so, and the rest goes on.
+        """What follows is a stage: if it fails, that is noted, the log says so, and the rest goes on.
 
         Args:
             name (`str`): What a reader calls it.
@@ -39,5 +41,4 @@ class Attempts:
         """A stage has failed."""
         text = " ".join(str(error).split())
         self.failed[name] = text if isinstance(error, CLPError) else f"{type(error).__name__}: {text or 'no message'}"
-        with suppress(Warning):  # where warnings are errors, they must not end what is held back here
-            warnings.warn(f"{name} failed, and the rest goes on: {self.failed[name]}", stacklevel=4)
+        logger.error(f"{name} failed, and the rest goes on: {self.failed[name]}")

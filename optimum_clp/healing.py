@@ -6,8 +6,8 @@ not depend on how well a model is healed.
 
 import copy
 import dataclasses
+import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from .surgery.cut import own_storage
 from .tuning.forecast import Forecast, Pilot, RecoveryCurve
 from .tuning.recipe import tune_by_recipe
 from .tuning.result import TuningResult
+
+logger = logging.getLogger(__name__)
 
 # the pilots' rows, as long as their time allows: each is about twice as dear as the one before
 PILOT_ROWS = (16, 32, 64, 128, 256, 512)
@@ -69,6 +71,9 @@ def heal(session: Session) -> TuningResult:
     if failure is not None:
         session.attempts.failed[TUNING] = str(failure)
         raise failure
+    if is_first():
+        before, after = result.initial_validation_loss, result.best_validation_loss
+        logger.info(f"tuning: validation loss {before:.4f} -> {after:.4f} nats per token in {result.steps} steps")
     return result
 
 
@@ -204,10 +209,9 @@ class Healing:
 
         rows = last["rows"]
         if rows + more() < _WORTH * rows:
-            warnings.warn(
+            logger.warning(
                 f"budget: {max(left, 0):.0f} s are left after short pilots, and twice the text of the last one (its "
-                f"{rows} rows took {last['seconds']:.0f} s) would not fit: what it reached is kept. Give more time.",
-                stacklevel=4,
+                f"{rows} rows took {last['seconds']:.0f} s) would not fit: what it reached is kept. Give more time."
             )
             return rows
         # half of what fits, as how long that takes says how much the other half is

@@ -1,14 +1,16 @@
 """One process at a time: locks on places of the disk, which say who holds them, and end with their owner."""
 
 import json
+import logging
 import os
 import socket
 import stat
 import time
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 try:
     import fcntl
@@ -94,7 +96,7 @@ class Lock:
         """
         holder = self.acquire()
         if holder is not None:
-            warnings.warn(f"{what} is in use by {holder}: waiting until it has ended.", stacklevel=3)
+            logger.warning(f"{what} is in use by {holder}: waiting until it has ended.")
         while holder is not None:
             time.sleep(_PAUSE)
             holder = self.acquire()

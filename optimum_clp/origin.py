@@ -5,7 +5,7 @@ another one is not compared.
 """
 
 import json
-import warnings
+import logging
 from typing import Any
 
 import transformers
@@ -15,6 +15,8 @@ from .errors import ModelError
 from .private_files import digest
 from .report.report import REPORT_NAME, CLPReport
 from .resume import parameters_fingerprint
+
+logger = logging.getLogger(__name__)
 
 
 def record_origin(report: CLPReport, dense: PreTrainedModel | None, cut: PreTrainedModel, quiet: bool = False) -> None:
@@ -69,9 +71,8 @@ def weights_changed(report: CLPReport, cut: PreTrainedModel, name: str, quiet: b
     told = (report.cut or {}).get("fingerprint")
     if not told or not _comparable(report, cut) or parameters_fingerprint(cut, quiet) == told:
         return False
-    warnings.warn(
-        f"The weights in {name} were changed after {REPORT_NAME} was written: what it says of them is about others.",
-        stacklevel=3,
+    logger.warning(
+        f"The weights in {name} were changed after {REPORT_NAME} was written: what it says of them is about others."
     )
     return True
 

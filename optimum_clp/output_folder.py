@@ -6,9 +6,9 @@ there and verified, nothing that comes after it can lose it: a stage that fails 
 
 import contextlib
 import dataclasses
+import logging
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +39,8 @@ from .report.plots import write_plots
 from .report.section import to_section
 from .search.recipe import layers_to_remove
 from .session import Session
+
+logger = logging.getLogger(__name__)
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
@@ -104,9 +106,10 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     target = check_output(save_directory, overwrite)
     session.forget("save")
     with staged_folder(target, overwrite) as folder:
-        save_checkpoint(model, session.tokenizer, folder)
+        save_checkpoint(model, session.tokenizer, folder, session.cache_dir)
         verify_checkpoint(folder, model)
         _write_rest(session, folder, target.name)
+    logger.info(f"written: {target}")
     session.folder = target
     return target
 
@@ -216,7 +219,7 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
     session.forget("export")
     with staged_folder(target, overwrite) as folder:
         save_configs(model, folder)
-        save_tokenizer(session.tokenizer, folder)
+        save_tokenizer(session.tokenizer, folder, session.cache_dir)
         _export_into(session, folder, Attempts(strict=True))
         _write_records(session, folder, target.name, Attempts(strict=True))
     session.folder = target
@@ -295,16 +298,15 @@ def _take_origin_along(session: Session, folder: Path) -> None:
     if not base or not base.get("name_or_path"):
         return
     name, revision = base["name_or_path"], base.get("revision")
-    origin = find_origin(name, revision)
+    origin = find_origin(name, revision, session.cache_dir)
     if not origin.is_known and base.get("origin"):
         origin = Origin.from_section(base["origin"])  # an earlier stage had a network
     base["origin"] = to_section(origin)
-    copy_files(origin_folder(name, LICENSE_FILES, revision), folder, LICENSE_FILES)
+    copy_files(origin_folder(name, LICENSE_FILES, revision, session.cache_dir), folder, LICENSE_FILES)
     if not origin.is_known and hub_id(name) is not None:
-        warnings.warn(
+        logger.warning(
             f"licence: the card of {name} is not in the cache, and the Hugging Face Hub could not be reached: README.md does not say "
-            "under which licence this model may be used. Add it before you pass the model on.",
-            stacklevel=3,
+            "under which licence this model may be used. Add it before you pass the model on."
         )
 
 

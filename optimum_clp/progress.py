@@ -1,4 +1,4 @@
-"""How far work is, on standard error, if it takes longer than two seconds: a bar on a terminal, a few lines in a log."""
+"""How far work is, on standard error, if it takes longer than two seconds: a bar on a terminal, a line in a log."""
 
 import sys
 import time
@@ -7,8 +7,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 _DELAY = 2.0
-# seconds from the first line in a log to the next; from there on each comes when twice the time has passed
-_NEXT_LINE = 60.0
+# seconds until a log is told that work goes on; from there on each line comes when twice the time has passed
+_FIRST_LINE = 60.0
 
 
 def progress_bar(total: int, description: str, quiet: bool = False) -> Any:
@@ -37,7 +37,7 @@ def draws_bars() -> bool:
 
 
 class ProgressLines:
-    """A line after two seconds, one after a minute, after two, four, eight, and one at the end.
+    """A line at the end; before that, of work that takes minutes, one after a minute, after two, four, eight.
 
     Args:
         total (`int`): Number of steps.
@@ -46,13 +46,13 @@ class ProgressLines:
 
     def __init__(self, total: int, description: str):
         self.total, self.description = total, description
-        self.done, self._began, self._next = 0, time.monotonic(), _DELAY
+        self.done, self._began, self._next = 0, time.monotonic(), _FIRST_LINE
 
     def __enter__(self) -> "ProgressLines":
         return self
 
     def __exit__(self, error_type: Any, *_: Any) -> None:
-        if self._next > _DELAY:
+        if time.monotonic() - self._began >= _DELAY:
             self._say("interrupted" if error_type else "done")
 
     def update(self, steps: int = 1) -> None:
@@ -61,7 +61,7 @@ class ProgressLines:
         passed = time.monotonic() - self._began
         if passed >= self._next:
             self._say(f"{self.done:,} of {self.total:,}")
-            self._next = max(_NEXT_LINE, 2 * passed)
+            self._next = 2 * passed
 
     def _say(self, words: str) -> None:
         seconds = time.monotonic() - self._began

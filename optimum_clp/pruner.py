@@ -79,6 +79,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         token: str | bool | None = None,
         trust_remote_code: bool = False,
         use_safetensors: bool = True,
+        attn_implementation: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
         quiet: bool = False,
     ) -> "CLPPruner":
         """Open a dense model, or a folder that this class wrote.
@@ -87,24 +89,23 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, a Hub id, or a local folder. From a folder
                 that [`~CLPPruner.save_pretrained`] wrote, config, report and segments are restored; the dense model is
                 then loaded from `base_model` of the report when a step needs it.
-            file_name (`str`, *optional*): An ONNX file of the folder, such as `"onnx/model_q4.onnx"`: only that file is
-                opened, for [`~CLPPruner.evaluate`].
+            file_name (`str`, *optional*): A file of the folder, `"onnx/model_q4.onnx"`: it alone is opened, for [`~CLPPruner.evaluate`].
             tokenizer (`PreTrainedTokenizerBase` or path, *optional*): If it does not lie beside the model.
             dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
-            device_map: As in transformers.
-            revision (`str`, *optional*): Branch, tag or commit on the Hub.
-            token (`str` or `bool`, *optional*): For private or gated models.
+            device_map, attn_implementation: As in transformers; transformers chooses if they are not given.
+            revision, token, cache_dir: As in transformers, for the Hub: branch, tag or commit; access to private and gated
+                models; the folder in which its files are kept.
             trust_remote_code (`bool`): Run code that comes with the model.
             use_safetensors (`bool`): `False` also allows pickled weights, which can run code when they are read.
             quiet (`bool`): No progress bars.
 
         Raises:
-            ModelError: If the model or its tokenizer cannot be read, or its architecture is not supported.
+            ModelError: If the model or its tokenizer cannot be read, or its architecture or attention is not supported.
             ConfigurationError: If `file_name` is given with a model in memory.
         """
-        reading = {"dtype": dtype, "device_map": device_map, "use_safetensors": use_safetensors}
-        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        pruner = cls(None)
+        reading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "use_safetensors": use_safetensors}
+        reading["attn_implementation"], pruner = attn_implementation, cls(None)
+        hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
         pruner._session = open_session(model_or_path, file_name, tokenizer, reading=reading, hub=hub, quiet=quiet)
         return pruner
 
@@ -128,7 +129,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, dense, residence = session.use(config), session.source(), session.residence("search")
-        try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config))  # before any text is had
+        try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
         with session.caches.run():
             data, options = session.search_text(), session.search_options(residence)
             result = search_by_recipe(dense, data.train, data.validation, config, **options)

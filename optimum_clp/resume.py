@@ -6,8 +6,8 @@ A name is a hash of all that the outcome depends on, so that what is found under
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from .mapped_weights import MappedWeights
 from .private_files import append_line, digest, is_there, open_plain, place_of, remove, replaced_file
 from .processes import gathered, is_first, wait_for_all
 from .progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 # parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it, or say in which
 # order it is computed
@@ -40,9 +42,8 @@ def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, su
     try:
         folder = Path(constants.HF_HOME if cache_dir is None else cache_dir).expanduser() / "optimum_clp"
     except RuntimeError:
-        warnings.warn(
-            "There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir.",
-            stacklevel=2,
+        logger.warning(
+            "There is no home folder: nothing is kept, and a run cannot be resumed. Set calibration.cache_dir."
         )
         return None
     return folder / f"{kind}-{_digest(json.dumps(contents, sort_keys=True, default=str))}{suffix}"
@@ -191,6 +192,8 @@ class Journal:
         self.known: dict[str, Any] = {}
         if file is not None and is_there(file):
             self._read(file)
+        if self.known:
+            logger.info(f"search: goes on where it was interrupted, with {len(self.known)} measurements from {file}")
 
     def knows(self, key: Any) -> bool:
         """Whether something was measured under `key` before."""
@@ -207,7 +210,7 @@ class Journal:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 append_line(self.file, self._line(name, value))
             except OSError as error:
-                warnings.warn(f"{self.file} cannot be written ({error}): the search cannot be resumed.", stacklevel=2)
+                logger.warning(f"{self.file} cannot be written ({error}): the search cannot be resumed.")
                 self.file = None
         return value
 
@@ -242,7 +245,7 @@ class Journal:
     def _drop(self, file: Path, reason: str) -> None:
         if self.writes:
             self._write_again(file)
-            warnings.warn(f"{file} is damaged ({reason}): what is missing is measured again.", stacklevel=4)
+            logger.warning(f"{file} is damaged ({reason}): what is missing is measured again.")
 
     def _write_again(self, file: Path) -> None:
         """Leave the good records alone, so that what is appended begins on a line of its own."""
@@ -253,7 +256,7 @@ class Journal:
                 for name, value in self.known.items():
                     stream.write(self._line(name, value).encode() + b"\n")
         except OSError as error:
-            warnings.warn(f"{file} cannot be written ({error}): the search cannot be resumed.", stacklevel=5)
+            logger.warning(f"{file} cannot be written ({error}): the search cannot be resumed.")
             self.file = None
 
 
@@ -262,12 +265,12 @@ def _lock(place: Path, lock: Lock, folder: bool) -> Path | None:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock.wait(f"The cache {place}")
         if folder and is_there(place) and (place.is_symlink() or not place.is_dir()):
-            warnings.warn(f"{place} is damaged (it is no folder): what it kept is done again.", stacklevel=4)
+            logger.warning(f"{place} is damaged (it is no folder): what it kept is done again.")
             remove(place)
         if folder:
             place.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
-        warnings.warn(f"{place} cannot be written ({error}): this run cannot be resumed.", stacklevel=4)
+        logger.warning(f"{place} cannot be written ({error}): this run cannot be resumed.")
         return None
     return place
 

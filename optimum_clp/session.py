@@ -5,9 +5,9 @@ What has come out so far lies beside them, with the one rule of what a new outco
 
 import copy
 import dataclasses
+import logging
 import os
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +42,8 @@ from .runtime.causal_lm import OnnxCausalLM
 from .segments import LayerSegment, check_segments, endpoint_layers, further_segments
 from .surgery.cut import separate
 from .surgery.description import CutStep, describe_cut, describe_dense
+
+logger = logging.getLogger(__name__)
 
 _OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
@@ -89,6 +91,8 @@ class Session:
         quiet (`bool`): No progress bars.
         onnx_file ([`OnnxCausalLM`] or `None`): All that there is, if a file of a folder was opened.
         folder (`Path` or `None`): The folder that was opened or saved last, as long as it holds this model.
+        cache_dir (`str`, `os.PathLike` or `None`): Where files of the Hub are kept; `None` for transformers' own cache.
+        attn_implementation (`str` or `None`): How models that are loaded compute attention; `None` for transformers' choice.
 
     Attributes:
         train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
@@ -108,6 +112,8 @@ class Session:
     quiet: bool = False
     onnx_file: OnnxCausalLM | None = None
     folder: Path | None = None
+    cache_dir: str | os.PathLike | None = None
+    attn_implementation: str | None = None
     train_rows: int | None = field(default=None, init=False)
     further: Further | None = field(default=None, init=False)
     cut_segments: tuple[LayerSegment, ...] = field(default=(), init=False)
@@ -171,7 +177,7 @@ class Session:
                     revision=base.get("revision"),
                     dtype="auto" if like is None else like.dtype,
                     device_map=None if like is None else {"": like.device},
-                    quiet=self.quiet,
+                    **self._reading(),
                 )
                 check_base(self.report, loaded, self.quiet)
                 self.model = self._checked = loaded
@@ -190,6 +196,11 @@ class Session:
             remedy = "Load it outside of torch.inference_mode()"
             raise ModelError.of("model", self.model.name_or_path or type(self.model).__name__, rule, remedy)
         return self.model
+
+    def _reading(self) -> dict[str, Any]:
+        """How models that are named are loaded, as the first one was."""
+        own = {"cache_dir": self.cache_dir, "attn_implementation": self.attn_implementation}
+        return {**own, "quiet": self.quiet}
 
     def source(self) -> PreTrainedModel:
         """The model that is searched and cut: the dense one; or, of a folder that was cut before, what is left there.
@@ -213,9 +224,7 @@ class Session:
             self.model, segments, like = given, (), f"itself, because of the first: {error.problems[0].rule}"
             self.report.base_model = to_section(describe_dense(given, name, None))
             self._checked = given
-        warnings.warn(
-            f"{name} was cut before, and is cut further; what comes out is compared with {like}.", stacklevel=4
-        )
+        logger.warning(f"{name} was cut before, and is cut further; what comes out is compared with {like}.")
         self.segments = None
         return Further(given, segments, steps, name)
 
@@ -460,7 +469,7 @@ class Session:
         """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
         if given is None:
             return self.model
-        return load_model(given, quiet=self.quiet)
+        return load_model(given, **self._reading())
 
 
 def _of_session(name: str) -> Any:
@@ -501,8 +510,8 @@ def open_session(
         model_or_path (`PreTrainedModel`, `str` or `os.PathLike`): A model, a Hub id, or a local folder.
         file_name (`str` or `None`): An ONNX file of the folder, which is all that is opened then.
         tokenizer (`PreTrainedTokenizerBase`, `str`, `os.PathLike` or `None`): If it does not lie beside the model.
-        reading (`dict`): `dtype`, `device_map` and `use_safetensors` of [`load_model`].
-        hub (`dict`): Its `revision`, `token` and `trust_remote_code`.
+        reading (`dict`): `dtype`, `device_map`, `use_safetensors` and `attn_implementation` of [`load_model`].
+        hub (`dict`): Its `revision`, `token`, `trust_remote_code` and `cache_dir`.
         quiet (`bool`): No progress bars.
 
     Raises:
@@ -511,9 +520,12 @@ def open_session(
     """
     model_or_path = model_or_name(model_or_path)
     path = None if isinstance(model_or_path, PreTrainedModel) else model_or_path
-    session = Session(quiet=quiet, folder=Path(path) if path is not None and os.path.isdir(path) else None)
+    folder = Path(path) if path is not None and os.path.isdir(path) else None
+    kept = {"cache_dir": hub["cache_dir"], "attn_implementation": reading["attn_implementation"]}
+    session = Session(quiet=quiet, folder=folder, **kept)
     ours = CLPConfig.CONFIG_NAME, REPORT_NAME
-    recipe, record = (written_file(path, name, hub["revision"], hub["token"]) for name in ours)
+    place = hub["revision"], hub["token"], hub["cache_dir"]
+    recipe, record = (written_file(path, name, *place) for name in ours)
     if recipe:
         session.config = CLPConfig.from_pretrained(recipe)
     if record:
@@ -523,7 +535,7 @@ def open_session(
         if path is None:
             rule = "it names a file of a folder, and a model in memory has none"
             raise ConfigurationError.of("file_name", file_name, rule, "Give the folder instead of the model")
-        session.onnx_file = OnnxCausalLM.from_pretrained(path, file_name)
+        session.onnx_file = OnnxCausalLM.from_pretrained(path, file_name, cache_dir=hub["cache_dir"])
     else:
         loaded = load_model(model_or_path, accept=find_architecture, quiet=quiet, **reading, **hub)
         if session.report.cut is not None:

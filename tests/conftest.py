@@ -1,6 +1,8 @@
+import logging
 import os
 
 import pytest
+from notices import COLLECTOR, check_none_is_left
 
 # no test may reach the network; set before huggingface_hub is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,8 +16,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    logging.getLogger("optimum_clp").addHandler(COLLECTOR)
     if config.getoption("--record-architectures") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Recorder())
+
+
+@pytest.fixture(autouse=True)
+def _no_notice_is_passed_over(request):
+    yield
+    if request.node.get_closest_marker("notices") is None:
+        check_none_is_left()
+    COLLECTOR.texts.clear()
 
 
 class _Recorder:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from notices import notice
 from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment
@@ -64,9 +65,7 @@ def test_a_cut_model_is_cut_further(place):
     before = opened(place)
     first = [LayerSegment(*s) for s in before.report.cut["segments"]]
     given = {name: tensor.clone() for name, tensor in before.pruned_model.state_dict().items()}
-    with pytest.warns(
-        UserWarning, match="cut was cut before, and is cut further; what comes out is compared with the first"
-    ):
+    with notice("cut was cut before, and is cut further; what comes out is compared with the first"):
         model = before.prune(recipe(place / "cache", 0.25), place / "again")
     assert model.config.num_hidden_layers == 3
     report = before.report
@@ -91,7 +90,7 @@ def test_a_cut_model_is_cut_further(place):
 def test_without_the_first_dense_model_the_given_one_stands_in(place):
     edit(place, base_model={"name_or_path": str(place / "gone")})
     pruner = opened(place)
-    with pytest.warns(UserWarning, match="compared with itself, because of the first: .*there is no such folder"):
+    with notice("compared with itself, because of the first: .*there is no such folder"):
         pruner.prune(recipe(place / "cache", 0.25), place / "again")
     cut = pruner.report.cut
     assert cut["towards"] == "given model" and cut["num_layers_before"] == 4 and len(cut["chain"]) == 2
@@ -128,7 +127,7 @@ def test_weights_that_were_changed_are_told_and_not_tuned(place):
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     model.save_pretrained(place / "changed")
     shutil.copy(place / "changed" / "model.safetensors", place / "cut")
-    with pytest.warns(UserWarning, match="The weights in .*cut were changed after clp_report.json was written"):
+    with notice("The weights in .*cut were changed after clp_report.json was written"):
         pruner = opened(place)
     with pytest.raises(ModelError, match="its weights were changed after its report was written"):
         pruner.tune(recipe(place / "cache", 0.33))

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from notices import notice
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp import healing
@@ -140,9 +141,7 @@ def test_pilots_take_a_small_part_of_the_time(monkeypatch):
 
 def test_a_budget_that_is_too_short_keeps_what_a_pilot_reached(monkeypatch):
     workshop = Workshop(monkeypatch)
-    with pytest.warns(
-        UserWarning, match=r"budget: \d+ s are left after short pilots, and twice the text of the last one"
-    ):
+    with notice(r"budget: \d+ s are left after short pilots, and twice the text of the last one"):
         workshop.heal(10)
     assert [rows for rows, *_ in workshop.calls] == [16, 16]
 

@@ -1,6 +1,7 @@
 """Notebooks are clean, and their code and links hold; `make test-examples` runs them."""
 
 import json
+from pathlib import Path
 
 import pytest
 from page_blocks import ROOT
@@ -23,4 +24,24 @@ def test_a_notebook_is_clean(path):
 
 
 def test_notebooks_are_found():
-    assert {"first_cut.ipynb"} <= {path.name for path in NOTEBOOKS}
+    names = {"first_cut.ipynb", "chat_model_own_data.ipynb", "compare_and_read_the_report.ipynb"}
+    assert names <= {path.name for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("is_checkout", [True, False])
+def test_a_notebook_takes_the_small_model_in_a_checkout_and_one_of_the_hub_elsewhere(
+    path, is_checkout, tmp_path, monkeypatch
+):
+    for name in ("CLP_MODEL", "CLP_BUDGET", "CLP_OUTPUT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(path.parent if is_checkout else tmp_path)
+    chosen = {}
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    (settings,) = (text for cell in cells if "\nMODEL = " in (text := "".join(cell["source"])))
+    exec(compile(settings, path.name, "exec"), chosen)
+    if is_checkout:
+        assert Path(chosen["MODEL"], "config.json").is_file()
+    else:
+        assert chosen["MODEL"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert not Path(chosen["OUTPUT"]).exists()

@@ -5,6 +5,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from notices import notice
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from zoo import ZOO, zoo_model
@@ -205,8 +206,6 @@ def test_terms_and_origin_of_the_dense_model_go_along(session, tmp_path):
 
 def test_a_licence_that_nobody_knows_is_said(session, tmp_path):
     session.report.base_model["name_or_path"] = "acme/no-such-model"
-    with pytest.warns(
-        UserWarning, match="licence: the card of acme/no-such-model is not in the cache, and the Hugging Face Hub"
-    ):
+    with notice("licence: the card of acme/no-such-model is not in the cache, and the Hugging Face Hub"):
         write_run(session, tmp_path / "out")
     assert "license:" not in (tmp_path / "out/README.md").read_text()

@@ -136,7 +136,7 @@ def prepared(tmp_path_factory):
         (folder / name).write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
     with contextlib.chdir(folder), small_amounts():
         model, made = MODELS[0], MADE[0]
-        assert main(["prune", "--quiet", "--cache-dir", "cache", "--model", model, made]) == 0
+        assert main(["prune", "--quiet", "--text-cache-dir", "cache", "--model", model, made]) == 0
     for name in MADE[1:]:
         shutil.copytree(folder / MADE[0], folder / name)
     return folder
@@ -196,7 +196,7 @@ def installed(name):
         return False
 
 
-@pytest.mark.filterwarnings("default:::optimum_clp")
+@pytest.mark.notices
 @pytest.mark.parametrize("page", TO_RUN, ids=name_of)
 def test_a_page_runs(page, workplace):
     text = page.read_text(encoding="utf-8")
@@ -236,7 +236,7 @@ def run_card(folder):
         run_python(code.replace("path/to/this/folder", str(folder)), "card", {})
 
 
-@pytest.mark.filterwarnings("default:::optimum_clp")
+@pytest.mark.notices
 @pytest.mark.parametrize("page", GUIDES, ids=name_of)
 def test_a_guide_for_contributors_runs(page, workplace, monkeypatch):
     """Its module under the name that its `pyproject.toml` gives it, its registration, and a run with it."""

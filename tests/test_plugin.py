@@ -65,7 +65,7 @@ def output(site, tmp_path_factory):
         "--quiet --pruning-ratio 0.34 --strategy toy_first --loss toy_squared=1 --init toy_damped --method toy_coarse"
     )
     rows = "--sequence-length 16 --train-sequences 16 --validation-sequences 4 --test-sequences 2 --epochs 1"
-    places = ["--cache-dir", str(folder / "cache"), "--model", str(folder / "dense"), str(folder / "out")]
+    places = ["--text-cache-dir", str(folder / "cache"), "--model", str(folder / "dense"), str(folder / "out")]
     done = run(site, "-m", "optimum_clp.commands.clp", "prune", *command.split(), *rows.split(), *places)
     assert done.returncode == 0, done.stderr
     return folder / "out"

@@ -128,7 +128,7 @@ def test_the_process_that_was_launched_first_answers(launched, answers, monkeypa
     if launched is not None:
         monkeypatch.setenv("RANK", launched)
     assert processes.was_launched_first() == answers
-    args = argparse.Namespace(json=False, quiet=False, debug=False)
+    args = argparse.Namespace(json=False, quiet=False, log_level="info", debug=False)
     assert execute(lambda args: ({}, "the answer"), args) == 0
     assert capsys.readouterr().out == ("the answer\n" if answers else "")
 
@@ -158,7 +158,14 @@ def test_two_processes_write_one_folder(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     answers = []
     for name, start in (("one", [sys.executable]), ("two", LAUNCH)):
-        command = [*start, "-m", "optimum_clp.commands.clp", *line, "--cache-dir", str(tmp_path / f"cache-{name}")]
+        command = [
+            *start,
+            "-m",
+            "optimum_clp.commands.clp",
+            *line,
+            "--text-cache-dir",
+            str(tmp_path / f"cache-{name}"),
+        ]
         done = subprocess.run([*command, str(tmp_path / name)], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         answers.append(json.loads(done.stdout))

@@ -46,7 +46,6 @@ def test_a_log_gets_lines_that_become_rarer(capsys, clock):
             bar.update(2)
     seen = capsys.readouterr()
     assert seen.out == "" and seen.err.splitlines() == [
-        "Working: 4 of 2,000 (2 s)",
         "Working: 120 of 2,000 (60 s)",
         "Working: 240 of 2,000 (120 s)",
         "Working: 480 of 2,000 (240 s)",
@@ -61,7 +60,15 @@ def test_a_log_says_that_work_was_interrupted(capsys, clock):
         clock[0] = 3
         bar.update()
         raise KeyboardInterrupt
-    assert capsys.readouterr().err.splitlines() == ["Working: 1 of 3 (3 s)", "Working: interrupted (3 s)"]
+    assert capsys.readouterr().err.splitlines() == ["Working: interrupted (3 s)"]
+
+
+def test_a_log_gets_one_line_of_work_that_takes_less_than_a_minute(capsys, clock):
+    with progress_bar(2, "Working") as bar:
+        for seconds in (30, 59):
+            clock[0] = seconds
+            bar.update()
+    assert capsys.readouterr().err.splitlines() == ["Working: done (59 s)"]
 
 
 def test_a_notebook_has_bars(monkeypatch):

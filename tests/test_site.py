@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import sys
 from pathlib import Path
 
@@ -44,6 +45,8 @@ def docstrings():
         ("CONTRIBUTING.md", "contribute/index.md", "[a](docs/contribute/loss.md)", "[a](loss.md)"),
         ("benchmarks/README.md", "measurements/index.md", "[a](edge/README.md#speed)", "[a](edge.md#speed)"),
         ("docs/report.md", "report.md", "[a](clp_report.schema.json)", f"[a]({REPOSITORY}/blob/main/docs/clp_report.schema.json)"),
+        ("docs/tutorial.md", "tutorial.md", "[a](../examples/first_cut.ipynb)", "[a](notebooks/first_cut.md)"),
+        ("examples/first_cut.ipynb", "notebooks/first_cut.md", "[a](../docs/search.md#x)", "[a](../search.md#x)"),
         ("docs/cli.md", "cli.md", "[a](../optimum_clp/doors.py)", f"[a]({REPOSITORY}/blob/main/optimum_clp/doors.py)"),
         ("docs/cli.md", "cli.md", "[a](../tests)", f"[a]({REPOSITORY}/tree/main/tests)"),
         ("docs/cli.md", "cli.md", "[glossary.md](glossary.md)", "[Glossary](glossary.md)"),
@@ -53,6 +56,17 @@ def docstrings():
 )  # fmt: skip
 def test_links_lead_to_the_site_or_the_repository(hooks, source, page, link, led):
     assert hooks.with_links(link, source, page, REPOSITORY) == led
+
+
+def test_every_notebook_is_a_page_with_its_texts_and_code(hooks):
+    notebooks = {f"examples/{path.name}" for path in ROOT.glob("examples/*.ipynb")}
+    assert notebooks == {source for source in hooks.ELSEWHERE if source.endswith(".ipynb")}
+    for source in notebooks:
+        page = hooks.notebook_page(source, "https://github.com/optimum-clp/optimum-clp")
+        cells = json.loads((ROOT / source).read_text(encoding="utf-8"))["cells"]
+        assert page.startswith("# ") and page.count("```python\n") == sum(c["cell_type"] == "code" for c in cells)
+        assert "](../docs/" in page and "blob/main/docs" not in page
+        assert f"(https://colab.research.google.com/github/optimum-clp/optimum-clp/blob/main/{source})" in page
 
 
 def test_every_option_is_on_the_page_of_options(hooks):

@@ -103,7 +103,7 @@ def test_a_fault_of_saving_is_found(monkeypatch):
     model = tiny_model("mistral")
     real = trials.save_checkpoint
 
-    def forgetful(model, tokenizer, folder):
+    def forgetful(model, tokenizer, folder, cache_dir=None):
         real(model, tokenizer, folder)
         text = (folder / "config.json").read_text()
         (folder / "config.json").write_text(text.replace('"sliding_window": 12', '"sliding_window": 5'))
@@ -117,7 +117,7 @@ def test_a_fault_of_the_cut_alone_is_the_cuts(monkeypatch):
     model = tiny_model()
     real = trials.save_checkpoint
 
-    def spoils_cuts(model, tokenizer, folder):
+    def spoils_cuts(model, tokenizer, folder, cache_dir=None):
         if model.config.num_hidden_layers < 6:
             model.config.rms_norm_eps = 0.1
         real(model, tokenizer, folder)

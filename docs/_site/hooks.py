@@ -1,6 +1,7 @@
 """What the site does with the pages that GitHub shows as they are.
 
 - Pages outside `docs/` (`CONTRIBUTING.md`, the benchmarks, the changelog) are pages of the site.
+- Notebooks are pages, without their outputs.
 - A relative link to a page leads to that page; one to any other file of the repository leads to the repository.
 - The table of every option is made from the parsers of the commands.
 - A page that would fetch anything from a network when it is read ends the build.
@@ -10,6 +11,7 @@
 
 import argparse
 import hashlib
+import json
 import posixpath
 import re
 from collections.abc import Iterator
@@ -33,6 +35,9 @@ ELSEWHERE = {
     "benchmarks/edge/results/speed-intel.png": "measurements/speed-intel.png",
     "benchmarks/edge/results/frontier/frontier.png": "measurements/frontier.png",
     "README.md": "index.md",
+    "examples/first_cut.ipynb": "notebooks/first_cut.md",
+    "examples/chat_model_own_data.ipynb": "notebooks/chat_model_own_data.md",
+    "examples/compare_and_read_the_report.ipynb": "notebooks/compare_and_read_the_report.md",
 }
 OPTIONS = "reference/options.md"
 # sections of one page, which have nothing to list beside it
@@ -47,7 +52,9 @@ _LINK = re.compile(r"(!?\[(?:[^\]\[]|\[[^\]]*\])*\]\()([^)\s]+)(\))")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie elsewhere, and those that are made."""
     for source, page in ELSEWHERE.items():
-        if not (ROOT / "docs" / page).exists():
+        if source.endswith(".ipynb"):
+            files.append(File.generated(config, page, content=notebook_page(source, str(config.repo_url))))
+        elif not (ROOT / "docs" / page).exists():
             files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     files.append(File.generated(config, OPTIONS, content=options_page()))
     return files
@@ -128,6 +135,23 @@ def with_diagrams(markdown: str, page: str) -> str:
         return f"![Diagram; the text above and below says the same]({address}){{ .diagram }}"
 
     return _MERMAID.sub(picture, markdown)
+
+
+def notebook_page(source: str, repository: str) -> str:
+    """A notebook as Markdown: its texts, and its code to be copied.
+
+    Args:
+        source (`str`): The file, seen from the repository's root.
+        repository (`str`): The repository's address. Links of a notebook name it, as they are read outside of it too.
+    """
+    path, files = f"blob/main/{source}", f"{repository}/blob/main/"
+    opened = f"https://colab.research.google.com/github/{repository.split('://')[-1].split('/', 1)[1]}/{path}"
+    parts = []
+    for cell in json.loads((ROOT / source).read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text.replace(f"]({files}", "](../"))
+    where = f"This page is a notebook: [the file]({repository}/{path}), or [open it in Colab]({opened})."
+    return "\n\n".join([parts[0], where, *parts[1:]]) + "\n"
 
 
 def options_page() -> str:

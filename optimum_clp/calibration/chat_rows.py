@@ -3,7 +3,7 @@
 A row begins where a conversation does and goes on with the next ones; what does not fit into it is left out.
 """
 
-import warnings
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import CalibrationError
 from .chats import Message
 from .templates import ChatTemplate, render
+
+logger = logging.getLogger(__name__)
 
 # tokens that an answer should have room for behind a prompt
 _ROOM = 8
@@ -120,9 +122,8 @@ def rendered_prompts(
         rule = f"all {long} prompts are longer than a row of {length} tokens, and leave no room for an answer"
         raise CalibrationError.of(name, f"{long} prompts", rule, "Raise calibration.sequence_length, or shorten them")
     if long:
-        warnings.warn(
-            f"{name}: {long} prompts are left out: in a row of {length} tokens they leave no room for an answer.",
-            stacklevel=3,
+        logger.warning(
+            f"{name}: {long} prompts are left out: in a row of {length} tokens they leave no room for an answer."
         )
     return kept
 

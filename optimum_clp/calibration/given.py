@@ -4,8 +4,8 @@ A document is what the tokenizer makes of it, its own BOS and EOS included; a pl
 """
 
 import itertools
+import logging
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -20,6 +20,8 @@ from .sources import Passage, read_passages
 from .splits import GIVEN, TextRows
 from .templates import ChatTemplate
 from .writing import embedding_weight
+
+logger = logging.getLogger(__name__)
 
 # running text is shuffled in pieces of so many characters: long against a row, short against a file
 _PIECE_CHARACTERS = 2**13
@@ -273,10 +275,9 @@ def fitting_sizes(sizes: Sequence[int], tokens: int, length: int, dataset: str |
     share = max(1, there // 4) if train else there // 2
     test, validation = min(test, share), min(validation, share)
     fitted = [test, validation, min(train, there - test - validation)]
-    warnings.warn(
+    logger.warning(
         f"calibration.dataset: the text has {tokens} tokens, which is {there} rows of {length} instead of the {planned} that are "
-        f"planned: {fitted[2]} train, {fitted[1]} validation and {fitted[0]} test rows. Give more text for surer figures.",
-        stacklevel=4,
+        f"planned: {fitted[2]} train, {fitted[1]} validation and {fitted[0]} test rows. Give more text for surer figures."
     )
     return fitted
 

@@ -1,7 +1,7 @@
 """Text that the dense model writes itself, of both kinds: plain, and conversations through its chat template."""
 
+import logging
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from .self_written import sample_text
 from .splits import CONVERSATIONS, PLAIN, TextRows, joined
 from .summary import ConversationStatistics, TextStatistics
 from .templates import ChatTemplate
+
+logger = logging.getLogger(__name__)
 
 _MIN_DISTINCT_SHARE = 0.5
 # below it the model asks the same again and again: SmolLM2-135M-Instruct is at 1.0 with 42 questions
@@ -129,12 +131,15 @@ def _template(
     if not config.conversation_share or tokenizer is None or not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        return model_template(model, tokenizer)
+        template = model_template(model, tokenizer)
+        if not template.opening:
+            rule = "it puts no token before the user's first words, and a model begins to write with one"
+            raise CalibrationError.of("chat_template", None, rule, "Let it begin with the BOS token")
+        return template
     except CalibrationError as error:
-        warnings.warn(
+        logger.warning(
             f"calibration: the model's chat template cannot be used ({error.problems[0].rule}), so the text that it "
-            "writes is plain text alone, and no conversations.",
-            stacklevel=4,
+            "writes is plain text alone, and no conversations."
         )
         return None
 
@@ -179,19 +184,17 @@ def _statistics(
 def _warn_if_of_one_topic(found: ConversationStatistics) -> None:
     share = found["distinct_openings_share"]
     if share < _MIN_DISTINCT_OPENINGS:
-        warnings.warn(
+        logger.warning(
             f"calibration: only {share:.1%} of the questions that the model wrote begin differently (below "
             f"{_MIN_DISTINCT_OPENINGS:.0%} they are of few kinds). Raise calibration.openings_share, or give "
-            "conversations or prompts in calibration.dataset.",
-            stacklevel=5,
+            "conversations or prompts in calibration.dataset."
         )
 
 
 def _warn_if_repetitive(share: float) -> None:
     if share < _MIN_DISTINCT_SHARE:
-        warnings.warn(
+        logger.warning(
             f"calibration: only {share:.1%} of the 4-grams in the text that the model wrote are distinct (below "
             f"{_MIN_DISTINCT_SHARE:.0%} it repeats itself). Give a text in calibration.dataset, or raise "
-            "calibration.temperature.",
-            stacklevel=3,
+            "calibration.temperature."
         )

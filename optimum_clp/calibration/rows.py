@@ -5,7 +5,7 @@ A document is what the tokenizer makes of it, its own BOS and EOS included; a pl
 """
 
 import itertools
-import warnings
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +25,8 @@ from .sources import checked_source, describe, hub_dataset, read_passages
 from .splits import TextRows, joined
 from .summary import CalibrationSummary, TextStatistics
 from .templates import split_template
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,5 @@ def tokenize_dataset(
     require_tokens(tokens, 1, sequence_length, dataset, name, "ask for shorter rows")
     rows = min(num_sequences or len(tokens), len(tokens) // sequence_length)
     if num_sequences is not None and rows < num_sequences:
-        warnings.warn(
-            f"{name}: the text has {rows} rows of {sequence_length} tokens, not {num_sequences}", stacklevel=2
-        )
+        logger.warning(f"{name}: the text has {rows} rows of {sequence_length} tokens, not {num_sequences}")
     return tokens[: rows * sequence_length].view(rows, sequence_length)

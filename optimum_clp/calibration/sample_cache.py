@@ -6,9 +6,9 @@ at once or not at all, and carries a checksum.
 
 import contextlib
 import hashlib
+import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from ..private_files import is_plain, is_there, place_of, remove, replaced_file
 from ..resume import cache_file
 from ..version import __version__
+
+logger = logging.getLogger(__name__)
 
 # raised when the sampling or the file changes: every older file is then a miss
 _FORMAT = 3
@@ -86,12 +88,13 @@ def load_sample(
         if _checksum(sample, file) != checksum or length != sequence_length:
             raise ValueError("the contents do not match the checksum")
     except Exception as error:
-        remove(file)  # first: where warnings are errors, the next run shall not stumble over it again
-        warnings.warn(
-            f"{file} is damaged ({error}) and is ignored: the calibration text is written again.", stacklevel=3
-        )
+        remove(file)
+        logger.warning(f"{file} is damaged ({error}) and is ignored: the calibration text is written again.")
         return nothing
-    return sample if rows == total or rows % batch_size == 0 else nothing
+    if rows != total and rows % batch_size:
+        return nothing
+    logger.info(f"text: {rows} rows that were written before are taken from {file}")
+    return sample
 
 
 def save_sample(file: Path | None, sample: Sample) -> Path | None:
@@ -107,7 +110,7 @@ def save_sample(file: Path | None, sample: Sample) -> Path | None:
             stream.write(save(contents, metadata={"sha256": _checksum(sample, file)}))
         _remove_leftovers(file)
     except Exception as error:
-        warnings.warn(f"{file} cannot be written ({error}): the calibration text is not kept.", stacklevel=3)
+        logger.warning(f"{file} cannot be written ({error}): the calibration text is not kept.")
         return None
     return file
 

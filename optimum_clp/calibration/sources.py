@@ -3,8 +3,9 @@
 Local files are read directly, not through `datasets`, which would leave a converted copy of each in the user's cache.
 """
 
+import contextlib
 import itertools
-import warnings
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from typing import Any
 from ..configuration.rules import source_of_text, text_source
 from ..errors import CalibrationError
 from ..json_files import JsonProblem
+from ..progress import draws_bars
 from .chats import COLUMNS, Message, chat_columns, messages_of
 from .formats import FILE_TYPES, FormatProblem, has_rows, is_packed, kind_of, opened, rows_of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -247,7 +251,7 @@ def _documents(texts: Iterable[str | list[Message]], name: str) -> Iterator[Pass
     finally:
         if halves:
             rows = f"{halves} row{'s have' if halves > 1 else ' has'}"
-            warnings.warn(f"{name}: {rows} half of a character in it (a lone surrogate) and is left out", stacklevel=2)
+            logger.warning(f"{name}: {rows} half of a character in it (a lone surrogate) and is left out")
 
 
 def _is_whole(text: str) -> bool:
@@ -276,7 +280,8 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
     # offline, only a copy in the user's cache can be read, and only without streaming
     streaming = source.streaming and not datasets.config.HF_HUB_OFFLINE
     try:
-        rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=streaming)
+        with _bars_where_they_are_seen():
+            rows = datasets.load_dataset(source.path, source.config, split=source.split, streaming=streaming)
         texts = _texts(rows, shown, text_column, name)
         if source.running_text:
             # joined as published perplexities on WikiText join it
@@ -292,6 +297,22 @@ def _read_hub(source: HubDataset, shown: str, text_column: str, piece_characters
             raise CalibrationError.of(name, shown, rule, advice) from error
         rule = f"the dataset {source.path} could not be loaded ({type(error).__name__}: {error})"
         raise CalibrationError.of(name, shown, rule, f"Give id, id:config or id:config:split. {advice}") from error
+
+
+@contextlib.contextmanager
+def _bars_where_they_are_seen() -> Iterator[None]:
+    """Let `datasets` draw no bars into a log, unless its own variable asks for them."""
+    import datasets
+
+    asked = datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS is not None
+    if asked or draws_bars() or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _is_connection_error(error: BaseException | None) -> bool:

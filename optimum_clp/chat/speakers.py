@@ -102,6 +102,8 @@ def open_speakers(
     token: str | bool | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    attn_implementation: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
     quiet: bool = False,
 ) -> Speakers:
     """Load all that can answer for an output folder; whoever is missing is left out with a word.
@@ -114,16 +116,20 @@ def open_speakers(
         token (`str` or `bool`, *optional*): For private or gated repositories.
         dtype (`str`): Of the PyTorch models.
         device (`str`, *optional*): Of the PyTorch models.
+        attn_implementation (`str`, *optional*): Of the PyTorch models, as in transformers.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where files of the Hub are kept; by default transformers' cache.
         quiet (`bool`): No progress bars.
 
     Raises:
         ModelError: If the tokenizer, or what was named (`dense`, `file_name`), cannot be read; or nobody is there.
     """
     name = os.fspath(folder)
-    record = written_file(name, REPORT_NAME, None, token)
+    record = written_file(name, REPORT_NAME, None, token, cache_dir)
     report = CLPReport.load(record) if record else CLPReport()
-    found = _Found(token, {"dtype": dtype, "device_map": device, "quiet": quiet})
-    words = load_tokenizer(name if tokenizer is None else tokenizer, token=token)
+    hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir}
+    reading = {"dtype": dtype, "device_map": device, "attn_implementation": attn_implementation, "quiet": quiet}
+    found = _Found(hub, reading)
+    words = load_tokenizer(name if tokenizer is None else tokenizer, **hub)
     base = report.base_model or {}
     if dense is not None:
         found.checkpoint("dense", os.fspath(dense), None, required=True)
@@ -148,8 +154,8 @@ def open_speakers(
 class _Found:
     """Who is there so far, and who is not."""
 
-    def __init__(self, token: str | bool | None, reading: dict[str, Any]):
-        self.token, self.reading = token, reading
+    def __init__(self, hub: dict[str, Any], reading: dict[str, Any]):
+        self.hub, self.reading = hub, reading
         self.speakers: list[Speaker] = []
         self.left_out: list[str] = []
 
@@ -164,7 +170,7 @@ class _Found:
         self, name: str, path: str, revision: str | None, *, required: bool, source: str | None = None
     ) -> None:
         try:
-            model = load_model(path, revision=revision, token=self.token, **self.reading)
+            model = load_model(path, revision=revision, **self.hub, **self.reading)
         except ModelError as error:
             self._missed(name, error, required)
         else:
@@ -172,7 +178,7 @@ class _Found:
 
     def file(self, name: str, folder: str, file_name: str, *, required: bool) -> None:
         try:
-            model = OnnxCausalLM.from_pretrained(folder, file_name, token=self.token)
+            model = OnnxCausalLM.from_pretrained(folder, file_name, **self.hub)
         except ModelError as error:
             self._missed(name, error, required)
         else:

@@ -1,6 +1,8 @@
 """Reading dense models and tokenizers with errors that help, and writing checkpoints that are checked."""
 
 import contextlib
+import copy
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -35,6 +37,8 @@ from .files import (
 from .in_memory import check_in_memory, model_or_name
 from .offloaded import read_in_place
 
+logger = logging.getLogger(__name__)
+
 
 def load_model(
     model_or_path: PreTrainedModel | str | os.PathLike,
@@ -44,7 +48,9 @@ def load_model(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike | None = None,
     use_safetensors: bool = True,
+    attn_implementation: str | None = None,
     accept: Callable[[Any], Any] | None = None,
     quiet: bool = False,
 ) -> PreTrainedModel:
@@ -59,8 +65,11 @@ def load_model(
         revision (`str` or `None`): Branch, tag or commit on the Hub.
         token (`str`, `bool` or `None`): For private or gated models on the Hub.
         trust_remote_code (`bool`): Allow code that comes with the model to run.
+        cache_dir (`str`, `os.PathLike` or `None`): Where files of the Hub are kept; `None` for transformers' own cache.
         use_safetensors (`bool`): `False` also allows pickled weights, where there are no others; reading them can run
             code.
+        attn_implementation (`str` or `None`): How attention is computed, as in transformers: `"eager"`, `"sdpa"`,
+            `"flash_attention_2"`, ...; `None` for transformers' choice.
         accept (`Callable`, *optional*): Called with the model's config before any weight is read; raises to refuse it.
         quiet (`bool`): Show no progress bars.
 
@@ -70,9 +79,10 @@ def load_model(
     Raises:
         ModelError: If there is no such model, it cannot be reached, its files are missing, malformed, truncated or
             quantized, it is not a causal language model, it needs code that may not be run, its weights do not fit
-            its `config.json`, or one of them has values that are not finite.
+            its `config.json`, or one of them has values that are not finite; or transformers has no such attention for it.
     """
-    path, hub = model_or_name(model_or_path), {"revision": revision, "token": token}
+    path: Any = model_or_name(model_or_path)
+    hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     if isinstance(path, PreTrainedModel):
         if accept is not None:
             accept(path.config)
@@ -84,10 +94,13 @@ def load_model(
     if base is not None:
         reading: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "use_safetensors": use_safetensors}
         reading |= {"token": token, "trust_remote_code": trust_remote_code, "accept": accept, "quiet": quiet}
+        reading |= {"cache_dir": cache_dir, "attn_implementation": attn_implementation}
         return merged(load_model(base, **reading), Path(path))
-    config = load_config(path, revision=revision, token=token, trust_remote_code=trust_remote_code)
+    config = load_config(path, trust_remote_code=trust_remote_code, **hub)
     if accept is not None:
         accept(config)
+    if attn_implementation is not None:
+        check_attention(config, attn_implementation, trust_remote_code)
     if os.path.isdir(path):
         check_weight_files(Path(path), use_safetensors)
     with transformers_quiet(bars=quiet or not draws_bars()), tempfile.TemporaryDirectory() as offloaded:
@@ -99,6 +112,7 @@ def load_model(
                 device_map=device_map,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True if use_safetensors else None,
+                attn_implementation=attn_implementation,
                 output_loading_info=True,
                 # for what is no safetensors file; nothing lies there unless the map names the disk, and the names go with the block
                 **({} if device_map is None else {"offload_folder": offloaded}),
@@ -110,6 +124,10 @@ def load_model(
         # whatever a library says about a bad file, the user gets one message with the model's name
         except Exception as error:
             raise load_error(path, error) from error
+    attention = getattr(model.config, "_attn_implementation", None)
+    logger.debug(
+        f"model: {path} is a {type(model).__name__} in {model.dtype} on {model.device}, attention {attention}"
+    )
     _check_keys(path, info, model.config.model_type)
     check_finite(path, model)
     return model.eval()
@@ -121,6 +139,7 @@ def load_config(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike | None = None,
 ) -> PretrainedConfig:
     """The config of a dense causal language model; no weights need lie beside it.
 
@@ -129,15 +148,16 @@ def load_config(
         revision (`str` or `None`): Branch, tag or commit on the Hub.
         token (`str`, `bool` or `None`): For private or gated models on the Hub.
         trust_remote_code (`bool`): Allow code that comes with the model to run.
+        cache_dir (`str`, `os.PathLike` or `None`): Where files of the Hub are kept; `None` for transformers' own cache.
 
     Raises:
         ModelError: If there is none, it cannot be read, or it is not a dense causal language model's.
         ConfigurationError: If another package adds this model type and cannot be imported.
     """
-    name, hub = os.fspath(path), {"revision": revision, "token": token}
+    name, hub = os.fspath(path), {"revision": revision, "token": token, "cache_dir": cache_dir}
     base = adapter_base(Path(name))
     if base is not None:
-        return load_config(base, token=token, trust_remote_code=trust_remote_code)
+        return load_config(base, token=token, trust_remote_code=trust_remote_code, cache_dir=cache_dir)
     if os.path.isdir(name):
         raw = read_config(Path(name))
         check_folder(Path(name), name)
@@ -162,6 +182,40 @@ def load_config(
     if stray:
         vars(config).pop("quantization_config", None)
     return config
+
+
+def check_attention(config: PretrainedConfig, implementation: str, trust_remote_code: bool = False) -> None:
+    """Check that transformers has an attention for a model, before weights are fetched or read.
+
+    Args:
+        config (`PretrainedConfig`): The model's; not changed.
+        implementation (`str`): As in transformers.
+        trust_remote_code (`bool`): Allow code that comes with the model to run, and kernels of the Hub, which are code too.
+
+    Raises:
+        ModelError: With transformers' own reason.
+    """
+    names = "Give eager, sdpa, flash_attention_2 or another one that transformers has for this model, or leave it out"
+    if "/" in implementation and not trust_remote_code:
+        rule = "it names a kernel on the Hugging Face Hub, which is code that would run here"
+        remedy = "Pass trust_remote_code=True (--trust-remote-code) if you trust it. Else give eager or sdpa"
+        raise ModelError.of("attn_implementation", implementation, rule, remedy)
+    build = reader(config.model_type, *(config.architectures or ())[:1]).from_config
+
+    def refusal(**chosen: str) -> Exception | None:
+        try:
+            with torch.device("meta"):
+                build(copy.deepcopy(config), trust_remote_code=trust_remote_code, **chosen)
+        except Exception as error:
+            return error
+        return None
+
+    with transformers_quiet(bars=False):
+        error = refusal(attn_implementation=implementation)
+        if error is None or refusal() is not None:  # where it cannot be built at all, reading it says why
+            return
+    said = " ".join(str(error).split())[:500].rstrip(".")
+    raise ModelError.of("attn_implementation", implementation, f"transformers refuses it ({said})", names) from error
 
 
 def _refuse_local_looking(path: str) -> None:
@@ -230,6 +284,7 @@ def load_tokenizer(
     revision: str | None = None,
     token: str | bool | None = None,
     trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike | None = None,
 ):
     """Load the tokenizer of a model.
 
@@ -238,6 +293,7 @@ def load_tokenizer(
         revision (`str` or `None`): Branch, tag or commit on the Hub.
         token (`str`, `bool` or `None`): For private or gated models on the Hub.
         trust_remote_code (`bool`): Allow code that comes with the tokenizer to run.
+        cache_dir (`str`, `os.PathLike` or `None`): Where files of the Hub are kept; `None` for transformers' own cache.
 
     Returns:
         `PreTrainedTokenizerBase`: The tokenizer.
@@ -256,7 +312,7 @@ def load_tokenizer(
     with transformers_quiet(bars=False):
         try:
             tokenizer = AutoTokenizer.from_pretrained(
-                name, revision=revision, token=token, trust_remote_code=trust_remote_code
+                name, revision=revision, token=token, trust_remote_code=trust_remote_code, cache_dir=cache_dir
             )
         except Exception as error:
             problem = load_error(name, error).problems[0]

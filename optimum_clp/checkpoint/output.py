@@ -6,17 +6,19 @@ entries take the place of the former ones at the end. What a killed run has left
 """
 
 import contextlib
+import logging
 import os
 import secrets
 import shutil
 import stat
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import OutputError
 from ..locks import Lock
 from .placing import Placing, content_of, delete, placing_at
+
+logger = logging.getLogger(__name__)
 
 
 def check_output(target: str | os.PathLike, overwrite: bool = False) -> Path:
@@ -204,4 +206,4 @@ def _swap(place: Placing, token: str, overwrite: bool) -> None:
     if old.exists():
         delete(old)
         if old.exists():
-            warnings.warn(f"{path} is written; its former content could not be deleted from {old}", stacklevel=5)
+            logger.warning(f"{path} is written; its former content could not be deleted from {old}")

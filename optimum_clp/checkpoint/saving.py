@@ -3,9 +3,9 @@
 import contextlib
 import copy
 import json
+import logging
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from .files import (
 )
 from .loading import transformers_quiet
 from .processors import copy_processor
+
+logger = logging.getLogger(__name__)
 
 PROBE_LENGTH = 64
 SHARD_SIZE = "5GB"
@@ -72,7 +74,9 @@ def has_tied_head(model: PreTrainedModel) -> bool:
     return head.weight is embedding.weight or head.weight.data_ptr() == embedding.weight.data_ptr()
 
 
-def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike) -> None:
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer, folder: str | os.PathLike, cache_dir: str | os.PathLike | None = None
+) -> None:
     """Write an ordinary checkpoint: configuration, safetensors weights, tokenizer, generation settings; beside a model that
     reads images or sound, also the processor's files that lay beside the dense one.
 
@@ -83,6 +87,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
         model (`PreTrainedModel`): The model.
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
         folder (`str` or `os.PathLike`): An existing folder, or a new one; see [`~optimum_clp.checkpoint.output.staged_folder`].
+        cache_dir (`str`, `os.PathLike` or `None`): The cache of the Hub's files, for what lies beside the dense model there.
     """
     folder = Path(folder)
     with transformers_quiet(bars=True), _config_copies(model):
@@ -92,9 +97,9 @@ def save_checkpoint(model: PreTrainedModel, tokenizer, folder: str | os.PathLike
         if settings is not None:
             settings.to_json_file(folder / "generation_config.json")
     make_config_portable(folder, has_tied_head(model))
-    save_tokenizer(tokenizer, folder)
+    save_tokenizer(tokenizer, folder, cache_dir)
     if text_type(model.config) is not None:
-        copy_processor(model.name_or_path, folder)
+        copy_processor(model.name_or_path, folder, cache_dir)
 
 
 def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     return make_config_portable(folder, has_tied_head(model))
 
 
-def save_tokenizer(tokenizer, folder: Path) -> None:
+def save_tokenizer(tokenizer, folder: Path, cache_dir: str | os.PathLike | None = None) -> None:
     """Write a tokenizer that transformers 4.57 and 5 read alike, beside a `config.json`; nothing for `None`.
 
     Warns if `AutoTokenizer` reads back another one: transformers 5 insists on Qwen2's own class for a `qwen2` model.
@@ -122,17 +127,16 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     make_tokenizer_portable(folder)
     _write_chat_template(tokenizer, folder)
-    _copy_tokenizer_files(tokenizer, folder)
+    _copy_tokenizer_files(tokenizer, folder, cache_dir)
     if getattr(tokenizer, "_auto_class", None) is not None:
         return
     probe = PROBE_TEXT + " ".join(tokenizer.all_special_tokens)
     with transformers_quiet(bars=False):
         reloaded = AutoTokenizer.from_pretrained(folder)
     if reloaded(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
-        warnings.warn(
+        logger.warning(
             f"AutoTokenizer makes a {type(reloaded).__name__} of the saved {type(tokenizer).__name__}, with other token "
-            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained",
-            stacklevel=3,
+            "ids, because of the model's type: load it with PreTrainedTokenizerFast.from_pretrained"
         )
 
 
@@ -152,9 +156,9 @@ def _write_chat_template(tokenizer: Any, folder: Path) -> None:
         write_json(folder / TOKENIZER_CONFIG, {**content, "chat_template": alone["chat_template"]})
 
 
-def _copy_tokenizer_files(tokenizer: Any, folder: Path) -> None:
+def _copy_tokenizer_files(tokenizer: Any, folder: Path, cache_dir: str | os.PathLike | None) -> None:
     """What came with the tokenizer and transformers does not write again: llama.cpp needs `tokenizer.model` for some types."""
-    source = origin_folder(getattr(tokenizer, "name_or_path", None), COMPANION_FILES)
+    source = origin_folder(getattr(tokenizer, "name_or_path", None), COMPANION_FILES, cache_dir=cache_dir)
     copy_files(source, folder, COMPANION_FILES)
     if source is None or source == folder:
         return

@@ -15,6 +15,7 @@ from ..configuration.stages import all_settings
 from ..doors import ARCHITECTURES, RUNTIMES
 from ..errors import shortened
 from ..registry import Registry
+from .log_level import add_log_level
 
 # which stages run: options of their own, beside those of the stages
 TASK = "the name of a task, or NAME=FILE, such as piqa=piqa.jsonl"
@@ -70,6 +71,21 @@ class OutputAction(argparse.Action):
         if known is not None:
             raise argparse.ArgumentError(self, f"{values!r} is a second output folder, beside {known!r}")
         namespace.output = values
+
+
+class RenamedAction(argparse.Action):
+    """An option that was called otherwise before: using it is an error that names the new ones.
+
+    Args:
+        now (`str`): What to use instead, and for what.
+    """
+
+    def __init__(self, *args, now: str, **options):
+        super().__init__(*args, **{**options, "nargs": "?", "help": argparse.SUPPRESS})
+        self.now = now
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise argparse.ArgumentError(self, f"there is no such option any more: {self.now}")
 
 
 def accept_underscores(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +161,7 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; auto is what the checkpoint says")
+    add_attention_and_cache(group)
     place = group.add_mutually_exclusive_group()
     place.add_argument("--device", help="where the whole model goes: cpu, cuda, cuda:1, mps, ...")
     place.add_argument("--device-map", help="how it is spread over devices: auto, balanced, ...")
@@ -152,6 +169,22 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
     group.add_argument(
         "--no-safetensors", action="store_true", help="also read pickled weights (.bin), which can run any code"
     )
+
+
+def add_attention_and_cache(group: argparse._ActionsContainer) -> None:
+    """`--attn-implementation` and `--model-cache-dir`, and what is said of `--cache-dir`."""
+    group.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="how attention is computed, by transformers' names: eager, sdpa, flash_attention_2, ... (default: its own choice)",
+    )
+    group.add_argument(
+        "--model-cache-dir",
+        metavar="FOLDER",
+        help="where models from the Hub are kept (default: the Hub's cache); transformers' cache_dir",
+    )
+    now = "models from the Hub are kept in --model-cache-dir, self-written text in --text-cache-dir (the former --cache-dir)"
+    group.add_argument("--cache-dir", action=RenamedAction, dest=argparse.SUPPRESS, now=now)
 
 
 def add_output(parser: argparse.ArgumentParser, help_text: str, required: bool = True) -> None:
@@ -168,9 +201,13 @@ def add_output(parser: argparse.ArgumentParser, help_text: str, required: bool =
 
 
 def add_printing(parser: argparse.ArgumentParser) -> None:
-    """`--json`, `--quiet` and `--debug`."""
+    """`--json`, `--quiet` or `--log-level`, and `--debug`."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on standard output")
-    parser.add_argument("--quiet", action="store_true", help="nothing but errors on standard error")
+    told = parser.add_mutually_exclusive_group()
+    told.add_argument(
+        "--quiet", action="store_true", help="nothing on standard error but the error that ends the command"
+    )
+    add_log_level(told)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from . import arguments
+from .log_level import hides_progress
 from .running import Answer
 
 HELP = "let dense, cut and int4 model answer side by side, on a local page or in the terminal"
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", metavar="TOKEN", help="access token for gated and private models, never printed")
     parser.add_argument("--dtype", default="auto", help="of the PyTorch models; auto is what the checkpoint says")
     parser.add_argument("--device", help="of the PyTorch models: cpu, cuda, ...")
+    arguments.add_attention_and_cache(parser)
     arguments.add_printing(parser)
     parser.set_defaults(usage_error=parser.error)
 
@@ -58,7 +60,9 @@ def run(args: argparse.Namespace) -> Answer:
         token=args.token,
         dtype=args.dtype,
         device=args.device,
-        quiet=args.quiet,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.model_cache_dir,
+        quiet=hides_progress(args),
     )
     if not args.no_browser:
         return _serve(speakers, settings)

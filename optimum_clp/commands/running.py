@@ -18,6 +18,7 @@ from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
 from ..json_files import JsonProblem, read_object
 from . import arguments
+from .log_level import hides_progress, logged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,7 +43,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
 
     Args:
         run (`Callable`): The command.
-        args (`argparse.Namespace`): Its arguments, with `json`, `quiet` and `debug`.
+        args (`argparse.Namespace`): Its arguments, with `json`, `quiet`, `log_level` and `debug`.
 
     Returns:
         `int`: Exit status: the command's own (0; 3 if it wrote a folder in which a stage has failed; 4 if the model falls short of what was required), 1 after an error (one message, no traceback unless `debug`), 130 after Ctrl-C.
@@ -54,7 +55,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
     if needs_output and getattr(args, "output", None) is None:
         args.usage_error("the following arguments are required: OUTPUT")
     try:
-        with _only_errors() if args.quiet else contextlib.redirect_stdout(sys.stderr):
+        with _only_errors() if args.quiet else _told(args.log_level):
             _check_current_folder()
             result, text, *status = run(args)
         from ..processes import leave_group, was_launched_first
@@ -88,6 +89,13 @@ def written(report: "CLPReport", output: str) -> str:
     from ..report.failures import failure_lines
 
     return "\n".join(filter(None, [failure_lines(report.failures, output), f"Written to {output}."]))
+
+
+@contextlib.contextmanager
+def _told(level: str) -> Iterator[None]:
+    """What libraries print goes to standard error, and so does what this package logs, from a level on."""
+    with contextlib.redirect_stdout(sys.stderr), logged(level):
+        yield
 
 
 @contextlib.contextmanager
@@ -198,7 +206,8 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     from ..checkpoint.loading import load_config
 
     check_argument("--model", args.model, str | os.PathLike)
-    return load_config(args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code)
+    hub = {"revision": args.revision, "token": args.token, "cache_dir": args.model_cache_dir}
+    return load_config(args.model, trust_remote_code=args.trust_remote_code, **hub)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
@@ -217,7 +226,9 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
         token=args.token,
         trust_remote_code=args.trust_remote_code,
         use_safetensors=not args.no_safetensors,
-        quiet=args.quiet,
+        attn_implementation=args.attn_implementation,
+        cache_dir=args.model_cache_dir,
+        quiet=hides_progress(args),
     )
 
 

@@ -152,7 +152,12 @@ class CalibrationConfig:
     )
     generation_batch_size: int = setting(64, integer(1, 4096), "rows of self-written text that are written at once")
     cache_dir: str | None = setting(
-        None, or_none(text()), "where self-written text is kept", unset="the user's cache folder"
+        None,
+        or_none(text()),
+        "where self-written text is kept, and what an interrupted run goes on from",
+        flag="--text-cache-dir",
+        metavar="FOLDER",
+        unset="the user's cache folder",
     )
 
 

@@ -1,5 +1,6 @@
 """Files that appear together: written to a staging folder, checked there, and moved when all of them have passed."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from .check import FileCheck, check_tolerance
 from .graph.count import QuantizedNodes
 from .graph.file import save_graph
 from .result import ExportedFile
+
+logger = logging.getLogger(__name__)
 
 
 class FileWriter:
@@ -78,3 +81,5 @@ class FileWriter:
         folder.mkdir(exist_ok=True)
         for path in self.written:
             os.replace(path, folder / path.name)
+        for made in self.files:
+            logger.info(f"export: {made.file}, {made.bytes / 1e6:.2f} MB, checked against PyTorch")

@@ -20,7 +20,13 @@ from .public import public_config, public_evaluation
 from .report import CLPReport
 
 
-def written_file(path: str | None, name: str, revision: str | None, token: str | bool | None) -> str | None:
+def written_file(
+    path: str | None,
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | os.PathLike | None = None,
+) -> str | None:
     """One of our files in a local folder or a repository of the Hub; `None` where there is none, or no network."""
     if path is None or (not os.path.isdir(path) and hub_id(path) is None):
         return None
@@ -29,6 +35,7 @@ def written_file(path: str | None, name: str, revision: str | None, token: str |
         name,
         revision=revision,
         token=token,
+        cache_dir=cache_dir,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_connection_errors=False,

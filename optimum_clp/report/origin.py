@@ -3,6 +3,7 @@
 A model's licence asks for its name and its text to be passed on; a local folder and the cache of an offline machine have both.
 """
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -66,15 +67,18 @@ def hub_id(name_or_path: str | None) -> str | None:
     return name_or_path
 
 
-def find_origin(name_or_path: str | None, revision: str | None = None) -> Origin:
+def find_origin(
+    name_or_path: str | None, revision: str | None = None, cache_dir: str | os.PathLike | None = None
+) -> Origin:
     """What a model's card says of it: in a local folder, on the Hub, or in the Hub's cache.
 
     Args:
         name_or_path (`str` or `None`): As the user gave it.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where files of the Hub are kept; by default its own cache.
     """
     repository = hub_id(name_or_path) or _cached_repository(name_or_path)
-    folder = origin_folder(name_or_path, (_CARD,), revision)
+    folder = origin_folder(name_or_path, (_CARD,), revision, cache_dir)
     try:
         data = ModelCard.load(folder / _CARD).data.to_dict() if folder is not None else None
     except Exception:  # no card, or one that is not valid
@@ -99,7 +103,12 @@ def find_origin(name_or_path: str | None, revision: str | None = None) -> Origin
     )
 
 
-def origin_folder(name_or_path: str | None, patterns: Sequence[str], revision: str | None = None) -> Path | None:
+def origin_folder(
+    name_or_path: str | None,
+    patterns: Sequence[str],
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path | None:
     """A local folder with those files of a model that match `patterns`, as far as they can be had.
 
     Args:
@@ -107,6 +116,7 @@ def origin_folder(name_or_path: str | None, patterns: Sequence[str], revision: s
             the Hub's cache where there is no network.
         patterns (`Sequence[str]`): Names with wildcards, in lower case; of other cases the usual ones are asked for too.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where files of the Hub are kept; by default its own cache.
     """
     if name_or_path and Path(name_or_path).is_dir():
         return Path(name_or_path)
@@ -115,7 +125,8 @@ def origin_folder(name_or_path: str | None, patterns: Sequence[str], revision: s
         return None
     cases = {case for pattern in patterns for case in (pattern, pattern.upper(), pattern.capitalize())}
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=sorted(cases), etag_timeout=5))
+        options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "etag_timeout": 5}
+        return Path(snapshot_download(repository, allow_patterns=sorted(cases), **options))
     except Exception:  # no network and nothing in the cache, or no such repository
         return None
 

@@ -81,6 +81,7 @@ class OnnxCausalLM(GenerationMixin):
         providers: Sequence[Any] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
     ) -> "OnnxCausalLM":
         """Load a file from a folder with `config.json`.
 
@@ -95,6 +96,7 @@ class OnnxCausalLM(GenerationMixin):
             providers (`Sequence`, *optional*): Execution providers that this installation has; by default the CPU's.
             revision (`str`, *optional*): Branch, tag or commit on the Hub.
             token (`str` or `bool`, *optional*): For private or gated repositories.
+            cache_dir (`str` or `os.PathLike`, *optional*): Where files of the Hub are kept; by default its own cache.
 
         Returns:
             [`OnnxCausalLM`]
@@ -105,7 +107,7 @@ class OnnxCausalLM(GenerationMixin):
             ConfigurationError: If `num_threads` is below 1, or is given beside `session_options`; if there is no such provider.
         """
         _check_providers(providers)
-        folder = exported_folder(folder, file_name, revision, token)
+        folder = exported_folder(folder, file_name, revision, token, cache_dir)
         file = folder / file_name
         check_files(folder, file)
         config, generation_config = _settings(folder)

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -9,7 +10,11 @@ from ..errors import ModelError
 
 
 def exported_folder(
-    folder: str | os.PathLike, file_name: str, revision: str | None = None, token: str | bool | None = None
+    folder: str | os.PathLike,
+    file_name: str,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """A local folder that holds the file and `config.json`, as far as there are such.
 
@@ -18,6 +23,7 @@ def exported_folder(
         file_name (`str`): The ONNX file, relative to it.
         revision (`str`, *optional*): Branch, tag or commit on the Hub.
         token (`str` or `bool`, *optional*): For private or gated repositories.
+        cache_dir (`str` or `os.PathLike`, *optional*): Where files of the Hub are kept; by default its own cache.
 
     Raises:
         ModelError: If the file lies outside the folder, or there is neither such a folder nor such a repository.
@@ -29,7 +35,8 @@ def exported_folder(
         return Path(name)
     wanted = ["config.json", "generation_config.json", file_name, f"{file_name}_data*", f"{file_name}.data"]
     try:
-        return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=wanted))
+        options: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        return Path(snapshot_download(name, allow_patterns=wanted, **options))
     except Exception as error:  # the Hub's, the network's and the cache's have no common base
         said = " ".join(str(error).split())[:300] or type(error).__name__
         rule = f"there is no such folder, and no such repository could be had from the Hugging Face Hub ({said})"

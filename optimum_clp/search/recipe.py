@@ -1,5 +1,6 @@
 """The search that a recipe asks for: a given number of layers, or as many as a quality budget lets go."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architecture.lookup import allowed_segments, num_layers
 from ..configuration.clp_config import CLPConfig
 from ..forward.layer_major import Residence
+from ..processes import is_first
 from ..segments import number_of_layers_to_remove
 from .result import SearchResult
 from .segment_search import search_segments, search_within_budget
+
+logger = logging.getLogger(__name__)
 
 
 def layers_to_remove(recipe: CLPConfig, config: PretrainedConfig) -> int | None:
@@ -65,6 +69,11 @@ def search_by_recipe(
     }
     count, bound = layers_to_remove(recipe, model.config), recipe.perplexity_bound()
     if count is not None:
-        return search_segments(model, tokens, count, recipe.search, **options)
-    assert bound is not None
-    return search_within_budget(model, tokens, validation_tokens, bound, recipe.search, **options)
+        found = search_segments(model, tokens, count, recipe.search, **options)
+    else:
+        assert bound is not None
+        found = search_within_budget(model, tokens, validation_tokens, bound, recipe.search, **options)
+    if is_first():
+        segments = ", ".join(f"{segment.start}:{segment.stop}" for segment in found.segments)
+        logger.info(f"search: layers {segments} of {found.num_layers} go; KL to the dense model {found.score:.4f}")
+    return found

@@ -2,11 +2,11 @@
 
 import copy
 import json
+import logging
 import math
 import os
 import random
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -24,6 +24,8 @@ from ..private_files import digest, file_digest, make_private, open_plain, place
 from ..processes import broadcast, gathered
 from .overparametrization import plain_weights
 from .result import TuningStep
+
+logger = logging.getLogger(__name__)
 
 _PROGRESS = "progress.json"
 
@@ -95,9 +97,7 @@ class BestWeights:
             self.digest, self._held = file_digest(self._file(step)), None
         # torch says of a full disk what it likes
         except (OSError, RuntimeError) as error:
-            warnings.warn(
-                f"{self._file(step)} cannot be written ({error}): the best weights stay in memory.", stacklevel=2
-            )
+            logger.warning(f"{self._file(step)} cannot be written ({error}): the best weights stay in memory.")
             self.digest, self._held = None, copy.deepcopy(kept)
 
     def load(self, step: int) -> dict[str, Tensor] | None:
@@ -166,7 +166,7 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if self.accelerator.num_processes > 1:
                 raise  # the others wait
-            warnings.warn(f"{self.folder} cannot be written ({error}): no more checkpoints.", stacklevel=2)
+            logger.warning(f"{self.folder} cannot be written ({error}): no more checkpoints.")
             remove(self._folder_of(state).with_suffix(".tmp"))
             saved, self.seconds = False, math.inf
         self._last = time.monotonic()
@@ -200,6 +200,7 @@ class Checkpoints:
         if found is None:
             return None
         name, state, self.best.digest = found
+        logger.info(f"tuning: goes on where it was interrupted, from {self.folder / name}")
         with _global_random_state_kept():
             self.accelerator.load_state(str(self.folder / name))
         return TrainingState.from_dict(state)
@@ -215,7 +216,7 @@ class Checkpoints:
                 values = self._unsealed(folder)
             except (OSError, ValueError) as error:
                 remove(folder)
-                warnings.warn(f"{folder} is damaged ({error}): what it kept is trained again.", stacklevel=4)
+                logger.warning(f"{folder} is damaged ({error}): what it kept is trained again.")
                 continue
             self._drop(others_than=folder)
             return folder.name, values["state"], values["best"]

@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from notices import notice
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -223,17 +224,17 @@ def test_too_little_text_says_how_much_is_needed(tokenizer, model):
 
 def test_less_text_than_planned_is_a_warning_with_the_number_of_rows(tokenizer, model):
     told = r"the text has 101 tokens, which is 12 rows of 8 instead of the 30 that are planned: 6 train, 3 validation and 3 test"
-    with pytest.warns(UserWarning, match=told):
+    with notice(told):
         data = load_calibration(config_for([words(0, 100)]), tokenizer, model, seed=0)
     assert [len(part) for part in splits(data)] == [6, 3, 3]
     found = torch.cat(splits(data)).flatten().tolist()
     assert len(set(found)) == len(found)  # no token of the text is in two rows
-    with pytest.warns(UserWarning, match="the text has 12 rows of 8 tokens, not 13"):
+    with notice("the text has 12 rows of 8 tokens, not 13"):
         assert len(tokenize_dataset([words(0, 100)], tokenizer, sequence_length=8, num_sequences=13)) == 12
 
 
 def test_a_text_just_long_enough_begins(tokenizer, model):
-    with pytest.warns(UserWarning, match="8 rows of 8 instead of the 30"):
+    with notice("8 rows of 8 instead of the 30"):
         data = load_calibration(config_for([words(0, 63)]), tokenizer, model, seed=0)
     assert [len(part) for part in splits(data)] == [4, 2, 2]
 
@@ -368,6 +369,20 @@ def test_hub_names(tokenizer, model, hub, name, calibration, evaluation):
     assert (rows == EOS).any() == (name != "wikitext2")
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_datasets_draws_no_bars_into_a_log(tokenizer, hub, monkeypatch, seen):
+    drawn = []
+    answer = datasets.load_dataset
+    monkeypatch.setattr("optimum_clp.calibration.sources.draws_bars", lambda: seen)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *a, **k: drawn.append(not datasets.are_progress_bars_disabled()) or answer(*a, **k),
+    )
+    tokenize_dataset("me/stories", tokenizer, sequence_length=8)
+    assert drawn == [seen] and not datasets.are_progress_bars_disabled()
+
+
 def test_offline_only_the_cache_is_read(tokenizer, hub, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     tokenize_dataset("c4", tokenizer, sequence_length=8)
@@ -451,7 +466,7 @@ def test_text_that_repeats_itself_is_a_warning(tmp_path):
         model.lm_head.weight.zero_()
         model.lm_head.weight[7] = 1.0
     message = r"only 2\.0% of the 4-grams .* are distinct .*calibration.dataset, or raise calibration.temperature"
-    with pytest.warns(UserWarning, match=message):
+    with notice(message):
         data = load_calibration(config_for(None, cache_dir=str(tmp_path)), None, model, seed=0, quiet=True)
     # per row: BOS 7 7 7, then 7 7 7 7
     assert data.statistics["distinct_4gram_share"] == 2 / 100
@@ -501,7 +516,7 @@ def test_rows_of_both_kinds_come_first(tokenizer, model, tmp_path):
 
 
 @pytest.mark.parametrize("dataset", [None, DOCUMENTS, DOCUMENTS[:12]])
-@pytest.mark.filterwarnings("ignore:calibration")
+@pytest.mark.notices
 def test_test_rows_alone_are_those_of_the_whole(dataset, tokenizer, model, tmp_path):
     config = config_for(dataset, self_written_share=0.5, cache_dir=str(tmp_path))
     whole = load_calibration(config, tokenizer, model, seed=3)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from notices import notice
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
@@ -282,7 +283,7 @@ def test_a_damaged_cache_file_is_ignored_and_written_again(write, forward_calls,
     if damage == "flipped":
         contents[-100] ^= 1
     file.write_bytes({"truncated": contents[:-9], "empty": b"", "foreign": b"hello" * 50}.get(damage, bytes(contents)))
-    with pytest.warns(UserWarning, match="is damaged .* and is ignored"):
+    with notice("is damaged .* and is ignored"):
         assert torch.equal(write(model), tokens)
     calls = len(forward_calls)
     assert torch.equal(write(model), tokens)
@@ -291,7 +292,7 @@ def test_a_damaged_cache_file_is_ignored_and_written_again(write, forward_calls,
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(write, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match="cannot be written .* is not kept") as caught:
+    with notice("cannot be written .* is not kept") as caught:
         tokens = write(small_model(), cache_dir=tmp_path / "file")
     assert len(caught) == 1
     assert torch.equal(tokens, write(small_model()))

@@ -3,6 +3,7 @@ import re
 import shutil
 
 import pytest
+from hub_cache import put_into_cache
 
 from optimum_clp.chat.speakers import open_speakers
 from optimum_clp.errors import ConfigurationError, ModelError
@@ -40,6 +41,15 @@ def test_dense_tuned_and_the_smallest_file_answer(speakers):
     assert names(speakers) == [("dense", "dense"), ("tuned", "chat"), ("onnx int4", "onnx/model_q4.onnx")]
     assert speakers.left_out == () and speakers.continues is None
     assert [s.model.config.num_hidden_layers for s in speakers.all] == [3, 2, 2]
+
+
+def test_a_folder_of_the_hub_and_its_dense_model_are_read_from_the_cache_that_is_named(written, copy, tmp_path):
+    put_into_cache(written.dense, tmp_path / "hub", "acme/dense")
+    change_report(copy, base_model={**base_of(copy), "name_or_path": "acme/dense"})
+    put_into_cache(copy, tmp_path / "hub", "acme/cut")
+    found = open_speakers("acme/cut", cache_dir=tmp_path / "hub", attn_implementation="eager", quiet=True)
+    assert [name for name, _ in names(found)] == ["dense", "tuned", "onnx int4"] and found.left_out == ()
+    assert {speaker.model.config._attn_implementation for speaker in found.all[:2]} == {"eager"}
 
 
 def test_who_is_missing_is_left_out_with_a_word(copy):

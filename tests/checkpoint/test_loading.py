@@ -3,13 +3,13 @@ import os
 import subprocess
 import sys
 import threading
-import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import TEXT, tiny_tokenizer
+from notices import notice, notices
 from safetensors.torch import load_file, save_file
 from tiny_models import MODEL_TYPES, random_tokens, tiny_config, tiny_model
 from transformers import (
@@ -474,7 +474,7 @@ def test_saved_tokenizer(prefix_space, tmp_path):
 def test_a_tokenizer_that_is_read_back_as_another_one_is_warned_of(tmp_path, monkeypatch):
     other = tiny_tokenizer(prefix_space=True)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: other)
-    with pytest.warns(UserWarning, match="with other token ids, because of the model's type: load it with PreTrained"):
+    with notice("with other token ids, because of the model's type: load it with PreTrained"):
         save_checkpoint(tiny_model(), tiny_tokenizer(), tmp_path)
 
 
@@ -590,9 +590,7 @@ def test_another_transformers_reads_the_same_model_and_token_ids(tmp_path):
         )
     ).eval()
     for name, model in variants.items():
-        with warnings.catch_warnings():
-            # transformers 5 reads every tokenizer of a qwen2 model as Qwen2's
-            warnings.simplefilter("ignore")
+        with notices():  # transformers 5 reads every tokenizer of a qwen2 model as Qwen2's
             save_checkpoint(model, tokenizer, tmp_path / name)
         expected[name] = model(ids).logits.detach().contiguous()
     save_file({"ids": ids}, tmp_path / "ids.safetensors")

@@ -69,6 +69,28 @@ def test_a_device_is_one_place_and_a_map_several(capsys):
     assert "--device-map: not allowed with argument --device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_how_models_are_read_and_kept(command, capsys):
+    args = parse(f"{command} -m m --attn-implementation eager --model_cache_dir models")
+    assert (args.attn_implementation, args.model_cache_dir) == ("eager", "models")
+    assert parse(f"{command} -m m").model_cache_dir is None and not hasattr(args, "cache_dir")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["--cache-dir there", "--cache_dir=there", "--cache-dir"])
+def test_the_former_name_of_the_texts_cache_is_refused_with_the_new_ones(command, option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(f"{command} -m m {option}")
+    assert stopped.value.code == 2
+    assert (
+        "argument --cache-dir: there is no such option any more: models from the Hub are kept in --model-cache-dir, "
+        "self-written text in --text-cache-dir (the former --cache-dir)"
+    ) in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(f"{command} --help")
+    assert " --cache-dir" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line", ["--weights int2 out", "--weights int8 out more", "out --weights int8 more"])
 def test_unknown_weights_are_refused(line, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -130,7 +152,7 @@ def test_every_option_reaches_the_configuration():
     line = (
         "prune --model m --pruning-ratio 0.3 --seed 7 --max-memory 24GiB --dataset d.txt --self-written-share 0.2 --conversation-share 0.3 --openings-share 0.1 --mask assistant --text-column body --sequence-length 64 "
         "--train-sequences 9 --validation-sequences 8 --test-sequences 7 --temperature 0.9 --generation-batch-size 4 "
-        "--cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
+        "--text-cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
         "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --hidden-batch-size 3 --on-policy-rounds 2 --on-policy-sequences 40 --tuning-tokens 9000 --epochs 5 --batch-size 6 --patience 7 "
@@ -232,6 +254,7 @@ def test_flags_that_are_not_made_from_the_name_keep_their_spelling():
         if setting.flag != f"--{name.rpartition('.')[2].replace('_', '-')}"
     }
     assert others == {
+        "calibration.cache_dir": "--text-cache-dir",
         "search.num_sequences": "--search-sequences",
         "search.batch_size": "--search-batch-size",
         "search.budget": "--search-budget",

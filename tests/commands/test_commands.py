@@ -106,7 +106,7 @@ def test_a_current_folder_that_was_deleted_is_said_at_once(pruner, tmp_path, mon
 def test_loading_options_are_passed_on(pruner):
     line = (
         "prune --model m --dtype bfloat16 --device-map cpu --revision main --trust-remote-code --no-safetensors "
-        "--tokenizer t --token hf_secret123456 "
+        "--tokenizer t --token hf_secret123456 --attn-implementation eager --model-cache-dir models "
         "--quiet --push-to-hub me/m out"
     )
     assert main(line.split()) == 0
@@ -118,6 +118,8 @@ def test_loading_options_are_passed_on(pruner):
         "token": "hf_secret123456",
         "trust_remote_code": True,
         "use_safetensors": False,
+        "attn_implementation": "eager",
+        "cache_dir": "models",
         "quiet": True,
     }
     assert pruner.calls[-1] == ("push_to_hub", "me/m", {"token": "hf_secret123456"})

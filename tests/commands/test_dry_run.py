@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from hub_cache import put_into_cache
 from tiny_models import tiny_config
 from transformers import AutoConfig, BertConfig, T5Config
 
@@ -36,6 +37,15 @@ def test_json_is_the_plan(folder, capsys):
     assert json.loads(capsys.readouterr().out) == plan.to_dict()
     assert plan.to_dict()["base_model"]["name_or_path"] == str(folder)
     assert [cut["start"] for cut in plan.to_dict()["cuts"]] == [0, 1, 2, 3, 4]
+
+
+def test_a_model_of_the_hub_is_planned_from_the_cache_that_is_named(folder, tmp_path_factory, capsys):
+    cache = tmp_path_factory.mktemp("hub")
+    put_into_cache(folder, cache, "acme/tiny")
+    assert main("prune -m acme/tiny --dry-run".split()) == 1
+    assert "the Hugging Face Hub could not be reached" in error_of(capsys)
+    assert main(f"prune -m acme/tiny --model-cache-dir {cache} --dry-run --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["base_model"]["num_layers"] == 6
 
 
 def test_table_is_for_people(folder, capsys):

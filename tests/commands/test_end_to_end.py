@@ -35,14 +35,16 @@ def call(line, capsys):
 
 
 def test_prune_then_every_other_command_on_what_it_wrote(workplace, capsys):
-    fast = f"{FAST} --cache-dir {workplace / 'cache'}"
+    fast = f"{FAST} --text-cache-dir {workplace / 'cache'}"
     status, out, err = call(f"prune --model dense {fast} {TUNING} --no-export --json out", capsys)
     assert status == 0 and err == ""
     report = json.loads(out)
     assert [row["name"] for row in report["evaluation"]["rows"]] == ["dense", "cut", "tuned"]
     status, out, err = call(f"search --model dense {fast} --strategy exhaustive", capsys)
     assert status == 0 and out.count("chosen") == 1
-    status, out, err = call(f"tune --model out --cache-dir {workplace / 'cache'} --no-export --quiet tuned", capsys)
+    status, out, err = call(
+        f"tune --model out --text-cache-dir {workplace / 'cache'} --no-export --quiet tuned", capsys
+    )
     assert (status, err) == (0, "") and "Validation loss" in out
     status, out, err = call("quantize --model out --weights int8 --quiet quanto", capsys)
     assert (status, err) == (0, "")
@@ -158,7 +160,7 @@ def test_bad_input_is_one_message_and_nothing_written(workplace, capsys, spoil, 
     spoil()
     capsys.readouterr()
     before = sorted(str(p) for p in workplace.rglob("*"))
-    line = f"prune --model dense {FAST} --cache-dir {workplace / 'cache'} {TUNING} {options} out"
+    line = f"prune --model dense {FAST} --text-cache-dir {workplace / 'cache'} {TUNING} {options} out"
     status, out, err = call(line, capsys)
     assert status == 1 and out == ""
     assert err.startswith("optimum-clp: error: ") and message in err
@@ -175,7 +177,7 @@ def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_sa
         return original(teacher, student) * (float("nan") if len(calls) == 5 else 1.0)
 
     monkeypatch.setattr(losses, "kl_divergence", planted)
-    line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
+    line = f"prune --model dense {FAST} {TUNING} --text-cache-dir {workplace / 'cache'} --no-export out"
     status, out, err = call(line, capsys)
     assert status == 3 and err == ""
     assert "Failed: tuning (tuning loss is nan: it must stay finite" in out and "were kept" in out
@@ -184,9 +186,7 @@ def test_a_loss_that_becomes_nan_is_one_message_and_the_last_good_weights_are_sa
 
 
 def test_a_learning_rate_beyond_all_measure_leaves_the_best_weights_and_status_3(workplace, capsys):
-    line = (
-        f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export --learning-rate 1e30 out"
-    )
+    line = f"prune --model dense {FAST} {TUNING} --text-cache-dir {workplace / 'cache'} --no-export --learning-rate 1e30 out"
     status, out, err = call(line, capsys)
     report = json.loads((workplace / "out" / "clp_report.json").read_text())
     assert (status, err) == (3, "") and [entry["stage"] for entry in report["failures"]] == ["tuning"]
@@ -201,7 +201,7 @@ def test_plots_that_fail_cost_the_plots_alone_and_finish_makes_them(workplace, c
     def fail(*_):
         raise RuntimeError("Failed to find font DejaVu Sans")
 
-    line = f"prune --model dense {FAST} {TUNING} --cache-dir {workplace / 'cache'} --no-export out"
+    line = f"prune --model dense {FAST} {TUNING} --text-cache-dir {workplace / 'cache'} --no-export out"
     with monkeypatch.context() as patch:
         patch.setattr("optimum_clp.output_folder.write_plots", fail)
         status, out, err = call(line, capsys)

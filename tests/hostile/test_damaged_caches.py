@@ -4,11 +4,11 @@ it had to do something again. The same command does not stumble twice."""
 import os
 import random
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from notices import notices
 from tiny_models import tiny_model
 
 from optimum_clp import CLPConfig, CLPPruner
@@ -49,11 +49,10 @@ def prune(cache, seed=0, stop_at=None):
             raise Interrupted
         return step(loop)
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
+    with pytest.MonkeyPatch.context() as patch, notices() as told:
         patch.setattr(TrainingLoop, "_train_step", interrupted)
         model = CLPPruner(tiny_model(num_layers=4), quiet=True).prune(config)
-    return model.state_dict(), [str(warning.message) for warning in told if "damaged" in str(warning.message)]
+    return model.state_dict(), [text for text in told if "damaged" in text]
 
 
 def interrupted_run(cache, **options):

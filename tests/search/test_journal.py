@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from notices import notice
 from searches import settings
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 
@@ -122,7 +123,7 @@ def test_a_search_is_resumed_after_what_comes_behind_it_was_changed(tmp_path, mo
 def test_what_cannot_be_written_is_told_once(tmp_path):
     (tmp_path / "file").write_text("")
     journal = Journal(tmp_path / "file" / "search.jsonl")
-    with pytest.warns(UserWarning, match="cannot be written .*: the search cannot be resumed"):
+    with notice("cannot be written .*: the search cannot be resumed"):
         assert journal.recall("key", lambda: [1.5]) == [1.5]
     assert journal.recall("other", lambda: 2) == 2
 

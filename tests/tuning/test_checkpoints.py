@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from notices import notice
 
 from optimum_clp.errors import TuningError
 from optimum_clp.tuning.checkpoints import BestWeights, Checkpoints, TrainingState
@@ -32,7 +33,7 @@ def test_best_weights_that_were_damaged_since_are_not_taken(tmp_path):
 
 def test_best_weights_that_cannot_be_written_stay_in_memory(tmp_path):
     best, student = BestWeights(engine(), tmp_path / "missing"), torch.nn.Linear(2, 2)
-    with pytest.warns(UserWarning, match="best-0.pt cannot be written .*: the best weights stay in memory"):
+    with notice("best-0.pt cannot be written .*: the best weights stay in memory"):
         best.save(student, 0)
     before = student.weight.detach().clone()
     with torch.no_grad():
@@ -46,7 +47,7 @@ def test_a_full_disk_ends_the_checkpoints_and_not_the_run(tmp_path):
 
     accelerator = engine(save_state=full)
     checkpoints = Checkpoints(accelerator, tmp_path, 0.0, BestWeights(accelerator, tmp_path))
-    with pytest.warns(UserWarning, match="cannot be written .*No space left on device.*: no more checkpoints"):
+    with notice("cannot be written .*No space left on device.*: no more checkpoints"):
         assert not checkpoints.save_if_due(TrainingState(step=1))
     assert not checkpoints.save_if_due(TrainingState(step=2))
     assert list(tmp_path.iterdir()) == []

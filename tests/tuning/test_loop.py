@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from notices import notice
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp.configuration.stages import TuningConfig
@@ -200,7 +201,7 @@ def test_a_run_that_fails_at_any_step_goes_on_to_the_same_weights(tmp_path, stop
     monkeypatch.undo()
     (tmp_path / "checkpoint-99").mkdir()  # one that was not finished
     (tmp_path / "checkpoint-98.tmp").mkdir()
-    with pytest.warns(UserWarning, match=r"checkpoint-99 is damaged \(.*\): what it kept is trained again"):
+    with notice(r"checkpoint-99 is damaged \(.*\): what it kept is trained again"):
         resumed, again = tuned({"checkpoint_seconds": 0}, folder=tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
     assert again == result

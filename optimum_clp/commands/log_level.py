@@ -1,0 +1,76 @@
+"""`--log-level`: how much a command tells on standard error while it works."""
+
+import argparse
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+LEVELS = ("debug", "info", "warning", "error", "critical")
+DEFAULT = "info"
+_LIBRARY = "optimum_clp"
+
+
+def add_log_level(parser: argparse._ActionsContainer) -> None:
+    """Add `--log-level`."""
+    parser.add_argument(
+        "--log-level",
+        choices=LEVELS,
+        default=DEFAULT,
+        help="least level of what is told on standard error; above info without progress, above warning without what other "
+        f"libraries warn of (default: {DEFAULT})",
+    )
+
+
+def hides_progress(args: argparse.Namespace) -> bool:
+    """Whether neither bars nor lines say how far the work is: with `--quiet`, or a level above info."""
+    return args.quiet or LEVELS.index(args.log_level) > LEVELS.index("info")
+
+
+@contextlib.contextmanager
+def logged(level: str) -> Iterator[None]:
+    """Within the block, records of this package are lines on standard error; afterwards logging is as it was.
+
+    Above `warning` the Python warnings and the log records of other libraries are held back as well. The root logger is
+    left alone.
+
+    Args:
+        level (`str`): One of `LEVELS`.
+    """
+    logger, number = logging.getLogger(_LIBRARY), logging.getLevelNamesMapping()[level.upper()]
+    before, lines, disabled = (logger.level, logger.propagate), _Lines(), logging.root.manager.disable
+    with warnings.catch_warnings():
+        logger.addHandler(lines)
+        logger.setLevel(number)
+        logger.propagate = False  # whoever has set up the root logger would see each line twice
+        if number > logging.WARNING:
+            warnings.simplefilter("ignore")
+            logging.disable(max(disabled, number - 1))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+            logger.removeHandler(lines)
+            logger.setLevel(before[0])
+            logger.propagate = before[1]
+
+
+class _Lines(logging.Handler):
+    """A line for each record, beside the progress bars; the same notice is told once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from ..progress import say
+
+        try:
+            line = record.getMessage()
+            if record.levelno != logging.INFO:
+                line = f"optimum-clp: {record.levelname.lower()}: {line}"
+            if record.levelno < logging.WARNING or line not in self._told:
+                say(line)
+            self._told.add(line)
+        except Exception:
+            self.handleError(record)
