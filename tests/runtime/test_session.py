@@ -1,4 +1,6 @@
 import functools
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -56,3 +58,32 @@ def test_options_are_left_alone_if_asked(tmp_path):
     options = onnxruntime.SessionOptions()
     assert relative_error(tmp_path / "model.onnx", "1", options=options, as_exported=False) > 1e-4
     assert relative_error(tmp_path / "model.onnx", "1", options=options) < 1e-5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells what memory is a process's own")
+def test_weights_beside_a_graph_stay_in_their_file(tmp_path):
+    """64 MB of them: packed anew they are a process's own, left where they lie they are not."""
+    value = helper.make_tensor_value_info
+    weight = np.random.default_rng(0).standard_normal((4096, 4096), dtype=np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["y"])],
+        "product",
+        [value("x", onnx.TensorProto.FLOAT, [1, 4096])],
+        [value("y", onnx.TensorProto.FLOAT, [1, 4096])],
+        [numpy_helper.from_array(weight, "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx_data")
+    code = (
+        "import re, sys, numpy as np; from optimum_clp.runtime.session import in_place_options, open_session\n"
+        "own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1024\n"
+        "before = own(); session = open_session(sys.argv[1], in_place_options() if sys.argv[2:] else None)\n"
+        "y = session.run(None, {'x': np.ones((1, 4096), np.float32)})[0]; print(own() - before, y.sum())"
+    )
+    found = {}
+    for how in ([], ["in place"]):
+        command = [sys.executable, "-c", code, str(tmp_path / "model.onnx"), *how]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        found[bool(how)] = [float(word) for word in answer.stdout.split()]
+    assert found[True][0] < 25 < 60 < found[False][0]
+    assert found[True][1] == pytest.approx(found[False][1], rel=1e-4) == pytest.approx(weight.sum(), rel=1e-2)
