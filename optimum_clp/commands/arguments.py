@@ -172,7 +172,9 @@ def add_printing(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--budget`, `--max-memory` and `--seed`."""
     group = parser.add_argument_group("recipe")
-    group.add_argument("--config", metavar="FILE", help="a clp_config.json; the options given here override it")
+    group.add_argument(
+        "--config", metavar="FILE", help="a clp_config.json, or a recipe in YAML; the options given here override it"
+    )
     _add(group, "budget", "max_memory", "seed")
 
 

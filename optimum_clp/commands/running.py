@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..argument_types import check_argument
+from ..configuration.recipe_files import read_recipe
 from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
-from ..json_files import JsonProblem, read_object
 from . import arguments
 
 if TYPE_CHECKING:
@@ -172,21 +172,12 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     """
     values = base.to_dict() if base is not None else {}
     if args.config is not None:
-        values = _read_json(Path(args.config))
+        values = read_recipe(args.config, "--config")
     values = arguments.configuration_values(args, values)
     checked_values(values)  # a mistake is told before `CLPConfig` loads torch and transformers
     from ..configuration.clp_config import CLPConfig
 
     return CLPConfig.from_dict(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    path = path / "clp_config.json" if path.is_dir() else path
-    remedy = "Give a clp_config.json, or the folder that holds it"
-    try:
-        return read_object(path)
-    except JsonProblem as problem:
-        raise ConfigurationError.of("--config", str(path), f"it {problem.rule}", remedy) from problem
 
 
 def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":

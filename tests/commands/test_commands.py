@@ -153,7 +153,7 @@ def test_config_file_is_overridden_by_options(pruner, tmp_path):
     [
         (None, r"--config is 'r.json': it cannot be read \(No such file"),
         ("{", r"--config is 'r.json': it is not valid JSON \("),
-        ("[]", r"--config is 'r.json': it holds no JSON object"),
+        ("[]", r"--config is 'r.json': it holds no settings"),
         ('{"tuning": 3}', "tuning is 3: it must be a TuningConfig or a dict"),
         ('{"prunning_ratio": 0.2}', "prunning_ratio is 0.2: .* Did you mean 'pruning_ratio'?"),
     ],
