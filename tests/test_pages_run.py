@@ -17,6 +17,7 @@ import shutil
 import sys
 import tomllib
 import types
+from pathlib import Path
 from unittest import mock
 
 import datasets
@@ -188,6 +189,8 @@ def run_page(text, name):
     for language, code in blocks(text):
         if language == "python":
             run_python(code, name, namespace)
+        elif language == "yaml" and (file := re.match(r"# (\S+\.yaml)\n", code)):
+            Path(file[1]).write_text(code + "\n", encoding="utf-8")
         elif language == "bash":
             for command in commands(code):
                 arguments = own_arguments(command) or []

@@ -192,6 +192,18 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     return load_config(args.model, revision=args.revision, token=args.token, trust_remote_code=args.trust_remote_code)
 
 
+def check_size_target(args: argparse.Namespace, config: "CLPConfig") -> None:
+    """Say before any weight is read that no file has the size that a recipe asks for.
+
+    Raises:
+        ConfigurationError: With the nearest size that can be reached.
+    """
+    if config.target_size_mb is not None:
+        from ..planning.plan import planned_size
+
+        planned_size(load_dense_config(args), config)
+
+
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":
     """The model of `--model`, or one ONNX file of that folder."""
     from ..processes import join_group, own_device_map

@@ -57,8 +57,9 @@ class CLPConfig(BaseConfig):
 
     def __init__(
         self,
-        pruning_ratio: float | str = PlainSettings.pruning_ratio,
+        pruning_ratio: float | str | None = None,
         *,
+        target_size_mb: float | None = PlainSettings.target_size_mb,
         num_segments: int = PlainSettings.num_segments,
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
@@ -76,6 +77,7 @@ class CLPConfig(BaseConfig):
     ):
         given = {
             "pruning_ratio": pruning_ratio,
+            "target_size_mb": target_size_mb,
             "num_segments": num_segments,
             "max_perplexity_increase": max_perplexity_increase,
             "min_retention": min_retention,
@@ -91,7 +93,8 @@ class CLPConfig(BaseConfig):
             "calibration_dataset": calibration_dataset,
         }
         values = checked_values({**given, **unknown})
-        self.pruning_ratio = pruning_ratio
+        self.pruning_ratio: float | str | None = values["pruning_ratio"]
+        self.target_size_mb = target_size_mb
         self.num_segments = num_segments
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention
