@@ -328,7 +328,7 @@ def _take_origin_along(session: Session, folder: Path) -> None:
 
 
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
-    config, report = session.config, session.report
+    config, report = session.repeatable(), session.report
     with attempts.stage("origin"):
         _take_origin_along(session, folder)
     with attempts.stage("recipe"):
