@@ -134,6 +134,7 @@ def workplace(prepared, tmp_path, monkeypatch):
     """A page's own folder, with nothing in it that the page makes itself; no network."""
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: datasets.Dataset.from_dict({"text": [TEXT] * 150}))

@@ -99,7 +99,7 @@ def _head(args: argparse.Namespace, config: "CLPConfig", plan: dict[str, Any] | 
     return [
         *lines,
         "",
-        "What has `#` in front has its default; take it away to turn it. All settings: docs/configuration.md.",
+        "What has `#` in front is left at its default, and shows a value to try: take the `#` away. All settings: docs/configuration.md.",
     ]
 
 

@@ -23,8 +23,8 @@ from .footprint import StoredWeights, stored_weights
 MB = 10**6
 TOLERANCE = 0.03
 """How far below its target a file may be, where bits can be chosen; it is never above it."""
-# of a file's graph at most, for each layer and once more; of 7 types of models none took more
-_GRAPH_BYTES = {"contrib": 4_000, "qdq": 10_600}
+# of a file's graph at most, once and for each layer; of 7 types of models none took more
+_GRAPH_BYTES = {"contrib": (10_000, 2_500), "qdq": (10_600, 10_600)}
 # for each matrix of a layer, each vector (of a norm, a bias), and each expert's matrix, which the file has one by one
 _MATRIX_BYTES, _VECTOR_BYTES, _EXPERT_BYTES = 400, 950, 2_000
 # a layer without experts has no more matrices
@@ -161,13 +161,13 @@ class _Sizes:
         layers = [{id(p) for p in layer.parameters()} for layer in decoder_layers(model)]
         # what several layers share stays as long as one of them does
         own = [ids - set().union(*layers[:i], *layers[i + 1 :]) for i, ids in enumerate(layers)]
-        base = _GRAPH_BYTES[recipe.export.format]
-        graphs = [base + _graph_bytes(layer) for layer in decoder_layers(model)]
+        once, each = _GRAPH_BYTES[recipe.export.format]
+        graphs = [each + _graph_bytes(layer) for layer in decoder_layers(model)]
         self.layers = [
             FileSize(reduce(add, (found[key] for key in ids), StoredWeights()), graph)
             for ids, graph in zip(own, graphs, strict=True)
         ]
-        self.whole = FileSize(reduce(add, found.values(), StoredWeights()), base + sum(graphs))
+        self.whole = FileSize(reduce(add, found.values(), StoredWeights()), once + sum(graphs))
 
     def least(self, size: FileSize) -> int:
         """Of a file in plain 4 bits, or in the bits that the recipe fixes."""
