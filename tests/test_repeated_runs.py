@@ -74,7 +74,10 @@ def report_of(folder):
     [
         {"pruning_ratio": 0.5, "seed": 7},
         pytest.param({"pruning_ratio": "auto", "max_perplexity_increase": 3.0}, marks=pytest.mark.slow),
-        {"pruning_ratio": 0.5, "num_segments": 2, "calibration": {"dataset": ["w5 w6 w7 w8 w9 " * 600]}},
+        pytest.param(
+            {"pruning_ratio": 0.5, "num_segments": 2, "calibration": {"dataset": ["w5 w6 w7 w8 w9 " * 600]}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {
                 "pruning_ratio": 0.5,

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architecture.lookup import decoder_layers, text_config
+from ..architecture.lookup import decoder_layers, decoder_path, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
 from ..forward.losses import chunk_tokens
@@ -168,7 +168,9 @@ def _exported(model: PreTrainedModel) -> list[Tensor]:
     """The parameters that an ONNX file holds, each once: of a container those of its text decoder and its head."""
     if text_config(model.config) is model.config:
         return list(model.parameters())
-    parts: list[Any] = [model.get_decoder(), model.get_output_embeddings()]
+    # not model.get_decoder(), which in transformers 4 is the whole of some containers
+    decoder = model.get_submodule(decoder_path(model).rpartition(".")[0])
+    parts: list[Any] = [model.get_input_embeddings(), decoder, model.get_output_embeddings()]
     return list({id(p): p for part in parts if part is not None for p in part.parameters()}.values())
 
 

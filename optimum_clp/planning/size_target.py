@@ -11,7 +11,7 @@ from functools import reduce
 from operator import add
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, text_config
 from ..configuration.clp_config import CLPConfig
@@ -183,9 +183,10 @@ class _Sizes:
         """The largest that may be left when so many layers are gone; `None` if so many cannot go."""
         if self.recipe.num_segments > 1:
             return self._rest(sorted(self.layers, key=self.least)[:count])
-        if not _can_go(self.config, count):
+        try:
+            segments = allowed_segments(self.config, count)
+        except ModelError:
             return None
-        segments = allowed_segments(self.config, count)
         runs = [self._rest(self.layers[segment.start : segment.stop]) for segment in segments]
         return max(runs, key=self.least)
 
@@ -200,28 +201,24 @@ class _Sizes:
 
 def _infeasible(sizes: _Sizes, recipe: CLPConfig, limit: float, depth: int) -> ConfigurationError:
     """The error for a target that is too small or too large, with the nearest that is not."""
-    counts = [count for count in range(1, depth) if recipe.num_segments > 1 or _can_go(sizes.config, count)]
-    if not counts:
+    counts = range(1, depth)
+    fewest, most = (
+        next((count for count in order if sizes.without(count) is not None), 0) for order in (counts, counts[::-1])
+    )
+    most_left, least_left = sizes.without(fewest), sizes.without(most)
+    if most_left is None or least_left is None:
         allowed_segments(sizes.config, 1)  # says why
-    fewest, most = (sizes.without(count) for count in (counts[-1], counts[0]))
-    assert fewest is not None and most is not None
-    if sizes.least(fewest) > limit:
-        rule = (
-            f"without {counts[-1]} of {depth} layers, the most that can go, the int4 file takes more in plain 4 bits"
-        )
-        remedy = f"The smallest that can be reached is {_up(sizes.least(fewest)):g}"
+    assert most_left is not None and least_left is not None
+    if sizes.least(least_left) > limit:
+        rule = f"without {most} of {depth} layers, the most that can go, the int4 file takes more in plain 4 bits"
+        remedy = f"The smallest that can be reached is {_up(sizes.least(least_left)):g}"
     else:
-        largest = sizes.most(most) if has_choice(recipe) else sizes.least(sizes.whole) - 1
-        rule = f"without {counts[0]} of {depth} layers, the fewest that can go, the int4 file is smaller whatever its bits"
+        largest = sizes.most(most_left) if has_choice(recipe) else sizes.least(sizes.whole) - 1
+        rule = (
+            f"without {fewest} of {depth} layers, the fewest that can go, the int4 file is smaller whatever its bits"
+        )
         remedy = f"The largest that can be reached is {_down(largest):g}"
     return ConfigurationError.of("target_size_mb", recipe.target_size_mb, rule, remedy)
-
-
-def _can_go(config: PretrainedConfig, count: int) -> bool:
-    try:
-        return bool(allowed_segments(config, count))
-    except ModelError:
-        return False
 
 
 def _up(size: float) -> float:
@@ -246,7 +243,7 @@ def _router_weights(model: PreTrainedModel) -> set[int]:
 
 def _graph_bytes(layer: nn.Module) -> int:
     """Of what a file's graph says of a layer, beside what it says of every one."""
-    dims = [(parameter.dim(), parameter.shape[0]) for parameter in layer.parameters()]
+    dims = [(p.dim(), p.shape[0] if p.dim() else 0) for p in layer.parameters()]
     matrices = sum(dim == 2 for dim, _ in dims)
     experts = sum(size for dim, size in dims if dim == 3) + max(0, matrices - _MOST_MATRICES)
     vectors = sum(dim == 1 for dim, _ in dims)

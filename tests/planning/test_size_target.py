@@ -16,6 +16,7 @@ from optimum_clp.configuration.stages import ExportConfig
 from optimum_clp.errors import ConfigurationError, ModelError
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.planning import size_target as size_target_module
+from optimum_clp.planning.footprint import onnx_weight_bytes
 from optimum_clp.planning.plan import build_on_meta, planned_size
 from optimum_clp.planning.size_target import MB, TOLERANCE, quantization_within, size_target
 from optimum_clp.segments import LayerSegment
@@ -92,10 +93,11 @@ def test_a_target_that_is_too_small_or_too_large_names_the_nearest():
 def test_where_bits_are_given_layers_alone_are_chosen(quantization):
     found = planned_size(smollm2(), CLPConfig(target_size_mb=70, quantization=quantization))
     assert found.bits_per_weight is None
-    sizes = {}
-    for count in (found.num_removed - 1, found.num_removed):
-        plan = plan_pruning(smollm2(), CLPConfig(count / 30, quantization=quantization))
-        sizes[count] = plan.cuts[0].onnx["int4"] / MB
+    dense, settings = build_on_meta(smollm2(), torch.float32), CLPConfig(quantization=quantization).quantization
+    sizes = {
+        count: onnx_weight_bytes(cut_model(dense, [LayerSegment(3, 3 + count)]), "int4", settings) / MB
+        for count in (found.num_removed - 1, found.num_removed)
+    }
     graph = ((30 - found.num_removed) * GRAPH_OF_LAYER + 10_000) / MB
     assert sizes[found.num_removed] + graph <= 70 < sizes[found.num_removed - 1] + graph + GRAPH_OF_LAYER / MB
     # nothing fills a file that no layer need leave
