@@ -472,7 +472,7 @@ def test_interrupt_is_status_130(pruner, capsys):
     assert capsys.readouterr().err == "optimum-clp: interrupted\n"
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("search", "evaluate", "finish", "chat")])
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("recipe", "search", "evaluate", "finish", "chat")])
 def test_missing_output_is_a_usage_error(name, pruner, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--model", "m", "--quiet"])
