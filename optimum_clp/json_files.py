@@ -34,20 +34,25 @@ class JsonProblem(ValueError):
         self.rule, self.name, self.value = rule, name, value
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes, *, unique_keys: bool = False) -> Any:
     """The value that a text stands for.
 
     Args:
         text (`str` or `bytes`): JSON; bytes in UTF-8, with or without a byte order mark.
+        unique_keys (`bool`): Refuse an object in which a key stands twice, of which Python's parser takes the last: for files
+            that people write.
 
     Raises:
         JsonProblem: If it is not JSON, or nested deeper than `MAX_DEPTH`.
     """
     deep = f"is nested more than {MAX_DEPTH} deep"
+    pairs = _with_unique_keys if unique_keys else None
     try:
-        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        value = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text, object_pairs_hook=pairs)
     except RecursionError:
         raise JsonProblem(deep) from None
+    except JsonProblem:
+        raise
     except json.JSONDecodeError as error:
         raise JsonProblem(f"is not valid JSON ({error})") from error
     except UnicodeDecodeError as error:
@@ -57,6 +62,15 @@ def parse(text: str | bytes) -> Any:
     if is_deep(value):
         raise JsonProblem(deep)
     return value
+
+
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise JsonProblem(f"has the key {key!r} twice", key, value)
+        found[key] = value
+    return found
 
 
 def is_deep(value: Any) -> bool:

@@ -18,16 +18,20 @@ from .calibration.rows import load_calibration
 from .calibration.sources import describe
 from .checkpoint.output import check_output, claimed_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
+from .configuration.clp_config import CLPConfig
 from .configuration.sizes import size_in_bytes
+from .configuration.stages import QuantizationConfig
 from .errors import ConfigurationError, ExportError, ModelError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
+from .exporters.result import ExportResult, ReachedSize
 from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
+from .planning.size_target import MB, TOLERANCE, aimed, has_choice, quantization_within
 from .planning.streaming import planned_streaming
-from .precisions import PRECISIONS
+from .precisions import INT4, PRECISIONS
 from .processes import by_first
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
@@ -60,7 +64,8 @@ def check_run(session: Session, writes: bool) -> None:
     """
     if session.config.max_memory is not None:
         dense = session.source()
-        by_first(lambda: planned_streaming(dense, session.config, layers_to_remove(session.config, dense.config)))
+        recipe = aimed(session.config, dense)
+        by_first(lambda: planned_streaming(dense, recipe, layers_to_remove(recipe, dense.config)))
     if writes:
         check_writable(session)
 
@@ -238,25 +243,41 @@ def _quantize_into(session: Session, folder: Path) -> None:
 
 def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
     model, config = session.cut_model(), session.config
+    quantization = quantization_within(model, config)
     result = export_onnx(
         model,
         folder,
         config.export,
-        config.quantization,
-        calibration=_quantization_rows(session),
+        quantization,
+        calibration=_quantization_rows(session, quantization),
         attempts=attempts,
         seed=config.seed,
         max_memory=None if config.max_memory is None else size_in_bytes(config.max_memory),
         quiet=session.quiet,
     )
     obstacles = write_runtime_configs(folder, model, result, attempts)
-    result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles)
+    size = _reached(config, quantization, result)
+    result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles, size_target=size)
     session.report.export = result.to_dict()
 
 
-def _quantization_rows(session: Session) -> torch.Tensor | None:
+def _reached(config: CLPConfig, quantization: QuantizationConfig, result: ExportResult) -> ReachedSize | None:
+    """What came of the recipe's size target."""
+    target, made = config.target_size_mb, [file.bytes for file in result.files if file.weights == INT4.name]
+    if target is None or not made:
+        return None
+    bits, share = quantization.bits_per_weight if has_choice(config) else None, made[0] / (target * MB)
+    met = share <= 1 and (bits is None or share >= 1 - TOLERANCE)
+    if not met:
+        warnings.warn(
+            f"target_size_mb: the int4 file has {made[0] / MB:.2f} MB, and {target:g} were asked for.", stacklevel=3
+        )
+    return ReachedSize(target, made[0], bits, met)
+
+
+def _quantization_rows(session: Session, quantization: QuantizationConfig) -> torch.Tensor | None:
     """The rows that the rounding of the ONNX files' weights looks at, if it looks at any: int64 `[rows, length]`."""
-    quantization, text = session.config.quantization, session.config.calibration
+    text = session.config.calibration
     if not needs_calibration(quantization):
         return None
     if session.model is not None or text.dataset is not None:
@@ -311,7 +332,7 @@ def _take_origin_along(session: Session, folder: Path) -> None:
 
 
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
-    config, report = session.config, session.report
+    config, report = session.repeatable(), session.report
     with attempts.stage("origin"):
         _take_origin_along(session, folder)
     with attempts.stage("recipe"):

@@ -19,6 +19,7 @@ from .evaluation.tasks import load_tasks
 from .healing import heal
 from .output_folder import check_run, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
+from .planning.size_target import aimed
 from .processes import entered_by_first, is_first, wait_for_all
 from .report.hub import check_repo_id, upload
 from .report.report import REPORT_NAME, CLPReport
@@ -122,13 +123,14 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             [`SearchResult`]: Also in `report.search`; its segments are the next `cut`'s.
 
         Raises:
-            ConfigurationError: If the ratio removes no layer or all of them.
+            ConfigurationError: If the ratio removes no layer or all of them, or no file has the size that is asked for.
             CalibrationError: If the text cannot be had.
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
             ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
-        config, dense, residence = session.use(config), session.source(), session.residence("search")
+        config, dense = session.use(config), session.source()
+        config, residence = aimed(config, dense), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
         with session.caches.run():
             data, options = session.search_text(), session.search_options(residence)
@@ -167,8 +169,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             config ([`CLPConfig`], *optional*): The recipe; replaces the pruner's own.
 
         Returns:
-            [`TuningResult`]: Also in `report.tuning`. The weights with the best validation loss are in `pruned_model`;
-            these are the untuned ones if tuning did not help.
+            [`TuningResult`]: Also in `report.tuning`. `pruned_model` has the best weights, untuned ones if none were better.
 
         Raises:
             TuningError: If the loss is not finite; the last good weights are in `pruned_model`.

@@ -296,6 +296,19 @@ class Session:
         assert self._deadline is not None
         return self._deadline - time.monotonic()
 
+    def repeatable(self) -> CLPConfig:
+        """The recipe that repeats this run: what its time budget has bought stands in place of the budget.
+
+        With so little time that tuning saw fewer rows than the search did it is the recipe as it was given.
+        """
+        config, rows, tuning = self.config, self.train_rows, self.report.tuning
+        if config.budget is None or rows is None or not tuning or rows < config.search.num_sequences:
+            return config
+        found = CLPConfig.from_dict(config.to_dict() | {"budget": None})
+        found.calibration.train_sequences, found.tuning.tokens = rows, None
+        found.tuning.on_policy_rounds = len(tuning.get("on_policy") or ())
+        return found
+
     def _text_settings(self) -> CalibrationConfig:
         """The recipe's text, with the train rows that a number of tokens or a time budget make of it."""
         config, settings = self.config, self.config.calibration

@@ -12,8 +12,8 @@ PAGES = [
     *sorted(ROOT.glob("benchmarks/**/README.md")),
 ]
 RUN = {"python", "bash"}
-# shown, and not run: what comes out, other languages; JSON and TOML are parsed
-SHOWN = {"text", "mermaid", "js", "json", "toml"}
+# shown, and not run: what comes out, other languages; JSON and TOML are parsed, and YAML is a recipe
+SHOWN = {"text", "mermaid", "js", "json", "toml", "yaml"}
 _BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```[ ]*$", re.MULTILINE | re.DOTALL)
 
 

@@ -9,8 +9,10 @@ import tomllib
 import pytest
 from page_blocks import PAGES, ROOT, RUN, SHOWN, blocks, commands, name_of, own_arguments
 
+from optimum_clp import CLPConfig
 from optimum_clp.commands.clp import build_parser
 from optimum_clp.commands.running import read_config
+from optimum_clp.configuration.yaml_text import parse_yaml
 
 REPOSITORY = "https://github.com/optimum-clp/optimum-clp"
 COMMANDS = [
@@ -33,6 +35,8 @@ def test_blocks_say_what_they_are(page):
             assert all(json.loads(line) for line in code.splitlines())
         if language == "toml":
             assert tomllib.loads(code)
+        if language == "yaml":
+            assert CLPConfig.from_dict(parse_yaml(code.encode()))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,6 +47,8 @@ def test_a_command_can_be_given(command):
     elif arguments != ["--version"]:
         args = build_parser().parse_args(arguments)
         if hasattr(args, "config"):
+            # a recipe that the page writes is not there yet
+            args.config = args.config if args.config and (ROOT / args.config).is_file() else None
             read_config(args)
         needs_output = getattr(args, "output_required", False) and not getattr(args, "dry_run", False)
         assert not needs_output or args.output is not None

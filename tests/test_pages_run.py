@@ -1,7 +1,7 @@
 """Every command of ours and every Python block in README, docs and a model card runs, on small models, page by page.
 
 A page runs in a folder in which `Qwen/Qwen3-0.6B` and its like are folders with small models, so that what is run is what is
-read. Amounts of text are small, and a budget is two seconds; nothing else is changed. Commands of `accelerate launch` run in one
+read. Amounts of text are small, a budget is two seconds and a size 70 kB; nothing else is changed. Commands of `accelerate launch` run in one
 process. What is not run: installation, `make`, benchmarks, `pytest` (`test_page_commands.py` checks them), and other languages.
 """
 
@@ -103,6 +103,8 @@ def small_amounts(**more):
         def init(self, *args, **kwargs):
             if kwargs.get("budget"):
                 kwargs["budget"] = 2
+            if kwargs.get("target_size_mb"):
+                kwargs["target_size_mb"] = 0.07  # of the small models' files
             whole(self, *args, **kwargs)
 
         stack.enter_context(mock.patch.object(CLPConfig, "__init__", functools.wraps(whole)(init)))
@@ -147,6 +149,7 @@ def workplace(prepared, tmp_path, monkeypatch):
     """A page's own folder, with nothing in it that the page makes itself; no network."""
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     load, given = datasets.load_dataset, datasets.Dataset.from_dict({"text": [TEXT] * 150})
@@ -215,6 +218,8 @@ def run_page(text, name):
     for language, code in blocks(text):
         if language == "python":
             run_python(code, name, namespace)
+        elif language == "yaml" and (file := re.match(r"# (\S+\.yaml)\n", code)):
+            Path(file[1]).write_text(code + "\n", encoding="utf-8")
         elif language == "bash":
             for command in commands(code):
                 arguments = own_arguments(command) or []

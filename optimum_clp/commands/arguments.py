@@ -214,13 +214,15 @@ def add_printing(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--budget`, `--max-memory` and `--seed`."""
     group = parser.add_argument_group("recipe")
-    group.add_argument("--config", metavar="FILE", help="a clp_config.json; the options given here override it")
+    group.add_argument(
+        "--config", metavar="FILE", help="a clp_config.json, or a recipe in YAML; the options given here override it"
+    )
     _add(group, "budget", "max_memory", "seed")
 
 
 def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:
-    """How many layers go: `--pruning-ratio`, or a quality budget; and in how many runs."""
-    _add(parser, "pruning_ratio", "num_segments", "max_perplexity_increase", "min_retention")
+    """How many layers go: `--pruning-ratio`, a size, or a quality budget; and in how many runs."""
+    _add(parser, "pruning_ratio", "target_size_mb", "num_segments", "max_perplexity_increase", "min_retention")
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -304,7 +306,13 @@ def configuration_values(args: argparse.Namespace, base: dict[str, Any]) -> dict
             merged[stage][key] = value
         if name == "calibration.dataset":
             merged.pop("calibration_dataset", None)
-    return merged
+    # what is said now takes the place of what a recipe says; both said now is a mistake
+    replaced: tuple[str, ...] = ()
+    if getattr(args, "target_size_mb", None) is not None:
+        replaced = ("pruning_ratio", "max_perplexity_increase", "min_retention")
+    elif getattr(args, "pruning_ratio", None) is not None:
+        replaced = ("target_size_mb",)
+    return merged | {name: None for name in replaced if name in merged and getattr(args, name, None) is None}
 
 
 def _add_stage(group, stage: str) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from ..version import __version__
-from . import chat, evaluate, export, finish, prune, quantize, search, tune
+from . import chat, evaluate, export, finish, prune, quantize, recipe, search, tune
 from .arguments import accept_underscores, strict
 from .running import execute
 
 DESCRIPTION = "Continuous layer pruning of causal language models: search, cut, tune, quantize, export to ONNX."
 COMMANDS: dict[str, ModuleType] = {
     "prune": prune,
+    "recipe": recipe,
     "search": search,
     "tune": tune,
     "quantize": quantize,

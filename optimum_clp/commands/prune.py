@@ -10,6 +10,7 @@ from . import arguments
 from .running import (
     INCOMPLETE,
     Answer,
+    check_size_target,
     exit_status,
     load_dense_config,
     load_pruner,
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> Answer:
 
         check_repo_id(args.push_to_hub)
     read_named_tasks(config)
+    check_size_target(args, config)
     pruner = load_pruner(args)
     try:
         pruner.prune(config, output, overwrite=args.overwrite)
@@ -105,11 +107,28 @@ def planned(plan: dict[str, Any]) -> str:
         f"{len(cuts)} segments can: {_segments(cuts)}",
         text_table(rows),
     ]
+    if plan["size_target"] is not None:
+        lines += ["", _size(plan["size_target"])]
     if cuts[0]["tuning"] is not None:
         lines += ["", "Endpoint tuning holds at its peak", text_table(_tuning_rows([c["tuning"] for c in cuts]))]
     if plan["memory"]["max_memory"] is not None:
         lines += ["", _streaming(plan["memory"], base)]
     return "\n".join([*lines, "No weight was read, and nothing was written."])
+
+
+def _size(target: dict[str, Any]) -> str:
+    """What is chosen for a size target, in a sentence."""
+    bits = target["bits_per_weight"]
+    chosen = "its bits are given" if bits is None else f"the rest has {bits:.2f} bits per weight, scales included"
+    return (
+        f"For {target['target_size_mb']:g} MB {_layers(target['num_removed'])} and {chosen}: an int4 file of at most "
+        f"{format_bytes(target['bytes'])}, its graph included."
+    )
+
+
+def _layers(count: int) -> str:
+    """`1 layer goes`, `9 layers go`."""
+    return "1 layer goes" if count == 1 else f"{count} layers go"
 
 
 def _streaming(memory: dict[str, Any], base: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..argument_types import check_argument
+from ..configuration.recipe_files import read_recipe
 from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
-from ..json_files import JsonProblem, read_object
 from . import arguments
 from .log_level import hides_progress, logged
 
@@ -180,21 +180,12 @@ def read_config(args: argparse.Namespace, base: "CLPConfig | None" = None) -> "C
     """
     values = base.to_dict() if base is not None else {}
     if args.config is not None:
-        values = _read_json(Path(args.config))
+        values = read_recipe(args.config, "--config")
     values = arguments.configuration_values(args, values)
     checked_values(values)  # a mistake is told before `CLPConfig` loads torch and transformers
     from ..configuration.clp_config import CLPConfig
 
     return CLPConfig.from_dict(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    path = path / "clp_config.json" if path.is_dir() else path
-    remedy = "Give a clp_config.json, or the folder that holds it"
-    try:
-        return read_object(path)
-    except JsonProblem as problem:
-        raise ConfigurationError.of("--config", str(path), f"it {problem.rule}", remedy) from problem
 
 
 def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
@@ -208,6 +199,18 @@ def load_dense_config(args: argparse.Namespace) -> "PretrainedConfig":
     check_argument("--model", args.model, str | os.PathLike)
     hub = {"revision": args.revision, "token": args.token, "cache_dir": args.model_cache_dir}
     return load_config(args.model, trust_remote_code=args.trust_remote_code, **hub)
+
+
+def check_size_target(args: argparse.Namespace, config: "CLPConfig") -> None:
+    """Say before any weight is read that no file has the size that a recipe asks for.
+
+    Raises:
+        ConfigurationError: With the nearest size that can be reached.
+    """
+    if config.target_size_mb is not None:
+        from ..planning.plan import planned_size
+
+        planned_size(load_dense_config(args), config)
 
 
 def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPPruner":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..report.tables import cell, is_known, text_table
 from . import arguments
-from .running import Answer, load_pruner, output_folder, read_config
+from .running import Answer, check_size_target, load_pruner, output_folder, read_config
 
 HELP = "find the layers to remove, and remove nothing"
 USAGE = "--model MODEL [options] [OUTPUT]"
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> Answer:
 
     output = output_folder(args)
     config = read_config(args)
+    check_size_target(args, config)
     pruner = load_pruner(args)
     pruner.search(_without_test_rows(config))
     text = scored_segments(pruner.report.search or {})

@@ -14,8 +14,8 @@ from optimum.version import __version__ as optimum_version
 from transformers import __version__ as transformers_version
 
 from ..errors import ConfigurationError
-from ..json_files import JsonProblem, read_object
 from ..version import __version__
+from .recipe_files import RECIPE_NAME, read_recipe
 from .settings import documented
 from .stages import (
     STAGES,
@@ -51,14 +51,15 @@ class CLPConfig(BaseConfig):
         >>> CLPConfig(pruning_ratio=0.25, calibration_dataset="corpus.txt", tuning={"epochs": 2})
     """
 
-    CONFIG_NAME = "clp_config.json"
-    FULL_CONFIGURATION_FILE = "clp_config.json"
+    CONFIG_NAME = RECIPE_NAME
+    FULL_CONFIGURATION_FILE = RECIPE_NAME
     model_type = "clp"
 
     def __init__(
         self,
-        pruning_ratio: float | str = PlainSettings.pruning_ratio,
+        pruning_ratio: float | str | None = None,
         *,
+        target_size_mb: float | None = PlainSettings.target_size_mb,
         num_segments: int = PlainSettings.num_segments,
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
@@ -76,6 +77,7 @@ class CLPConfig(BaseConfig):
     ):
         given = {
             "pruning_ratio": pruning_ratio,
+            "target_size_mb": target_size_mb,
             "num_segments": num_segments,
             "max_perplexity_increase": max_perplexity_increase,
             "min_retention": min_retention,
@@ -91,7 +93,8 @@ class CLPConfig(BaseConfig):
             "calibration_dataset": calibration_dataset,
         }
         values = checked_values({**given, **unknown})
-        self.pruning_ratio = pruning_ratio
+        self.pruning_ratio: float | str | None = values["pruning_ratio"]
+        self.target_size_mb = target_size_mb
         self.num_segments = num_segments
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention
@@ -157,11 +160,23 @@ class CLPConfig(BaseConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        try:
-            return read_object(Path(json_file))
-        except JsonProblem as problem:
-            remedy = f"Give a {cls.CONFIG_NAME}, or the folder that holds it"
-            raise ConfigurationError.of(cls.CONFIG_NAME, str(json_file), f"it {problem.rule}", remedy) from problem
+        return read_recipe(json_file)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, **kwargs: Any) -> "CLPConfig":
+        """Read a recipe from a file: JSON as `clp_config.json`, or YAML, which may have comments.
+
+        Args:
+            path (`str` or `os.PathLike`): A file whose name ends in `.json`, `.yaml` or `.yml`, or the folder of a run.
+            kwargs: Override keys of the file.
+
+        Raises:
+            ConfigurationError: If it cannot be read, or lists every key that is unknown and every value that is out of range.
+
+        Example:
+            >>> config = CLPConfig.from_file("recipe.yaml", seed=1)
+        """
+        return cls.from_dict(read_recipe(path), **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):

@@ -42,13 +42,22 @@ class PlainSettings:
         {settings}
     """
 
-    pruning_ratio: float | str = setting(
+    pruning_ratio: float | str | None = setting(
         0.2,
-        or_auto(between(0, 1, open_ends=True)),
+        or_none(or_auto(between(0, 1, open_ends=True))),
         "share of the decoder layers to remove, in (0, 1), or auto: as many as a quality budget lets go",
         more="Of `L` layers `floor(pruning_ratio * L + 0.5)` go; the budget of `auto` is `max_perplexity_increase` or "
-        "`min_retention`.",
+        "`min_retention`. With `target_size_mb` it is `None`.",
         metavar="RATIO",
+    )
+    target_size_mb: float | None = setting(
+        None,
+        or_none(positive(1e7)),
+        "size of the int4 file, in MB of 1,000,000 bytes, instead of a ratio: layers and bits are chosen for it",
+        more="Layers go until the rest fits in plain 4 bits, at least one; what is left of the size raises the bits of what rounding costs most "
+        "(`docs/how_to/size_target.md`).",
+        metavar="MB",
+        unset="the ratio decides",
     )
     num_segments: int = setting(
         1,

@@ -12,11 +12,13 @@ from packaging import version as package_version
 
 from ..doors import ROUNDINGS
 from ..errors import ConfigurationError, Problem
+from ..precisions import INT4
 from ..version import __version__
 from .settings import settings_of
 from .stages import STAGES, PlainSettings, all_settings
 
 PLAIN_KEYS = tuple(setting.name for setting in settings_of(PlainSettings))
+_QUALITY = ("max_perplexity_increase", "min_retention")
 _HOUSEKEEPING = {"model_type", "clp_version", "transformers_version", "optimum_version"}
 
 
@@ -35,6 +37,10 @@ def checked_values(given: Mapping[str, Any]) -> dict[str, Any]:
     newer = _newer_version(given)
     problems = _unknown_keys(given, newer)
     values = {field.name: given.get(field.name, field.default) for field in dataclasses.fields(PlainSettings)}
+    if values["target_size_mb"] is not None:
+        values["pruning_ratio"] = given.get("pruning_ratio")
+    elif values["pruning_ratio"] is None:
+        values["pruning_ratio"] = PlainSettings.pruning_ratio
     for name in STAGES:
         values[name] = _stage(name, given.get(name), problems, newer)
     if given.get("calibration_dataset") is not None:
@@ -63,13 +69,16 @@ def value_problems(values: Mapping[str, Any]) -> list[Problem]:
             staged += setting.rule.problems(name, value)
         else:
             plain += setting.rule.problems(name, values[name])
-    return [*plain, *_quality_problems(values), *_size_problems(values), *_requirement_problems(values), *staged]
+    between = (_quality_problems, _target_problems, _budget_problems, _requirement_problems)
+    return [*plain, *(problem for look in between for problem in look(values)), *staged]
 
 
 def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
     """A quality budget belongs to `pruning_ratio="auto"`, and there is one of it."""
-    given = [name for name in ("max_perplexity_increase", "min_retention") if values[name] is not None]
+    given = [name for name in _QUALITY if values[name] is not None]
     ratio = values["pruning_ratio"]
+    if values["target_size_mb"] is not None:
+        return []
     if ratio == "auto" and len(given) != 1:
         rule = f"it needs one quality budget, and {' and '.join(given) + ' are' if given else 'none is'} given"
         remedy = "Give max_perplexity_increase (such as 0.1) or min_retention (such as 0.9)"
@@ -80,7 +89,26 @@ def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
     return []
 
 
-def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
+def _target_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What decides how many layers go is one of three, and a size is one of a file that is written."""
+    target, quantization = values["target_size_mb"], values["quantization"]
+    if target is None:
+        if values["pruning_ratio"] is not None:
+            return []
+        rule = "nothing else says how many layers go"
+        return [Problem("pruning_ratio", None, rule, "Give a number such as 0.2, or target_size_mb")]
+    rule, remedy = "target_size_mb decides how many layers go", "Leave one of the two out"
+    given = [name for name in ("pruning_ratio", *_QUALITY) if values[name] is not None]
+    problems = [Problem(name, values[name], rule, remedy) for name in given]
+    if not values["export"].enabled:
+        problems.append(Problem("target_size_mb", target, "no ONNX file is written", "Set export.enabled to True"))
+    elif isinstance(quantization.weights, list) and INT4.name not in quantization.weights:
+        rule = f"it is the size of the int4 file, and quantization.weights is {quantization.weights}"
+        problems.append(Problem("target_size_mb", target, rule, 'Add "int4" there, or give a pruning_ratio'))
+    return problems
+
+
+def _budget_problems(values: Mapping[str, Any]) -> list[Problem]:
     """A size budget needs a rounding method whose precisions can be planned."""
     method, bits = values["quantization"].method, values["quantization"].bits_per_weight
     # the method's code is imported for a budget alone

@@ -55,6 +55,23 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class ReachedSize:
+    """A size that was asked for, and what came of it.
+
+    Args:
+        target_size_mb (`float`): As in the recipe.
+        bytes (`int`): Of the int4 file.
+        bits_per_weight (`float` or `None`): That were chosen for it; `None` where there was nothing to choose.
+        met (`bool`): Whether the file is no larger than the target, nor more than 3 % smaller where its bits were chosen.
+    """
+
+    target_size_mb: Annotated[float, Key("MB of 1,000,000 bytes.", minimum=0)]
+    bytes: Annotated[int, Key("Of the int4 file.", minimum=1)]
+    bits_per_weight: Annotated[float | None, Key("Chosen for it; null where there was nothing to choose.")]
+    met: Annotated[bool, Key("No larger, nor more than 3 % smaller where bits were chosen.")]
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """The files of one export.
 
@@ -70,6 +87,7 @@ class ExportResult:
         genai_obstacle (`str` or `None`): Why there is no `genai_config.json`: `runtimes["genai"]`, by the key of older reports.
         runtimes (`Mapping[str, str | None]`): For each runtime of the registry why nothing was written for it, see
             [`~exporters.export.write_runtime_configs`]; `None` where something was.
+        size_target ([`ReachedSize`] or `None`): The recipe's size target, if it has one and there is an int4 file.
     """
 
     opset: Annotated[int, Key(minimum=1)]
@@ -86,6 +104,7 @@ class ExportResult:
         Mapping[str, str | None],
         Key("For each runtime, why nothing was written for it; null where something was.", added=True),
     ] = field(default_factory=dict)
+    size_target: Annotated[ReachedSize | None, Key("The size that the recipe asks for.", added=True)] = None
 
     @property
     def smallest(self) -> ExportedFile:

@@ -5,7 +5,7 @@ estimate says so.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..architecture.lookup import decoder_layers, text_config
+from ..architecture.lookup import decoder_layers, decoder_path, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
-from ..precisions import INT4, PRECISIONS, QUANTIZED
+from ..precisions import INT4, INT8, PRECISIONS, QUANTIZED
 from ..segments import target_state
 from ..surgery.sizes import count_bytes
 from ..tuning.activations import logit_bytes, norm_activations
@@ -102,25 +102,76 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
         `int`: Bytes.
     """
     if weights not in QUANTIZED:
-        return sum(p.numel() for p in model.parameters()) * _FLOAT32
-    bits, method = PRECISIONS[weights].bits, ROUNDINGS.get(quantization.method)
+        return sum(p.numel() for p in _exported(model)) * _FLOAT32
+    bits = PRECISIONS[weights].bits
+    rest = quantized = budget = 0
+    for stored in stored_weights(model, quantization).values():
+        rest += stored.rest
+        quantized += stored.least if bits == INT4.bits else stored.most
+        if weights == INT4.name and quantization.bits_per_weight is not None:
+            budget += int(stored.weights * quantization.bits_per_weight / 8)
+    return rest + max(quantized, budget)
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Bytes of some weights in a quantized ONNX file.
+
+    Args:
+        rest (`int`): Of those that stay in float32.
+        least (`int`): Of the quantized ones in 4 bits, scales included.
+        most (`int`): Of these in 8 bits.
+        weights (`int`): How many are quantized.
+    """
+
+    rest: int = 0
+    least: int = 0
+    most: int = 0
+    weights: int = 0
+
+    def __add__(self, other: "StoredWeights") -> "StoredWeights":
+        return StoredWeights(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: "StoredWeights") -> "StoredWeights":
+        return StoredWeights(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+def stored_weights(model: PreTrainedModel, quantization: QuantizationConfig) -> dict[int, StoredWeights]:
+    """What each parameter of a model takes in a quantized ONNX file, by its `id`; see [`onnx_weight_bytes`].
+
+    Args:
+        model (`PreTrainedModel`): May be on the meta device.
+        quantization ([`QuantizationConfig`]): Method, group size, and whether the embedding is quantized.
+    """
+    method, group = ROUNDINGS.get(quantization.method), quantization.group_size
     embedding: Any = model.get_input_embeddings().weight
     shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
     shapes[id(embedding)] = tuple(embedding.shape)
     if method.keeps_embedding or not quantization.quantize_embeddings:
         del shapes[id(embedding)]
-    group = quantization.group_size
-    rest = quantized = budget = 0
-    for parameter in model.parameters():
-        if id(parameter) in shapes:
-            rows, columns = shapes[id(parameter)]
-            of_group = _FLOAT16 if parameter is embedding else method.group_bytes[bits]
-            quantized += rows * -(-columns // group) * (group * bits // 8 + of_group)
-            if weights == INT4.name and quantization.bits_per_weight is not None:
-                budget += int(parameter.numel() * quantization.bits_per_weight / 8)
-        else:
-            rest += parameter.numel() * _FLOAT32
-    return rest + max(quantized, budget)
+    found = {}
+    for parameter in _exported(model):
+        if id(parameter) not in shapes:
+            found[id(parameter)] = StoredWeights(rest=parameter.numel() * _FLOAT32)
+            continue
+        rows, columns = shapes[id(parameter)]
+        groups = rows * -(-columns // group)
+        least, most = (
+            groups * (group * bits // 8 + (_FLOAT16 if parameter is embedding else method.group_bytes[bits]))
+            for bits in (PRECISIONS[name].bits for name in (INT4.name, INT8.name))
+        )
+        found[id(parameter)] = StoredWeights(0, least, most, parameter.numel())
+    return found
+
+
+def _exported(model: PreTrainedModel) -> list[Tensor]:
+    """The parameters that an ONNX file holds, each once: of a container those of its text decoder and its head."""
+    if text_config(model.config) is model.config:
+        return list(model.parameters())
+    # not model.get_decoder(), which in transformers 4 is the whole of some containers
+    decoder = model.get_submodule(decoder_path(model).rpartition(".")[0])
+    parts: list[Any] = [model.get_input_embeddings(), decoder, model.get_output_embeddings()]
+    return list({id(p): p for part in parts if part is not None for p in part.parameters()}.values())
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[tuple[Tensor, int, int]]:

@@ -23,6 +23,7 @@ from ..surgery.guard import check_cut
 from ..surgery.sizes import count_bytes, count_parameters
 from ..tuning.activations import layer_activations
 from .footprint import TuningMemory, onnx_weight_bytes, tuning_memory
+from .size_target import SizeTarget, quantization_within, size_target
 from .streaming import PlannedStreaming, planned_streaming
 
 
@@ -55,7 +56,7 @@ class PruningPlan:
         model_type (`str`): As in `config.json`.
         model_class (`str`): The class that transformers builds.
         dtype (`str`): Of the weights.
-        pruning_ratio (`float`): As in the recipe.
+        pruning_ratio (`float`): As in the recipe, or what its size target comes to.
         num_layers (`int`): Decoder layers of the dense model.
         num_removed (`int`): Layers that go.
         num_parameters (`int`): Distinct parameters of the dense model.
@@ -63,6 +64,7 @@ class PruningPlan:
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
         layer_bytes (`tuple[int, ...]`): Of these.
         memory ([`PlannedStreaming`]): What passes over the dense model hold, and how often its weights are read.
+        size_target ([`SizeTarget`] or `None`): What is chosen for the recipe's size target, if it has one.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
             the meta device and has passed the guard of [`~optimum_clp.surgery.cut.cut_model`].
     """
@@ -79,6 +81,7 @@ class PruningPlan:
     layer_parameters: tuple[int, ...]
     layer_bytes: tuple[int, ...]
     memory: PlannedStreaming
+    size_target: SizeTarget | None
     cuts: tuple[PlannedCut, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ class PruningPlan:
             },
             "pruning_ratio": self.pruning_ratio,
             "num_removed": self.num_removed,
+            "size_target": None if self.size_target is None else vars(self.size_target),
             "memory": self.memory.to_dict(),
             "cuts": [
                 {
@@ -132,8 +136,8 @@ def plan_pruning(
         [`PruningPlan`]
 
     Raises:
-        ConfigurationError: If the ratio removes no layer or all or is `"auto"`, or `dtype` is no floating-point type; if the bound on
-            memory is too small.
+        ConfigurationError: If the ratio removes no layer or all or is `"auto"`, no file has the size that is asked for, `dtype` is
+            no floating-point type, or the bound on memory is too small.
         ModelError: If the architecture is not supported, no segment of that length can be cut from it, or transformers
             cannot build the model.
         CutError: If a cut model is not the dense model without those layers.
@@ -144,16 +148,23 @@ def plan_pruning(
         rule = "how many layers a quality budget lets go is not known before the search has run"
         remedy = "Give a number, such as 0.2, to see what it would leave"
         raise ConfigurationError.of("pruning_ratio", recipe.pruning_ratio, rule, remedy)
-    depth = num_layers(config)
-    removed = number_of_layers_to_remove(float(recipe.pruning_ratio), depth)
+    depth, weight_dtype = num_layers(config), _weight_dtype(config, dtype)
+    target, ratio = None, recipe.pruning_ratio
+    if recipe.target_size_mb is not None:
+        dense = build_on_meta(config, weight_dtype)
+        target = size_target(dense, recipe)
+        ratio = target.num_removed / depth
+    assert isinstance(ratio, (int, float))
+    removed = number_of_layers_to_remove(ratio, depth)
     segments = allowed_segments(config, removed)
-    dense = build_on_meta(config, _weight_dtype(config, dtype))
+    if target is None:  # built when it is known that such a cut can be
+        dense = build_on_meta(config, weight_dtype)
     return PruningPlan(
         name_or_path=getattr(config, "name_or_path", None) or None,
         model_type=config.model_type,
         model_class=type(dense).__name__,
         dtype=str(dense.dtype).removeprefix("torch."),
-        pruning_ratio=float(recipe.pruning_ratio),
+        pruning_ratio=float(ratio),
         num_layers=depth,
         num_removed=removed,
         num_parameters=count_parameters(dense),
@@ -161,8 +172,22 @@ def plan_pruning(
         layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
         layer_bytes=tuple(count_bytes(layer) for layer in decoder_layers(dense)),
         memory=planned_streaming(dense, recipe, removed),
+        size_target=target,
         cuts=tuple(_plan_cuts(dense, segments, recipe)),
     )
+
+
+def planned_size(config: PretrainedConfig, recipe: CLPConfig) -> SizeTarget:
+    """What is chosen for a recipe's size target, from the config of the model alone; see [`size_target`].
+
+    Args:
+        config (`PretrainedConfig`): Of the model that is cut.
+        recipe ([`CLPConfig`]): With `target_size_mb`.
+
+    Raises:
+        ConfigurationError, ModelError: As there, and as [`build_on_meta`].
+    """
+    return size_target(build_on_meta(config, torch.float32), recipe)
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -215,10 +240,11 @@ def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe:
 
 def _sizes(cut: PreTrainedModel, recipe: CLPConfig) -> dict[str, Any]:
     kinds = [FLOAT32.name, *recipe.quantization.weights] if recipe.export.enabled else []
+    quantization = quantization_within(cut, recipe)
     return {
         "num_parameters": count_parameters(cut),
         "bytes": count_bytes(cut),
-        "onnx": {kind: onnx_weight_bytes(cut, kind, recipe.quantization) for kind in kinds},
+        "onnx": {kind: onnx_weight_bytes(cut, kind, quantization) for kind in kinds},
     }
 
 

@@ -313,7 +313,8 @@ def _files(report: CLPReport, folder: Path) -> str:
         {**entry, "file": f"{entry['folder']}/", "weights": f"{entry['weights']} (quanto)"}
         for entry in report.quantization or []
     ]
-    return f"## Files\n\n{markdown_table(record_cells(files, _FILE_COLUMNS, missing=''))}" if files else ""
+    parts = ["## Files", markdown_table(record_cells(files, _FILE_COLUMNS, missing="")), report.size_reached()]
+    return "\n\n".join(filter(None, parts)) if files else ""
 
 
 def _weights(folder: Path) -> list[Path]:

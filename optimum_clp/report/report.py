@@ -190,7 +190,16 @@ class CLPReport:
         generation = generation_text(evaluation.get("generation"), evaluation.get("verdicts", ()))
         required = "\n".join(map(requirement_line, evaluation.get("requirements", ())))
         tables = (text_table(table, ruled=True) for table in recognition_tables(evaluation))
-        return "".join(f"\n\n{part}" for part in (*tables, generation, required) if part)
+        return "".join(f"\n\n{part}" for part in (*tables, generation, required, self.size_reached()) if part)
+
+    def size_reached(self) -> str:
+        """One sentence on the size that the recipe asked for; empty if it asked for none."""
+        size = (self.export or {}).get("size_target")
+        if not size:
+            return ""
+        bits = f", at {size['bits_per_weight']:.2f} bits per weight" if size["bits_per_weight"] is not None else ""
+        missed = "" if size["met"] else ": missed"
+        return f"The int4 file was to have {size['target_size_mb']:g} MB, and has {format_bytes(size['bytes'])}{bits}{missed}."
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, num_layers
 from ..configuration.clp_config import CLPConfig
+from ..errors import ConfigurationError
 from ..forward.layer_major import Residence
 from ..processes import is_first
 from ..segments import number_of_layers_to_remove
@@ -31,7 +32,11 @@ def layers_to_remove(recipe: CLPConfig, config: PretrainedConfig) -> int | None:
     """
     if recipe.perplexity_bound() is not None:
         return None
-    count = number_of_layers_to_remove(float(recipe.pruning_ratio), num_layers(config))
+    ratio = recipe.pruning_ratio
+    if not isinstance(ratio, (int, float)):
+        rule, remedy = "a search needs a number of layers, and none was chosen for it", "Give a pruning_ratio"
+        raise ConfigurationError.of("target_size_mb", recipe.target_size_mb, rule, remedy)
+    count = number_of_layers_to_remove(ratio, num_layers(config))
     if recipe.num_segments == 1:
         allowed_segments(config, count)
     return count

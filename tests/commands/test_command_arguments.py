@@ -188,6 +188,18 @@ def test_how_many_layers_go_can_be_left_to_a_quality_budget():
     assert config.perplexity_bound() == pytest.approx(0.25)
 
 
+def test_of_ratio_and_size_target_the_one_that_is_given_replaces_the_recipes():
+    base = {"pruning_ratio": "auto", "min_retention": 0.9, "target_size_mb": None}
+    found = arguments.configuration_values(parse("prune -m m --target-size-mb 60 out"), base)
+    assert found == {"pruning_ratio": None, "min_retention": None, "target_size_mb": 60.0}
+    base = {"pruning_ratio": None, "target_size_mb": 60.0}
+    found = arguments.configuration_values(parse("search -m m --pruning-ratio 0.3"), base)
+    assert found == {"pruning_ratio": 0.3, "target_size_mb": None}
+    both = "--target-size-mb 60 --pruning-ratio 0.3 --min-retention 0.9"
+    found = arguments.configuration_values(parse(f"search -m m {both}"), base)
+    assert found == {"pruning_ratio": 0.3, "target_size_mb": 60.0, "min_retention": 0.9}
+
+
 def test_a_ratio_that_is_no_number_is_told(capsys):
     with pytest.raises(SystemExit):
         parse("prune --model m --pruning-ratio most out")
@@ -235,6 +247,7 @@ def test_every_key_of_the_configuration_has_a_flag():
     keys = {f"{stage}.{key}" for stage in STAGES for key in recipe[stage]}
     keys |= {
         "pruning_ratio",
+        "target_size_mb",
         "num_segments",
         "max_perplexity_increase",
         "min_retention",

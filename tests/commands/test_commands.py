@@ -156,7 +156,7 @@ def test_config_file_is_overridden_by_options(pruner, tmp_path):
     [
         (None, r"--config is 'r.json': it cannot be read \(No such file"),
         ("{", r"--config is 'r.json': it is not valid JSON \("),
-        ("[]", r"--config is 'r.json': it holds no JSON object"),
+        ("[]", r"--config is 'r.json': it holds no settings"),
         ('{"tuning": 3}', "tuning is 3: it must be a TuningConfig or a dict"),
         ('{"prunning_ratio": 0.2}', "prunning_ratio is 0.2: .* Did you mean 'pruning_ratio'?"),
     ],
@@ -500,7 +500,7 @@ def test_interrupt_is_status_130(pruner, capsys):
     assert capsys.readouterr().err == "optimum-clp: interrupted\n"
 
 
-@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("search", "evaluate", "finish", "chat")])
+@pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("recipe", "search", "evaluate", "finish", "chat")])
 def test_missing_output_is_a_usage_error(name, pruner, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([name, "--model", "m", "--quiet"])

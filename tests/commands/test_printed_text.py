@@ -16,6 +16,7 @@ PRINTED = dict(
     part.split("\n", 1)
     for part in (Path(__file__).parent / "printed.txt").read_text(encoding="utf-8").split("=== ")[1:]
 )
+SIZE = {"target_size_mb": 0.07, "num_removed": 2, "bits_per_weight": 4.6543, "bytes": 69_900}
 COMMANDS = {
     "prune": "prune --model m out",
     "search": "search --model m out",
@@ -26,6 +27,7 @@ COMMANDS = {
     "evaluate tasks": "evaluate --model m --dataset d.txt --tasks lambada=t.jsonl any=t.jsonl --reference dense",
 }
 PLAN = {
+    "size_target": None,
     "base_model": {
         "class": "LlamaForCausalLM",
         "dtype": "bfloat16",
@@ -119,6 +121,10 @@ def _report_with_gaps():
 TEXTS = {
     "planned": lambda: planned(PLAN),
     "planned without tuning": lambda: planned(SHORT_PLAN),
+    "planned for a size": lambda: planned({**SHORT_PLAN, "size_target": SIZE}),
+    "planned for a size in given bits": lambda: planned(
+        {**SHORT_PLAN, "size_target": SIZE | {"num_removed": 1, "bits_per_weight": None}}
+    ),
     "planned within a bound": lambda: planned({**SHORT_PLAN, "memory": MEMORY}),
     "planned within a wide bound": lambda: planned({**SHORT_PLAN, "memory": {**MEMORY, "layers_at_once": 6}}),
     "older search": lambda: scored_segments(older_report().search),

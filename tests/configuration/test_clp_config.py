@@ -23,6 +23,7 @@ def test_the_recipe_has_these_keys_and_defaults():
     assert list({k: v for k, v in recipe.items() if k not in versions}.items()) == [
         ("model_type", "clp"),
         ("pruning_ratio", 0.2),
+        ("target_size_mb", None),
         ("num_segments", 1),
         ("max_perplexity_increase", None),
         ("min_retention", None),
@@ -172,7 +173,7 @@ def test_a_file_from_a_newer_version_advises_to_upgrade(tmp_path):
         CLPConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), "0.2", "all", True, None])
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 2, float("nan"), "0.2", "all", True])
 def test_ratios_outside_the_open_interval_are_refused(ratio):
     with pytest.raises(ConfigurationError, match="pruning_ratio is .*between 0 and 1, both excluded"):
         CLPConfig(ratio)
@@ -234,6 +235,32 @@ def test_a_quality_budget_belongs_to_the_automatic_ratio():
     ):
         with pytest.raises(ConfigurationError, match=f"{name} is {value}: it must be {rule}"):
             CLPConfig("auto", **{name: value})
+
+
+def test_a_size_target_stands_in_place_of_a_ratio(tmp_path):
+    assert (CLPConfig(None).pruning_ratio, CLPConfig().target_size_mb) == (0.2, None)
+    config = CLPConfig(target_size_mb=60)
+    assert (config.pruning_ratio, config.target_size_mb, config.perplexity_bound()) == (None, 60, None)
+    config.save_pretrained(tmp_path)
+    assert CLPConfig.from_pretrained(tmp_path) == config
+    rule = "target_size_mb decides how many layers go. Leave one of the two out"
+    with pytest.raises(ConfigurationError) as error:
+        CLPConfig(0.2, target_size_mb=60, min_retention=0.9)
+    assert f"pruning_ratio is 0.2: {rule}" in str(error.value) and f"min_retention is 0.9: {rule}" in str(error.value)
+    with pytest.raises(ConfigurationError, match=f"pruning_ratio is 'auto': {rule}"):
+        CLPConfig("auto", target_size_mb=60)
+    with pytest.raises(ConfigurationError, match="target_size_mb is 60: no ONNX file is written. Set export.enabled"):
+        CLPConfig(target_size_mb=60, export={"enabled": False})
+    with pytest.raises(
+        ConfigurationError, match=r"int4 file, and quantization.weights is \['int8'\]. Add \"int4\" there"
+    ):
+        CLPConfig(target_size_mb=60, quantization={"weights": ["int8"]})
+    for value in (0, -1, "60MB", True, float("inf")):
+        with pytest.raises(ConfigurationError, match="target_size_mb is .*: it must be a number above 0 and at most"):
+            CLPConfig(target_size_mb=value)
+    config.pruning_ratio, config.target_size_mb = None, None
+    with pytest.raises(ConfigurationError, match="pruning_ratio is None: nothing else says how many layers go"):
+        config.validate()
 
 
 def test_changes_after_construction_are_validated():

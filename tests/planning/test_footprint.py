@@ -1,11 +1,15 @@
 """Memory of losses and starts that the footprint has never heard of: it goes by what they say of themselves."""
 
 import pytest
+from container_zoo import container
+from container_zoo import types as container_types
 from tiny_models import tiny_model
 
-from optimum_clp.configuration.stages import TuningConfig
+from optimum_clp.architecture.lookup import decoder_layers
+from optimum_clp.configuration.stages import QuantizationConfig, TuningConfig
 from optimum_clp.doors import LOSSES, STARTS
-from optimum_clp.planning.footprint import tuning_memory
+from optimum_clp.errors import ModelError
+from optimum_clp.planning.footprint import stored_weights, tuning_memory
 
 KEPT, ENDPOINTS = [0, 1, 4, 5], [1, 2]
 STATE = (5 + 3) * 24 * 32 * 4  # rows, tokens, width, float32
@@ -62,3 +66,18 @@ def test_a_start_holds_what_it_says_and_what_it_compares_with(registered, target
     assert found.closed_form == 2032 + (STATE if targets else 0)
     assert found.caches - plain.caches == len(targets) * STATE
     assert (found.moments, found.logits, found.endpoints) == (plain.moments, plain.logits, plain.endpoints)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", container_types())
+def test_of_a_container_its_text_decoder_is_counted(model_type):
+    try:
+        model = container(model_type)
+        decoder_layers(model)
+    except (ImportError, ModelError) as error:  # its vision tower is another library's; not cut in this transformers
+        pytest.skip(str(error).strip().splitlines()[0])
+    found = stored_weights(model, QuantizationConfig())
+    layers = {id(p): p for layer in decoder_layers(model) for p in layer.parameters()}
+    outside = {id(p) for name, p in model.named_parameters() if "vision" in name or "audio" in name}
+    assert layers.keys() <= found.keys() and not outside & found.keys()
+    assert id(model.get_input_embeddings().weight) in found
