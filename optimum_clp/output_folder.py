@@ -269,9 +269,7 @@ def _reached(config: CLPConfig, quantization: QuantizationConfig, result: Export
     bits, share = quantization.bits_per_weight if has_choice(config) else None, made[0] / (target * MB)
     met = share <= 1 and (bits is None or share >= 1 - TOLERANCE)
     if not met:
-        warnings.warn(
-            f"target_size_mb: the int4 file has {made[0] / MB:.2f} MB, and {target:g} were asked for.", stacklevel=3
-        )
+        logger.warning(f"target_size_mb: the int4 file has {made[0] / MB:.2f} MB, and {target:g} were asked for.")
     return ReachedSize(target, made[0], bits, met)
 
 

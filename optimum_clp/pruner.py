@@ -129,8 +129,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
-        config, dense = session.use(config), session.source()
-        config, residence = aimed(config, dense), session.residence("search")
+        config, residence = aimed(session.use(config), dense := session.source()), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
         with session.caches.run():
             data, options = session.search_text(), session.search_options(residence)

@@ -44,7 +44,16 @@ def _few_repeats(monkeypatch):
 
 def run(place, dense, config, name):
     """A run with a cache of its own."""
-    line = ["prune", "--quiet", "-m", str(dense), "--config", str(config), "--cache-dir", str(place / f"cache-{name}")]
+    line = [
+        "prune",
+        "--quiet",
+        "-m",
+        str(dense),
+        "--config",
+        str(config),
+        "--text-cache-dir",
+        str(place / f"cache-{name}"),
+    ]
     assert main([*line, str(place / name)]) == 0
     return place / name
 
@@ -96,7 +105,7 @@ def test_a_recipe_repeats_the_run(settings, dense, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("default:target_size_mb:UserWarning")  # of so small a model the matrices are too coarse
+@pytest.mark.notices  # of so small a model the matrices are too coarse
 def test_a_recipe_with_a_size_target_repeats_weights_and_files(dense, tmp_path):
     settings = {"target_size_mb": 0.08, "export": {"enabled": True}}
     first, second = repeated(tmp_path, dense, **settings)
