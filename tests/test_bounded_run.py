@@ -39,10 +39,10 @@ def test_a_run_layer_by_layer_gives_the_same_files(tmp_path, monkeypatch):
     found = prune(tmp_path, "bound")
     assert found["search"]["segments"] == free["search"]["segments"]
     assert found["tuning"]["best_validation_loss"] == pytest.approx(free["tuning"]["best_validation_loss"], rel=2e-2)
-    rows = {row["name"]: row for row in free["evaluation"]["models"]}
-    for row in found["evaluation"]["models"]:
+    rows = {row["name"]: row for row in free["evaluation"]["rows"]}
+    for row in found["evaluation"]["rows"]:
         assert row["perplexity"] == pytest.approx(rows[row["name"]]["perplexity"], rel=1e-2), row["name"]
-        in_files = row["name"] in ("dense", "cut", "tuned", "float32")
+        in_files = row["name"] in ("dense", "cut", "tuned", "onnx")
         assert (row["decode_tokens_per_second"] is None) == in_files, row["name"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict() for out in ("free", "bound")]
     for name, tensor in weights[0].items():
