@@ -26,7 +26,7 @@ from .exporters.obstacle import onnx_obstacle
 from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
 from .planning.streaming import planned_streaming
-from .precisions import PRECISIONS
+from .precisions import PRECISIONS, QUANTIZED
 from .processes import by_first
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
@@ -229,6 +229,7 @@ def _quantize_into(session: Session, folder: Path) -> None:
             model, session.tokenizer, folder / PRECISIONS[name].quanto_folder, name, quiet=session.quiet
         ).to_dict()
         for name in kinds
+        if name in QUANTIZED
     ]
 
 

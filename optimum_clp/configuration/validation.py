@@ -63,7 +63,14 @@ def value_problems(values: Mapping[str, Any]) -> list[Problem]:
             staged += setting.rule.problems(name, value)
         else:
             plain += setting.rule.problems(name, values[name])
-    return [*plain, *_quality_problems(values), *_size_problems(values), *_requirement_problems(values), *staged]
+    return [
+        *plain,
+        *_quality_problems(values),
+        *_size_problems(values),
+        *_file_problems(values),
+        *_requirement_problems(values),
+        *staged,
+    ]
 
 
 def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
@@ -89,6 +96,14 @@ def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
         return []
     remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
     return [Problem("quantization.bits_per_weight", bits, obstacle, remedy)]
+
+
+def _file_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Something must be exported."""
+    if values["export"].float32 is not False or values["quantization"].weights != []:
+        return []
+    rule, remedy = "quantization.weights is empty, so that no file is left", "Leave it True, or name other weights"
+    return [Problem("export.float32", False, rule, remedy)]
 
 
 def _requirement_problems(values: Mapping[str, Any]) -> list[Problem]:
@@ -123,7 +138,7 @@ def _is_version(text: str) -> bool:
 
 def _unknown_keys(given: Mapping[str, Any], newer: str) -> list[Problem]:
     """Problems for the keys that a configuration does not have; the version keys of a saved file are not extra."""
-    valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset"]
+    valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset", "target"]
     version = given.get("clp_version")
     strange = version is not None and not (isinstance(version, str) and _is_version(version))
     remedy = "Leave the key out: it says who wrote the file"

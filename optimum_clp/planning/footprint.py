@@ -17,7 +17,7 @@ from ..architecture.lookup import decoder_layers, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
 from ..forward.losses import chunk_tokens
-from ..precisions import INT4, PRECISIONS, QUANTIZED
+from ..precisions import INT4, PRECISIONS
 from ..segments import target_state
 from ..surgery.sizes import count_bytes
 from ..tuning.losses import LOGITS, STATES, TEACHER_LOGITS, needs_of, weighted_losses
@@ -81,11 +81,11 @@ class TuningMemory:
 def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: QuantizationConfig) -> int:
     """Bytes of the weights in an exported ONNX file; a tied head and embedding are stored once.
 
-    float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
+    float32 takes 4 bytes for each parameter, float16 two. A quantized matrix of `rows` outputs and `columns` inputs takes
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 2)`: integers, the last group of a row filled up, and a scale
     of 16 bits for each group (with `export.format="qdq"` without the filling, so it is at most that); a method with zero
     points takes more, its `group_bytes` instead of 2, but in the embedding. Quantized are the linear layers, the experts and, with
-    `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
+    `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32, or float16 in `int4_float16`; the matrices that
     choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
     `bits_per_weight` is counted as spent. A method may keep the embedding in float32; where it has groups of its own, the
     figure for the rest is near.
@@ -95,15 +95,17 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
 
     Args:
         model (`PreTrainedModel`): The model that is exported; may be on the meta device.
-        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        weights (`str`): Name in [`~precisions.PRECISIONS`].
         quantization ([`QuantizationConfig`]): Method, budget, group size, and whether the embedding is quantized.
 
     Returns:
         `int`: Bytes.
     """
-    if weights not in QUANTIZED:
-        return sum(p.numel() for p in model.parameters()) * _FLOAT32
-    bits, method = PRECISIONS[weights].bits, ROUNDINGS.get(quantization.method)
+    precision = PRECISIONS[weights]
+    number = precision.floats // 8
+    if not precision.is_rounded:
+        return sum(p.numel() for p in model.parameters()) * number
+    bits, method = precision.bits, ROUNDINGS.get(quantization.method)
     embedding: Any = model.get_input_embeddings().weight
     shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
     shapes[id(embedding)] = tuple(embedding.shape)
@@ -116,10 +118,10 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
             rows, columns = shapes[id(parameter)]
             of_group = _FLOAT16 if parameter is embedding else method.group_bytes[bits]
             quantized += rows * -(-columns // group) * (group * bits // 8 + of_group)
-            if weights == INT4.name and quantization.bits_per_weight is not None:
+            if bits == INT4.bits and quantization.bits_per_weight is not None:
                 budget += int(parameter.numel() * quantization.bits_per_weight / 8)
         else:
-            rest += parameter.numel() * _FLOAT32
+            rest += parameter.numel() * number
     return rest + max(quantized, budget)
 
 
