@@ -414,7 +414,7 @@ class ExportConfig:
         more="`contrib` fuses attention, rotary embedding and norms where the architecture allows it; quantized weights of "
         "`qdq` lie behind `DequantizeLinear`. `unpacked` is for WebAssembly, which multiplies by integers slowly.",
     )
-    float32: bool = setting(
+    float_file: bool = setting(
         True, boolean(), "keep the float32 file", more="It is made and checked in any case: the others are made of it."
     )
     opset: int = setting(21, one_of((21, 22, 23)), "ONNX opset")

@@ -10,15 +10,15 @@ from ..errors import ConfigurationError
 TARGETS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu": {
         "quantization": {"weights": ["int8", "int4"]},
-        "export": {"format": "contrib", "float32": True, "logits_to_keep": 0},
+        "export": {"format": "contrib", "float_file": True, "logits_to_keep": 0},
     },
     "web": {
         "quantization": {"weights": ["int4", "int4_float16"]},
-        "export": {"format": "unpacked", "float32": False, "logits_to_keep": 1},
+        "export": {"format": "unpacked", "float_file": False, "logits_to_keep": 1},
     },
     "gpu": {
         "quantization": {"weights": ["float16", "int4_float16"]},
-        "export": {"format": "contrib", "float32": False, "logits_to_keep": 0},
+        "export": {"format": "contrib", "float_file": False, "logits_to_keep": 0},
     },
 }
 # for help and docs

@@ -100,10 +100,10 @@ def _size_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 def _file_problems(values: Mapping[str, Any]) -> list[Problem]:
     """Something must be exported."""
-    if values["export"].float32 is not False or values["quantization"].weights != []:
+    if values["export"].float_file is not False or values["quantization"].weights != []:
         return []
     rule, remedy = "quantization.weights is empty, so that no file is left", "Leave it True, or name other weights"
-    return [Problem("export.float32", False, rule, remedy)]
+    return [Problem("export.float_file", False, rule, remedy)]
 
 
 def _requirement_problems(values: Mapping[str, Any]) -> list[Problem]:

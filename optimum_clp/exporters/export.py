@@ -101,7 +101,7 @@ def export_onnx(
                 files.add(precision)
             bar.update()
         files.drop()
-        if not export.float32:
+        if not export.float_file:
             writer.leave_out(FLOAT32)
         writer.publish(directory / "onnx")
     return ExportResult(

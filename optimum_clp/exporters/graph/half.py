@@ -40,8 +40,23 @@ _IN_32_BITS = (
     "Softplus",
     "Sqrt",
 )
-# these give what they are given, whatever its type
-_NO_NUMBERS = ("Shape", "Size", "NonZero", "TopK", "ArgMax", "IsNaN", "Equal", "Less", "LessOrEqual", "Greater")
+# of operators whose first input is another: the one that has the numbers
+_NUMBERS_AT = {"DequantizeLinear": 1, "GatherBlockQuantized": 2, "Where": 1}
+# what these give is no number of the model's
+_NO_NUMBERS = (
+    "Shape",
+    "Size",
+    "NonZero",
+    "TopK",
+    "ArgMax",
+    "IsNaN",
+    "Not",
+    "Equal",
+    "Less",
+    "LessOrEqual",
+    "Greater",
+    "GreaterOrEqual",
+)
 
 
 def to_float16(graph: ir.Model, *, wide_sums: bool = False) -> None:
@@ -86,6 +101,8 @@ class _Halving:
             for index, value in enumerate(node.inputs):
                 if value is not None and self._is_float(value):
                     node.replace_input_with(index, self._as(value, _HALF if in_16_bits else _FLOAT))
+            if in_16_bits and node.op_type == "Cast" and self._is_float(node.outputs[0]):
+                node.attributes["to"] = ir.AttrInt64("to", _HALF)
             for index, output in enumerate(node.outputs):
                 # a norm's second and third output, its mean and deviation, are float32 whatever it takes
                 if in_16_bits and self._is_float(output) and not (index in (1, 2) and node.op_type in _SUMS):
@@ -134,10 +151,8 @@ class _Halving:
             return False
         if node.op_type == "Cast":
             return node.attributes.get_int("to") == _FLOAT
-        # an operator's numbers come from what it computes with, not from where it looks
-        first = node.inputs[
-            2 if node.op_type == "GatherBlockQuantized" else 1 if node.op_type == "DequantizeLinear" else 0
-        ]
+        # an operator's numbers come from what it computes with, not from where it looks or what it asks
+        first = node.inputs[_NUMBERS_AT.get(node.op_type, 0)]
         return first is not None and self._is_float(first)
 
     def _is_stored_cast(self, node: ir.Node) -> bool:

@@ -132,11 +132,15 @@ def scaled_beyond_float16(model):
     ids = random_tokens(3, 20)
     for layer in model.model.layers:
         seen = []
-        handle = layer.mlp.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output.abs().max()))
+        handle = layer.mlp.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output.abs().max())
+        )
         model(input_ids=ids)
         handle.remove()
         layer.mlp.down_proj.weight.mul_(50_000 / seen[0])
-    return max(states.abs().max().item() for states in model(input_ids=ids, output_hidden_states=True).hidden_states[:-1])
+    return max(
+        states.abs().max().item() for states in model(input_ids=ids, output_hidden_states=True).hidden_states[:-1]
+    )
 
 
 def test_a_weight_beyond_float16_is_named(tmp_path):
