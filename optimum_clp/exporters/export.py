@@ -17,7 +17,8 @@ from ..attempts import Attempts
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
 from ..errors import ConfigurationError, ExportError
-from ..precisions import FLOAT32
+from ..mapped_weights import tensors_of
+from ..precisions import FLOAT32, PRECISIONS
 from ..progress import progress_bar
 from ..runtime.names import FUSED_ATTENTION
 from .check import FileCheck
@@ -29,7 +30,8 @@ from .graph.logits import choose_positions
 from .graph.norms import spell_out_norms
 from .obstacle import onnx_obstacle
 from .result import ExportResult
-from .rounding.weights import check_calibration
+from .room import export_room
+from .rounding.weights import check_calibration, needs_calibration
 from .runtimes.runtime import Runtime
 from .weight_files import WeightFiles
 from .writer import FileWriter
@@ -44,6 +46,7 @@ def export_onnx(
     calibration: torch.Tensor | None = None,
     attempts: Attempts | None = None,
     seed: int = 0,
+    max_memory: int | None = None,
     quiet: bool = False,
 ) -> ExportResult:
     """Write `onnx/model.onnx` and the files of other weights to a folder, each checked against PyTorch.
@@ -54,7 +57,8 @@ def export_onnx(
     finite, and no linear layer may have been left in float. Files appear in the folder only after all of them have passed.
 
     A model in 16 bits or on an accelerator is exported in float32 from a copy on the CPU (4 bytes for each parameter);
-    a float32 model on the CPU is not copied. `model` itself is left as it is.
+    a float32 model on the CPU is not copied. `model` itself is left as it is. Where memory does not hold all that, the copy, the
+    integers of a file and what rounding looks at lie in files of the folder until the export is done.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The model, of any dtype, on any device.
@@ -65,6 +69,7 @@ def export_onnx(
         attempts ([`Attempts`], *optional*): A file beside the float32 one that cannot be made is noted there, and the others are written;
             without it nothing is.
         seed (`int`): Of the tokens of the check.
+        max_memory (`int`, *optional*): Bytes that this process may hold; what is free now if not given.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -72,7 +77,8 @@ def export_onnx(
 
     Raises:
         ConfigurationError: If the method needs calibration text and there is none.
-        ExportError: If the model cannot be traced, or a file does not run, or differs from PyTorch.
+        ExportError: If the model cannot be traced, a file does not run or differs from PyTorch, or the disk has no room for what
+            memory does not hold.
         QuantizationError: If a linear layer or the embedding was left in float.
     """
     export = export or ExportConfig()
@@ -89,16 +95,22 @@ def export_onnx(
         obstacle = onnx_obstacle(model)
         if obstacle is not None:
             raise ExportError(obstacle)
-        copied = float32_copy(model)
+        asked = [PRECISIONS[name] for name in quantization.weights]
+        bits = max((precision.bits for precision in asked if precision.is_rounded), default=0)
+        rows = calibration if needs_calibration(quantization) else None
+        room = export_room(model, bits, rows, max_memory, Path(staging) / "room", quiet)
+        copied = float32_copy(model, room)
         # the caller's own model is the better reference where it can be called without changing it
         reference = model if _can_be_reference(model) else copied
         writer = FileWriter(Path(staging), FileCheck(reference, Path(staging), seed=seed))
         graph = _write_float_file(copied, export, writer, started)
+        room.let_go(tensors_of(copied))
         bar.update(2)
-        files = WeightFiles(copied, graph, export, quantization, writer, calibration, seed=seed, quiet=quiet)
+        files = WeightFiles(copied, graph, export, quantization, writer, room, calibration, seed=seed, quiet=quiet)
         for precision in files.in_order():
             with attempts.stage(f"{precision.row_name} file"):
                 files.add(precision)
+            room.let_go(tensors_of(copied))
             bar.update()
         files.drop()
         if not export.float_file:

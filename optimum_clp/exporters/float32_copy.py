@@ -8,12 +8,15 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
 from ..errors import ExportError
+from .room import ExportRoom
 
+# bytes of a model that memory does not hold whose pages are given back together
+_TOUCHED = 2**28
 # Settings that transformers' eager attention honours and its SDPA does not, in one version or another.
 _EAGER_SETTINGS = ("attn_logit_softcapping", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn")
 
 
-def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
+def float32_copy(model: PreTrainedModel, room: ExportRoom | None = None) -> PreTrainedModel:
     """The same model in float32 on the CPU, in evaluation mode; `model` is left as it is.
 
     It is built from a copy of the configuration. It shares the storage of every weight that is in float32 on the
@@ -21,6 +24,7 @@ def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): Any dtype, device and mode.
+        room ([`~exporters.room.ExportRoom`], *optional*): Where the copies lie; main memory if not given.
 
     Returns:
         [`~transformers.PreTrainedModel`]: Not to be trained: its weights may be those of `model`.
@@ -43,13 +47,19 @@ def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         copied = type(model)(config)
     copies: dict[tuple, torch.Tensor] = {}
+    room, touched = room or ExportRoom(), list[torch.Tensor]()
     state = {}
     for name, tensor in model.state_dict().items():
         # tied weights come under two names: one copy serves both
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         if key not in copies:
-            copies[key] = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+            copies[key] = _in_float32(tensor.detach(), room)
+            touched += [tensor, copies[key]]
+            if sum(known.nbytes for known in touched) > _TOUCHED:
+                room.let_go(touched)
+                touched.clear()
         state[name] = copies[key]
+    room.let_go(touched)
     try:
         copied.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -62,6 +72,13 @@ def float32_copy(model: PreTrainedModel) -> PreTrainedModel:
         ) from error
     copied.tie_weights()
     return copied.requires_grad_(False).eval()
+
+
+def _in_float32(tensor: torch.Tensor, room: ExportRoom) -> torch.Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    if tensor.device.type == "cpu" and tensor.dtype == dtype:
+        return tensor
+    return room.allocate(tensor.shape, dtype).copy_(tensor)
 
 
 def attention_of(model: PreTrainedModel) -> str:

@@ -19,6 +19,7 @@ from .graph.norms import spell_out_norms
 from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
+from .room import ExportRoom
 from .rounding.method import RoundedWeights
 from .rounding.weights import round_weights, rounding_method
 from .writer import FileWriter
@@ -46,6 +47,7 @@ class WeightFiles:
         export ([`ExportConfig`]): Format and tolerance.
         quantization ([`QuantizationConfig`]): Which files, and how their weights are rounded.
         writer ([`~exporters.writer.FileWriter`]): Writes and checks.
+        room ([`~exporters.room.ExportRoom`]): Where integers lie until they are written.
         calibration (`Tensor` or `None`): int64 `[rows, length]`, where the method looks at text.
         seed (`int`): Of what rounding draws.
         quiet (`bool`): No progress bar.
@@ -61,12 +63,14 @@ class WeightFiles:
         export: ExportConfig,
         quantization: QuantizationConfig,
         writer: FileWriter,
+        room: ExportRoom,
         calibration: torch.Tensor | None,
         *,
         seed: int,
         quiet: bool,
     ):
         self.model, self.graph, self.quantization, self.writer = model, graph, quantization, writer
+        self.room = room
         self.export, self.calibration, self.seed, self.quiet = export, calibration, seed, quiet
         method = rounding_method(quantization)
         self.quantize_embeddings = quantization.quantize_embeddings and not method.keeps_embedding
@@ -141,6 +145,7 @@ class WeightFiles:
                 self.quantization,
                 self.calibration,
                 seed=self.seed,
+                room=self.room,
                 quiet=self.quiet,
             )
         graph = self.graph.clone()
@@ -155,10 +160,11 @@ class WeightFiles:
             only_rounded=rounded.only is not None,
             format=format,
             rounding=rounded.rounding,
+            keep=self.room.keep_array,
         )
         check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
         pack_projections(graph)
         spell_out_norms(graph)
-        store_scales_in_16_bits(graph, self.graph)
+        store_scales_in_16_bits(graph, self.graph, self.room.keep_array)
         self._last = _QuantizedGraph(precision.bits, format, rounded, graph, nodes, bits_per_weight(self.graph, graph))
         return self._last

@@ -4,10 +4,6 @@ Not its logits (a vocabulary wide), but the hidden states that leave its last la
 the logits are wanted. The hidden states that enter other layers can be kept in the same pass.
 """
 
-import math
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,45 +15,23 @@ from transformers import PreTrainedModel
 from ..errors import TuningError
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
+from ..spill import Spill
 from .hooks import evaluation_mode, recorded_inputs, run_without_head
 from .layer_major import LayerMajorPasses, Residence
 from .layer_stack import LayerStack
 
 
-class StateStore:
+class StateStore(Spill):
     """Where kept hidden states lie: main memory up to a limit, mapped files beyond it.
-
-    Args:
-        folder (`Path` or `None`): For the files; `None` keeps everything in memory.
-        memory (`float`): Bytes that may lie in memory, over everything that this store has allocated.
 
     Raises:
         TuningError: From [`~StateStore.allocate`], if the disk has no room.
     """
 
-    def __init__(self, folder: Path | None = None, memory: float = math.inf):
-        self.folder = folder
-        self.free_memory = memory
-
-    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor on the CPU."""
-        size = math.prod(shape) * dtype.itemsize
-        if self.folder is None or size <= self.free_memory:
-            self.free_memory -= size
-            return torch.empty(*shape, dtype=dtype)
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if (free := shutil.disk_usage(self.folder).free) < size:
-            rule = f"the hidden states of the text need {size / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
-            remedy = (
-                "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
-            )
-            raise TuningError.of("calibration.cache_dir", str(self.folder), rule, remedy)
-        descriptor, file = tempfile.mkstemp(".bin", "states-", self.folder)
-        os.close(descriptor)
-        stored = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
-        # the mapping keeps the contents alive, and the name would outlive a process that is killed
-        os.unlink(file)
-        return stored
+    def no_room(self, folder: Path, needed: int, free: int) -> TuningError:
+        rule = f"the hidden states of the text need {needed / 1e9:.1f} GB there, and {free / 1e9:.1f} GB are free"
+        remedy = "Free some space, set calibration.cache_dir to a larger disk, or lower calibration.train_sequences"
+        return TuningError.of("calibration.cache_dir", str(folder), rule, remedy)
 
 
 class DenseOutputs:

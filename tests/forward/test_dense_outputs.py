@@ -6,7 +6,6 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 from optimum_clp.errors import TuningError
-from optimum_clp.forward import dense_outputs as teacher
 from optimum_clp.forward.dense_outputs import DenseOutputs, StateStore
 
 
@@ -40,7 +39,7 @@ def test_memory_is_used_up_to_its_limit(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda folder: SimpleNamespace(free=2e9))
+    monkeypatch.setattr("optimum_clp.spill.shutil.disk_usage", lambda folder: SimpleNamespace(free=2e9))
     with pytest.raises(TuningError) as error:
         StateStore(tmp_path, 0).allocate((10**6, 1000), torch.float32)
     assert str(error.value) == (

@@ -4,7 +4,7 @@ What is quantized and with which integers is decided here; `contrib` and `qdq` s
 Everything that is no linear layer and no embedding, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -68,6 +68,7 @@ def quantize_graph(
     only_rounded: bool = False,
     format: str = "contrib",
     rounding: Rounding | None = None,
+    keep: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> QuantizedNodes:
     """Quantize the weights of every `MatMul` and of the embedding, in place.
 
@@ -90,6 +91,8 @@ def quantize_graph(
         rounding (`Callable`, *optional*): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights of `bits` bits that
             are not in `rounded`; to nearest if not given. What is looked up is rounded to nearest: that operator has no zero
             points that are no integers.
+        keep (`Callable`, *optional*): Puts an array that is made here where it may stay until the graph is written; main memory
+            if not given.
 
     Returns:
         [`QuantizedNodes`]: What was quantized, counted in the graph.
@@ -102,7 +105,15 @@ def quantize_graph(
     looked_up = {_name(node.inputs[0]) for node in embeddings}
     nodes: NodeFormat = _FORMATS[format](partial(store_tensor, graph.graph), accuracy_level)
     quantizer = _GraphQuantizer(
-        graph, nodes, looked_up, bits, block_size, rounded, in_8_bits, rounding or round_to_nearest
+        graph,
+        nodes,
+        looked_up,
+        bits,
+        block_size,
+        rounded,
+        in_8_bits,
+        rounding or round_to_nearest,
+        keep or (lambda x: x),
     )
     routers = _routers(graph.graph)
     for node in list(graph.graph):
@@ -205,8 +216,10 @@ class _GraphQuantizer:
         rounded: Mapping[str, RoundedMatrix],
         in_8_bits: Collection[str],
         rounding: Rounding,
+        keep: Callable[[np.ndarray], np.ndarray],
     ):
         self.graph = graph.graph
+        self.keep = keep
         self.nodes = nodes
         self.looked_up = looked_up
         self.bits = bits
@@ -250,11 +263,12 @@ class _GraphQuantizer:
         if name not in self.done:
             matrix = self._rounded(weight, transposed, is_router)
             stored = self.nodes.layout(matrix, name in self.looked_up)
+            integers, scales = self._kept(stored.integers, matrix.integers), self._kept(stored.scales, matrix.scales)
             zero_points = stored.zero_points
             self.done[name] = StoredMatrix(
                 name,
-                self._initializer(f"{name}_int{matrix.bits}", stored.integers),
-                self._initializer(f"{name}_scales", stored.scales),
+                self._initializer(f"{name}_int{matrix.bits}", integers),
+                self._initializer(f"{name}_scales", scales),
                 None if zero_points is None else self._initializer(f"{name}_zero_points", zero_points),
                 matrix.bits,
                 matrix.block_size,
@@ -273,7 +287,15 @@ class _GraphQuantizer:
         matrix = stored_tensor(weight).numpy()
         bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
         rounding = self.rounding if bits == self.bits and _name(weight) not in self.looked_up else round_to_nearest
-        return rounding(matrix if transposed else matrix.T, bits, self.block_size)
+        return rounding(matrix if transposed else matrix.T, bits, self.block_size).kept(self.keep)
+
+    def _kept(self, array: np.ndarray | ir.TensorProtocol, of: np.ndarray) -> np.ndarray | ir.TensorProtocol:
+        """What a format stores, where it may stay; a view of what was kept before is there already."""
+        if isinstance(array, ir.PackedTensor):
+            return ir.PackedTensor(self.keep(array.numpy_packed()), array.dtype, shape=array.shape)
+        if not isinstance(array, np.ndarray) or np.may_share_memory(array, of):
+            return array
+        return self.keep(array)
 
     def _initializer(self, name: str, content: np.ndarray | ir.TensorProtocol) -> ir.Value:
         return store_tensor(self.graph, name, content)

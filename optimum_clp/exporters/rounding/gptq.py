@@ -33,7 +33,7 @@ class Gptq(RoundingMethod):
         assert problem.calibration is not None
         quantize = _Quantize(problem)
         wanted = [name for name, matrix in problem.matrices.items() if not matrix.is_router]
-        visit_layers(problem.model, problem.calibration, wanted, quantize, quiet=problem.quiet)
+        visit_layers(problem.model, problem.calibration, wanted, quantize, room=problem.room, quiet=problem.quiet)
         return RoundedWeights(quantize.found)
 
 
@@ -67,7 +67,8 @@ class _Quantize:
         rounding = FeedbackRounding(sums.take_gram(), damping)
         in_bits = [self.problem.bits_of(weight.names) for weight in weights]
         pairs = zip(corrected, in_bits, strict=True)
-        return [rounding.round(values, bits, self.problem.block_size) for values, bits in pairs]
+        rounded = (rounding.round(values, bits, self.problem.block_size) for values, bits in pairs)
+        return [matrix.kept(self.problem.room.keep_array) for matrix in rounded]
 
 
 class FeedbackRounding:

@@ -21,9 +21,11 @@ from ...forward.hooks import (
     stopped_before,
 )
 from ...forward.layer_stack import LayerStack
+from ...mapped_weights import tensors_of
 from ...progress import progress_bar
 from ..experts import unrolled_experts
 from ..freed_memory import return_freed_memory
+from ..room import ExportRoom
 from .dependency_levels import dependency_levels
 from .drift_correction import InputGrams
 from .nearest import NEAREST
@@ -86,6 +88,7 @@ def visit_layers(
     quantize: Quantize,
     *,
     batch_size: int = 8,
+    room: ExportRoom | None = None,
     quiet: bool = False,
 ) -> None:
     """Hand weights and what enters their modules to `quantize`: the embedding, then layer by layer, then the head.
@@ -104,22 +107,29 @@ def visit_layers(
             the weight to go on with. An embedding of its own comes without them. One that is the head too comes first,
             with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
+        room ([`~exporters.room.ExportRoom`], *optional*): Where what enters layers and modules lies; main memory if not given.
         quiet (`bool`): No progress bar.
 
     Raises:
         QuantizationError: If the hidden states are not finite.
     """
     with torch.no_grad(), unrolled_experts(model):
-        _Visitor(model, tokens, wanted, quantize, batch_size).run(quiet)
+        _Visitor(model, tokens, wanted, quantize, batch_size, room or ExportRoom()).run(quiet)
 
 
 class _Visitor:
     """The loop of [`visit_layers`]."""
 
     def __init__(
-        self, model: PreTrainedModel, tokens: Tensor, wanted: Collection[str], quantize: Quantize, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        wanted: Collection[str],
+        quantize: Quantize,
+        batch_size: int,
+        room: ExportRoom,
     ):
-        self.model, self.quantize = model, quantize
+        self.model, self.quantize, self.room = model, quantize, room
         self.batches = tokens.split(batch_size)
         self.stack = LayerStack(model)
         self.names = {key: names for key, names in weight_names(model).items() if set(wanted) & set(names)}
@@ -139,7 +149,8 @@ class _Visitor:
                     return_freed_memory()
                     replaced |= self._rounded(self._grams(index, level, expected, states, replaced, level[-1]))
                 with _replaced_weights(replaced):
-                    states = [self._run(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
+                    states = [self._left(index, *inputs) for inputs in zip(self.batches, states, strict=True)]
+                self.room.let_go(tensors_of(layer))
                 bar.update()
             if self._is_wanted(self.head) and self.head.weight is not self.embedding.weight:
                 _, expected = self._float_pass(len(self.stack), [self.head], floats)
@@ -182,7 +193,7 @@ class _Visitor:
             for batch in self.batches:
                 with recorded_inputs(self.stack.layers, [0]) as found, stopped_before(self.stack.layers[0]):
                     run_without_head(self.model, batch)
-                states.append(found[0])
+                states.append(self.room.keep(found[0]))
         return states
 
     def _levels(self, index: int, modules: list[nn.Module], state: Tensor | None) -> list[list[nn.Module]]:
@@ -200,9 +211,22 @@ class _Visitor:
             # the head's products are nobody's inputs
             ends = stopped_before(self.head) if index == len(self.stack) else nullcontext()
             with _recorded(modules) as inputs, ends:
-                left.append(self._run(index, batch, state))
-            entered.append(inputs)
+                left.append(self._left(index, batch, state))
+            entered.append(self._kept(inputs))
         return left, entered
+
+    def _left(self, index: int, batch: Tensor, state: Tensor | None) -> Tensor | None:
+        """What leaves a layer, where it may stay."""
+        left = self._run(index, batch, state)
+        return None if left is None else self.room.keep(left)
+
+    def _kept(self, inputs: Recorded) -> Recorded:
+        """What has entered modules, where it may stay; what several were given lies there once."""
+        kept: dict[tuple, Tensor] = {}
+        for tensor in (tensor for tensors in inputs.values() for tensor in tensors):
+            if _place(tensor) not in kept:
+                kept[_place(tensor)] = self.room.keep(tensor)
+        return {module: [kept[_place(tensor)] for tensor in tensors] for module, tensors in inputs.items()}
 
     def _grams(
         self,

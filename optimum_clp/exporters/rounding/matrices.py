@@ -61,6 +61,11 @@ class RoundedMatrix:
         parts = (self.integers, self.scales, self.zero_points)
         return sum(part.nbytes for part in parts if part is not None)
 
+    def kept(self, keep: Callable[[np.ndarray], np.ndarray]) -> "RoundedMatrix":
+        """The same matrix, its arrays where `keep` has put them."""
+        zero_points = None if self.zero_points is None else keep(self.zero_points)
+        return RoundedMatrix(keep(self.integers), keep(self.scales), self.bits, self.columns, zero_points)
+
     def codes(self) -> np.ndarray:
         """The unsigned integers one by one, uint8 `[rows, columns]`."""
         return unpack(self.integers, self.bits)[:, : self.columns]

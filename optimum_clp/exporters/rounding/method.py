@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..room import ExportRoom
 from .matrices import GraphMatrix, RoundedMatrix, Rounding
 
 
@@ -24,6 +25,7 @@ class RoundingProblem:
         in_8_bits (`Collection[str]`): Weights of an int4 file that a budget gives 8 bits, by their names in the graph.
         seed (`int`): For whatever is drawn.
         quiet (`bool`): No progress bar.
+        room ([`~exporters.room.ExportRoom`]): Where large arrays may lie that stay for long: `matrix.kept(problem.room.keep_array)`.
     """
 
     model: PreTrainedModel
@@ -34,6 +36,7 @@ class RoundingProblem:
     in_8_bits: Collection[str] = ()
     seed: int = 0
     quiet: bool = False
+    room: ExportRoom = field(default_factory=ExportRoom)
 
     def bits_of(self, names: Collection[str]) -> int:
         """Bits of a weight, which has all these names."""

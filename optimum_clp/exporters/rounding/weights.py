@@ -10,6 +10,7 @@ from ...configuration.stages import QuantizationConfig
 from ...doors import ROUNDINGS
 from ...errors import ConfigurationError
 from ...precisions import INT4, PRECISIONS
+from ..room import ExportRoom
 from .bit_plan import plan_bits, rounding_costs
 from .matrices import GraphMatrix
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
@@ -48,6 +49,7 @@ def round_weights(
     calibration: Tensor | None,
     *,
     seed: int = 0,
+    room: ExportRoom | None = None,
     quiet: bool = False,
 ) -> RoundedWeights:
     """Round the weights of a model by the method of the configuration, within its budget.
@@ -59,6 +61,7 @@ def round_weights(
         quantization ([`QuantizationConfig`]): Method, group size, budget.
         calibration (`Tensor` or `None`): int64 `[rows, length]`, see [`needs_calibration`].
         seed (`int`): Of the sensitivities of a budget.
+        room ([`~exporters.room.ExportRoom`], *optional*): Where what is rounded lies; main memory if not given.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -73,7 +76,8 @@ def round_weights(
         assert calibration is not None
         costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
         in_8_bits = plan_bits(matrices, costs, block_size, quantization.bits_per_weight)
-    problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet)
+    room = room or ExportRoom()
+    problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet, room)
     rounded = rounding_method(quantization).round(problem)
     return dataclasses.replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
 

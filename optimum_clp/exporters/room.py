@@ -1,0 +1,128 @@
+"""Where the large arrays of an export lie: in main memory if all of them fit there, else in files of its staging folder.
+
+They are the float32 copy of a model in 16 bits, the integers of a file until it is written, and what enters the modules of a layer on
+calibration text. None of them is looked at but layer by layer, so that a model need not fit.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..architecture.lookup import decoder_layers, text_config
+from ..errors import ExportError
+from ..forward.memory_bound import free_memory, private_memory
+from ..mapped_weights import MappedWeights, tensors_of
+from ..progress import say
+from ..spill import Spill
+
+# a norm's weight, and what a trace may fold into a constant, is not worth a mapping
+_SMALLEST = 2**16
+# float32 matrices of sums over two halves of the text, and one in float64 (`InputGrams`, `FeedbackRounding`)
+_SUMS = 4 * 4 + 8
+# of the largest weight: what is corrected, what is rounded, two pieces of work
+_OF_A_WEIGHT = 4 * 4
+# objects of a trace, in bytes for a layer, measured on LLaMA's
+_TRACE, _TRACE_OF_A_LAYER = 150 * 2**20, 2 * 2**20
+
+
+class ExportRoom(Spill):
+    """Room for one export.
+
+    Args:
+        folder (`Path`, *optional*): For files; without it everything lies in memory.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        super().__init__(folder, 0.0, smallest=_SMALLEST)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether large arrays lie in files."""
+        return self.folder is not None
+
+    def no_room(self, folder: Path, needed: int, free: int) -> ExportError:
+        rule = f"memory does not hold the model in float32, and its disk has no room: {needed / 1e9:.1f} GB are needed next, {free / 1e9:.1f} GB are free"
+        return ExportError.of("output folder", str(folder.parent), rule, "Free some space, or write to a larger disk")
+
+    def let_go(self, tensors: Iterable[Tensor]) -> None:
+        """Give the pages of tensors back that lie in files, if memory does not hold all of them."""
+        if self.on_disk:
+            # as mappings are now: some were made since the last time, and others are gone
+            MappedWeights().let_go(tensors)
+
+
+def export_room(
+    model: PreTrainedModel, bits: int, rows: Tensor | None, max_memory: int | None, folder: Path, quiet: bool = False
+) -> ExportRoom:
+    """Choose where the large arrays of an export lie, and say so where memory does not hold them.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): What is exported.
+        bits (`int`): Of the largest quantized file, 0 for none.
+        rows (`Tensor` or `None`): int64 `[rows, length]`, the text that rounding looks at, if it does.
+        max_memory (`int` or `None`): Bytes that this process may hold; what is free now if not given.
+        folder (`Path`): On the output folder's disk.
+        quiet (`bool`): Say nothing.
+    """
+    private = private_memory()
+    bound = private + free_memory() if max_memory is None else max_memory
+    copied = float32_bytes(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rounded = parameters * bits // 8 + parameters // 8
+    held = private + copied + rounded + _entering(model, rows) + export_work(model, rows is not None)
+    if held <= bound:
+        return ExportRoom()
+    if not quiet:
+        size = f"{copied / 2**30:.2f} GiB of it in float32 and " if copied else ""
+        say(
+            f"export: {held / 2**30:.2f} GiB would be held, {bound / 2**30:.2f} may be; {size}what is rounded "
+            f"lie in files of {folder.parent} until it is done."
+        )
+    return ExportRoom(folder)
+
+
+def float32_bytes(model: PreTrainedModel) -> int:
+    """Bytes of what is no float32 tensor in main memory yet, in float32; what is there twice counts once."""
+    found: dict[tuple, Tensor] = {}
+    for tensor in tensors_of(model):
+        if tensor.is_floating_point() and (tensor.dtype != torch.float32 or tensor.device.type != "cpu"):
+            found[tensor.data_ptr() or id(tensor), tensor.shape] = tensor
+    return sum(4 * tensor.numel() for tensor in found.values())
+
+
+def export_work(model: PreTrainedModel, reads_text: bool) -> int:
+    """Bytes that an export holds in any case, beside this process and the model (estimate): the objects of the trace, or a layer in work.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): May be on the meta device.
+        reads_text (`bool`): Rounding looks at text.
+    """
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    # fused experts are taken one by one
+    largest = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
+    widest = max((_inputs(module) for module in _linear_modules(model)), default=0)
+    rounding = _OF_A_WEIGHT * largest + (_SUMS * widest**2 if reads_text else 0)
+    return _TRACE + _TRACE_OF_A_LAYER * len(decoder_layers(model)) + rounding
+
+
+def _entering(model: PreTrainedModel, rows: Tensor | None) -> int:
+    """Bytes of what enters a layer and its modules, in the float model and in the rounded one, for all rows (estimate)."""
+    if rows is None:
+        return 0
+    hidden = text_config(model.config).hidden_size
+    widest = max((_inputs(module) for module in _linear_modules(model)), default=hidden)
+    # queries, keys and values are given one tensor, as are a gate and what it gates
+    return 4 * rows.numel() * (2 * hidden + 3 * hidden + widest)
+
+
+def _linear_modules(model: PreTrainedModel) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+
+
+def _inputs(module: Any) -> int:
+    return module.weight.shape[0 if isinstance(module, Conv1D) else 1]
