@@ -54,7 +54,9 @@ class QdqNodes:
             nodes.append(ir.node("Transpose", [integers], {"perm": [1, 0]}))
             integers = nodes[-1].outputs[0]
             if matrix.bits == 4:
-                nodes.append(_to_int4(integers))
+                # OpenVINO does not cut bits off where ONNX says that a conversion does: convert what fits
+                nodes += self.signed(f"{name}_head", integers)
+                nodes.append(ir.node("Cast", [nodes[-1].outputs[0]], {"to": ir.DataType.INT4}))
                 integers = nodes[-1].outputs[0]
             nodes.append(ir.node("Transpose", [scales], {"perm": [1, 0]}))
             scales = nodes[-1].outputs[0]
@@ -100,11 +102,13 @@ class QdqNodes:
     def unpack(self, name: str, packed: ir.Value, columns: int, axis: int = -1) -> list[ir.Node]:
         """Nodes whose last one has one number for each weight of bytes, with the integer in its lower 4 bits."""
         bits = self.store(f"{name}_bits", np.array(4, dtype=np.uint8))
-        upper = ir.node("BitShift", [packed, bits], {"direction": "RIGHT"})
+        # OpenVINO shifts by a division that it rounds: only what leaves no rest is right there
+        alone = ir.node("BitwiseAnd", [packed, self.store(f"{name}_upper", np.array(240, dtype=np.uint8))])
+        upper = ir.node("BitShift", [alone.outputs[0], bits], {"direction": "RIGHT"})
         both = ir.node("Concat", [packed, upper.outputs[0]], {"axis": axis})
         if columns % 2 == 0:
-            return [upper, both]
-        return [upper, both, slice_columns(self.store, name, both.outputs[0], columns, axis)]
+            return [alone, upper, both]
+        return [alone, upper, both, slice_columns(self.store, name, both.outputs[0], columns, axis)]
 
     def signed(self, name: str, unpacked: ir.Value) -> list[ir.Node]:
         """Nodes whose last one has what [`unpack`] gives as float32, from -8 to 7."""
@@ -146,11 +150,6 @@ def count_look_ups(graph: ir.Model) -> int:
 
 def _dequantize(inputs: list[ir.Value], axis: int, block_size: int, name: str) -> ir.Node:
     return ir.node("DequantizeLinear", inputs, {"axis": axis, "block_size": block_size}, name=name)
-
-
-def _to_int4(codes: ir.Value) -> ir.Node:
-    """ONNX defines that a conversion to fewer bits keeps the lower ones."""
-    return ir.node("Cast", [codes], {"to": ir.DataType.INT4})
 
 
 def halves(codes: np.ndarray) -> np.ndarray:
