@@ -52,7 +52,7 @@ SMALL = {
 # pages of many runs, whose ONNX files nobody reads: none are written, as tracing is most of a small run's time
 WITHOUT_FILES = ("docs/how_to/chat_models.md", "docs/how_to/own_data.md", "docs/how_to/several_gpus.md")
 # programs that a block needs and that need not be installed
-OPTIONAL = ("onnxruntime_genai", "optimum.onnxruntime")
+OPTIONAL = ("onnxruntime_genai", "optimum.onnxruntime", "openvino", "ctranslate2")
 TEXT = "Once upon a time there was a fox, and it had seven apples in a basket. It went home before the rain came.\n"
 RECIPES = {
     "strategies": lambda name: {"search": {"strategy": name}},

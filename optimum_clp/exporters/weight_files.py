@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -104,7 +105,11 @@ class WeightFiles:
             self._write_in_16_bits(precision, graph, started, tolerance=FLOAT16_TOLERANCE * self.export.tolerance)
             return
         made = self._quantized(precision)
-        said = {"nodes": made.nodes, "bits_per_weight": made.bits_per_weight, "rounding": made.rounded.method}
+        said: dict[str, Any] = {
+            "nodes": made.nodes,
+            "bits_per_weight": made.bits_per_weight,
+            "rounding": made.rounded.method,
+        }
         if precision.floats == 16:
             self._write_in_16_bits(precision, made.graph, started, **said)
         else:
@@ -116,7 +121,7 @@ class WeightFiles:
             drop_weights(self._last.graph)
             self._last = None
 
-    def _write_in_16_bits(self, precision: Precision, graph: ir.Model, started: float, **said) -> None:
+    def _write_in_16_bits(self, precision: Precision, graph: ir.Model, started: float, **said: Any) -> None:
         narrow = graph.clone()
         to_float16(narrow)
         try:

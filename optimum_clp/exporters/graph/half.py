@@ -86,9 +86,9 @@ class _Halving:
         self.float: dict[ir.Value, bool] = {}
 
     def run(self) -> None:
-        for value in self.graph.inputs:
-            if not value.is_initializer() and self._is_float(value):
-                self._make_narrow(value)
+        for given in self.graph.inputs:
+            if not given.is_initializer() and self._is_float(given):
+                self._make_narrow(given)
         for node in list(self.graph):
             if self._is_stored_cast(node):
                 # scales that were stored in 16 bits, and were to be cast at load
@@ -201,23 +201,17 @@ class _Halving:
             self.graph.outputs[index] = output
 
     def _remove_unused(self) -> None:
+        outputs, inputs = set(self.graph.outputs), set(self.graph.inputs)
         for node in reversed(list(self.graph)):
-            outputs = set(self.graph.outputs)
-            if node.op_type == "Cast" and not any(v.uses() or v in outputs for v in node.outputs):
+            if node.op_type == "Cast" and not any(value.uses() or value in outputs for value in node.outputs):
                 self.graph.remove(node, safe=True)
-        renamed = []
-        inputs = set(self.graph.inputs)
-        for name in list(self.graph.initializers):
-            value = self.graph.initializers[name]
-            if not value.uses() and value not in inputs:
-                del self.graph.initializers[name]
-                renamed.append(name)
-        for name in renamed:
+        stored = self.graph.initializers
+        for name in [name for name, value in stored.items() if not value.uses() and value not in inputs]:
+            del stored[name]
             # a weight keeps its name where it is stored once
-            value = self.graph.initializers.get(f"{name}_float16")
-            if value is not None:
-                value.name = name
-                stored_tensor(value).name = name
+            if (narrow := stored.get(f"{name}_float16")) is not None:
+                narrow.name = name
+                stored_tensor(narrow).name = name
 
 
 def _is_of_codes(value: ir.Value | None) -> bool:
