@@ -108,7 +108,8 @@ def test_integers_stay_and_what_they_meet_takes_16_bits(format, tmp_path):
     file = half_file(graph, tmp_path, bits=8, format=format)
     assert FileCheck(model, tmp_path).error(file) < 0.05
     found = onnx.load(file).graph
-    tables = [tensor for tensor in found.initializer if len(tensor.dims) >= 2]
+    # the frequencies of the positions, a dozen numbers, are a matrix in transformers 4
+    tables = [tensor for tensor in found.initializer if len(tensor.dims) >= 2 and np.prod(tensor.dims) > 16]
     assert {tensor.data_type for tensor in tables} <= {HALF, onnx.TensorProto.UINT8, onnx.TensorProto.INT8}
     if format == "contrib":
         operators = collections.Counter(node.op_type for node in found.node)
