@@ -31,7 +31,7 @@ from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
 from .planning.size_target import MB, TOLERANCE, aimed, has_choice, quantization_within
 from .planning.streaming import planned_streaming
-from .precisions import INT4, PRECISIONS
+from .precisions import INT4, PRECISIONS, QUANTIZED
 from .processes import by_first
 from .quantization import quanto_obstacle, save_quantized
 from .report.environment import environment_info
@@ -238,6 +238,7 @@ def _quantize_into(session: Session, folder: Path) -> None:
             model, session.tokenizer, folder / PRECISIONS[name].quanto_folder, name, quiet=session.quiet
         ).to_dict()
         for name in kinds
+        if name in QUANTIZED
     ]
 
 

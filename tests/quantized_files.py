@@ -30,7 +30,7 @@ def read_file(file):
             if options["bits"] == 4:
                 codes = [half for byte in codes for half in (byte % 16, byte // 16)]
             zero = 2 ** (options["bits"] - 1)
-            rows.append([(code - zero) * scale[i // options["block_size"]] for i, code in enumerate(codes)])
+            rows.append([(code - zero) * float(scale[i // options["block_size"]]) for i, code in enumerate(codes)])
         # queries, keys and values are one product
         keys = ["embedding"] if is_embedding else [part.rsplit("_int", 1)[0] for part in name.split("+")]
         ends = np.cumsum(widths[node.output[0]])[:-1] if len(keys) > 1 else []

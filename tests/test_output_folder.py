@@ -13,7 +13,8 @@ from zoo import ZOO, zoo_model
 from optimum_clp import CLPConfig, LayerSegment
 from optimum_clp.errors import ConfigurationError, ExportError, OutputError, QuantizationError
 from optimum_clp.evaluation.outcome import Measurements
-from optimum_clp.exporters.export import ExportResult, _QuantizedFiles
+from optimum_clp.exporters.export import ExportResult
+from optimum_clp.exporters.weight_files import WeightFiles
 from optimum_clp.output_folder import check_writable, finish_run, write_export, write_run
 from optimum_clp.report.report import CLPReport
 from optimum_clp.session import Session
@@ -146,14 +147,14 @@ def test_what_failed_is_done_again(session, tmp_path, monkeypatch, stage):
 
 
 def test_a_file_that_cannot_be_made_leaves_the_others(session, tmp_path, monkeypatch):
-    add = _QuantizedFiles.add
+    add = WeightFiles.add
 
     def fail(files, precision, *args, **options):
         if precision.name == "int4":
             raise QuantizationError.of("file", "model_q4.onnx", "planted", "None")
         add(files, precision, *args, **options)
 
-    monkeypatch.setattr(_QuantizedFiles, "add", fail)
+    monkeypatch.setattr(WeightFiles, "add", fail)
     session.config.export.enabled = True
     session.config.quantization.method, session.config.quantization.group_size = "rtn", 16
     write_run(session, tmp_path / "out")

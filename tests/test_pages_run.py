@@ -53,7 +53,7 @@ SMALL = {
 # pages of many runs, whose ONNX files nobody reads: none are written, as tracing is most of a small run's time
 WITHOUT_FILES = ("docs/how_to/chat_models.md", "docs/how_to/own_data.md", "docs/how_to/several_gpus.md")
 # programs that a block needs and that need not be installed
-OPTIONAL = ("onnxruntime_genai", "optimum.onnxruntime")
+OPTIONAL = ("onnxruntime_genai", "optimum.onnxruntime", "openvino", "ctranslate2")
 # a task of lm-eval is this one, by the name that the page has
 DEFINITION = r"""
 task: {name}

@@ -8,7 +8,7 @@ from optimum.quanto import qtypes
 from quantized_files import read_file
 from tiny_onnx import exported_llama
 
-from optimum_clp.precisions import FLOAT32, PRECISIONS, QUANTIZED
+from optimum_clp.precisions import BESIDE_FLOAT32, FLOAT32, PRECISIONS, QUANTIZED
 
 SCHEMA = Path(__file__).parents[1] / "docs" / "clp_report.schema.json"
 
@@ -32,8 +32,13 @@ def test_bits_are_those_of_quanto_and_of_the_file(name):
     assert (most > 8) if precision.bits == 4 else (most > 16)
 
 
-def test_what_is_not_rounded_is_the_float_file():
-    assert set(PRECISIONS) - set(QUANTIZED) == {FLOAT32.name} and FLOAT32.quanto is None
+def test_what_is_no_quanto_kind_is_a_float_file_or_computes_in_16_bits():
+    others = {name: PRECISIONS[name] for name in PRECISIONS if name not in QUANTIZED}
+    assert set(others) == {"float32", "float16", "int4_float16"}
+    assert not any(precision.quanto for precision in others.values())
+    assert {name for name, precision in PRECISIONS.items() if precision.is_rounded} == {"int8", "int4", "int4_float16"}
+    assert {name for name, precision in PRECISIONS.items() if precision.floats == 16} == {"float16", "int4_float16"}
+    assert set(BESIDE_FLOAT32) == set(PRECISIONS) - {FLOAT32.name}
     file = exported_llama().folder / "onnx" / FLOAT32.onnx_file
     assert (
         onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"]).get_outputs()[0].name == "logits"

@@ -5,14 +5,18 @@ import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from tiny_models import tiny_model
 from zoo import NUM_LAYERS, zoo_model
 
+from optimum_clp.configuration.stages import QuantizationConfig
+from optimum_clp.exporters import weight_files
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.float_graph import export_float_graph
+from optimum_clp.exporters.rounding.weights import round_weights
 
 
 def onnx_test_model(model_type, tied, num_layers, **overrides):
@@ -34,6 +38,26 @@ def exported_llama():
     result = export_onnx(model, temporary.name, quiet=True)
     model.config.save_pretrained(temporary.name)
     return SimpleNamespace(model=model, folder=Path(temporary.name), result=result, before=before, temporary=temporary)
+
+
+@functools.cache
+def exported_halves():
+    """The same llama's files of 16 bits: `model`, `folder`, `result`, and `rounded`, for how many bits weights were rounded."""
+    model = onnx_test_model("llama", tied=True, num_layers=2, initializer_range=0.3)
+    temporary = tempfile.TemporaryDirectory()
+    rounded = []
+
+    def counted(model, bits, *args, **options):
+        rounded.append(bits)
+        return round_weights(model, bits, *args, **options)
+
+    quantization = QuantizationConfig(weights=["int4_float16", "float16", "int4"], method="rtn")
+    with mock.patch.object(weight_files, "round_weights", counted):
+        result = export_onnx(model, temporary.name, quantization=quantization, quiet=True)
+    model.config.save_pretrained(temporary.name)
+    return SimpleNamespace(
+        model=model, folder=Path(temporary.name), result=result, rounded=rounded, temporary=temporary
+    )
 
 
 @functools.cache

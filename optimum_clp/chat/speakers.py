@@ -20,7 +20,7 @@ from ..report.report import REPORT_NAME, CLPReport
 from ..runtime.causal_lm import OnnxCausalLM
 
 # the first of these that a folder has is what a device would run
-_PREFERRED = ("int4", "int8", "float32")
+_PREFERRED = ("int4", "int8", "float32", "int4_float16", "float16")
 
 
 @dataclass(frozen=True)

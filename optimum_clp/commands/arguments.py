@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from ..configuration.rules import name_or_file
 from ..configuration.settings import Setting
 from ..configuration.stages import all_settings
+from ..configuration.targets import TARGETS_SAY, with_target
 from ..doors import ARCHITECTURES, RUNTIMES
 from ..errors import shortened
 from ..registry import Registry
@@ -269,7 +270,12 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Options of `ExportConfig`."""
     beside = f"Beside the files is written what runtimes read, {_listed(RUNTIMES)}."
-    _add_stage(parser.add_argument_group("ONNX export", beside), "export")
+    group = parser.add_argument_group("ONNX export", beside)
+    said = "; ".join(f"{name}: {what}" for name, what in TARGETS_SAY.items())
+    group.add_argument(
+        "--target", choices=TARGETS_SAY, help=f"where the files will run, which sets what is not given: {said}"
+    )
+    _add_stage(group, "export")
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +301,7 @@ def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> 
 def configuration_values(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values that were given as options; `base` is not changed."""
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
+    merged = with_target(merged, getattr(args, "target", None), over=True)
     settings = all_settings()
     for name, value in vars(args).items():
         if value is None or name not in settings:

@@ -27,6 +27,7 @@ from .stages import (
     SearchConfig,
     TuningConfig,
 )
+from .targets import with_target
 from .validation import PLAIN_KEYS, checked_values, value_problems
 
 
@@ -43,6 +44,8 @@ class CLPConfig(BaseConfig):
         export ([`ExportConfig`] or `dict`): ONNX.
         evaluation ([`EvaluationConfig`] or `dict`): What is measured at the end, and what it must reach.
         calibration_dataset: Short for `calibration.dataset`.
+        target (`str`): `"cpu"`, `"web"` or `"gpu"`: where the ONNX files will run, which sets `quantization` and `export` as far as these do
+            not say themselves; not kept.
 
     Raises:
         ConfigurationError: Lists every value that is out of range and every key that is unknown.
@@ -73,6 +76,7 @@ class CLPConfig(BaseConfig):
         export: ExportConfig | dict | None = None,
         evaluation: EvaluationConfig | dict | None = None,
         calibration_dataset: str | list[str] | None = None,
+        target: str | None = None,
         **unknown: Any,
     ):
         given = {
@@ -92,7 +96,7 @@ class CLPConfig(BaseConfig):
             "evaluation": evaluation,
             "calibration_dataset": calibration_dataset,
         }
-        values = checked_values({**given, **unknown})
+        values = checked_values(with_target({**given, **unknown}, target))
         self.pruning_ratio: float | str | None = values["pruning_ratio"]
         self.target_size_mb = target_size_mb
         self.num_segments = num_segments

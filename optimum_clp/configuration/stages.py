@@ -7,7 +7,7 @@ import dataclasses
 
 from ..doors import LOSSES, ROUNDINGS, STARTS, STRATEGIES
 from ..model_files import MAX_LAYERS
-from ..precisions import QUANTIZED
+from ..precisions import BESIDE_FLOAT32, QUANTIZED
 from .durations import duration
 from .rules import (
     between,
@@ -364,8 +364,9 @@ class QuantizationConfig:
 
     weights: list[str] = setting(
         list(QUANTIZED),
-        several_of(*QUANTIZED),
-        "precisions that get a quantized ONNX file, beside the float one",
+        several_of(*BESIDE_FLOAT32),
+        "precisions that get an ONNX file, beside float32",
+        more="In `float16` and `int4_float16` activations and cache take 16 bits too: for graphics processors, and browsers with WebGPU.",
     )
     method: str = setting(
         "auto",
@@ -400,7 +401,7 @@ class QuantizationConfig:
         False,
         boolean(),
         "also write optimum-quanto checkpoints",
-        more="One for each of `weights`, in folders `quanto-int8` and `quanto-int4` of the output.",
+        more="One for int8 and int4 if `weights` has them, in folders `quanto-int8` and `quanto-int4` of the output.",
     )
 
 
@@ -416,10 +417,19 @@ class ExportConfig:
     enabled: bool = setting(True, boolean(), "write ONNX files", flag="--export")
     format: str = setting(
         "contrib",
-        one_of({"contrib": "ONNX Runtime's, fused where they can be", "qdq": "standard ones only"}),
+        one_of(
+            {
+                "contrib": "ONNX Runtime's, fused where they can be",
+                "qdq": "standard ones only",
+                "unpacked": "as contrib, quantized weights made floats at load",
+            }
+        ),
         "operators of the ONNX files",
         more="`contrib` fuses attention, rotary embedding and norms where the architecture allows it; quantized weights of "
-        "`qdq` lie behind `DequantizeLinear`.",
+        "`qdq` lie behind `DequantizeLinear`. `unpacked` is for WebAssembly, which multiplies by integers slowly.",
+    )
+    float_file: bool = setting(
+        True, boolean(), "keep the float32 file", more="It is made and checked in any case: the others are made of it."
     )
     opset: int = setting(21, one_of((21, 22, 23)), "ONNX opset")
     tolerance: float = setting(

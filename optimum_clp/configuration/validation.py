@@ -69,7 +69,7 @@ def value_problems(values: Mapping[str, Any]) -> list[Problem]:
             staged += setting.rule.problems(name, value)
         else:
             plain += setting.rule.problems(name, values[name])
-    between = (_quality_problems, _target_problems, _budget_problems, _requirement_problems)
+    between = (_quality_problems, _target_problems, _budget_problems, _file_problems, _requirement_problems)
     return [*plain, *(problem for look in between for problem in look(values)), *staged]
 
 
@@ -119,6 +119,14 @@ def _budget_problems(values: Mapping[str, Any]) -> list[Problem]:
     return [Problem("quantization.bits_per_weight", bits, obstacle, remedy)]
 
 
+def _file_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Something must be exported."""
+    if values["export"].float_file is not False or values["quantization"].weights != []:
+        return []
+    rule, remedy = "quantization.weights is empty, so that no file is left", "Leave it True, or name other weights"
+    return [Problem("export.float_file", False, rule, remedy)]
+
+
 def _requirement_problems(values: Mapping[str, Any]) -> list[Problem]:
     """What is required must be measured."""
     evaluation = values["evaluation"]
@@ -151,7 +159,7 @@ def _is_version(text: str) -> bool:
 
 def _unknown_keys(given: Mapping[str, Any], newer: str) -> list[Problem]:
     """Problems for the keys that a configuration does not have; the version keys of a saved file are not extra."""
-    valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset"]
+    valid = [*PLAIN_KEYS, *STAGES, "calibration_dataset", "target"]
     version = given.get("clp_version")
     strange = version is not None and not (isinstance(version, str) and _is_version(version))
     remedy = "Leave the key out: it says who wrote the file"

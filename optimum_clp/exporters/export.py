@@ -1,4 +1,4 @@
-"""Export of a causal LM to ONNX: one float32 file, and weight-only int8 and int4 files made from the same graph."""
+"""Export of a causal LM to ONNX: one float32 file, and float16, int8 and int4 files made from the same graph."""
 
 import gc
 import logging
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -19,26 +18,22 @@ from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
 from ..errors import ConfigurationError, ExportError
 from ..mapped_weights import tensors_of
-from ..precisions import FLOAT32, PRECISIONS, Precision
+from ..precisions import FLOAT32, PRECISIONS
 from ..progress import progress_bar
-from ..runtime.names import ACCURACY_LEVEL_ENTRY, FUSED_ATTENTION
+from ..runtime.names import FUSED_ATTENTION
 from .check import FileCheck
 from .float32_copy import attention_of, float32_copy
 from .freed_memory import return_freed_memory
-from .graph.count import bits_per_weight, expected_nodes
-from .graph.file import drop_weights
 from .graph.float_graph import export_float_graph, fold_weight_transposes
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions
 from .graph.norms import spell_out_norms
-from .graph.packing import pack_projections
-from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
-from .graph.scales import store_scales_in_16_bits
 from .obstacle import onnx_obstacle
 from .result import ExportResult
-from .room import ExportRoom, export_room
-from .rounding.weights import check_calibration, needs_calibration, round_weights, rounding_method
+from .room import export_room
+from .rounding.weights import check_calibration, needs_calibration
 from .runtimes.runtime import Runtime
+from .weight_files import WeightFiles
 from .writer import FileWriter
 
 
@@ -54,11 +49,11 @@ def export_onnx(
     max_memory: int | None = None,
     quiet: bool = False,
 ) -> ExportResult:
-    """Write `onnx/model.onnx` and the quantized files to a folder, each checked against PyTorch.
+    """Write `onnx/model.onnx` and the files of other weights to a folder, each checked against PyTorch.
 
     The check runs every file in a plain ONNX Runtime session, over a left-padded batch, several cached steps and the end
     of the longest context; for a model of more than 250 MB in float32, in a process of its own. The float file must
-    agree with PyTorch within `export.tolerance`; of the quantized files the error is recorded, their logits must be
+    agree with PyTorch within `export.tolerance`, one of float16 within 300 times that; of the quantized files the error is recorded, their logits must be
     finite, and no linear layer may have been left in float. Files appear in the folder only after all of them have passed.
 
     A model in 16 bits or on an accelerator is exported in float32 from a copy on the CPU (4 bytes for each parameter);
@@ -69,9 +64,9 @@ def export_onnx(
         model ([`~transformers.PreTrainedModel`]): The model, of any dtype, on any device.
         directory (`str` or `os.PathLike`): Output folder; `onnx/` is made in it.
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
-        quantization ([`QuantizationConfig`], *optional*): Which quantized files, and how.
+        quantization ([`QuantizationConfig`], *optional*): Which other files, and how.
         calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.weights.needs_calibration`].
-        attempts ([`Attempts`], *optional*): A quantized file that cannot be made is noted there, and the others are written;
+        attempts ([`Attempts`], *optional*): A file beside the float32 one that cannot be made is noted there, and the others are written;
             without it nothing is.
         seed (`int`): Of the tokens of the check.
         max_memory (`int`, *optional*): Bytes that this process may hold; what is free now if not given.
@@ -100,7 +95,8 @@ def export_onnx(
         obstacle = onnx_obstacle(model)
         if obstacle is not None:
             raise ExportError(obstacle)
-        bits = max((PRECISIONS[name].bits for name in quantization.weights), default=0)
+        asked = [PRECISIONS[name] for name in quantization.weights]
+        bits = max((precision.bits for precision in asked if precision.is_rounded), default=0)
         rows = calibration if needs_calibration(quantization) else None
         room = export_room(model, bits, rows, max_memory, Path(staging) / "room", quiet)
         copied = float32_copy(model, room)
@@ -110,12 +106,15 @@ def export_onnx(
         graph = _write_float_file(copied, export, writer, started)
         room.let_go(tensors_of(copied))
         bar.update(2)
-        files = _QuantizedFiles(copied, graph, export, quantization, writer, room)
-        for name in quantization.weights:
-            with attempts.stage(f"{PRECISIONS[name].row_name} file"):
-                files.add(PRECISIONS[name], calibration, seed=seed, quiet=quiet)
+        files = WeightFiles(copied, graph, export, quantization, writer, room, calibration, seed=seed, quiet=quiet)
+        for precision in files.in_order():
+            with attempts.stage(f"{precision.row_name} file"):
+                files.add(precision)
             room.let_go(tensors_of(copied))
             bar.update()
+        files.drop()
+        if not export.float_file:
+            writer.leave_out(FLOAT32)
         writer.publish(directory / "onnx")
     return ExportResult(
         export.opset,
@@ -170,7 +169,7 @@ def _input_shapes(graph: ir.Model) -> dict[str, tuple[int | str, ...]]:
 
 def _write_float_file(model: PreTrainedModel, export: ExportConfig, writer: FileWriter, started: float) -> ir.Model:
     """The float file, fused if the model allows it; returns the graph that the quantized files are made from."""
-    fuse = export.format == "contrib" and fused_obstacle(model) is None
+    fuse = export.format != "qdq" and fused_obstacle(model) is None
     try:
         graph = _write_float_graph(model, export, writer, fuse, started)
     except ExportError:
@@ -195,58 +194,6 @@ def _write_float_graph(
     spell_out_norms(float_graph)
     writer.add(FLOAT32, float_graph, started, tolerance=export.tolerance)
     return graph
-
-
-class _QuantizedFiles:
-    """Makes the quantized files of one export, one after the other, from the graph of the float one."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        graph: ir.Model,
-        export: ExportConfig,
-        quantization: QuantizationConfig,
-        writer: FileWriter,
-        room: ExportRoom,
-    ):
-        self.model, self.graph, self.quantization, self.writer, self.room = model, graph, quantization, writer, room
-        self.format = export.format
-        method = rounding_method(quantization)
-        self.quantize_embeddings = quantization.quantize_embeddings and not method.keeps_embedding
-        own_level = method.accuracy_level
-        self.accuracy_level = quantization.accuracy_level if own_level is None else own_level
-        self.session_entries: dict[str, str] = {}
-        if quantization.weights and self.format == "qdq":
-            self.session_entries[ACCURACY_LEVEL_ENTRY] = str(self.accuracy_level)
-        self.matrices = graph_matrices(graph, self.quantize_embeddings)
-
-    def add(self, precision: Precision, calibration: torch.Tensor | None, *, seed: int, quiet: bool) -> None:
-        """Round, write and check one file."""
-        started = time.perf_counter()
-        options: dict[str, Any] = {"seed": seed, "room": self.room, "quiet": quiet}
-        rounded = round_weights(self.model, precision.bits, self.matrices, self.quantization, calibration, **options)
-        graph = self.graph.clone()
-        nodes = quantize_graph(
-            graph,
-            precision.bits,
-            block_size=self.quantization.group_size,
-            accuracy_level=self.accuracy_level,
-            quantize_embeddings=self.quantize_embeddings,
-            rounded=rounded.matrices,
-            in_8_bits=rounded.in_8_bits,
-            only_rounded=rounded.only is not None,
-            format=self.format,
-            rounding=rounded.rounding,
-            keep=self.room.keep_array,
-        )
-        check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
-        pack_projections(graph)
-        spell_out_norms(graph)
-        store_scales_in_16_bits(graph, self.graph, self.room.keep_array)
-        bits = bits_per_weight(self.graph, graph)
-        self.writer.add(precision, graph, started, nodes=nodes, bits_per_weight=bits, rounding=rounded.method)
-        # the integers of one file are gone before those of the next are made
-        drop_weights(graph)
 
 
 def _can_be_reference(model: PreTrainedModel) -> bool:

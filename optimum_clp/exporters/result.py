@@ -21,15 +21,15 @@ class ExportedFile:
 
     Args:
         file (`str`): Path in the output folder, with forward slashes: `"onnx/model.onnx"`.
-        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        weights (`str`): Name in [`~precisions.PRECISIONS`].
         bytes (`int`): Size on disk, the data file included.
         num_quantized_matmuls (`int`): Products with quantized weights, see [`~exporters.graph.count.QuantizedNodes`].
         num_quantized_embeddings (`int`): Look-ups in a quantized embedding.
         bits_per_weight (`float`): Mean over the quantized weights, with scales and zero points as they are stored, and
-            the filling of rows; 32 in the float file.
+            the filling of rows; 32 or 16 in a float file.
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
-        rounding (`str` or `None`): Name of the method that has rounded the weights; `None` in the float file.
+        rounding (`str` or `None`): Name of the method that has rounded the weights; `None` in a float file.
     """
 
     file: Annotated[str, Key("Relative to the output folder.")]
@@ -41,7 +41,7 @@ class ExportedFile:
         float,
         Key(
             "Mean over the quantized weights: integers, float32 scales and zero points, filling of rows; "
-            "32 in the float file.",
+            "32 or 16 in a float file.",
             minimum=2,
             maximum=64,
             finite=True,
@@ -49,9 +49,9 @@ class ExportedFile:
     ]
     max_relative_error: Annotated[float, Key("max|difference| / max|logit| against PyTorch in float32.", minimum=0)]
     seconds: Annotated[float, Key(minimum=0)]
-    rounding: Annotated[
-        str | None, Key("Method that has rounded the weights; null in the float file.", added=True)
-    ] = None
+    rounding: Annotated[str | None, Key("Method that has rounded the weights; null in a float file.", added=True)] = (
+        None
+    )
 
 
 @dataclass(frozen=True)

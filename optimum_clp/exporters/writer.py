@@ -76,6 +76,14 @@ class FileWriter:
             )
         )
 
+    def leave_out(self, precision: Precision) -> None:
+        """Let go of a file that was written, unless there is no other."""
+        if len(self.files) > 1:
+            self.files = [file for file in self.files if file.weights != precision.name]
+            for path in [path for path in self.written if path.name.startswith(precision.onnx_file)]:
+                path.unlink()
+                del self.written[path]
+
     def publish(self, folder: Path) -> None:
         """Move all files to a folder, which is made if it is missing."""
         folder.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architecture.lookup import decoder_layers, decoder_path, text_config
 from ..configuration.stages import QuantizationConfig, TuningConfig
 from ..doors import ROUNDINGS, STARTS
-from ..precisions import INT4, INT8, PRECISIONS, QUANTIZED
+from ..precisions import INT4, INT8, PRECISIONS
 from ..segments import target_state
 from ..surgery.sizes import count_bytes
 from ..tuning.activations import logit_bytes, norm_activations
@@ -81,11 +81,11 @@ class TuningMemory:
 def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: QuantizationConfig) -> int:
     """Bytes of the weights in an exported ONNX file; a tied head and embedding are stored once.
 
-    float32 takes 4 bytes for each parameter. A quantized matrix of `rows` outputs and `columns` inputs takes
+    float32 takes 4 bytes for each parameter, float16 two. A quantized matrix of `rows` outputs and `columns` inputs takes
     `rows * ceil(columns / group_size) * (group_size * bits / 8 + 2)`: integers, the last group of a row filled up, and a scale
     of 16 bits for each group (with `export.format="qdq"` without the filling, so it is at most that); a method with zero
     points takes more, its `group_bytes` instead of 2, but in the embedding. Quantized are the linear layers, the experts and, with
-    `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32; the matrices that
+    `quantize_embeddings`, the embedding; without it a tied head stays in float32 too. Everything else is counted in float32, or float16 in `int4_float16`; the matrices that
     choose experts are stored in 8 bits in both kinds of file, so the figure is off by these few bytes there. A budget of
     `bits_per_weight` is counted as spent. A method may keep the embedding in float32; where it has groups of its own, the
     figure for the rest is near.
@@ -95,20 +95,21 @@ def onnx_weight_bytes(model: PreTrainedModel, weights: str, quantization: Quanti
 
     Args:
         model (`PreTrainedModel`): The model that is exported; may be on the meta device.
-        weights (`str`): `"float32"`, `"int8"` or `"int4"`.
+        weights (`str`): Name in [`~precisions.PRECISIONS`].
         quantization ([`QuantizationConfig`]): Method, budget, group size, and whether the embedding is quantized.
 
     Returns:
         `int`: Bytes.
     """
-    if weights not in QUANTIZED:
-        return sum(p.numel() for p in _exported(model)) * _FLOAT32
-    bits = PRECISIONS[weights].bits
+    precision = PRECISIONS[weights]
+    number = precision.floats // 8
+    if not precision.is_rounded:
+        return sum(p.numel() for p in _exported(model)) * number
     rest = quantized = budget = 0
     for stored in stored_weights(model, quantization).values():
-        rest += stored.rest
-        quantized += stored.least if bits == INT4.bits else stored.most
-        if weights == INT4.name and quantization.bits_per_weight is not None:
+        rest += stored.rest // _FLOAT32 * number
+        quantized += stored.least if precision.bits == INT4.bits else stored.most
+        if precision.bits == INT4.bits and quantization.bits_per_weight is not None:
             budget += int(stored.weights * quantization.bits_per_weight / 8)
     return rest + max(quantized, budget)
 

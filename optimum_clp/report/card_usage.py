@@ -25,6 +25,8 @@ def usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
     from_hub = "/" in (model_name or "")
     export: dict[str, Any] = report.to_dict()["export"] or {}
     files, runtimes = export.get("files", []), export.get("runtimes", {})
+    # of two with as few bits the first: the other is for graphics processors
+    smallest: dict[str, Any] = min(files, key=lambda entry: PRECISIONS[entry["weights"]].bits, default={})
     quanto = [entry["folder"] for entry in report.quantization or []]
     parts: list[str] = []
     if any(folder.glob("*.safetensors")):
@@ -35,12 +37,12 @@ def usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
     place = f'folder = snapshot_download("{name}")' if from_hub else f'folder = "{name}"'
     if files:
         imports = [*hub, "from optimum_clp import OnnxCausalLM", "from transformers import AutoTokenizer"]
-        load = f'model = OnnxCausalLM.from_pretrained(folder, "{files[-1]["file"]}")'
+        load = f'model = OnnxCausalLM.from_pretrained(folder, "{smallest["file"]}")'
         parts += ["In ONNX Runtime, with optimum-clp:", _python(imports, [place, load, *_generation("folder", chat)])]
     if runtimes.get("genai", "not asked") is None:
         parts += ["In onnxruntime-genai, which reads `genai_config.json`:", _genai(hub, place, chat)]
     if from_hub and files and runtimes.get("transformers_js", "not asked") is None:
-        parts += ["In transformers.js:", _transformers_js(name, files[-1]["weights"], chat)]
+        parts += ["In transformers.js:", _transformers_js(name, smallest["weights"], chat)]
     if quanto:
         imports = [*hub, "from optimum_clp.quantization import load_quantized"]
         load = f'model = load_quantized(f"{{folder}}/{quanto[0]}")'
@@ -111,11 +113,12 @@ def _genai(hub: Sequence[str], place: str, chat: bool) -> str:
 def _transformers_js(name: str, weights: str, chat: bool) -> str:
     asked = json.dumps([{"role": "user", "content": QUESTION}] if chat else BEGINNING)
     said = "output[0].generated_text.at(-1).content" if chat else "output[0].generated_text"
+    device = 'device: "webgpu", ' if PRECISIONS[weights].floats == 16 else ""
     return _code(
         "js",
         'import { pipeline } from "@huggingface/transformers";',
         "",
-        f'const generate = await pipeline("text-generation", "{name}", {{ dtype: "{PRECISIONS[weights].transformers_js}" }});',
+        f'const generate = await pipeline("text-generation", "{name}", {{ {device}dtype: "{PRECISIONS[weights].transformers_js}" }});',
         f"const output = await generate({asked}, {{ max_new_tokens: {_NEW_TOKENS} }});",
         f"console.log({said});",
     )

@@ -337,7 +337,7 @@ def _limitations(report: CLPReport, config: "CLPConfig") -> str:
         )
     if report.cut:
         items.append("The limits and biases of the dense model were not measured again.")
-    weights = {entry["weights"] for entry in (report.export or {}).get("files", [])} - {"float32"}
+    weights = {entry["weights"] for entry in (report.export or {}).get("files", [])} - {"float32", "float16"}
     if weights and config.quantization.accuracy_level == 4:
         items.append(
             f"ONNX Runtime multiplies the {' and '.join(sorted(weights, reverse=True))} weights with int8 activations "

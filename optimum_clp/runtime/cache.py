@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import ModelError
+from .names import CACHE_KINDS
 
 PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
@@ -21,7 +22,7 @@ class LayerWithRoom(DynamicLayer):
     """Keys and values that begin a larger piece of memory, which ONNX Runtime writes the next ones into.
 
     Args:
-        key_memory, value_memory (`Tensor` of shape `[batch, heads, room, size]`, float32): `keys` and `values` are views of
+        key_memory, value_memory (`Tensor` of shape `[batch, heads, room, size]`, float32 or float16): `keys` and `values` are views of
             them, as long as nobody replaces them.
     """
 
@@ -75,16 +76,22 @@ def past_shapes(session: onnxruntime.InferenceSession) -> dict[str, tuple[int, i
     unknown = sorted(set(inputs) - {*TOKEN_INPUTS, *past})
     wanted = {"logits", *(name.replace("past_key_values", "present") for name in past)}
     missing += sorted(wanted - {value.name for value in session.get_outputs()})
-    if missing or unknown or any(inputs[name].type != "tensor(float)" for name in past):
+    if missing or unknown or len({inputs[name].type for name in past}) != 1 or inputs[past[0]].type not in CACHE_KINDS:
         raise ModelError.of(
             "inputs",
             sorted(inputs),
-            "the file is not a causal LM with a float32 cache as this package exports it"
+            "the file is not a causal LM with a cache of float32 or float16 as this package exports it"
             + (f"; missing: {', '.join(missing)}" if missing else "")
             + (f"; unknown: {', '.join(unknown)}" if unknown else ""),
             "Give a file that CLPPruner.export wrote",
         )
     return {name: (inputs[name].shape[1], inputs[name].shape[3]) for name in past}
+
+
+def cache_dtype(session: onnxruntime.InferenceSession) -> torch.dtype:
+    """What a file, checked by [`past_shapes`], takes and gives keys and values in: float32 or float16."""
+    kind = next(value.type for value in session.get_inputs() if PAST.fullmatch(value.name))
+    return getattr(torch, CACHE_KINDS[kind])
 
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "position_ids")

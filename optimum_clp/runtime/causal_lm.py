@@ -17,11 +17,22 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..argument_types import check_arguments
 from ..errors import ConfigurationError, ModelError
 from ..model_files import CONFIG, GENERATION_CONFIG, read_model_file
-from .cache import LAYER_TYPES, LEAST_ROOM, TOKEN_INPUTS, LayerWithRoom, cache_layer, past_shapes, shared_tensor
+from .cache import (
+    LAYER_TYPES,
+    LEAST_ROOM,
+    TOKEN_INPUTS,
+    LayerWithRoom,
+    cache_dtype,
+    cache_layer,
+    past_shapes,
+    shared_tensor,
+)
 from .folder import check_files, exported_folder
 from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .session import chooses_positions, open_session, quiet_options
 from .tokens import check_mask, check_positions, check_tokens, position_limit, vocabulary_size
+
+_NUMPY = {torch.long: np.int64, torch.float32: np.float32, torch.float16: np.float16}
 
 
 class OnnxCausalLM(GenerationMixin):
@@ -62,6 +73,7 @@ class OnnxCausalLM(GenerationMixin):
         # (heads, head size) of keys and values, layer by layer
         self._past_shapes = past_shapes(session)
         self._past_names = list(self._past_shapes)
+        self._cache_dtype = cache_dtype(session)
         self._token_inputs = {value.name for value in session.get_inputs()}.intersection(TOKEN_INPUTS)
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
@@ -89,7 +101,7 @@ class OnnxCausalLM(GenerationMixin):
             folder (`str` or `os.PathLike`): Folder with `config.json` and, if there is one, `generation_config.json`; or a Hub
                 id, of which these and the one file are fetched.
             file_name (`str`): The ONNX file, relative to `folder`: `"onnx/model.onnx"`,
-                `"onnx/model_quantized.onnx"` or `"onnx/model_q4.onnx"`.
+                `"onnx/model_quantized.onnx"`, `"onnx/model_q4.onnx"`, ...
             num_threads (`int`, *optional*): Threads inside an operator, at least 1; by default one for each core.
             session_options (`onnxruntime.SessionOptions`, *optional*): Used as they are, instead of `num_threads`, and
                 also instead of the accuracy level of a file of `export.format="qdq"`.
@@ -296,12 +308,18 @@ class OnnxCausalLM(GenerationMixin):
 
     def _past(self, cache: DynamicCache | None, batch: int, past_length: int) -> dict[str, Tensor]:
         if cache is None or past_length == 0:
-            return {name: torch.empty(batch, heads, 0, size) for name, (heads, size) in self._past_shapes.items()}
+            return {
+                name: torch.empty(batch, heads, 0, size, dtype=self._cache_dtype)
+                for name, (heads, size) in self._past_shapes.items()
+            }
         states: list[Any] = []
         for layer in cache.layers:
             assert isinstance(layer, DynamicLayer)
             states += [layer.keys, layer.values]
-        return {name: tensor.contiguous() for name, tensor in zip(self._past_names, states, strict=True)}
+        return {
+            name: tensor.to(self._cache_dtype).contiguous()
+            for name, tensor in zip(self._past_names, states, strict=True)
+        }
 
     def _layers_with_room(
         self, cache: DynamicCache | None, batch: int, past_length: int, length: int
@@ -320,7 +338,7 @@ class OnnxCausalLM(GenerationMixin):
                 ("key", "value"), (None, None) if old is None else (old.keys, old.values), strict=True
             ):
                 heads, size = self._past_shapes[f"past_key_values.{index}.{name}"]
-                memory.append(torch.empty(batch, heads, room, size))
+                memory.append(torch.empty(batch, heads, room, size, dtype=self._cache_dtype))
                 if states is not None:
                     memory[-1][:, :, :past_length] = states
             layers.append(LayerWithRoom(*memory))
@@ -332,10 +350,9 @@ class OnnxCausalLM(GenerationMixin):
         """Run the session on the tensors' own memory, and take its outputs' memory over; or give it `memory` for them."""
         binding = self.session.io_binding()
         for name, tensor in (memory or {}).items():
-            binding.bind_output(name, "cpu", 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_output(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         for name, tensor in feeds.items():
-            kind = np.int64 if tensor.dtype == torch.long else np.float32
-            binding.bind_input(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         for name in outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)

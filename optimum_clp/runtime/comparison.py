@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 
 from ..errors import ExportError
-from .names import FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
+from .names import CACHE_KINDS, FUSED_ATTENTION, LOGITS_TO_KEEP, cache_names
 from .session import chooses_positions, in_place_options, open_session
 
 
@@ -131,6 +131,7 @@ def read_result(result: Path) -> float:
 
 def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceStep]) -> float:
     shapes = {value.name: value.shape for value in session.get_inputs()}
+    kinds = {value.name: CACHE_KINDS.get(value.type) for value in session.get_inputs()}
     num_layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
     past_names = cache_names("past_key_values", num_layers)
     outputs = ["logits", *cache_names("present", num_layers)]
@@ -142,7 +143,7 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
         batch, length = step.input_ids.shape
         kept = step.logits.shape[1]
         if step.begins_text:
-            past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), np.float32) for name in past_names]
+            past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), kinds[name]) for name in past_names]
         feeds = {name: getattr(step, name) for name in shapes if name not in past_names}
         feeds |= dict(zip(past_names, past, strict=True))
         chosen = {LOGITS_TO_KEEP: np.array(0 if kept == length else kept)} if can_choose else {}

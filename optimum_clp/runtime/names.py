@@ -9,6 +9,8 @@ ACCURACY_LEVEL = "optimum_clp.accuracy_level"
 ACCURACY_LEVEL_ENTRY = "session.qdq_matmulnbits_accuracy_level"
 # input with a default: how many positions of a text get logits, the last ones; 0 for all. transformers.js has the name
 LOGITS_TO_KEEP = "num_logits_to_keep"
+# ONNX Runtime's names for what a cache may be stored in, and numpy's
+CACHE_KINDS = {"tensor(float)": "float32", "tensor(float16)": "float16"}
 
 
 def cache_names(prefix: str, num_layers: int) -> list[str]:

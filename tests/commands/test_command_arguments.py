@@ -19,8 +19,8 @@ def parse(line):
     return build_parser().parse_args(line.split())
 
 
-def values(line):
-    return arguments.configuration_values(parse(line), {})
+def values(line, base=None):
+    return arguments.configuration_values(parse(line), base or {})
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,8 @@ def test_unknown_weights_are_refused(line, capsys):
         parse(f"prune --model m {line}")
     assert stopped.value.code == 2
     assert re.search(
-        r"--weights: invalid choice: '(int2|out|more)' \(choose from int8, int4\)", capsys.readouterr().err
+        r"--weights: invalid choice: '(int2|out|more)' \(choose from float16, int8, int4, int4_float16\)",
+        capsys.readouterr().err,
     )
 
 
@@ -158,7 +159,7 @@ def test_every_option_reaches_the_configuration():
         "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --hidden-batch-size 3 --on-policy-rounds 2 --on-policy-sequences 40 --tuning-tokens 9000 --epochs 5 --batch-size 6 --patience 7 "
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
-        "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 "
+        "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 --no-float-file "
         "--no-generation --prompts p.jsonl --num-prompts 3 --max-new-tokens 9 --texts c4,other.txt --limit 5 --num-fewshot 4 --apply-chat-template --tasks-dir own "
         "--require-retention 0.9 --tasks piqa=p.jsonl arc_easy,boolq out"
     )
@@ -230,6 +231,14 @@ def _configuration_actions():
 def _value(config, name):
     stage, dot, key = name.partition(".")
     return getattr(getattr(config, stage), key) if dot else getattr(config, name)
+
+
+def test_a_target_stands_between_a_base_and_the_options():
+    base = {"export": {"format": "qdq", "opset": 22}, "quantization": {"weights": ["int8"]}}
+    found = values("prune --model m --target web --weights int4 out", base)
+    assert found["quantization"] == {"weights": ["int4"]}
+    assert found["export"] == {"format": "unpacked", "opset": 22, "float_file": False, "logits_to_keep": 1}
+    assert base == {"export": {"format": "qdq", "opset": 22}, "quantization": {"weights": ["int8"]}}
 
 
 def test_every_option_names_a_key_of_the_configuration():

@@ -107,7 +107,14 @@ def test_the_recipe_has_these_keys_and_defaults():
         ),
         (
             "export",
-            {"enabled": True, "format": "contrib", "opset": 21, "tolerance": 1e-4, "logits_to_keep": 0},
+            {
+                "enabled": True,
+                "format": "contrib",
+                "float_file": True,
+                "opset": 21,
+                "tolerance": 1e-4,
+                "logits_to_keep": 0,
+            },
         ),
         (
             "evaluation",

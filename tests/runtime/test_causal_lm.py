@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from tiny_models import random_tokens
-from tiny_onnx import exported_llama
+from tiny_onnx import exported_halves, exported_llama
 from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -521,3 +521,23 @@ class TestAsTransformersOwnClass:
         assert torch.equal(
             generate(model, ids, assistant_model=assistant, **options), generate(pytorch, ids, **options)
         )
+
+
+@pytest.mark.parametrize("name", ["fp16", "q4f16"])
+def test_files_with_a_cache_of_16_bits_generate(name):
+    made = exported_halves()
+    model = OnnxCausalLM.from_pretrained(made.folder, f"onnx/model_{name}.onnx", num_threads=1)
+    other = OnnxCausalLM.from_pretrained(
+        made.folder, f"onnx/model{'' if name == 'fp16' else '_q4'}.onnx", num_threads=1
+    )
+    ids, mask = padded_batch()
+    whole, expected = (m(ids, attention_mask=mask, use_cache=True) for m in (model, other))
+    assert whole.logits.dtype == torch.float32
+    real = mask.bool()
+    difference = (whole.logits - expected.logits)[real].abs().max() / expected.logits[real].abs().max()
+    # with int8 activations a code may tip
+    assert difference < (0.03 if name == "fp16" else 0.1)
+    cache = whole.get("cache", whole.get("past_key_values"))
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.float16}
+    with_cache, without = (generate(model, ids, mask, use_cache=use_cache) for use_cache in (True, False))
+    assert with_cache.shape == (3, 33) and torch.equal(with_cache[:, :13], without[:, :13])

@@ -54,9 +54,9 @@ class Layout:
     zero_points: np.ndarray | None
 
 
-def slice_columns(store: Store, name: str, value: ir.Value, columns: int) -> ir.Node:
-    """The first columns of the last axis."""
-    bounds = (("start", 0), ("end", columns), ("axis", -1))
+def slice_columns(store: Store, name: str, value: ir.Value, columns: int, axis: int = -1) -> ir.Node:
+    """The first columns, which are the last axis or another."""
+    bounds = (("start", 0), ("end", columns), ("axis", axis))
     stored = [store(f"{name}_{key}", np.array([bound], dtype=np.int64)) for key, bound in bounds]
     return ir.node("Slice", [value, *stored], name=f"{name}_slice")
 

@@ -19,8 +19,13 @@ from .file import store_tensor, stored_shape, stored_tensor
 from .float_graph import is_stored_matrix, stored_weight, transposed_weight
 from .node_format import NodeFormat, StoredMatrix
 from .qdq import QdqNodes
+from .unpacked import UnpackedNodes
 
-_FORMATS: dict[str, type[ContribNodes] | type[QdqNodes]] = {"contrib": ContribNodes, "qdq": QdqNodes}
+_FORMATS: dict[str, type[ContribNodes] | type[QdqNodes]] = {
+    "contrib": ContribNodes,
+    "qdq": QdqNodes,
+    "unpacked": UnpackedNodes,
+}
 # Nodes that may lie between the token ids and the embedding.
 _SAME_TOKENS = ("Cast", "Identity", "Reshape", "ScatterND", "Where")
 
@@ -81,7 +86,8 @@ def quantize_graph(
             rounded to nearest. A matrix that chooses experts is taken from here in 8 bits only.
         in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
         only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
-        format (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones.
+        format (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones, `"unpacked"` for such that make float32
+            of the weights at load.
         rounding (`Callable`, *optional*): `(matrix, bits, block_size)` -> [`RoundedMatrix`], for weights of `bits` bits that
             are not in `rounded`; to nearest if not given. What is looked up is rounded to nearest: that operator has no zero
             points that are no integers.

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...precisions import PRECISIONS
+from ...precisions import PRECISIONS, QUANTIZED
 from ...quantization import quanto_integers
 from .matrices import from_integers
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
@@ -18,7 +18,7 @@ class Quanto(RoundingMethod):
     budget_obstacle = "quanto's integers are taken as they are, so there is nothing to choose"
 
     def round(self, problem: RoundingProblem) -> RoundedWeights:
-        (weights,) = [name for name, precision in PRECISIONS.items() if precision.bits == problem.bits]
+        (weights,) = [name for name in QUANTIZED if PRECISIONS[name].bits == problem.bits]
         found = {}
         for name, integers, scales, shifts in quanto_integers(problem.model, weights):
             # int8 is signed in quanto, and MatMulNBits takes unsigned integers

@@ -89,4 +89,5 @@ def _reads_text(quantization: QuantizationConfig) -> bool:
 
 
 def _has_budget(quantization: QuantizationConfig) -> bool:
-    return INT4.name in quantization.weights and quantization.bits_per_weight is not None
+    bits = {PRECISIONS[name].bits for name in quantization.weights}
+    return INT4.bits in bits and quantization.bits_per_weight is not None

@@ -16,7 +16,7 @@ from tiny_onnx import exported_llama, onnx_test_model, state_of, traced_qwen3
 from optimum_clp import ExportConfig, QuantizationConfig
 from optimum_clp.errors import ExportError, QuantizationError
 from optimum_clp.exporters import export as exporters
-from optimum_clp.exporters import writer
+from optimum_clp.exporters import weight_files, writer
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.graph.file import save_graph
@@ -257,12 +257,12 @@ def test_failed_export_keeps_the_files_of_an_earlier_one(qwen3, no_tracing, tmp_
 
 
 def test_weights_left_in_float_fail_the_export(qwen3, no_tracing, monkeypatch, tmp_path):
-    quantize = exporters.quantize_graph
+    quantize = weight_files.quantize_graph
 
     def without_embedding(graph, bits, **options):
         return quantize(graph, bits, **{**options, "quantize_embeddings": False})
 
-    monkeypatch.setattr(exporters, "quantize_graph", without_embedding)
+    monkeypatch.setattr(weight_files, "quantize_graph", without_embedding)
     with pytest.raises(QuantizationError, match=r"Gather .*embed_tokens\.weight.*15 linear layers and 0 embeddings"):
         export_onnx(qwen3.model, tmp_path, quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -33,16 +33,16 @@ def exported(model_type):
         found.before = quantized.clone()
         pack(quantized)
 
-    def storing(quantized, graph):
+    def storing(quantized, graph, *keep):
         single = found.before.clone()
         store(single, graph)
         (found.single,) = save_graph(single, folder / "single.onnx")
-        store(quantized, graph)
+        store(quantized, graph, *keep)
 
     settings = QuantizationConfig(weights=["int4"], method="rtn", group_size=16, accuracy_level=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("optimum_clp.exporters.export.pack_projections", packing)
-        patch.setattr("optimum_clp.exporters.export.store_scales_in_16_bits", storing)
+        patch.setattr("optimum_clp.exporters.weight_files.pack_projections", packing)
+        patch.setattr("optimum_clp.exporters.weight_files.store_scales_in_16_bits", storing)
         export_onnx(tiny_model(model_type, num_layers=2), folder, ExportConfig(), settings, quiet=True)
     found.packed = folder / "onnx/model_q4.onnx"
     return found
