@@ -177,8 +177,6 @@ def _write_float_file(model: PreTrainedModel, export: ExportConfig, writer: File
             raise
         # what a model does with its attention may not show in four tokens: the plain graph needs no such luck
         graph = _write_float_graph(model, export, writer, False, started)
-    # a trace leaves hundreds of thousands of objects in cycles
-    gc.collect()
     return_freed_memory()
     return graph
 
@@ -188,6 +186,9 @@ def _write_float_graph(
 ) -> ir.Model:
     with _quiet_exporter():
         graph = export_float_graph(model, export.opset, fuse=fuse)
+    # a trace leaves hundreds of thousands of objects in cycles, several megabytes for each layer
+    gc.collect()
+    return_freed_memory()
     choose_positions(graph, export.logits_to_keep)
     float_graph = graph.clone()
     fold_weight_transposes(float_graph)
