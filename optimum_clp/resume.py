@@ -263,7 +263,7 @@ class Journal:
 def _lock(place: Path, lock: Lock, folder: bool) -> Path | None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock.wait(f"The cache {place}")
+        lock.wait(f"The cache {place} (--text-cache-dir names another)")
         if folder and is_there(place) and (place.is_symlink() or not place.is_dir()):
             logger.warning(f"{place} is damaged (it is no folder): what it kept is done again.")
             remove(place)

@@ -120,8 +120,10 @@ def write_sample(writing: Writing, script: Callable[[int, Tensor], Script], para
     saved = time.monotonic()
     with evaluation_mode(model):
         cached = len(sample.tokens) < total and takes_back_its_cache(model)
-    with progress_bar(total * length, "Writing calibration text", writing.quiet or not keeps) as bar:
-        bar.update(min(len(sample.tokens), total) * length)
+    # the last batch is a whole one, and what it has beyond the wanted rows is written too
+    last = max((batch.stop for batch in writing.batches(len(sample.tokens))), default=total)
+    with progress_bar(last * length, "Writing calibration text (tokens)", writing.quiet or not keeps) as bar:
+        bar.update(min(len(sample.tokens), last) * length)
         while len(sample.tokens) < total:
             turn = writing.batches(len(sample.tokens))[: world_size() if writing.dealt else 1]
             own = _write_batch(writing, script, turn[mine], cached, bar) if mine < len(turn) else None

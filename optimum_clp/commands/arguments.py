@@ -173,12 +173,17 @@ def add_model(parser: argparse.ArgumentParser, help_text: str) -> None:
 
 
 def add_attention_and_cache(group: argparse._ActionsContainer) -> None:
-    """`--attn-implementation` and `--model-cache-dir`, and what is said of `--cache-dir`."""
+    """`--attn-implementation`, and what [`add_model_cache`] adds."""
     group.add_argument(
         "--attn-implementation",
         metavar="NAME",
         help="how attention is computed, by transformers' names: eager, sdpa, flash_attention_2, ... (default: its own choice)",
     )
+    add_model_cache(group)
+
+
+def add_model_cache(group: argparse._ActionsContainer) -> None:
+    """`--model-cache-dir`, and what is said of `--cache-dir`."""
     group.add_argument(
         "--model-cache-dir",
         metavar="FOLDER",

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--dtype", default="auto", help="of the weights; auto is what the checkpoint says")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    arguments.add_model_cache(parser)
     arguments.add_printing(parser)
     arguments.add_pruning_ratio(parser)
     arguments.add_recipe(parser)

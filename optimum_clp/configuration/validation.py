@@ -137,7 +137,10 @@ def _requirement_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _nearest(key: str, valid: list[str]) -> str:
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    # a slip of the finger, then a part of a name, then a word of like letters: `ratio` is no `calibration`
+    slip, alike = (difflib.get_close_matches(key, valid, n=1, cutoff=cutoff) for cutoff in (0.8, 0.5))
+    parts = [name for name in valid if key in name.split("_")]
+    close = slip or (parts if len(parts) == 1 else alike)
     return f"Did you mean {close[0]!r}?" if close else f"Valid keys are {', '.join(valid)}."
 
 

@@ -24,7 +24,7 @@ def printed(line, capsys, status=0):
     return found.out if status == 0 else found.err
 
 
-@pytest.mark.parametrize("given", ["{}", "-m {}", "--model {}"])
+@pytest.mark.parametrize("given", ["{}", "-m {}", "--model {}", "{} --model-cache-dir hub"])
 def test_a_recipe_is_printed(given, model, capsys):
     text = printed(given.format(model) + " --pruning-ratio 0.5 --weights int4", capsys)
     assert parse_yaml(text.encode())["pruning_ratio"] == 0.5

@@ -164,10 +164,11 @@ def test_stage_objects_are_copied():
 
 def test_every_mistake_is_reported_at_once():
     with pytest.raises(ConfigurationError) as error:
-        CLPConfig(1.5, serch={}, tuning={"epoch": 3, "loss": "mse"}, quantization={"group_size": 48})
+        CLPConfig(1.5, serch={}, ratio=0.2, tuning={"epoch": 3, "loss": "mse"}, quantization={"group_size": 48})
     text = str(error.value)
-    assert text.startswith("5 problems:")
+    assert text.startswith("6 problems:")
     assert "serch is {}: this version of CLPConfig has no such key. Did you mean 'search'?" in text
+    assert "ratio is 0.2: this version of CLPConfig has no such key. Did you mean 'pruning_ratio'?" in text
     assert "tuning.epoch is 3: TuningConfig has no such key. Did you mean 'epochs'?" in text
     assert "pruning_ratio is 1.5: it must be a number between 0 and 1, both excluded" in text
     assert f"tuning.loss is 'mse': it must be {', '.join(map(repr, LOSSES))}, or weights" in text

@@ -204,7 +204,7 @@ def test_files_have_the_sizes_that_were_asked_for(model_type, format, target, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["contrib", "qdq"])
+@pytest.mark.parametrize("format", ["contrib", "qdq", "unpacked"])
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "phi3", "gpt2", "mixtral", "qwen3_moe"])
 def test_a_graph_takes_no_more_than_is_set_aside_for_it(model_type, format, tmp_path):
     model = small_zoo_model(next(tiny for tiny in ALL if tiny.model_type == model_type))
