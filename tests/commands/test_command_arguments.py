@@ -71,8 +71,10 @@ def test_a_device_is_one_place_and_a_map_several(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_how_models_are_read_and_kept(command, capsys):
-    args = parse(f"{command} -m m --attn-implementation eager --model_cache_dir models")
-    assert (args.attn_implementation, args.model_cache_dir) == ("eager", "models")
+    # a recipe comes from the config alone: nothing computes attention
+    attention = "" if command == "recipe" else "--attn-implementation eager"
+    args = parse(f"{command} -m m {attention} --model_cache_dir models")
+    assert getattr(args, "attn_implementation", "eager") == "eager" and args.model_cache_dir == "models"
     assert parse(f"{command} -m m").model_cache_dir is None and not hasattr(args, "cache_dir")
 
 

@@ -111,7 +111,7 @@ def test_prune_says_before_any_work_that_a_bound_is_too_small(mapped, tmp_path):
     pruner = CLPPruner(mapped, tiny_tokenizer(), quiet=True)
     recipe = CLPConfig(max_memory=pass_memory(mapped, 128).smallest + MIB)
     with pytest.raises(
-        ConfigurationError, match=r"this process and its largest stage take 0\.\d\d GiB\. Give at least \d+MiB, or"
+        ConfigurationError, match=r"this process and its largest stage take 0\.\d\d GiB\. Give at least \d+MiB\."
     ):
         pruner.prune(recipe, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense"] and pruner.report.search is None
