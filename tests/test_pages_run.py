@@ -280,5 +280,5 @@ def test_a_guide_for_contributors_runs(page, workplace, monkeypatch):
 
 def test_the_pages_are_found():
     names = {name_of(page) for page in TO_RUN}
-    assert {"README.md", "docs/tutorial.md", "docs/onnx.md", "docs/how_to/own_data.md", "docs/cli.md"} <= names
+    assert {"README.md", "docs/tutorial.md", "docs/runtimes.md", "docs/how_to/own_data.md", "docs/cli.md"} <= names
     assert len(GUIDES) == 6

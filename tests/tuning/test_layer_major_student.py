@@ -66,7 +66,9 @@ def test_losses_and_gradients_are_the_plain_students(weights, work):
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt2", "falcon", "mamba", "deepseek_v4", "qwen3_next"])
 def test_other_kinds_of_layers_have_the_same_gradients(model_type):
-    tiny = next(tiny for tiny in BY_LAYERS if tiny.model_type == model_type)
+    tiny = next((tiny for tiny in BY_LAYERS if tiny.model_type == model_type), None)
+    if tiny is None:
+        pytest.skip("this version of transformers has no such type")
     test_every_architecture_that_goes_layer_by_layer_has_the_same_gradients(tiny)
 
 
