@@ -63,7 +63,7 @@ def test_prune_measures_models_and_files_and_the_card_says_it(workplace, capsys)
         "--pruning-ratio 0.33 --sequence-length 24 --train-sequences 8 --validation-sequences 2 --test-sequences 2 "
         "--search-sequences 4 --no-tune --group-size 16 --no-generation --quiet"
     )
-    line = f"prune -m dense {fast} --cache-dir {workplace / 'cache'} --tasks-dir own --tasks mine file=rows.jsonl --limit 9 out"
+    line = f"prune -m dense {fast} --text-cache-dir {workplace / 'cache'} --tasks-dir own --tasks mine file=rows.jsonl --limit 9 out"
     status, out, err = call(f"{line} --json", capsys)
     assert (status, err) == (0, "")
     mine, file = json.loads(out)["evaluation"]["tasks"]
