@@ -26,7 +26,8 @@ TOLERANCE = 0.03
 # of a file's graph at most, once and for each layer; of 7 types of models none took more
 _GRAPH_BYTES = {"contrib": (10_000, 2_500), "qdq": (10_600, 10_600), "unpacked": (12_000, 12_600)}
 # for each matrix of a layer, each vector (of a norm, a bias), and each expert's matrix, which the file has one by one
-_MATRIX_BYTES, _VECTOR_BYTES, _EXPERT_BYTES = 400, 950, 2_000
+_MATRIX_BYTES, _VECTOR_BYTES = 400, 950
+_EXPERT_BYTES = {"contrib": 2_000, "qdq": 2_000, "unpacked": 4_000}
 # a layer without experts has no more matrices
 _MOST_MATRICES = 12
 
@@ -162,7 +163,8 @@ class _Sizes:
         # what several layers share stays as long as one of them does
         own = [ids - set().union(*layers[:i], *layers[i + 1 :]) for i, ids in enumerate(layers)]
         once, each = _GRAPH_BYTES[recipe.export.format]
-        graphs = [each + _graph_bytes(layer) for layer in decoder_layers(model)]
+        expert = _EXPERT_BYTES[recipe.export.format]
+        graphs = [each + _graph_bytes(layer, expert) for layer in decoder_layers(model)]
         self.layers = [
             FileSize(reduce(add, (found[key] for key in ids), StoredWeights()), graph)
             for ids, graph in zip(own, graphs, strict=True)
@@ -241,10 +243,10 @@ def _router_weights(model: PreTrainedModel) -> set[int]:
     }
 
 
-def _graph_bytes(layer: nn.Module) -> int:
+def _graph_bytes(layer: nn.Module, of_an_expert: int) -> int:
     """Of what a file's graph says of a layer, beside what it says of every one."""
     dims = [(p.dim(), p.shape[0] if p.dim() else 0) for p in layer.parameters()]
     matrices = sum(dim == 2 for dim, _ in dims)
     experts = sum(size for dim, size in dims if dim == 3) + max(0, matrices - _MOST_MATRICES)
     vectors = sum(dim == 1 for dim, _ in dims)
-    return min(matrices, _MOST_MATRICES) * _MATRIX_BYTES + vectors * _VECTOR_BYTES + experts * _EXPERT_BYTES
+    return min(matrices, _MOST_MATRICES) * _MATRIX_BYTES + vectors * _VECTOR_BYTES + experts * of_an_expert
