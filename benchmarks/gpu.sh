@@ -7,7 +7,7 @@
 # Set any of these:
 #   SHAPES   of 1b, 8b (16 GB in bfloat16 and what a tuning holds) and tiny
 #   DEVICE MINUTES PYTHON   cuda, 5 minutes for the figures after 2 for the tests, python
-# A try on a CPU:  OUT=/tmp/gpu DEVICE=cpu SHAPES=tiny bash benchmarks/gpu.sh
+# A try on a CPU:  OUT=gpu-results DEVICE=cpu SHAPES=tiny bash benchmarks/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?a folder for the results}"

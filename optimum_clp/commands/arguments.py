@@ -226,6 +226,18 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     _add(group, "budget", "max_memory", "seed")
 
 
+def add_whole_recipe(parser: argparse.ArgumentParser) -> None:
+    """A recipe, which stages run, and the settings of all of them."""
+    add_recipe(parser)
+    add_stage_switches(parser)
+    add_calibration(parser)
+    add_search(parser)
+    add_tuning(parser)
+    add_quantization(parser)
+    add_export(parser)
+    add_evaluation(parser)
+
+
 def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:
     """How many layers go: `--pruning-ratio`, a size, or a quality budget; and in how many runs."""
     _add(parser, "pruning_ratio", "target_size_mb", "num_segments", "max_perplexity_increase", "min_retention")

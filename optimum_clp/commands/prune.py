@@ -35,14 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload the output folder to the Hub")
     parser.add_argument("--private", action="store_true", help="to a private repository, if it is made for that")
     arguments.add_model(parser, "dense model: Hub id or local folder")
-    arguments.add_recipe(parser)
-    arguments.add_stage_switches(parser)
-    arguments.add_calibration(parser)
-    arguments.add_search(parser)
-    arguments.add_tuning(parser)
-    arguments.add_quantization(parser)
-    arguments.add_export(parser)
-    arguments.add_evaluation(parser)
+    arguments.add_whole_recipe(parser)
 
 
 def run(args: argparse.Namespace) -> Answer:

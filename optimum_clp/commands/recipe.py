@@ -32,14 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_model_cache(parser)
     arguments.add_printing(parser)
     arguments.add_pruning_ratio(parser)
-    arguments.add_recipe(parser)
-    arguments.add_stage_switches(parser)
-    arguments.add_calibration(parser)
-    arguments.add_search(parser)
-    arguments.add_tuning(parser)
-    arguments.add_quantization(parser)
-    arguments.add_export(parser)
-    arguments.add_evaluation(parser)
+    arguments.add_whole_recipe(parser)
     parser.set_defaults(usage_error=parser.error)
 
 

@@ -114,13 +114,12 @@ def export_work(model: PreTrainedModel, length: int | None) -> int:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     # fused experts are taken one by one
     largest = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
-    widest = max((_inputs(module) for module in _linear_modules(model)), default=0)
     work = _TRACE + _TRACE_OF_A_LAYER * len(decoder_layers(model)) + _OF_A_WEIGHT * largest
     if length is None:
         return work
     # a layer's modules are sorted by what autograd keeps of some rows
     kept = max(layer_activations(layer, 4, trained=False) for layer in decoder_layers(model))
-    return work + int(_KEPT * (_SUMS * widest**2 + _ROWS * length * kept))
+    return work + int(_KEPT * (_SUMS * _widest(model) ** 2 + _ROWS * length * kept))
 
 
 def _entering(model: PreTrainedModel, rows: Tensor | None) -> int:
@@ -128,13 +127,14 @@ def _entering(model: PreTrainedModel, rows: Tensor | None) -> int:
     if rows is None:
         return 0
     hidden = text_config(model.config).hidden_size
-    widest = max((_inputs(module) for module in _linear_modules(model)), default=hidden)
     # queries, keys and values are given one tensor, as are a gate and what it gates
-    return 4 * rows.numel() * (2 * hidden + 3 * hidden + widest)
+    return 4 * rows.numel() * (2 * hidden + 3 * hidden + _widest(model))
 
 
-def _linear_modules(model: PreTrainedModel) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+def _widest(model: PreTrainedModel) -> int:
+    """Most inputs of a linear module."""
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return max(map(_inputs, linear), default=0)
 
 
 def _inputs(module: Any) -> int:
