@@ -251,6 +251,7 @@ def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
         config.export,
         quantization,
         calibration=_quantization_rows(session, quantization),
+        teacher=session.model,
         attempts=attempts,
         seed=config.seed,
         max_memory=None if config.max_memory is None else size_in_bytes(config.max_memory),

@@ -387,6 +387,13 @@ class QuantizationConfig:
     calibration_sequences: int = setting(
         128, integer(1, _ROWS), "rows of the train split that gptq and the size budget look at"
     )
+    scale_epochs: int = setting(
+        1,
+        integer(0, 1000),
+        "passes over these rows in which the scales of the int4 file are trained towards the dense model",
+        more="By KL; integers stay. Kept if better on rows that were left out, and left out where the rows are under 8. After `gptq` alone; where the "
+        "dense model is not at hand (`export` of a folder), towards the exported one.",
+    )
     group_size: int = setting(32, one_of((16, 32, 64, 128, 256)), "weights that share one scale")
     accuracy_level: int = setting(
         4,

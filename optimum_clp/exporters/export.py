@@ -44,6 +44,7 @@ def export_onnx(
     quantization: QuantizationConfig | None = None,
     *,
     calibration: torch.Tensor | None = None,
+    teacher: PreTrainedModel | None = None,
     attempts: Attempts | None = None,
     seed: int = 0,
     max_memory: int | None = None,
@@ -66,6 +67,8 @@ def export_onnx(
         export ([`ExportConfig`], *optional*): Opset and tolerance. `enabled` is the caller's business.
         quantization ([`QuantizationConfig`], *optional*): Which other files, and how.
         calibration (`Tensor`, *optional*): int64 `[rows, length]` without padding, see [`~exporters.rounding.weights.needs_calibration`].
+        teacher ([`~transformers.PreTrainedModel`], *optional*): Towards which the scales of an int4 file are trained, such as the dense
+            model that `model` was cut from; `model` itself if not given. Of any dtype, on any device.
         attempts ([`Attempts`], *optional*): A file beside the float32 one that cannot be made is noted there, and the others are written;
             without it nothing is.
         seed (`int`): Of the tokens of the check.
@@ -106,7 +109,9 @@ def export_onnx(
         graph = _write_float_file(copied, export, writer, started)
         room.let_go(tensors_of(copied))
         bar.update(2)
-        files = WeightFiles(copied, graph, export, quantization, writer, room, calibration, seed=seed, quiet=quiet)
+        files = WeightFiles(
+            copied, graph, export, quantization, writer, room, calibration, teacher=teacher, seed=seed, quiet=quiet
+        )
         for precision in files.in_order():
             with attempts.stage(f"{precision.row_name} file"):
                 files.add(precision)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypedDict
 
 from ..precisions import PRECISIONS
 from ..report.section import Key, to_section
+from .rounding.method import ScaleTuning
 
 
 class CheckedContext(TypedDict):
@@ -30,6 +31,7 @@ class ExportedFile:
         max_relative_error (`float`): max|difference| / max|logit| between ONNX Runtime and PyTorch in float32.
         seconds (`float`): Time to make, write and check the file.
         rounding (`str` or `None`): Name of the method that has rounded the weights; `None` in a float file.
+        scale_tuning ([`ScaleTuning`] or `None`): What training the scales has come to, where that was done.
     """
 
     file: Annotated[str, Key("Relative to the output folder.")]
@@ -52,6 +54,9 @@ class ExportedFile:
     rounding: Annotated[str | None, Key("Method that has rounded the weights; null in a float file.", added=True)] = (
         None
     )
+    scale_tuning: Annotated[
+        ScaleTuning | None, Key("Of the scales, after rounding; null where none was done.", added=True)
+    ] = None
 
 
 @dataclass(frozen=True)

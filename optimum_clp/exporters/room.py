@@ -4,6 +4,7 @@ They are the float32 copy of a model in 16 bits, the integers of a file until it
 calibration text. None of them is looked at but layer by layer, so that a model need not fit.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ class ExportRoom(Spill):
 
     Args:
         folder (`Path`, *optional*): For files; without it everything lies in memory.
+        left (`float`): Bytes of memory beyond what an export holds in any case.
     """
 
-    def __init__(self, folder: Path | None = None):
+    def __init__(self, folder: Path | None = None, left: float = math.inf):
         super().__init__(folder, 0.0, smallest=_SMALLEST)
+        self.left = left
 
     @property
     def on_disk(self) -> bool:
@@ -77,22 +80,17 @@ def export_room(
     copied = float32_bytes(model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rounded = parameters * bits // 8 + parameters // 8
-    held = (
-        private
-        + copied
-        + rounded
-        + _entering(model, rows)
-        + export_work(model, None if rows is None else rows.shape[1])
-    )
+    work = private + export_work(model, None if rows is None else rows.shape[1])
+    held = work + copied + rounded + _entering(model, rows)
     if held <= bound:
-        return ExportRoom()
+        return ExportRoom(left=bound - held)
     if not quiet:
         size = f"{copied / 2**30:.2f} GiB of it in float32 and " if copied else ""
         say(
             f"export: {held / 2**30:.2f} GiB would be held, {bound / 2**30:.2f} may be; {size}what is rounded "
             f"lie in files of {folder.parent} until it is done."
         )
-    return ExportRoom(folder)
+    return ExportRoom(folder, left=bound - work)
 
 
 def float32_bytes(model: PreTrainedModel) -> int:

@@ -50,6 +50,7 @@ class WeightFiles:
         writer ([`~exporters.writer.FileWriter`]): Writes and checks.
         room ([`~exporters.room.ExportRoom`]): Where integers lie until they are written.
         calibration (`Tensor` or `None`): int64 `[rows, length]`, where the method looks at text.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): Towards which scales are trained.
         seed (`int`): Of what rounding draws.
         quiet (`bool`): No progress bar.
 
@@ -67,11 +68,12 @@ class WeightFiles:
         room: ExportRoom,
         calibration: torch.Tensor | None,
         *,
+        teacher: PreTrainedModel | None = None,
         seed: int,
         quiet: bool,
     ):
         self.model, self.graph, self.quantization, self.writer = model, graph, quantization, writer
-        self.room = room
+        self.room, self.teacher = room, teacher
         self.export, self.calibration, self.seed, self.quiet = export, calibration, seed, quiet
         method = rounding_method(quantization)
         self.quantize_embeddings = quantization.quantize_embeddings and not method.keeps_embedding
@@ -109,6 +111,7 @@ class WeightFiles:
             "nodes": made.nodes,
             "bits_per_weight": made.bits_per_weight,
             "rounding": made.rounded.method,
+            "scale_tuning": made.rounded.scale_tuning,
         }
         if precision.floats == 16:
             self._write_in_16_bits(precision, made.graph, started, **said)
@@ -149,6 +152,7 @@ class WeightFiles:
                 self.matrices,
                 self.quantization,
                 self.calibration,
+                teacher=self.teacher,
                 seed=self.seed,
                 room=self.room,
                 quiet=self.quiet,

@@ -13,6 +13,7 @@ from .check import FileCheck, check_tolerance
 from .graph.count import QuantizedNodes
 from .graph.file import save_graph
 from .result import ExportedFile
+from .rounding.method import ScaleTuning
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class FileWriter:
         bits_per_weight: float | None = None,
         tolerance: float | None = None,
         rounding: str | None = None,
+        scale_tuning: ScaleTuning | None = None,
     ) -> None:
         """Write and check one graph.
 
@@ -53,6 +55,7 @@ class FileWriter:
             bits_per_weight (`float`, *optional*): Those of the weights as stored; those of `precision` if not given.
             tolerance (`float`, *optional*): Of the relative error; if not given, finite logits are enough.
             rounding (`str`, *optional*): Name of the method that has rounded the weights.
+            scale_tuning ([`ScaleTuning`], *optional*): Of their scales.
 
         Raises:
             ExportError: If the file does not run, or its error is above the tolerance.
@@ -73,6 +76,7 @@ class FileWriter:
                 max_relative_error=error,
                 seconds=time.perf_counter() - started,
                 rounding=rounding,
+                scale_tuning=scale_tuning,
             )
         )
 

@@ -3,11 +3,12 @@
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...report.section import Key
 from ..room import ExportRoom
 from .matrices import GraphMatrix, RoundedMatrix, Rounding
 
@@ -44,6 +45,25 @@ class RoundingProblem:
 
 
 @dataclass(frozen=True)
+class ScaleTuning:
+    """What training the scales of a file has come to.
+
+    Args:
+        tokens (`int`): That the steps have seen, repeats counted.
+        kl_before (`float`): KL from the teacher on rows that no step sees, nats per token.
+        kl_after (`float`): The same with the trained scales.
+        kept (`bool`): Whether they were better, and are in the file.
+    """
+
+    tokens: Annotated[int, Key("That the steps have seen, repeats counted.", minimum=1)]
+    kl_before: Annotated[
+        float, Key("From the dense model, or the exported one where that was not at hand, on rows that no step sees.")
+    ]
+    kl_after: Annotated[float, Key("The same with the trained scales.")]
+    kept: Annotated[bool, Key("Whether they were better, and are in the file.")]
+
+
+@dataclass(frozen=True)
 class RoundedWeights:
     """What a method has made of the weights.
 
@@ -56,6 +76,7 @@ class RoundedWeights:
             then all in `matrices`.
         in_8_bits (`tuple[str, ...]`): Weights of an int4 file that get 8 bits; a method leaves it alone.
         method (`str`, *optional*): Name of the method that has rounded, where the choice was left to another one.
+        scale_tuning ([`ScaleTuning`], *optional*): Of the scales, after the method; a method leaves it alone.
     """
 
     matrices: dict[str, RoundedMatrix] = field(default_factory=dict)
@@ -63,6 +84,7 @@ class RoundedWeights:
     only: tuple[Tensor, ...] | None = None
     in_8_bits: tuple[str, ...] = ()
     method: str | None = None
+    scale_tuning: ScaleTuning | None = None
 
 
 class RoundingMethod(Protocol):

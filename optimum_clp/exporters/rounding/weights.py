@@ -1,6 +1,7 @@
-"""The weights of an ONNX file, rounded as `quantization.method` and `quantization.bits_per_weight` say."""
+"""The weights of an ONNX file, rounded as `quantization.method`, `bits_per_weight` and `scale_epochs` say."""
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -15,6 +16,9 @@ from .bit_plan import plan_bits, rounding_costs
 from .matrices import GraphMatrix
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
 from .nearest import NEAREST
+from .scale_tuning import complete, tune_scales, tuning_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def rounding_method(quantization: QuantizationConfig) -> RoundingMethod:
@@ -48,6 +52,7 @@ def round_weights(
     quantization: QuantizationConfig,
     calibration: Tensor | None,
     *,
+    teacher: PreTrainedModel | None = None,
     seed: int = 0,
     room: ExportRoom | None = None,
     quiet: bool = False,
@@ -58,9 +63,10 @@ def round_weights(
         model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; left as it was.
         bits (`int`): 4 or 8.
         matrices (`Mapping[str, GraphMatrix]`): What the graph stores in integers.
-        quantization ([`QuantizationConfig`]): Method, group size, budget.
+        quantization ([`QuantizationConfig`]): Method, group size, budget, passes over the text in which scales are trained.
         calibration (`Tensor` or `None`): int64 `[rows, length]`, see [`needs_calibration`].
-        seed (`int`): Of the sensitivities of a budget.
+        teacher ([`~transformers.PreTrainedModel`], *optional*): Towards which scales are trained; `model` if not given.
+        seed (`int`): Of the sensitivities of a budget, and of the order of rows.
         room ([`~exporters.room.ExportRoom`], *optional*): Where what is rounded lies; main memory if not given.
         quiet (`bool`): No progress bar.
 
@@ -79,7 +85,29 @@ def round_weights(
     room = room or ExportRoom()
     problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet, room)
     rounded = rounding_method(quantization).round(problem)
-    return dataclasses.replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
+    rounded = dataclasses.replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
+    if not quantization.scale_epochs or calibration is None or bits not in rounding_method(quantization).text_bits:
+        return rounded
+    return _with_tuned_scales(problem, rounded, teacher, quantization.scale_epochs)
+
+
+def _with_tuned_scales(
+    problem: RoundingProblem, rounded: RoundedWeights, teacher: PreTrainedModel | None, epochs: int
+) -> RoundedWeights:
+    model, tokens = problem.model, problem.calibration
+    assert tokens is not None
+    needed = tuning_bytes(model, tokens.shape[1], problem.block_size)
+    if needed > problem.room.left:
+        logger.warning(
+            f"quantization.scale_epochs: {needed / 2**30:.2f} GiB would be held beside the export, {problem.room.left / 2**30:.2f} may be: "
+            "the scales of the int4 file stay as rounding has chosen them."
+        )
+        return rounded
+    matrices = complete(problem, rounded.matrices)
+    tuned, result = tune_scales(
+        model, matrices, tokens, teacher=teacher, epochs=epochs, seed=problem.seed, quiet=problem.quiet
+    )
+    return dataclasses.replace(rounded, matrices=tuned, scale_tuning=result)
 
 
 def _reads_text(quantization: QuantizationConfig) -> bool:
