@@ -4,11 +4,13 @@
 
 The first model is the one that KL is to; the others are cut from it (folders that `optimum-clp prune` wrote). Ours are the
 files of `export`, run by ONNX Runtime, at several budgets of bits; llama.cpp's are its own rounding of the same weights
-(no importance matrix), dequantized and run in PyTorch, so that nothing is lost there to int8 activations. Bytes are those
-of the weights and graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
+(no importance matrix), dequantized and run in PyTorch, so that nothing is lost there to int8 activations; `builder` are the
+files of onnxruntime-genai's own model builder (where it is installed), run as ours are. Bytes are those of the weights and
+graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
 
 `--off-grid` moves every linear weight by uniform noise of half a step of Q4_1, from a fixed seed: the weights that
-`benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss.
+`benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss. A cut
+model's layers are moved as they are in the dense model, by what its report says of the cut.
 
 OUT gets one JSON file for each model and format; what is there is not measured again. `--table OUT` prints the table and
 draws `OUT/frontier.png`.
@@ -16,9 +18,13 @@ draws `OUT/frontier.png`.
 
 import argparse
 import json
+import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +39,17 @@ from optimum_clp import OnnxCausalLM
 from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.report.environment import environment_info
+from optimum_clp.report.report import CLPReport
 
 # of the int4 file; by default all of its matrices have 4 bits and a scale for 32 of them
 BUDGETS = (4.5, 4.75, 5.5, 6.25)
 INT8 = "int8"
+# options of onnxruntime-genai's builder: its own, and the best of those that its help names, in our blocks
+BUILDER = {
+    "builder": [],
+    "builder k_quant": ["algo_config=k_quant_last", "block_size=32", "is_symmetric=false"],
+    "builder k_quant mixed": ["algo_config=k_quant_mixed", "block_size=32", "is_symmetric=false"],
+}
 TEXT_SEED, TEST_SEED = 0, 1000
 
 
@@ -66,7 +79,7 @@ def main() -> None:
     names = [our_name(plan) for plan in (*args.budgets, INT8)]
     frontier = Frontier(args)
     for model in args.models:
-        for name in [*names, *args.formats]:
+        for name in [*names, *args.formats, *args.builder]:
             frontier.measure(model, name)
 
 
@@ -81,6 +94,7 @@ def parsed() -> argparse.Namespace:
         "--budgets", nargs="*", type=float, default=BUDGETS, help="bits for a weight of our int4 files"
     )
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--builder", nargs="*", choices=BUILDER, default=[])
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--rows", type=int, default=16, help="of each text")
     parser.add_argument("--examples", type=int, default=200, help="of each task; 0 for none")
@@ -101,7 +115,9 @@ class Frontier:
     def __init__(self, args: argparse.Namespace):
         self.args, self.out, self.folders = args, args.out, args.models
         self.out.mkdir(parents=True, exist_ok=True)
-        self.dense = load(next(iter(self.folders.values())), args.off_grid)
+        folder = next(iter(self.folders.values()))
+        self.moves = noise_off_grid(load(folder)) if args.off_grid else {}
+        self.dense = self._load(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(next(iter(self.folders.values())))
         self.calibration = self._text("calibration", TEXT_SEED, args.calibration_rows).tokens
         own = self._text("test", TEST_SEED, 2 * args.rows)
@@ -119,30 +135,57 @@ class Frontier:
         if file.is_file():
             return
         started = time.perf_counter()
-        build = self._theirs if name in FORMATS else self._ours
+        build = self._llama if name in FORMATS else self._builder if name in BUILDER else self._ours
         for facts, runs in build(self.folders[model], name):
-            record = {"model": model, "format": name, "ours": name not in FORMATS, **facts}
+            record = {"model": model, "format": name, "ours": build == self._ours, **facts}
             record["texts"] = self.judge.measure_texts(runs)
             if self.args.examples:
                 record["tasks"] = self.judge.measure_tasks(runs)
             record |= {"seconds": time.perf_counter() - started, "environment": environment_info("cpu")}
             file.write_text(json.dumps(record, indent=1) + "\n")
 
+    def _load(self, folder: str) -> PreTrainedModel:
+        model = load(folder)
+        for name, weight in model.named_parameters():
+            original = original_name(name, folder)
+            if original in self.moves:
+                weight.data += self.moves[original]
+        return model
+
     def _ours(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], OnnxCausalLM]]:
-        model = load(folder, self.args.off_grid)
+        model = self._load(folder)
         with tempfile.TemporaryDirectory(dir=self.out) as target:
             started = time.process_time()
-            result = export_onnx(model, target, quantization=settings(name), calibration=self.calibration)
+            # as `prune` exports: the dense model is the teacher, a dense one its own
+            teacher = None if folder == next(iter(self.folders.values())) else self.dense
+            result = export_onnx(
+                model, target, quantization=settings(name), calibration=self.calibration, teacher=teacher
+            )
             model.config.save_pretrained(target)
             written = result.files[-1]
+            tuning = written.scale_tuning
             facts = {"bytes": written.bytes, "bits_per_weight": written.bits_per_weight}
+            facts["scale_tuning"] = None if tuning is None else asdict(tuning)
             yield (
                 {**facts, "export_cpu_seconds": time.process_time() - started},
                 OnnxCausalLM.from_pretrained(target, written.file),
             )
 
-    def _theirs(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
-        model = load(folder, self.args.off_grid)
+    def _builder(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], OnnxCausalLM]]:
+        with tempfile.TemporaryDirectory(dir=self.out) as place:
+            source, target = Path(place, "model"), Path(place, "onnx-model")
+            self._load(folder).save_pretrained(source)
+            self.tokenizer.save_pretrained(source)
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", source, "-o", target / "onnx"]
+            options = ["--extra_options", *BUILDER[name]] if BUILDER[name] else []
+            command += ["-p", "int4", "-e", "cpu", "-c", Path(place, "cache"), *options]
+            subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
+            (target / "config.json").write_bytes((source / "config.json").read_bytes())
+            size = sum(file.stat().st_size for file in (target / "onnx").glob("model.onnx*"))
+            yield {"bytes": size}, OnnxCausalLM.from_pretrained(target, "model.onnx")
+
+    def _llama(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+        model = self._load(folder)
         with tempfile.TemporaryDirectory(dir=self.out) as target:
             source, rounded = Path(target, "float.gguf"), Path(target, "rounded.gguf")
             write_gguf(model, source)
@@ -151,22 +194,36 @@ class Frontier:
             yield {"bytes": size, "types": types}, model
 
 
-def load(folder: str, off_grid: bool) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return moved_off_grid(model) if off_grid else model
+def load(folder: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def moved_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> PreTrainedModel:
-    """Every linear weight but the head's, moved within half a step of a 4-bit grid over its block's range."""
+def noise_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> dict[str, torch.Tensor]:
+    """For every linear weight but the head's, by name: noise within half a step of a 4-bit grid over its block's range."""
     generator = torch.Generator().manual_seed(seed)
-    head = model.get_output_embeddings()
-    for module in model.modules():
+    head, moves = model.get_output_embeddings(), {}
+    for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             blocks = module.weight.data.reshape(len(module.weight), -1, block)
             step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / 15
             noise = torch.rand(blocks.shape, generator=generator) - 0.5
-            module.weight.data = (blocks + noise * step).reshape(module.weight.shape)
-    return model
+            moves[f"{name}.weight"] = (noise * step).reshape(module.weight.shape)
+    return moves
+
+
+def original_name(name: str, folder: str) -> str:
+    """A weight's name in the dense model, if the folder's report tells of a cut."""
+    if not Path(folder, "clp_report.json").is_file():
+        return name
+    cut = CLPReport.load(folder).cut or {}
+
+    def original(match: re.Match) -> str:
+        layer = int(match[0])
+        for start, stop in sorted(cut.get("segments", ())):
+            layer += (stop - start) * (layer >= start)
+        return str(layer)
+
+    return re.sub(r"(?<=layers\.)\d+", original, name, count=1)
 
 
 def table(records: list[dict[str, Any]]) -> str:
