@@ -93,7 +93,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             file_name (`str`, *optional*): A file of the folder, `"onnx/model_q4.onnx"`: it alone is opened, for [`~CLPPruner.evaluate`].
             tokenizer (`PreTrainedTokenizerBase` or path, *optional*): If it does not lie beside the model.
             dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
-            device_map, attn_implementation: As in transformers; transformers chooses if they are not given.
+            device_map, attn_implementation: As in transformers, which chooses if they are not given; a model in memory keeps its own.
             revision, token, cache_dir: As in transformers, for the Hub: branch, tag or commit; access to private and gated
                 models; the folder in which its files are kept.
             trust_remote_code (`bool`): Run code that comes with the model.
