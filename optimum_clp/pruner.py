@@ -131,7 +131,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         config, residence = aimed(session.use(config), dense := session.source()), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
-        with session.caches.run():
+        with session.stage("search"):
             data, options = session.search_text(), session.search_options(residence)
             result = search_by_recipe(dense, data.train, data.validation, config, **options)
         if result.segments != self.segments:
@@ -278,7 +278,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, failure = session.use(config, again=True), None
-        with entered_by_first(claimed_output(save_directory, overwrite)), session.caches.run():
+        with entered_by_first(claimed_output(save_directory, overwrite)), session.run(save_directory is not None):
             check_run(session, writes=save_directory is not None)
             self.search(config)
             self.cut()

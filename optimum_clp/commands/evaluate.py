@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..report.generation import generation_text
+from ..report.legend import legend
 from ..report.recognition import harness_cells
 from ..report.report import REPORT_NAME
 from ..report.tables import Column, record_cells, text_table
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> Answer:
     result = {key: value for key, value in result.items() if value is not None}
     figures = {key: value for key, value in result.items() if key not in ("tasks", "generation", "verdict")}
     parts = [
-        text_table([(key, _figure(value)) for key, value in figures.items()], "l"),
+        _figures(figures),
         task_table(result.get("tasks", {})),
         generation_text(result.get("generation"), [result["verdict"]] if "verdict" in result else []),
     ]
@@ -74,7 +75,15 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
         `str`: Empty without tasks.
     """
     records = [{**task, **harness_cells(task, task.get("lm_eval"))} for task in tasks.values()]
-    return text_table(record_cells(records, _COLUMNS)) if tasks else ""
+    cells = record_cells(records, _COLUMNS)
+    return "\n".join(filter(None, (text_table(cells), legend(cells[0])))) if tasks else ""
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    words = legend(
+        {"perplexity": "perplexity", "kl": "KL to dense", "retention": "retention"}.get(key, "") for key in figures
+    )
+    return "\n".join(filter(None, (text_table([(key, _figure(value)) for key, value in figures.items()], "l"), words)))
 
 
 def _read_tasks(config: "CLPConfig") -> list[Any]:

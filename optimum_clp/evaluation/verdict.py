@@ -132,7 +132,9 @@ def _findings(
             yield share + error < WORST_ENDED, said
     excess, error = _excess_loss(row, dense)
     if excess - error > LEAST_LOSS:
-        said = f"the dense model finds its words {math.exp(min(excess, 50.0)):.2g} times as unlikely as words of its own"
+        said = (
+            f"the dense model finds its words {math.exp(min(excess, 50.0)):.2g} times as unlikely as words of its own"
+        )
         yield excess - error > WORST_LOSS, said
     if retention is not None and retention < LEAST_RETENTION:
         yield retention < WORST_RETENTION, f"it foresees held-out text less well (retention {retention:.2f})"

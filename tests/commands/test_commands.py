@@ -177,9 +177,9 @@ def test_search_prints_the_scores_best_first(pruner, capsys, tmp_path):
     assert lines[1].split() == ["7:10", "0.41000", "0.02000", "32", "<-", "chosen"]
     assert lines[2].split() == ["8:11", "0.44000", "0.02000", "32", "+0.03000", "±", "0.02500"]
     assert [line.split()[0] for line in lines[3:5]] == ["6:9", "9:12"]
-    assert len(lines) == 1 + 14 + 1
+    assert len(lines) == 1 + 14 + 2 + 1 and lines[-3].startswith("  KL to dense: ")
     assert lines[-1] == (
-        "3 of 16 layers by strategy auto (used gate), KL in nats per token, 8,192 tokens in all rows, "
+        "3 of 16 layers by strategy auto (used gate), 8,192 tokens in all rows, "
         "4.1 forward-equivalents of work: --segment 7:10"
     )
     assert list(tmp_path.iterdir()) == []

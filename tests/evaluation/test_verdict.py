@@ -56,12 +56,18 @@ def test_the_issue_s_cut_and_tuned_models():
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        ({"loops": 0.09, "loops_error": 0.03}, "usable with small losses, about 91% of the dense model's quality is left: "),
+        (
+            {"loops": 0.09, "loops_error": 0.03},
+            "usable with small losses, about 91% of the dense model's quality is left: ",
+        ),
         ({"ended": 0.4347, "ended_error": 0.01}, "usable with large losses, about 69% of the dense model's"),
         ({"ended": 0.4473, "ended_error": 0.01}, "usable with clear losses, about 71% of the dense model's"),
         ({"dense_loss": 1.30 + 0.5}, "usable with large losses, about 61% of the dense model's"),
         ({"retention": 0.92}, "usable with small losses, about 92% of the dense model's"),
-        ({"loops": 0.09, "loops_error": 0.03, "retention": 0.8}, "usable with clear losses, about 80% of the dense model's"),
+        (
+            {"loops": 0.09, "loops_error": 0.03, "retention": 0.8},
+            "usable with clear losses, about 80% of the dense model's",
+        ),
     ],
 )
 def test_words_say_how_much_is_lost(figures, said):
