@@ -22,6 +22,17 @@ EXAMPLE = (
     "optimum-clp evaluate --model qwen3-0.6b-clp20 --file onnx/model_q4.onnx --dataset test.txt "
     "--reference Qwen/Qwen3-0.6B"
 )
+MOST_USED = (
+    "model",
+    "file",
+    "reference",
+    "calibration.dataset",
+    "evaluation.tasks",
+    "evaluation.task_limit",
+    "evaluation.generation",
+    "json",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,6 +25,21 @@ HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one 
 USAGE = "--model MODEL [options] OUTPUT"
 EXAMPLE = "optimum-clp prune --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2 qwen3-0.6b-clp20"
 _TRAINED = ("endpoints", "masters", "gradients", "moments")
+MOST_USED = (
+    "model",
+    "output",
+    "pruning_ratio",
+    "target_size_mb",
+    "budget",
+    "calibration.dataset",
+    "target",
+    "evaluation.tasks",
+    "config",
+    "dry_run",
+    "push_to_hub",
+    "overwrite",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

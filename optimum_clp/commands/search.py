@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
 
 _LONG, _SHOWN = 25, 20  # a list longer than the one shows the best of the other
+MOST_USED = (
+    "model",
+    "pruning_ratio",
+    "num_segments",
+    "search.strategy",
+    "calibration.dataset",
+    "config",
+    "json",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
