@@ -87,7 +87,11 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
     """
     records = [{**task, **harness_cells(task, task.get("lm_eval"))} for task in tasks.values()]
     cells = record_cells(records, _COLUMNS)
-    return "\n".join(filter(None, (text_table(cells), legend(cells[0])))) if tasks else ""
+    return (
+        "\n".join(filter(None, (text_table(cells), legend(title for title in cells[0] if title != "perplexity"))))
+        if tasks
+        else ""
+    )  # of a word
 
 
 def _figures(figures: dict[str, Any]) -> str:

@@ -87,10 +87,11 @@ def scored_segments(search: dict[str, Any]) -> str:
                 "<- chosen" if segments == chosen else _behind(entry),
             ]
         )
-    lines = [text_table(cells, "rrrrl"), legend(cells[0])]
+    lines = [text_table(cells, "rrrrl")]
     left = len(search["scored"]) - len(shown)
     if left:
         lines.append(f"{left:,} more in the report (--json, or an output folder)")
+    lines.append(legend(cells[0]))
     tried = search.get("lengths") or []
     if tried:
         shown_lengths = (
