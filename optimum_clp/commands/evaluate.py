@@ -86,19 +86,18 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
         `str`: Empty without tasks.
     """
     records = [{**task, **harness_cells(task, task.get("lm_eval"))} for task in tasks.values()]
+    if not records:
+        return ""
     cells = record_cells(records, _COLUMNS)
-    return (
-        "\n".join(filter(None, (text_table(cells), legend(title for title in cells[0] if title != "perplexity"))))
-        if tasks
-        else ""
-    )  # of a word
+    words = legend(title for title in cells[0] if title != "perplexity")  # a task's is of a word
+    return "\n".join(filter(None, (text_table(cells), words)))
 
 
 def _figures(figures: dict[str, Any]) -> str:
-    words = legend(
-        {"perplexity": "perplexity", "kl": "KL to dense", "retention": "retention"}.get(key, "") for key in figures
-    )
-    return "\n".join(filter(None, (text_table([(key, _figure(value)) for key, value in figures.items()], "l"), words)))
+    """A figure a line, and what they mean."""
+    table = text_table([(key, _figure(value)) for key, value in figures.items()], "l")
+    words = legend({"kl": "KL to dense"}.get(key, key) for key in figures)
+    return "\n".join(filter(None, (table, words)))
 
 
 def _read_tasks(config: "CLPConfig") -> list[Any]:

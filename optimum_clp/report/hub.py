@@ -96,7 +96,7 @@ def upload(
         write_model_card(public, config, copy, model_name=repo_id)
         sent: dict[str, Any] = {"repo_id": repo_id, "folder_path": str(copy), "token": token, **kwargs}
         commit = asked(lambda: api.upload_folder(**sent), "upload")
-    return str(commit)
+    return str(getattr(commit, "commit_url", commit))
 
 
 def _link(source: str, target: str) -> None:

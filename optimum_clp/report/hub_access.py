@@ -163,8 +163,10 @@ class _Words:
 
 
 def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return getattr(response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+    """What the server has answered, if it has; `whoami` of huggingface_hub 0 raises requests' own error."""
+    if not isinstance(error, HfHubHTTPError) and not _is_of_library(error):
+        return None
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _passes(error: Exception) -> bool:
@@ -178,7 +180,11 @@ def _passes(error: Exception) -> bool:
 def _is_of_network(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return False
-    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.partition(".")[0] in _NETWORK
+    return isinstance(error, (ConnectionError, TimeoutError)) or _is_of_library(error)
+
+
+def _is_of_library(error: Exception) -> bool:
+    return type(error).__module__.partition(".")[0] in _NETWORK
 
 
 def _said(error: Exception) -> str:

@@ -350,10 +350,10 @@ def _unmeasured(evaluation: dict[str, Any]) -> str:
 
 def _license(report: CLPReport, folder: Path) -> str:
     """Under which terms the dense model came, which hold of what was made from it."""
-    stated = terms(origin_of(report.base_model), folder)
-    if "license" not in stated:
+    origin = origin_of(report.base_model)
+    stated, name = terms(origin, folder), origin.license_name or origin.license
+    if not name:
         return ""
-    name = stated.get("license_name", stated["license"])
     text = f"The dense model's card says: `{name.replace('`', '')}`"
     link = stated.get("license_link", "")
     if link.startswith(("https://", "http://")):
