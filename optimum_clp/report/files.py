@@ -61,4 +61,6 @@ def _cost(weights: str, perplexities: Mapping[str, float | None]) -> float | Non
         return None
     floats = next((perplexities[name] for name in (FLOAT32.row_name, "tuned", "cut") if name in perplexities), None)
     own = perplexities.get(precision.row_name)
-    return own / floats - 1 if is_known(own) and is_known(floats) and floats > 0 else None
+    if not is_known(own) or not is_known(floats) or floats <= 0:
+        return None
+    return round(own / floats - 1, 3) + 0.0  # no -0.0

@@ -35,6 +35,9 @@ def test_what_rounding_costs_is_the_perplexity_beside_the_same_model_in_floats()
     assert shown["onnx/model_q4.onnx"]["perplexity added"] == f"{9.1 / 8.9 - 1:+.1%}"
     assert shown["onnx/model_q4.onnx"]["worst logit"] == "0.09 (usual: 0.1 to 0.5)"
     assert shown["onnx/model.onnx"]["perplexity added"] == "" and shown["quanto-int8/"]["weights"] == "int8 (quanto)"
+    report["evaluation"]["rows"][-1]["perplexity"] = 8.8999
+    assert file_cells(report, None)[3][head.index("perplexity added")] == "+0.0%"
+    report["evaluation"]["rows"][-1]["perplexity"] = 9.1
     # no float file was kept: beside the model that it was made from
     report["evaluation"]["rows"] = [
         row for row in report["evaluation"]["rows"] if row["name"] not in ("onnx", "tuned")
