@@ -25,7 +25,7 @@ WORDS = {
     "arithmetic right": "right results of sums",
     "prompt tokens/s": "tokens of a prompt read in a second",
     "written tokens/s": "tokens written in a second",
-    "behind": "by how much its KL is above the chosen cut's",
+    "behind": "by how much its KL is above the marked cut's",
     "perplexity added": "by rounding the weights, beside the same model in floats",
     "worst logit": (
         "the one logit of a check that is furthest from PyTorch's, as a share of the largest; it finds broken files and "
