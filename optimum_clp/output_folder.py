@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
-_OF_THE_EVALUATION = ("evaluation", "speeds", "generation", "tasks")
+_OF_THE_EVALUATION = ("evaluation", "speeds", "memory", "generation", "tasks")
 
 
 def check_run(session: Session, writes: bool) -> None:

@@ -1,5 +1,6 @@
 """The memory that an ONNX file needs to run, measured as a device would run it: alone in a process."""
 
+import importlib.util
 import json
 import tempfile
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ class FileMemory:
     cache_per_token: Annotated[
         int, Key("Bytes of the cache of keys and values for each token of context, in `peak` too.", minimum=0)
     ]
+
+
+def memory_is_told() -> bool:
+    """Whether the system says how much memory a process holds; Windows does not, to Python's own library."""
+    return importlib.util.find_spec("resource") is not None
 
 
 def measure_memory(file: Path, num_tokens: int) -> FileMemory:

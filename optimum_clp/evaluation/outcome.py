@@ -33,7 +33,7 @@ from .deployment import (
     verdicts,
 )
 from .generation import GenerationOutcome
-from .memory import FileMemory, measure_memory
+from .memory import FileMemory, measure_memory, memory_is_told
 from .speed import measure_speed
 from .tokens import evaluate_tokens
 from .verdict import Verdict
@@ -226,7 +226,10 @@ class Measurements:
         ]
 
     def add_memory(self, files: dict[str, Path], num_tokens: int) -> None:
-        """Measure what rows' ONNX files need to run, with so many tokens of context, or as many as the models take."""
+        """Measure what rows' ONNX files need to run, with so many tokens of context, or as many as the models take; where the
+        system does not say that, nothing."""
+        if not memory_is_told():
+            return
         length = num_tokens if self.context is None else min(num_tokens, self.context)
         with progress_bar(len(files), "Memory of the ONNX files", self.quiet) as bar:
             for index, row in enumerate(self.rows):

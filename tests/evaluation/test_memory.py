@@ -14,7 +14,7 @@ from tiny_onnx import exported_llama
 
 from optimum_clp.architecture.lookup import context_limit
 from optimum_clp.errors import ExportError
-from optimum_clp.evaluation.memory import FileMemory, measure_memory
+from optimum_clp.evaluation.memory import FileMemory, measure_memory, memory_is_told
 from optimum_clp.evaluation.outcome import Measurements
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.runtime.memory_use import resident
@@ -88,3 +88,11 @@ def test_rows_of_files_say_what_they_need_with_as_much_context_as_the_model_take
     cut, int4 = measurements.to_dict()["rows"]
     assert "memory" not in cut and int4["memory"]["num_tokens"] == context_limit(model.config) < 2**20
     assert int4["memory"]["peak"] > 10 * MIB
+
+
+def test_a_system_that_does_not_say_it_is_no_failure(monkeypatch):
+    measurements = Measurements(random_tokens(1, 8), "text", None, quiet=True)
+    measurements.add_model("cut", exported_llama().model)
+    monkeypatch.setattr("optimum_clp.evaluation.outcome.memory_is_told", lambda: False)
+    measurements.add_memory({"cut": "no file"}, 8)
+    assert "memory" not in measurements.to_dict()["rows"][0] and memory_is_told()
