@@ -62,7 +62,7 @@ def heal(session: Session) -> TuningResult:
     """
     session.forget("tune")
     failure = None
-    with session.caches.run():
+    with session.stage("tuning"):
         try:
             result = _healed(session, session.tuning_folder())
         except TuningError as error:

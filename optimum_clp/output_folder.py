@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 # how the names of stages begin that are done again together
 _OF_THE_EXPORT = ("ONNX", "onnx", "files for")
-_OF_THE_EVALUATION = ("evaluation", "speeds", "generation", "tasks")
+_OF_THE_EVALUATION = ("evaluation", "speeds", "memory", "generation", "tasks")
 
 
 def check_run(session: Session, writes: bool) -> None:
@@ -110,6 +110,7 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     model = session.cut_model()
     target = check_output(save_directory, overwrite)
     session.forget("save")
+    session.stages.begin("checkpoint")
     with staged_folder(target, overwrite) as folder:
         save_checkpoint(model, session.tokenizer, folder, session.cache_dir)
         verify_checkpoint(folder, model)
@@ -180,14 +181,17 @@ def _write_rest(session: Session, folder: Path, name: str, *, exported: bool = F
     """All that comes after the checkpoint, but for what is there already; each stage may fail."""
     config, attempts, report = session.config, session.attempts, session.report
     if config.quantization.quanto and report.quantization is None:
+        session.stages.begin("quanto")
         with attempts.stage("quanto checkpoints"):
             _quantize_into(session, folder)
     if config.export.enabled and not exported:
+        session.stages.begin("ONNX files")
         report.export = None
         shutil.rmtree(folder / "onnx", ignore_errors=True)
         with attempts.stage("ONNX export"):
             _export_into(session, folder, attempts)
     if not evaluated:
+        session.stages.begin("figures")
         report.evaluation = None
         with attempts.stage("evaluation"):
             _measure(session, folder, attempts)
@@ -333,6 +337,7 @@ def _take_origin_along(session: Session, folder: Path) -> None:
 
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.repeatable(), session.report
+    session.stages.begin("records")
     with attempts.stage("origin"):
         _take_origin_along(session, folder)
     with attempts.stage("recipe"):

@@ -1,7 +1,10 @@
-"""How far work is, on standard error, if it takes longer than two seconds: a bar on a terminal, a line in a log."""
+"""How far work is, on standard error: the place of each stage in a run, and of work that takes longer than two seconds a bar
+on a terminal, a line in a log."""
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -66,3 +69,43 @@ class ProgressLines:
     def _say(self, words: str) -> None:
         seconds = time.monotonic() - self._began
         print(f"{self.description}: {words} ({seconds:.0f} s)", file=sys.stderr, flush=True)
+
+
+class Stages:
+    """The stages of a run, each of which says its place and what it is for when it begins; without a run nothing is said."""
+
+    def __init__(self) -> None:
+        self._stages: Mapping[str, str] = {}
+        self._began = 0.0
+
+    @contextmanager
+    def run(self, stages: Mapping[str, str], quiet: bool = False) -> Iterator[None]:
+        """A run of these stages; at its end it says how long all of them took.
+
+        Args:
+            stages (`Mapping[str, str]`): Their names in the order in which they come, and what each is for.
+            quiet (`bool`): Say nothing.
+        """
+        self._stages, self._began = {} if quiet else stages, time.monotonic()
+        try:
+            yield
+            if self._stages:
+                say(f"All {len(self._stages)} stages: {in_words(time.monotonic() - self._began)}.")
+        finally:
+            self._stages = {}
+
+    def begin(self, name: str) -> None:
+        """A stage begins; one that is not of this run says nothing."""
+        if name in self._stages:
+            place, passed = list(self._stages).index(name) + 1, time.monotonic() - self._began
+            after = f" (after {in_words(passed)})" if passed >= _DELAY else ""
+            say(f"[{place} of {len(self._stages)}] {name}: {self._stages[name]}{after}")
+
+
+def in_words(seconds: float) -> str:
+    """A time: `"9 s"`, `"12 min 5 s"`, `"3 h 20 min"`."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

@@ -21,7 +21,8 @@ from .output_folder import check_run, finish_run, write_export, write_quanto, wr
 from .own_state import verbs
 from .planning.size_target import aimed
 from .processes import entered_by_first, is_first, wait_for_all
-from .report.hub import check_repo_id, upload
+from .report.hub import upload
+from .report.hub_access import check_repo_id, wanted_upload
 from .report.report import REPORT_NAME, CLPReport
 from .search.recipe import layers_to_remove, search_by_recipe
 from .search.result import SearchResult
@@ -93,7 +94,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             file_name (`str`, *optional*): A file of the folder, `"onnx/model_q4.onnx"`: it alone is opened, for [`~CLPPruner.evaluate`].
             tokenizer (`PreTrainedTokenizerBase` or path, *optional*): If it does not lie beside the model.
             dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
-            device_map, attn_implementation: As in transformers; transformers chooses if they are not given.
+            device_map, attn_implementation: As in transformers, which chooses if they are not given; a model in memory keeps its own.
             revision, token, cache_dir: As in transformers, for the Hub: branch, tag or commit; access to private and gated
                 models; the folder in which its files are kept.
             trust_remote_code (`bool`): Run code that comes with the model.
@@ -131,7 +132,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         session = self._session
         config, residence = aimed(session.use(config), dense := session.source()), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
-        with session.caches.run():
+        with session.stage("search"):
             data, options = session.search_text(), session.search_options(residence)
             result = search_by_recipe(dense, data.train, data.validation, config, **options)
         if result.segments != self.segments:
@@ -247,9 +248,8 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         model, dense = session.measured_model(file_name), session.reference(reference)
         rows = None if text is None and loaded else session.rows(text, model)
         asked = (rows is not None and self.config.evaluation.generation) if generation is None else generation
-        options: dict[str, Any] = session.evaluation_options() | {"task_limit": task_limit}
-        options |= {"generation": self.config if asked else None}
-        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **options)
+        more = {"task_limit": task_limit, "generation": self.config if asked else None, **session.evaluation_options()}
+        return evaluate_model(model, dense, rows, loaded, self.tokenizer, **more)
 
     def prune(
         self,
@@ -278,7 +278,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         session = self._session
         config, failure = session.use(config, again=True), None
-        with entered_by_first(claimed_output(save_directory, overwrite)), session.caches.run():
+        with entered_by_first(claimed_output(save_directory, overwrite)), session.run(save_directory is not None):
             check_run(session, writes=save_directory is not None)
             self.search(config)
             self.cut()
@@ -313,11 +313,11 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """
         self._session.cut_model()  # there must be one, in each process
         if is_first():
+            repo_id = wanted_upload(save_directory, kwargs) if push_to_hub else None  # before the work
             folder = write_run(self._session, save_directory, overwrite)
-            if push_to_hub:
-                self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
-        else:
-            # not checked here: the first process may have filled the folder by now
+            if repo_id:
+                self.push_to_hub(repo_id, **kwargs)
+        else:  # not checked here: the first process may have filled the folder by now
             folder = self._session.folder = Path(save_directory)
         wait_for_all()
         return folder

@@ -3,12 +3,13 @@
 What has come out so far lies beside them, with the one rule of what a new outcome makes void.
 """
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +26,7 @@ from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .checkpoint.offloaded import read_in_place
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
+from .configuration.run_stages import stages_of_run
 from .configuration.sizes import size_in_bytes
 from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
@@ -32,8 +34,8 @@ from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
 from .origin import check_base, check_seal, weights_changed
-from .processes import by_first
-from .progress import say
+from .processes import by_first, is_first
+from .progress import Stages, say
 from .report.hub import written_file
 from .report.report import REPORT_NAME, CLPReport
 from .report.section import to_section
@@ -101,6 +103,7 @@ class Session:
         cut_segments (`tuple[LayerSegment, ...]`): The last cut, in the numbering of the model that it was made in.
         attempts ([`Attempts`]): What has failed of this run so far.
         caches ([`Caches`]): What the stages keep on disk until the run has ended.
+        stages ([`Stages`]): Which there are in a whole run; each says its place when it begins.
     """
 
     model: PreTrainedModel | None = None
@@ -119,6 +122,7 @@ class Session:
     cut_segments: tuple[LayerSegment, ...] = field(default=(), init=False)
     attempts: Attempts = field(default_factory=Attempts, init=False)
     caches: Caches = field(default_factory=Caches, init=False)
+    stages: Stages = field(default_factory=Stages, init=False)
     _deadline: float | None = field(default=None, init=False)
     _changed: bool = field(default=False, init=False)
     _opened: Path | str | None = field(default=None, init=False)
@@ -286,6 +290,24 @@ class Session:
         """The cut model comes from a folder: its weights are compared with the folder's report."""
         assert self.pruned_model is not None
         self._opened, self._changed = name, weights_changed(self.report, self.pruned_model, name, self.quiet)
+
+    @contextlib.contextmanager
+    def run(self, writes: bool) -> Iterator[None]:
+        """A whole run: what its stages keep stays until its end, and each of them says its place.
+
+        Args:
+            writes (`bool`): A folder is to be written.
+        """
+        quiet = self.quiet or not is_first()
+        with self.caches.run(), self.stages.run(stages_of_run(self.config, writes), quiet):
+            yield
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage, of a run or called alone: what it keeps stays until the end of that."""
+        self.stages.begin(name)
+        with self.caches.run():
+            yield
 
     def stop_clock(self) -> None:
         """What a budget was for has ended; the next step that has one starts it anew."""

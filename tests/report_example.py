@@ -34,6 +34,18 @@ def example_report() -> CLPReport:
         "name runtime num_layers num_parameters bytes perplexity kl top1_agreement "
         "prefill_tokens_per_second decode_tokens_per_second"
     ).split()
+    needs = {
+        name: {
+            "memory": {
+                "before": 40_000_000,
+                "loaded": 48_000_000 + size,
+                "peak": 50_000_000 + size,
+                "num_tokens": 512,
+                "cache_per_token": 8_000,
+            }
+        }
+        for name, *_, size in (("onnx", 12_780_000), ("onnx int8", 3_600_000), ("onnx int4", 2_100_000))
+    }
     kls = [2.9, 1.4, 0.9, 0.7, 0.6, 0.52, 0.45, 0.41, 0.44, 0.5, 0.62, 0.8, 1.3, 2.2]
     return CLPReport(
         created="2026-01-02T03:04:05+00:00",
@@ -161,6 +173,6 @@ def example_report() -> CLPReport:
         },
         evaluation={
             "text": "self-written text (seed 1, temperature 1.0)",
-            "rows": [dict(zip(keys, row, strict=True), num_tokens=6120) for row in rows],
+            "rows": [dict(zip(keys, row, strict=True), num_tokens=6120) | needs.get(row[0], {}) for row in rows],
         },
     )

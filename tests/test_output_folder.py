@@ -94,6 +94,7 @@ STAGES = {
     "evaluation": "output_folder.measure_outcome",
     "evaluation of cut": "evaluation.outcome.Measurements.add_model",
     "speeds": "evaluation.outcome.Measurements.add_speed",
+    "memory": "evaluation.outcome.Measurements.add_memory",
     "generation": "evaluation.deployment.measure_generation",
     "plots": "output_folder.write_plots",
     "model card": "output_folder.write_model_card",
@@ -128,7 +129,7 @@ def test_nothing_after_the_weights_loses_them(session, tmp_path, monkeypatch, st
     assert VALIDATOR.is_valid(json.loads((tmp_path / "out" / "clp_report.json").read_text()))
 
 
-@pytest.mark.parametrize("stage", ["speeds", "plots", "report page"])
+@pytest.mark.parametrize("stage", ["speeds", "memory", "plots", "report page"])
 def test_what_failed_is_done_again(session, tmp_path, monkeypatch, stage):
     weights = None
     with monkeypatch.context() as patch:

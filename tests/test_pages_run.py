@@ -155,6 +155,7 @@ def workplace(prepared, tmp_path, monkeypatch):
     load, given = datasets.load_dataset, datasets.Dataset.from_dict({"text": [TEXT] * 150})
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load(**k) if k.get("path") == "json" else given)
     sent = mock.Mock(repo_id="me/qwen3-0.6b-clp20")
+    monkeypatch.setattr("optimum_clp.report.hub_access.check_upload", lambda *a, **k: None)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: sent)
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *a, **k: "https://example.org/commit")
     with small_amounts():

@@ -72,7 +72,7 @@ def output(site, tmp_path_factory):
 
 
 def test_help_shows_them_and_imports_none(site):
-    done = run(site, "-c", LIGHT, "prune", "--help")
+    done = run(site, "-c", LIGHT, "prune", "--help-all")
     assert done.returncode == 0, done.stderr
     for name in NAMES:
         assert f"{name}: of the package optimum-clp-toy" in " ".join(done.stdout.split()), name

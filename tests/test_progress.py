@@ -2,8 +2,9 @@ import sys
 
 import pytest
 
-from optimum_clp import progress
-from optimum_clp.progress import progress_bar
+from optimum_clp import CLPConfig, progress
+from optimum_clp.configuration.run_stages import stages_of_run
+from optimum_clp.progress import Stages, in_words, progress_bar
 
 
 @pytest.fixture
@@ -77,3 +78,54 @@ def test_a_notebook_has_bars(monkeypatch):
 
     monkeypatch.setattr(progress, "tqdm", type("tqdm", (tqdm_notebook,), {}))
     assert not sys.stderr.isatty() and progress.draws_bars()
+
+
+STAGES = {"search": "which layers can go", "figures": "what is left"}
+
+
+def test_each_stage_says_its_place_and_the_run_how_long_it_took(capsys, clock):
+    stages = Stages()
+    stages.begin("search")  # called alone
+    with stages.run(STAGES):
+        stages.begin("search")
+        clock[0] += 125
+        stages.begin("figures")
+        stages.begin("another")
+        clock[0] += 7300
+    stages.begin("figures")
+    seen = capsys.readouterr()
+    assert seen.out == "" and seen.err.splitlines() == [
+        "[1 of 2] search: which layers can go",
+        "[2 of 2] figures: what is left (after 2 min 5 s)",
+        "All 2 stages: 2 h 3 min.",
+    ]
+
+
+def test_a_run_that_fails_or_is_quiet_claims_nothing(capsys, clock):
+    stages = Stages()
+    with stages.run(STAGES, quiet=True):
+        stages.begin("search")
+    with pytest.raises(ValueError), stages.run(STAGES):
+        raise ValueError
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (12000, "3 h 20 min")]
+)
+def test_a_time_in_words(seconds, words):
+    assert in_words(seconds) == words
+
+
+def test_a_run_has_the_stages_that_its_recipe_asks_for():
+    assert list(stages_of_run(CLPConfig(), True)) == [
+        "search",
+        "tuning",
+        "checkpoint",
+        "ONNX files",
+        "figures",
+        "records",
+    ]
+    short = CLPConfig(tuning={"enabled": False}, export={"enabled": False}, quantization={"quanto": True})
+    assert list(stages_of_run(short, True)) == ["search", "checkpoint", "quanto", "figures", "records"]
+    assert list(stages_of_run(CLPConfig(), False)) == ["search", "tuning"]

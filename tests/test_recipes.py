@@ -39,6 +39,7 @@ def test_there_is_one_for_every_model():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_keep_to_the_schema(name):
     check_model_file("config.json", SHAPES[name]["config"], name)
+    assert "litgpt" in SHAPES[name]["source"], "where it was checked"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

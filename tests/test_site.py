@@ -77,7 +77,11 @@ def test_every_option_is_on_the_page_of_options(hooks):
         (choices,) = (
             action.choices for action in build_parser()._actions if action.choices and name in action.choices
         )
-        options = {option for action in choices[name]._actions for option in action.option_strings} - {"-h", "--help"}
+        options = {option for action in choices[name]._actions for option in action.option_strings} - {
+            "-h",
+            "--help",
+            "--help-all",
+        }
         shown = {option for option in options if f"`{option}`" in part or f"`{option} " in part}
         hidden = {o for a in choices[name]._actions if a.help == "==SUPPRESS==" for o in a.option_strings}
         assert len(options) > 5 and options - shown == hidden, name

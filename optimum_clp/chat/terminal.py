@@ -1,5 +1,6 @@
 """The same conversation in a terminal: each model's answer below the other's, as it is written."""
 
+import re
 from collections.abc import Callable
 from typing import Any, TextIO
 
@@ -8,7 +9,10 @@ from ..evaluation.prompts import load_prompts
 from .answering import Answering, AnswerSettings
 from .speakers import Speaker, Speakers
 
-HELP = "/new begins a new conversation, /quit ends; Ctrl-C stops an answer."
+HELP = "/new begins a new conversation, /quit ends, /help says this; Ctrl-C stops an answer."
+AS_TEXT = "A line that begins with a space goes to the models as it is."
+# a word behind one slash; a path has more of them, and goes to the models
+_COMMAND = re.compile(r"/\?|/[\w-]*(?![\w/.-])")
 
 
 def converse(
@@ -19,7 +23,8 @@ def converse(
     Args:
         speakers ([`Speakers`]): Who answers.
         settings ([`AnswerSettings`]): How.
-        read (`Callable`): Gives the next line; raises `EOFError` or `KeyboardInterrupt` at the end.
+        read (`Callable`): Gives the next line; raises `EOFError` or `KeyboardInterrupt` at the end. A line that begins with a
+            slash and a word is a command, and goes to no model.
         screen (`TextIO`): Where the answers are shown.
 
     Returns:
@@ -31,13 +36,18 @@ def converse(
         _show(screen, f"{line}\n")
     while True:
         try:
-            words = read().strip()
+            line = read()
         except (EOFError, KeyboardInterrupt):
             return told
-        if words == "/quit":
+        words, command = line.strip(), _COMMAND.match(line)
+        if command and command.group() == "/quit":
             return told
-        if words == "/new":
+        if command and command.group() == "/new":
             histories = {}
+            _show(screen, "A new conversation.\n")
+        elif command:
+            unknown = "" if command.group() == "/help" else f"There is no command {command.group()}. "
+            _show(screen, f"{unknown}{HELP} {AS_TEXT}\n")
         elif words:
             answers = {}
             for speaker in speakers.all:

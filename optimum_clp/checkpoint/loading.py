@@ -69,7 +69,7 @@ def load_model(
         use_safetensors (`bool`): `False` also allows pickled weights, where there are no others; reading them can run
             code.
         attn_implementation (`str` or `None`): How attention is computed, as in transformers: `"eager"`, `"sdpa"`,
-            `"flash_attention_2"`, ...; `None` for transformers' choice.
+            `"flash_attention_2"`, ...; `None` for transformers' choice. A model in memory keeps its own: another one is refused.
         accept (`Callable`, *optional*): Called with the model's config before any weight is read; raises to refuse it.
         quiet (`bool`): Show no progress bars.
 
@@ -79,7 +79,8 @@ def load_model(
     Raises:
         ModelError: If there is no such model, it cannot be reached, its files are missing, malformed, truncated or
             quantized, it is not a causal language model, it needs code that may not be run, its weights do not fit
-            its `config.json`, or one of them has values that are not finite; or transformers has no such attention for it.
+            its `config.json`, or one of them has values that are not finite; or transformers has no such attention for it, or
+            it is a model in memory that computes another one.
     """
     path: Any = model_or_name(model_or_path)
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -87,6 +88,7 @@ def load_model(
         if accept is not None:
             accept(path.config)
         check_in_memory(path)
+        _check_own_attention(path, attn_implementation)
         path = read_in_place(path)
         check_finite(type(path).__name__, path)
         return path
@@ -216,6 +218,17 @@ def check_attention(config: PretrainedConfig, implementation: str, trust_remote_
             return
     said = " ".join(str(error).split())[:500].rstrip(".")
     raise ModelError.of("attn_implementation", implementation, f"transformers refuses it ({said})", names) from error
+
+
+def _check_own_attention(model: PreTrainedModel, wanted: str | None) -> None:
+    """Refuse to let the caller's model compute attention otherwise than it does: it is not ours to change."""
+    own = getattr(model.config, "_attn_implementation", None)
+    if wanted is not None and wanted != own:
+        rule = f"the model that was given is in memory, is not changed, and computes attention by {own!r}"
+        remedy = (
+            f"Call model.set_attn_implementation({wanted!r}) before, or give its folder or Hub id, or leave it out"
+        )
+        raise ModelError.of("attn_implementation", wanted, rule, remedy)
 
 
 def _refuse_local_looking(path: str) -> None:

@@ -302,7 +302,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
 
 def add_measures(parser: argparse.ArgumentParser) -> None:
     """Those of them that measure one model."""
-    left_out = ("texts", "require_retention", "require_generation")
+    left_out = ("texts", "memory_context", "require_retention", "require_generation")
     names = (name for name in all_settings() if name.startswith("evaluation."))
     group = parser.add_argument_group("evaluation")
     _add(group, *(name for name in names if name.partition(".")[2] not in left_out))

@@ -9,6 +9,7 @@ from ..version import __version__
 from . import chat, evaluate, export, finish, prune, quantize, recipe, search, tune
 from .arguments import accept_underscores, strict
 from .running import execute
+from .short_help import shorten_help
 
 DESCRIPTION = "Continuous layer pruning of causal language models: search, cut, tune, quantize, export to ONNX."
 COMMANDS: dict[str, ModuleType] = {
@@ -22,7 +23,7 @@ COMMANDS: dict[str, ModuleType] = {
     "finish": finish,
     "chat": chat,
 }
-"""Each module has `HELP`, `USAGE`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`."""
+"""Each module has `HELP`, `USAGE`, `EXAMPLE`, `add_arguments(parser)` and `run(args)`; one with many options `MOST_USED`."""
 
 
 def fill_parser(parser: argparse.ArgumentParser, command: ModuleType) -> None:
@@ -33,6 +34,9 @@ def fill_parser(parser: argparse.ArgumentParser, command: ModuleType) -> None:
     parser.epilog = f"example: {command.EXAMPLE}"
     command.add_arguments(parser)
     accept_underscores(parser)
+    shown = getattr(command, "MOST_USED", ())
+    if shown:
+        shorten_help(parser, shown)
 
 
 def build_parser() -> argparse.ArgumentParser:

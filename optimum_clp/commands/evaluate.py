@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
 from ..report.generation import generation_text
+from ..report.legend import legend
 from ..report.recognition import harness_cells
 from ..report.report import REPORT_NAME
 from ..report.tables import Column, record_cells, text_table
@@ -21,6 +22,17 @@ EXAMPLE = (
     "optimum-clp evaluate --model qwen3-0.6b-clp20 --file onnx/model_q4.onnx --dataset test.txt "
     "--reference Qwen/Qwen3-0.6B"
 )
+MOST_USED = (
+    "model",
+    "file",
+    "reference",
+    "calibration.dataset",
+    "evaluation.tasks",
+    "evaluation.task_limit",
+    "evaluation.generation",
+    "json",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +69,7 @@ def run(args: argparse.Namespace) -> Answer:
     result = {key: value for key, value in result.items() if value is not None}
     figures = {key: value for key, value in result.items() if key not in ("tasks", "generation", "verdict")}
     parts = [
-        text_table([(key, _figure(value)) for key, value in figures.items()], "l"),
+        _figures(figures),
         task_table(result.get("tasks", {})),
         generation_text(result.get("generation"), [result["verdict"]] if "verdict" in result else []),
     ]
@@ -74,7 +86,18 @@ def task_table(tasks: dict[str, dict[str, Any]]) -> str:
         `str`: Empty without tasks.
     """
     records = [{**task, **harness_cells(task, task.get("lm_eval"))} for task in tasks.values()]
-    return text_table(record_cells(records, _COLUMNS)) if tasks else ""
+    if not records:
+        return ""
+    cells = record_cells(records, _COLUMNS)
+    words = legend(title for title in cells[0] if title != "perplexity")  # a task's is of a word
+    return "\n".join(filter(None, (text_table(cells), words)))
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    """A figure a line, and what they mean."""
+    table = text_table([(key, _figure(value)) for key, value in figures.items()], "l")
+    words = legend({"kl": "KL to dense"}.get(key, key) for key in figures)
+    return "\n".join(filter(None, (table, words)))
 
 
 def _read_tasks(config: "CLPConfig") -> list[Any]:

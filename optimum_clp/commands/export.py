@@ -9,6 +9,16 @@ from .running import Answer, load_cut_pruner, required_output
 HELP = "write the cut model as ONNX files: float, int8, int4"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
 EXAMPLE = "optimum-clp export --model qwen3-0.6b-clp20 --weights int4 qwen3-0.6b-clp20-onnx"
+MOST_USED = (
+    "model",
+    "output",
+    "segment",
+    "quantization.weights",
+    "target",
+    "config",
+    "overwrite",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 
@@ -23,8 +24,17 @@ def add_log_level(parser: argparse._ActionsContainer) -> None:
 
 
 def hides_progress(args: argparse.Namespace) -> bool:
-    """Whether neither bars nor lines say how far the work is: with `--quiet`, or a level above info."""
-    return args.quiet or LEVELS.index(args.log_level) > LEVELS.index("info")
+    """Whether neither bars nor lines say how far the work is: with `--quiet`, a level above info, or in another process
+    than the first one that a launcher has started."""
+    return args.quiet or LEVELS.index(own_level(args.log_level)) > LEVELS.index("info")
+
+
+def own_level(level: str) -> str:
+    """The level of this process: of several that a launcher has started (`accelerate launch`) the first one tells for all,
+    and the others tell their errors alone."""
+    # processes.py says the same, and loads torch
+    others = os.environ.get("RANK", "0").strip() != "0"
+    return max(level, "error", key=LEVELS.index) if others else level
 
 
 @contextlib.contextmanager

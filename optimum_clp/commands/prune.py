@@ -1,10 +1,11 @@
 """`prune`: all stages, from a dense model to the output folder; or, with `--dry-run`, what they would give."""
 
 import argparse
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ..errors import ConfigurationError, TuningError
+from ..errors import CLPError, ConfigurationError, TuningError
 from ..report.tables import format_bytes, format_count, text_table
 from . import arguments
 from .running import (
@@ -21,10 +22,27 @@ from .running import (
 )
 from .tasks import read_named_tasks
 
+logger = logging.getLogger(__name__)
+
 HELP = "search, cut, tune, quantize and export: a dense model in, a smaller one out"
 USAGE = "--model MODEL [options] OUTPUT"
 EXAMPLE = "optimum-clp prune --model Qwen/Qwen3-0.6B --pruning-ratio 0.2 --dataset wikitext2 qwen3-0.6b-clp20"
 _TRAINED = ("endpoints", "masters", "gradients", "moments")
+MOST_USED = (
+    "model",
+    "output",
+    "pruning_ratio",
+    "target_size_mb",
+    "budget",
+    "calibration.dataset",
+    "target",
+    "evaluation.tasks",
+    "config",
+    "dry_run",
+    "push_to_hub",
+    "overwrite",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +65,9 @@ def run(args: argparse.Namespace) -> Answer:
     if args.private and args.push_to_hub is None:
         raise ConfigurationError.of("--private", None, "nothing is uploaded", "Give --push-to-hub as well")
     if args.push_to_hub is not None:
-        from ..report.hub import check_repo_id
+        from ..report.hub_access import check_upload
 
-        check_repo_id(args.push_to_hub)
+        check_upload(args.push_to_hub, token=args.token or None, private=args.private or None)
     read_named_tasks(config)
     check_size_target(args, config)
     pruner = load_pruner(args)
@@ -64,8 +82,12 @@ def run(args: argparse.Namespace) -> Answer:
         where += f" Not uploaded: {why}."
     elif args.push_to_hub:
         chosen = {"token": args.token or None, "private": args.private or None}
-        pruner.push_to_hub(args.push_to_hub, **{name: value for name, value in chosen.items() if value})
-        where += f" Uploaded to {args.push_to_hub}."
+        try:
+            pruner.push_to_hub(args.push_to_hub, **{name: value for name, value in chosen.items() if value})
+            where += f" Uploaded to {args.push_to_hub}."
+        except CLPError as error:  # the folder is whole, and what was measured is still to be told
+            logger.error(f"not uploaded: {error}")
+            where, status = f"{where} Not uploaded: {error}", INCOMPLETE
     return pruner.report.to_dict(), f"{pruner.report.to_table()}\n{where}".lstrip(), status
 
 

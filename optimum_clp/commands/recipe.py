@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 HELP = "write a recipe in YAML, with comments, from the model's config.json alone"
 USAGE = "MODEL [options] [-o FILE]"
 EXAMPLE = "optimum-clp recipe Qwen/Qwen3-0.6B --target-size-mb 300 -o recipe.yaml"
+MOST_USED = (
+    "folder",
+    "model",
+    "output",
+    "target_size_mb",
+    "pruning_ratio",
+    "budget",
+    "overwrite",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

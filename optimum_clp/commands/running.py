@@ -18,7 +18,7 @@ from ..configuration.recipe_files import read_recipe
 from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
 from . import arguments
-from .log_level import hides_progress, logged
+from .log_level import hides_progress, logged, own_level
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,7 +55,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
     if needs_output and getattr(args, "output", None) is None:
         args.usage_error("the following arguments are required: OUTPUT")
     try:
-        with _only_errors() if args.quiet else _told(args.log_level):
+        with _only_errors() if args.quiet else _told(own_level(args.log_level)):
             _check_current_folder()
             result, text, *status = run(args)
         from ..processes import leave_group, was_launched_first

@@ -4,6 +4,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING, Any
 
+from ..report.legend import legend
 from ..report.tables import cell, is_known, text_table
 from . import arguments
 from .running import Answer, check_size_target, load_pruner, output_folder, read_config
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
 
 _LONG, _SHOWN = 25, 20  # a list longer than the one shows the best of the other
+MOST_USED = (
+    "model",
+    "pruning_ratio",
+    "num_segments",
+    "search.strategy",
+    "calibration.dataset",
+    "config",
+    "json",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +91,7 @@ def scored_segments(search: dict[str, Any]) -> str:
     left = len(search["scored"]) - len(shown)
     if left:
         lines.append(f"{left:,} more in the report (--json, or an output folder)")
+    lines.append(legend(cells[0]))
     tried = search.get("lengths") or []
     if tried:
         shown_lengths = (
@@ -91,8 +103,8 @@ def scored_segments(search: dict[str, Any]) -> str:
     spent = f", {work:.1f} forward-equivalents of work" if is_known(work) else ""
     flags = " ".join(f"--segment {start}:{stop}" for start, stop in chosen)
     lines.append(
-        f"{search['num_removed']} of {search['num_layers']} layers by strategy {strategy_name(search)}, KL in nats per "
-        f"token, {search['num_tokens']:,} tokens in all rows{spent}: {flags}"
+        f"{search['num_removed']} of {search['num_layers']} layers by strategy {strategy_name(search)}, "
+        f"{search['num_tokens']:,} tokens in all rows{spent}: {flags}"
     )
     return "\n".join(lines)
 

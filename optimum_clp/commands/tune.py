@@ -12,6 +12,17 @@ from .tasks import read_named_tasks
 HELP = "train the layers next to the cut"
 USAGE = "--model MODEL [--segment START:STOP] [options] OUTPUT"
 EXAMPLE = "optimum-clp tune --model Qwen/Qwen3-0.6B --segment 20:26 --dataset wikitext2 qwen3-0.6b-tuned"
+MOST_USED = (
+    "model",
+    "output",
+    "segment",
+    "calibration.dataset",
+    "budget",
+    "evaluation.tasks",
+    "config",
+    "overwrite",
+)
+"""Options that `--help` shows in full, by their `dest`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ _HEAD = """\
 
 Every setting: `tuning.epochs` is `CLPConfig(tuning={"epochs": 4})` in Python, `{"tuning": {"epochs": 4}}` in `clp_config.json`
 and `--epochs 4` on the [command line](cli.md). All are checked before any work is done, and all that is wrong is told at once.
-Names that have a table of their own are open: what an installed package adds is valid too, and `--help` shows it.
+Names that have a table of their own are open: what an installed package adds is valid too, and `--help-all` shows it.
 
 This page is made from the fields in `optimum_clp/configuration/stages.py`; to change it, change them and run
 `python -m optimum_clp.configuration.docs_table > docs/configuration.md`.

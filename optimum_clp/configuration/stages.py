@@ -524,6 +524,12 @@ class EvaluationConfig:
         metavar="FOLDER",
         unset="only those that lm-eval has",
     )
+    memory_context: int = setting(
+        512,
+        integer(2, 2**24),
+        "tokens of context that the memory of each ONNX file is measured with",
+        more="No more than the model takes.",
+    )
     require_retention: float | None = setting(
         None,
         or_none(between(0, 1)),

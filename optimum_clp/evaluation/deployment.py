@@ -186,12 +186,15 @@ class DeploymentChecks:
         }
         rows: dict[str, list[TextRow]] = {text: [] for text in texts}
         outputs = {
-            text: None if dense is None else DenseOutputs(dense, tokens, **passes) for text, tokens in texts.items()
+            text: None
+            if dense is None
+            else DenseOutputs(dense, tokens, description=f"Dense model on {text}", **passes)
+            for text, tokens in texts.items()
         }
         for name, make in models.items() if texts else ():
             model = make()
             for text, tokens in texts.items():
-                found = evaluate_tokens(model, tokens, reference=outputs[text], **passes)
+                found = evaluate_tokens(model, tokens, reference=outputs[text], name=f"{name} on {text}", **passes)
                 rows[text].append(TextRow(name, found.perplexity, found.kl, found.retention))
         return tuple(TextFigures(text, len(texts[text]), tuple(found)) for text, found in rows.items())
 

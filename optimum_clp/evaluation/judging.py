@@ -46,7 +46,9 @@ class JudgedAnswers:
         self.tokens = torch.tensor([text + text[-1:] * (longest - len(text)) for text in texts])
         # the positions that predict the answer's tokens
         self.spans = [slice(len(p) - 1, len(p) - 1 + len(a)) for p, a in zip(prompts, answers, strict=True)]
-        self.outputs = DenseOutputs(dense, self.tokens, batch_size=BATCH, quiet=quiet)
+        self.outputs = DenseOutputs(
+            dense, self.tokens, batch_size=BATCH, quiet=quiet, description="Dense model on answers"
+        )
 
     def losses(self) -> Sums:
         """The dense model's cross-entropy of each answer, in nats."""

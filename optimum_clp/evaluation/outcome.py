@@ -16,6 +16,7 @@ from ..calibration.rows import CalibrationData
 from ..forward.dense_outputs import DenseOutputs
 from ..forward.layer_major import Residence
 from ..precisions import FLOAT32, PRECISIONS
+from ..progress import progress_bar
 from ..report.section import Key, to_section
 from ..runtime.causal_lm import OnnxCausalLM
 from ..runtime.session import in_place_options
@@ -32,6 +33,7 @@ from .deployment import (
     verdicts,
 )
 from .generation import GenerationOutcome
+from .memory import FileMemory, measure_memory, memory_is_told
 from .speed import measure_speed
 from .tokens import evaluate_tokens
 from .verdict import Verdict
@@ -65,6 +67,7 @@ class MeasuredRow:
     ] = None
     prefill_tokens_per_second: Annotated[float | None, Key(minimum=0)] = None
     decode_tokens_per_second: Annotated[float | None, Key(minimum=0)] = None
+    memory: Annotated[FileMemory | None, Key("What an ONNX file needs to run.", sparse=True)] = None
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ def measure_outcome(
             models["cut"] = cut_model(source or dense, segments)
     models["tuned" if tuned else "cut"] = pruned
     makers: dict[str, Callable[[], Any]] = {}
+    files: dict[str, Path] = {}
     for name, model in models.items():
         with attempts.stage(f"evaluation of {name}"):
             measurements.add_model(name, model)
@@ -140,13 +144,19 @@ def measure_outcome(
             in_place = residence is not None and name == FLOAT32.row_name
             options = in_place_options() if in_place else None
             makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"], session_options=options)
+            files[name] = folder / entry["file"]
             measurements.add_file(name, makers[name](), entry["bytes"], pruned)
+    # under a bound on memory such a model is as fast as its disk
+    in_files = {*models, FLOAT32.row_name}
     with attempts.stage("speeds"):
-        # under a bound on memory such a model is as fast as its disk
-        in_files = {*models, FLOAT32.row_name}
         timed = {name: make for name, make in makers.items() if residence is None or name not in in_files}
         if timed:
             measurements.add_speed(timed)
+    with attempts.stage("memory"):
+        measurements.add_memory(
+            {name: file for name, file in files.items() if residence is None or name not in in_files},
+            checks.config.evaluation.memory_context,
+        )
     found = checks.measure(makers, dense, data, attempts, residence)
     retention = measurements.retention()
     judged = verdicts(found.generation, retention)
@@ -182,7 +192,11 @@ class Measurements:
         self.tokens, self.text, self.quiet = tokens, text, quiet
         self.context = context
         self._passes: dict[str, Any] = {"batch_size": batch_size, "residence": residence, "quiet": quiet}
-        self.reference = None if dense is None else DenseOutputs(dense, tokens, **self._passes)
+        self.reference = (
+            None
+            if dense is None
+            else DenseOutputs(dense, tokens, description="Dense model on the test rows", **self._passes)
+        )
         self.rows: list[MeasuredRow] = []
 
     def add_model(self, name: str, model: PreTrainedModel) -> None:
@@ -211,6 +225,18 @@ class Measurements:
             for row in self.rows
         ]
 
+    def add_memory(self, files: dict[str, Path], num_tokens: int) -> None:
+        """Measure what rows' ONNX files need to run, with so many tokens of context, or as many as the models take; where the
+        system does not say that, nothing."""
+        if not memory_is_told():
+            return
+        length = num_tokens if self.context is None else min(num_tokens, self.context)
+        with progress_bar(len(files), "Memory of the ONNX files", self.quiet) as bar:
+            for index, row in enumerate(self.rows):
+                if row.name in files:
+                    self.rows[index] = replace(row, memory=measure_memory(files[row.name], length))
+                    bar.update(1)
+
     def retention(self) -> dict[str, float | None]:
         """For each row's name dense perplexity over its own; `None` without a dense model."""
         dense = next((row.perplexity for row in self.rows if row.name == "dense"), None)
@@ -225,7 +251,9 @@ class Measurements:
         return to_section(Outcome(self.text, tuple(self.rows), **vars(found or Deployment())))
 
     def _add(self, name: str, runtime: str, model: Any, layers: int, parameters: int, size: int) -> None:
-        found = evaluate_tokens(model, self.tokens, reference=self.reference, **self._passes)
+        found = evaluate_tokens(
+            model, self.tokens, reference=self.reference, name=f"{name} on the test rows", **self._passes
+        )
         self.rows.append(
             MeasuredRow(
                 name=name,

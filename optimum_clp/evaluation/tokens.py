@@ -51,6 +51,7 @@ def evaluate_tokens(
     reference: DenseOutputs | None = None,
     batch_size: int = 8,
     residence: Residence | None = None,
+    name: str = "the model",
     quiet: bool = False,
 ) -> Evaluation:
     """Perplexity of a model, and its divergence from the dense one.
@@ -62,6 +63,7 @@ def evaluate_tokens(
         reference ([`DenseOutputs`], *optional*): The dense model's outputs for exactly these rows.
         batch_size (`int`): Rows in one forward pass; does not change the result beyond rounding.
         residence ([`Residence`], *optional*): For a PyTorch model that memory does not hold: rows go through it layer by layer.
+        name (`str`): Whose figures they are, and on what, for the progress bar.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -70,10 +72,10 @@ def evaluate_tokens(
     loss = kl = dense_loss = 0.0
     agree = count = positions = 0
     device = getattr(model, "device", torch.device("cpu"))
-    logits_of = _logits_of(model, tokens, batch_size, residence, quiet)
+    logits_of = _logits_of(model, tokens, batch_size, residence, f"Passes for {name}", quiet)
     if residence is not None:
         batch_size = min(batch_size, _rows_of_logits(model, tokens.shape[1], residence))
-    with torch.no_grad(), evaluation_mode(model), progress_bar(len(tokens), "Evaluation", quiet) as bar:
+    with torch.no_grad(), evaluation_mode(model), progress_bar(len(tokens), f"Evaluation of {name}", quiet) as bar:
         for first in range(0, len(tokens), batch_size):
             rows = slice(first, first + batch_size)
             batch = tokens[rows].to(device)
@@ -97,7 +99,7 @@ def evaluate_tokens(
 
 
 def _logits_of(
-    model: Any, tokens: Tensor, batch_size: int, residence: Residence | None, quiet: bool
+    model: Any, tokens: Tensor, batch_size: int, residence: Residence | None, description: str, quiet: bool
 ) -> Callable[[slice, Tensor], Tensor]:
     """What gives a model's logits of some rows."""
     if residence is None or not isinstance(model, PreTrainedModel):
@@ -105,7 +107,8 @@ def _logits_of(
             model(input_ids=batch, attention_mask=torch.ones_like(batch), use_cache=False).logits
         )
     store = StateStore(residence.folder, residence.state_memory)
-    own = DenseOutputs(model, tokens, batch_size=batch_size, store=store, residence=residence, quiet=quiet)
+    shown: dict[str, Any] = {"description": description, "quiet": quiet}
+    own = DenseOutputs(model, tokens, batch_size=batch_size, store=store, residence=residence, **shown)
     return lambda rows, batch: own.logits(rows)
 
 

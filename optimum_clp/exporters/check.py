@@ -1,8 +1,5 @@
 """The check of every exported file against the PyTorch model that it was made from: on what, in which process, how close."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +11,7 @@ from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError
 from ..forward.decoding import cache_keyword, cache_of
 from ..runtime import comparison as onnx_comparison
+from ..runtime.apart import last_words, run_apart
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
 from .graph.float_graph import input_names
 from .result import CheckedContext
@@ -27,12 +25,6 @@ WHOLE_CONTEXT_BYTES = 2**28
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
 _LAST_TOKENS = 16  # of the longest context, before the cached one at its very end
-# runs a module, given folders to look for it in
-_CHILD = (
-    "import os, runpy, sys; name, paths = sys.argv[1:3]; del sys.argv[1:3]; "
-    "sys.path += paths.split(os.pathsep); runpy.run_module(name, run_name='__main__', alter_sys=True)"
-)
-_ROOT = str(Path(onnx_comparison.__file__).parents[2])
 
 
 class FileCheck:
@@ -131,25 +123,14 @@ def relative_error_apart(file: Path, reference: Path, *, in_place: bool = False)
         ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.
     """
     result = reference.with_suffix(".json")
-    # what this process can import, behind the child's own library: a script's folder may have modules of any name (-P)
-    paths = [*(os.path.abspath(path) for path in sys.path), _ROOT]
-    arguments = [onnx_comparison.__name__, os.pathsep.join(paths), str(file), str(reference), str(result)]
-    arguments += ["in_place"] if in_place else []
-    process = subprocess.run(
-        [sys.executable, "-P", "-c", _CHILD, *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
+    arguments = [str(file), str(reference), str(result), *(["in_place"] if in_place else [])]
+    process = run_apart(onnx_comparison.__name__, *arguments)
     if process.returncode == 0:
         return read_result(result)
-    last = (process.stderr.strip().splitlines() or ["no message"])[-1]
     raise ExportError.of(
         file.name,
         f"exit status {process.returncode}",
-        f"the process that runs it in ONNX Runtime ended without a result ({last[:300]})",
+        f"the process that runs it in ONNX Runtime ended without a result ({last_words(process)})",
         "Free memory for it, up to three times the file's size; or set export.enabled to False",
     )
 

@@ -49,6 +49,7 @@ class DenseOutputs:
         residence ([`Residence`], *optional*): For a model that memory does not hold: all rows go through one layer after the
             other, and the weights are read once; the states are the same, bit for bit. Without it, and where layers hand on more than
             hidden states, some rows go through all layers, and then the next ones.
+        description (`str`): What the progress bar says.
     """
 
     def __init__(
@@ -62,8 +63,9 @@ class DenseOutputs:
         dealt: bool = False,
         quiet: bool = False,
         residence: Residence | None = None,
+        description: str = "Dense model",
     ):
-        self.model = model
+        self.model, self.description = model, description
         self.tokens = tokens
         self.stack = LayerStack(model, run=residence is None)
         self.hidden: dict[int, Tensor] = {}
@@ -84,7 +86,7 @@ class DenseOutputs:
     ) -> None:
         """One layer after the other, all rows of this process through each."""
         options: dict[str, Any] = {"residence": residence, "allocate": store.allocate, "quiet": quiet}
-        options |= {"description": "Dense model, layer by layer"}
+        options |= {"description": f"{self.description}, layer by layer"}
         passes = LayerMajorPasses(self.model, self.stack, self.tokens, None, batches, **options)
         passes.run(keep=wanted)
         self.hidden = passes.kept
@@ -98,7 +100,7 @@ class DenseOutputs:
             torch.no_grad(),
             evaluation_mode(model),
             recorded_inputs(self.stack.layers, wanted) as found,
-            progress_bar(len(tokens), "Dense model", quiet) as bar,
+            progress_bar(len(tokens), self.description, quiet) as bar,
         ):
             for number, rows in enumerate(batches):
                 # the first batch also shows the shapes, so every process runs it

@@ -12,6 +12,11 @@ from .recognition import headline
 from .report import CLPReport
 from .tables import is_known
 
+# as the Hub's own check takes them: ISO 639 codes, and two words; what else a card calls a language has a key of its own
+_LANGUAGE_CODE = re.compile(r"[a-z]{2,3}|code|multilingual")
+_BCP47 = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{1,8})+")
+# what a licence's identifier looks like; words of a stranger become the name of another one
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _OWN_TAGS = ("optimum", "optimum-clp", "pruning", "layer-pruning", "clp")
 # what a folder gives its reader first
 _DELIVERED = ("tuned", "cut", "onnx", "onnx int8", "onnx int4")
@@ -39,11 +44,14 @@ def card_metadata(report: CLPReport, folder: Path, title: str) -> ModelCardData:
     results = list(_results(report))
     if results:
         extra |= {"model_name": title.rpartition("/")[2], "eval_results": results}
+    regions = [name for name in origin.language if _BCP47.fullmatch(name)]
+    if regions:
+        extra["language_bcp47"] = regions
     own = [*_OWN_TAGS, *(["onnx"] if report.export else [])]
     read = (report.calibration or {}).get("dataset")
     return ModelCardData(
         base_model=base,
-        language=list(origin.language) or None,
+        language=[name for name in origin.language if _LANGUAGE_CODE.fullmatch(name)] or None,
         datasets=list(dict.fromkeys([*origin.datasets, *([read] if read else [])])) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -53,11 +61,19 @@ def card_metadata(report: CLPReport, folder: Path, title: str) -> ModelCardData:
 
 
 def terms(origin: Origin, folder: Path) -> dict[str, str]:
-    """The licence as the metadata of a card has it; a link to a file that did not come along leads to the Hub."""
+    """The licence as the metadata of a card has it, in the form that the Hub takes; a link to a file that did not come along
+    leads to the Hub."""
     link, repository = origin.license_link, origin.repository
     if link and repository and "://" not in link and not (folder / link).is_file():
         link = f"https://huggingface.co/{repository}/blob/main/{link}"
-    stated = {"license": origin.license, "license_name": origin.license_name, "license_link": link}
+    license, name = origin.license, origin.license_name
+    if license and not _LICENSE.fullmatch(license):
+        license, name = ("other", license) if not _LICENSE.fullmatch(license.lower()) else (license.lower(), name)
+    # the Hub takes a name in the form of an identifier
+    name = re.sub(r"[^a-z0-9.+-]+", "-", name.lower()).strip("-") if name else None
+    if license == "other" and not name:
+        name = "unnamed"
+    stated = {"license": license, "license_name": name, "license_link": link}
     return {key: value for key, value in stated.items() if value}
 
 

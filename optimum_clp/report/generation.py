@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .legend import legend
 from .tables import Column, Show, cell, is_known, markdown_table, record_cells, text_table
 
 _ASKED = {
@@ -42,7 +43,7 @@ def generation_text(
     cells = generation_cells(generation, head="" if markdown else "generation")
     table = markdown_table(cells, "lr") if markdown else text_table(cells, ruled=True)
     lines = [f"- {words}" if markdown else words for words in map(verdict_line, verdicts)]
-    parts = [table, asked(generation), "\n".join(lines)]
+    parts = [table, legend(cells[0], markdown=markdown), asked(generation), "\n".join(lines)]
     return ("\n\n" if markdown else "\n").join(filter(None, parts))
 
 

@@ -3,16 +3,15 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils import cached_file
 
 from ..configuration.clp_config import CLPConfig
-from ..errors import ConfigurationError
+from .hub_access import check_repo_id, hub_problem, patiently
 from .model_card import write_model_card
 from .origin import hub_id
 from .page import REPORT_PAGE, write_report_page
@@ -42,25 +41,6 @@ def written_file(
     )
 
 
-def check_repo_id(repo_id: str) -> str:
-    """Check the name of a repository, before there is anything to upload.
-
-    Returns:
-        `str`: The name.
-
-    Raises:
-        ConfigurationError: If no repository of the Hub can have it.
-    """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        remedy = "Give for example 'your-name/qwen3-0.6b-clp20'"
-        raise ConfigurationError.of(
-            "repo_id", repo_id, "no repository of the Hub can have this name", remedy
-        ) from error
-    return repo_id
-
-
 def upload(
     folder: Path,
     repo_id: str,
@@ -81,9 +61,22 @@ def upload(
 
     Returns:
         `str`: The commit's address.
+
+    Raises:
+        OutputError: If nobody is logged in, the token may not write there, or the Hub could not be reached, five times.
     """
     api, repo_id = HfApi(), check_repo_id(repo_id)
-    repository = api.create_repo(repo_id, private=private, token=token, exist_ok=True)
+
+    def asked(call: Callable[[], Any], what: str) -> Any:
+        try:
+            return patiently(call, what)
+        except Exception as error:
+            if (problem := hub_problem(error, repo_id)) is not None:
+                raise problem from error
+            raise
+
+    making: dict[str, Any] = {"private": private, "token": token, "exist_ok": True}
+    repository = asked(lambda: api.create_repo(repo_id, **making), "repository")
     repo_id = getattr(repository, "repo_id", repo_id)
     kwargs.setdefault("commit_message", "Upload with optimum-clp")
     # hard links: the copy costs nothing, and the files that differ are replaced in it, not in the folder
@@ -101,8 +94,9 @@ def upload(
         public_config(config).save_pretrained(copy)
         write_report_page(public, config, copy, title=repo_id)
         write_model_card(public, config, copy, model_name=repo_id)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=str(copy), token=token, **kwargs)
-    return str(commit)
+        sent: dict[str, Any] = {"repo_id": repo_id, "folder_path": str(copy), "token": token, **kwargs}
+        commit = asked(lambda: api.upload_folder(**sent), "upload")
+    return str(getattr(commit, "commit_url", commit))
 
 
 def _link(source: str, target: str) -> None:

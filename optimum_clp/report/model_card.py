@@ -16,13 +16,15 @@ from huggingface_hub import ModelCard
 from ..doors import STARTS, STRATEGIES
 from .card_metadata import card_metadata, terms
 from .card_usage import usage
+from .files import file_cells
 from .generation import answers_markdown, generation_text, requirement_line
+from .legend import legend
 from .origin import LICENSE_FILES, base_name, origin_of
 from .page import REPORT_PAGE
 from .plots import SEARCH_PLOT, TUNING_PLOT, segments_of
-from .recognition import recognition_tables
+from .recognition import recognition_legend, recognition_tables
 from .report import CLPReport
-from .tables import Column, cell, describe_loss, format_bytes, format_count, markdown_table, record_cells
+from .tables import cell, describe_loss, format_count, markdown_table
 
 if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
@@ -40,12 +42,7 @@ _WAYS = {
     "tail": "as the last layers that can go",
     "random": "at random",
 }
-_FILE_COLUMNS = (
-    Column("file", "file", "`{}`".format),
-    Column("weights", "weights"),
-    Column("bytes", "size", format_bytes),
-    Column("max_relative_error", "largest relative logit error against PyTorch", ".1e"),
-)
+_NOT_OF_A_CARD = ("bits_per_weight", "rounding")
 _LIBRARIES = ("python", "torch", "transformers", "optimum", "onnxruntime")
 
 
@@ -273,7 +270,7 @@ def _measurements(report: CLPReport) -> str:
     if not table:
         return ""
     names = {row["name"] for row in (report.evaluation or {})["rows"]}
-    legend = [
+    rows = [
         f"*{name}*: {text}"
         for name, text in (
             ("dense", "the model before anything was removed"),
@@ -283,7 +280,7 @@ def _measurements(report: CLPReport) -> str:
         )
         if name in names
     ]
-    return f"## Measurements\n\n{table}\n\n{'; '.join(legend)}. KL is in nats per token."
+    return f"## Measurements\n\n{table}\n\n{'; '.join(rows)}."
 
 
 def _in_use(report: CLPReport) -> str:
@@ -291,6 +288,7 @@ def _in_use(report: CLPReport) -> str:
     evaluation = report.to_dict()["evaluation"] or {}
     generation = evaluation.get("generation")
     parts = [markdown_table(table, "llr") for table in recognition_tables(evaluation)]
+    parts.append(recognition_legend(evaluation, markdown=True))
     parts.append(generation_text(generation, evaluation.get("verdicts", ()), markdown=True))
     parts += map(requirement_line, evaluation.get("requirements", ()))
     if answers := answers_markdown(generation):
@@ -307,18 +305,11 @@ def _in_use(report: CLPReport) -> str:
 
 
 def _files(report: CLPReport, folder: Path) -> str:
-    files: list[dict[str, Any]] = [{"file": path.name, "bytes": path.stat().st_size} for path in _weights(folder)]
-    files += (report.to_dict()["export"] or {}).get("files", [])
-    files += [
-        {**entry, "file": f"{entry['folder']}/", "weights": f"{entry['weights']} (quanto)"}
-        for entry in report.quantization or []
-    ]
-    parts = ["## Files", markdown_table(record_cells(files, _FILE_COLUMNS, missing="")), report.size_reached()]
-    return "\n\n".join(filter(None, parts)) if files else ""
-
-
-def _weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    cells = file_cells(report.to_dict(), folder, _NOT_OF_A_CARD, code=True)
+    if not cells:
+        return ""
+    parts = ["## Files", markdown_table(cells), legend(cells[0], markdown=True), report.size_reached()]
+    return "\n\n".join(filter(None, parts))
 
 
 def _limitations(report: CLPReport, config: "CLPConfig") -> str:
@@ -359,10 +350,10 @@ def _unmeasured(evaluation: dict[str, Any]) -> str:
 
 def _license(report: CLPReport, folder: Path) -> str:
     """Under which terms the dense model came, which hold of what was made from it."""
-    stated = terms(origin_of(report.base_model), folder)
-    if "license" not in stated:
+    origin = origin_of(report.base_model)
+    stated, name = terms(origin, folder), origin.license_name or origin.license
+    if not name:
         return ""
-    name = stated.get("license_name", stated["license"])
     text = f"The dense model's card says: `{name.replace('`', '')}`"
     link = stated.get("license_link", "")
     if link.startswith(("https://", "http://")):

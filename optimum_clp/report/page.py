@@ -21,12 +21,14 @@ from markupsafe import Markup
 from . import charts
 from .charts import layers_text
 from .drawings import search_drawings, tuning_drawings
+from .files import file_cells
 from .generation import asked, generation_cells, requirement_line
+from .legend import GLOSSARY, meaning
 from .origin import base_name, origin_of
 from .public import public_config
 from .recognition import recognition_tables
 from .report import CLPReport
-from .tables import Column, cell, format_bytes, format_count, is_known, record_cells
+from .tables import Column, cell, format_bytes, format_count, is_known, memory_cell, record_cells
 
 if TYPE_CHECKING:
     from ..configuration.clp_config import CLPConfig
@@ -45,16 +47,9 @@ _ROWS = (
     Column("top1_agreement", "same first choice", ".1%"),
     Column("prefill_tokens_per_second", "prompt tokens/s", ",.0f"),
     Column("decode_tokens_per_second", "written tokens/s", ",.1f"),
+    Column("memory", "RAM", memory_cell),
 )
 _BARS = ("bytes", "perplexity", "kl", "decode_tokens_per_second", "prefill_tokens_per_second")
-_FILES = (
-    Column("file", "file"),
-    Column("weights", "weights"),
-    Column("bytes", "size", format_bytes),
-    Column("bits_per_weight", "bits per weight", ".2f"),
-    Column("rounding", "rounded by"),
-    Column("max_relative_error", "largest relative logit error", ".1e"),
-)
 
 
 def write_report_page(report: CLPReport, config: "CLPConfig", folder: str | os.PathLike, *, title: str = "") -> Path:
@@ -87,6 +82,7 @@ def report_page(report: CLPReport, config: "CLPConfig", folder: Path | None = No
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["meaning"] = meaning
     return environment.get_template("page.html.jinja").render(
         policy=policy,
         style=Markup(style),
@@ -97,7 +93,7 @@ def report_page(report: CLPReport, config: "CLPConfig", folder: Path | None = No
         report=values,
         names=_NAMES,
         measures=_measures(values),
-        measured_on=report.measured_on() if values["evaluation"] else "",
+        measured_on=f"{report.measured_on()} {report.memory_needed()}" if values["evaluation"] else "",
         tiles=_tiles(values),
         verdicts=(values["evaluation"] or {}).get("verdicts", ()),
         requirements=[requirement_line(entry) for entry in (values["evaluation"] or {}).get("requirements", ())],
@@ -105,7 +101,8 @@ def report_page(report: CLPReport, config: "CLPConfig", folder: Path | None = No
         tuning=tuning_drawings(values["tuning"]),
         speech=_speech(values["evaluation"]),
         recognition=list(recognition_tables(values["evaluation"] or {})),
-        files=_files(values, folder),
+        files=file_cells(values, folder),
+        glossary=GLOSSARY,
         recipe=_recipe(report, config),
     )
 
@@ -177,6 +174,14 @@ def _tiles(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
                     cell(own[column.key], column.show),
                     f"dense: {cell(dense[column.key], column.show)}",
                 )
+    needs = {name: row["memory"] for name, row in rows.items() if row.get("memory")}
+    if needs:
+        name = min(needs, key=lambda name: rows[name]["bytes"])
+        yield (
+            "RAM to run it",
+            memory_cell(needs[name]),
+            f"{_shown_name(name)}, {needs[name]['num_tokens']:,} tokens of context",
+        )
     smallest = min(((row["bytes"], name) for name, row in rows.items() if name in _NAMES), default=None)
     if smallest:
         size, name = smallest
@@ -238,14 +243,6 @@ def _answer(name: str, text: str, example: Mapping[str, Any]) -> ShownAnswer:
     text = text if note["whole"] else f"{text}…"
     at = len(text) if note["loop_at"] is None else note["loop_at"]
     return ShownAnswer(name, text[:at], text[at:], tuple(marks), name in _FIRST_SHOWN)
-
-
-def _files(values: Mapping[str, Any], folder: Path | None) -> list[list[str]]:
-    weights = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    files: list[dict[str, Any]] = [{"file": path.name, "bytes": path.stat().st_size} for path in weights]
-    files += (values["export"] or {}).get("files", [])
-    files += [{**entry, "file": f"{entry['folder']}/"} for entry in values["quantization"] or ()]
-    return record_cells(files, _FILES, missing="") if files else []
 
 
 def _recipe(report: CLPReport, config: "CLPConfig") -> dict[str, Any]:

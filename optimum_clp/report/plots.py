@@ -1,6 +1,7 @@
 """Pictures of the search and of endpoint tuning, made from the report alone. matplotlib is an optional extra."""
 
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,9 @@ from ..errors import ConfigurationError
 from .report import CLPReport
 from .tables import describe_loss, is_known
 
+logger = logging.getLogger(__name__)
+
+_REMEDY = "pip install 'optimum-clp[plots]'"
 SEARCH_PLOT = "plots/search.png"
 TUNING_PLOT = "plots/tuning.png"
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -25,7 +29,7 @@ def plots_available() -> bool:
 
 
 def write_plots(report: CLPReport, folder: str | os.PathLike) -> list[Path]:
-    """Write every plot that `report` has figures for; none if matplotlib is not installed.
+    """Write every plot that `report` has figures for; none, and a notice, if matplotlib is not installed.
 
     Args:
         report ([`CLPReport`]): Its `search` and `tuning` sections are drawn.
@@ -34,14 +38,15 @@ def write_plots(report: CLPReport, folder: str | os.PathLike) -> list[Path]:
     Returns:
         `list[Path]`: The files that were written.
     """
-    if not plots_available():
+    drawn = [(plot_search, SEARCH_PLOT)] if report.search and report.search.get("scored") else []
+    drawn += [(plot_tuning, TUNING_PLOT)] if report.tuning and report.tuning.get("history") else []
+    if drawn and not plots_available():
+        logger.warning(
+            f"plots: {' and '.join(name for _, name in drawn)} are left out, as matplotlib is not installed "
+            f"({_REMEDY} brings it); report.html needs none and has the same figures."
+        )
         return []
-    written = []
-    if report.search and report.search.get("scored"):
-        written.append(plot_search(report, Path(folder) / SEARCH_PLOT))
-    if report.tuning and report.tuning.get("history"):
-        written.append(plot_tuning(report, Path(folder) / TUNING_PLOT))
-    return written
+    return [plot(report, Path(folder) / name) for plot, name in drawn]
 
 
 def plot_search(report: CLPReport, path: str | os.PathLike) -> Path:
@@ -275,9 +280,7 @@ def _scale(axes, values: Sequence[float]) -> None:
 
 def _section(section: dict[str, Any] | None, name: str, key: str) -> dict[str, Any]:
     if not plots_available():
-        raise ConfigurationError.of(
-            "matplotlib", None, "plots need it, and it is not installed", "pip install 'optimum-clp[plots]'"
-        )
+        raise ConfigurationError.of("matplotlib", None, "plots need it, and it is not installed", _REMEDY)
     if not section or not section.get(key):
         remedy = f"Plot a report whose {name} stage has run"
         raise ConfigurationError.of(f"report.{name}", section, f"there is no {key} to draw", remedy)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .legend import legend
 from .tables import Column, record_cells
 
 _TEXT_COLUMNS = (
@@ -23,6 +24,8 @@ _TASK_COLUMNS = (
     Column("value", "value", ".4f"),
     Column("retention", "retention", ".3f"),
 )
+
+_OF_ALL_MODELS = ("perplexity", "KL to dense")
 
 
 def harness_cells(row: Mapping[str, Any], harness: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -57,3 +60,9 @@ def recognition_tables(evaluation: Mapping[str, Any]) -> Iterator[list[list[str]
         ]
         if records:
             yield record_cells(records, columns)
+
+
+def recognition_legend(evaluation: Mapping[str, Any], *, markdown: bool = False) -> str:
+    """What the columns of these tables mean that the table of all models does not have; empty without such tables."""
+    titles = dict.fromkeys(title for cells in recognition_tables(evaluation) for title in cells[0])
+    return legend((title for title in titles if title not in _OF_ALL_MODELS), markdown=markdown)

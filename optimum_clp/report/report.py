@@ -19,10 +19,11 @@ from ..errors import ConfigurationError
 from ..json_files import JsonProblem, check, read_object
 from ..version import __version__
 from .generation import generation_text, requirement_line
-from .recognition import recognition_tables
+from .legend import legend
+from .recognition import recognition_legend, recognition_tables
 from .schema import for_reading
 from .section import Key, json_ready
-from .tables import Column, format_bytes, format_count, markdown_table, record_cells, text_table
+from .tables import Column, format_bytes, format_count, markdown_table, memory_cell, record_cells, text_table
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
@@ -180,9 +181,12 @@ class CLPReport:
         if not rows:
             return ""
         cells = record_cells(rows, (Column("name", "" if markdown else "model"), *_COLUMNS))
+        words = legend(cells[0], markdown=markdown, linked=True)
         if markdown:
-            return f"{markdown_table(cells, 'lr')}\n\n{self.measured_on()}"
-        return f"{text_table(cells, ruled=True)}\n{self.measured_on()}{self._in_use()}"
+            measured = " ".join(filter(None, (self.measured_on(), self.memory_needed())))
+            return f"{markdown_table(cells, 'lr')}\n\n{measured}\n\n{words}"
+        parts = (text_table(cells, ruled=True), words, self.measured_on(), self.memory_needed())
+        return "\n".join(filter(None, parts)) + self._in_use()
 
     def _in_use(self) -> str:
         """What else was measured, and what follows from it, for a terminal; empty if nothing was."""
@@ -190,7 +194,8 @@ class CLPReport:
         generation = generation_text(evaluation.get("generation"), evaluation.get("verdicts", ()))
         required = "\n".join(map(requirement_line, evaluation.get("requirements", ())))
         tables = (text_table(table, ruled=True) for table in recognition_tables(evaluation))
-        return "".join(f"\n\n{part}" for part in (*tables, generation, required, self.size_reached()) if part)
+        parts = (*tables, recognition_legend(evaluation), generation, required, self.size_reached())
+        return "".join(f"\n\n{part}" for part in parts if part)
 
     def size_reached(self) -> str:
         """One sentence on the size that the recipe asked for; empty if it asked for none."""
@@ -200,6 +205,20 @@ class CLPReport:
         bits = f", at {size['bits_per_weight']:.2f} bits per weight" if size["bits_per_weight"] is not None else ""
         missed = "" if size["met"] else ": missed"
         return f"The int4 file was to have {size['target_size_mb']:g} MB, and has {format_bytes(size['bytes'])}{bits}{missed}."
+
+    def memory_needed(self) -> str:
+        """One sentence on the memory that the smallest file needs to run; empty if none was measured."""
+        rows = [row for row in (self.evaluation or {}).get("rows") or [] if row.get("memory")]
+        if not rows:
+            return ""
+        smallest = min(rows, key=lambda row: row["bytes"])
+        used = smallest["memory"]
+        more = format_bytes(1000 * used["cache_per_token"])
+        return (
+            f"The {smallest['name']} file needs {format_bytes(used['peak'])} of RAM to run with {used['num_tokens']:,} tokens of "
+            f"context, alone in a process ({format_bytes(used['before'])} of it Python and ONNX Runtime), and {more} for 1,000 "
+            "tokens more."
+        )
 
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""
@@ -238,4 +257,5 @@ _COLUMNS = (
     Column("kl", "KL to dense", ".4f"),
     Column("prefill_tokens_per_second", "prefill tok/s", ",.0f"),
     Column("decode_tokens_per_second", "decode tok/s", ",.0f"),
+    Column("memory", "RAM", memory_cell),
 )

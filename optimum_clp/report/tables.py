@@ -22,12 +22,17 @@ def cell(value: Any, show: Show = "", missing: str = "-") -> str:
 
 def format_bytes(count: float) -> str:
     """`count` bytes with a decimal unit (1 MB is 1,000,000 bytes)."""
-    return _in_units(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) or f"{count:.0f} B"
+    return _in_units(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))) or f"{count:.0f} B"
+
+
+def memory_cell(memory: Mapping[str, Any]) -> str:
+    """The peak of a row's `memory`."""
+    return format_bytes(memory["peak"])
 
 
 def format_count(count: float) -> str:
     """`count` with a decimal unit (1 M is 1,000,000)."""
-    return _in_units(count, (("B", 1e9), ("M", 1e6), ("k", 1e3))) or f"{count:.0f}"
+    return _in_units(count, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))) or f"{count:.0f}"
 
 
 def _in_units(count: float, units: Iterable[tuple[str, float]]) -> str | None:

@@ -108,11 +108,13 @@ def cached_rows(
     with evaluation_mode(dense):
         same = _same_below(model, dense, first)
         wanted = {*states, *([first] if same else [])}
-        outputs = DenseOutputs(dense, tokens, inputs_of=sorted(wanted), **options)
+        outputs = DenseOutputs(
+            dense, tokens, inputs_of=sorted(wanted), description="Dense model on the text to tune on", **options
+        )
         if same:
             return TuningRows(outputs, outputs.hidden[first], kinds=kinds, mask=mask)
         # lower layers are not the dense model's: what enters the first endpoint is the model's own
-        own = DenseOutputs(model, tokens, inputs_of=[first], **options)
+        own = DenseOutputs(model, tokens, inputs_of=[first], description="Cut model on the text to tune on", **options)
         return TuningRows(outputs, own.hidden[first], kinds=kinds, mask=mask)
 
 

@@ -3,7 +3,7 @@ import io
 import pytest
 
 from optimum_clp.chat.answering import AnswerSettings
-from optimum_clp.chat.terminal import HELP, converse
+from optimum_clp.chat.terminal import AS_TEXT, HELP, converse
 
 
 def typed(*lines, end=EOFError):
@@ -39,6 +39,28 @@ def test_what_was_said_before_is_kept_until_a_new_conversation(speakers):
     fresh = conversation(speakers, "w7", "/new", "w7", "/quit", "w9")[0]
     assert fresh[0]["answers"]["dense"]["text"] == fresh[1]["answers"]["dense"]["text"] and len(fresh) == 2
     assert any(again[0]["answers"][name]["text"] != again[1]["answers"][name]["text"] for name in again[0]["answers"])
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/help", f"{HELP} {AS_TEXT}\n"),
+        ("/h", f"There is no command /h. {HELP} {AS_TEXT}\n"),
+        ("/reset now", f"There is no command /reset. {HELP} {AS_TEXT}\n"),
+        ("/?", f"There is no command /?. {HELP} {AS_TEXT}\n"),
+        ("/", f"There is no command /. {HELP} {AS_TEXT}\n"),
+        ("/new", "A new conversation.\n"),
+    ],
+)
+def test_commands_are_answered_by_the_program(speakers, line, told):
+    said, shown = conversation(speakers, line)
+    assert said == [] and shown == f"{HELP}\n{told}"
+
+
+@pytest.mark.parametrize("line", [" /help w7", "w7 /new", "/w7/w8 w9", "/w7.w8"])
+def test_what_only_looks_like_a_command_is_asked(speakers, line):
+    said, _ = conversation(speakers, line)
+    assert [turn["prompt"] for turn in said] == [line.strip()]
 
 
 def test_a_base_model_goes_on_with_each_text_alone(base_speakers):

@@ -62,6 +62,20 @@ def test_an_attention_that_transformers_refuses_is_refused_in_its_words(folder, 
     assert "Give eager, sdpa, flash_attention_2 or another one that transformers has for this model" in str(told.value)
 
 
+def test_a_model_in_memory_keeps_its_own_attention_and_another_one_is_refused():
+    model = tiny_model()
+    assert load_model(model, attn_implementation=model.config._attn_implementation) is model
+    with pytest.raises(ModelError) as told:
+        CLPPruner.from_pretrained(model, attn_implementation="eager")
+    assert str(told.value) == (
+        "attn_implementation is 'eager': the model that was given is in memory, is not changed, and computes attention by "
+        "'sdpa'. Call model.set_attn_implementation('eager') before, or give its folder or Hub id, or leave it out."
+    )
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert CLPPruner.from_pretrained(model, attn_implementation="eager").model is model
+
+
 def test_a_refusal_comes_before_weights_are_read(folder, tmp_path):
     put = put_into_cache(folder, tmp_path, NAME)
     (put / "model.safetensors").write_bytes(b"no weights")

@@ -12,6 +12,7 @@ from optimum_clp.commands.search import scored_segments
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.errors import ModelError, OutputError, Problem
 from optimum_clp.evaluation.tasks import load_task
+from optimum_clp.report.legend import WORDS
 from optimum_clp.report.report import CLPReport
 from optimum_clp.segments import LayerSegment
 from optimum_clp.version import __version__
@@ -177,9 +178,9 @@ def test_search_prints_the_scores_best_first(pruner, capsys, tmp_path):
     assert lines[1].split() == ["7:10", "0.41000", "0.02000", "32", "<-", "chosen"]
     assert lines[2].split() == ["8:11", "0.44000", "0.02000", "32", "+0.03000", "±", "0.02500"]
     assert [line.split()[0] for line in lines[3:5]] == ["6:9", "9:12"]
-    assert len(lines) == 1 + 14 + 1
+    assert len(lines) == 1 + 14 + 2 + 1 and lines[-3].startswith("  KL to dense: ")
     assert lines[-1] == (
-        "3 of 16 layers by strategy auto (used gate), KL in nats per token, 8,192 tokens in all rows, "
+        "3 of 16 layers by strategy auto (used gate), 8,192 tokens in all rows, "
         "4.1 forward-equivalents of work: --segment 7:10"
     )
     assert list(tmp_path.iterdir()) == []
@@ -199,7 +200,7 @@ def test_search_ranks_by_the_rows_in_common_and_shows_several_segments():
     lines = [line.split() for line in scored_segments(search).splitlines()]
     assert lines[1] == ["5:7,9:10", "0.41000", "-", "32", "<-", "chosen"], "0.3 was measured on easier rows"
     assert lines[2][:4] == ["2:4,8:9", "0.30000", "0.02000", "4"] and lines[3] == ["0:3", "-", "0.02000", "32", "-"]
-    assert lines[4][-4:] == ["--segment", "5:7", "--segment", "9:10"]
+    assert lines[-1][-4:] == ["--segment", "5:7", "--segment", "9:10"]
 
 
 def test_search_shows_the_best_of_many_and_the_chosen_one():
@@ -210,8 +211,8 @@ def test_search_shows_the_best_of_many_and_the_chosen_one():
     ]
     search["segments"] = [[29, 32]]
     lines = scored_segments(search).splitlines()
-    assert [line.split()[0] for line in lines[1:-2]] == [f"{i}:{i + 3}" for i in (*range(20), 29)]
-    assert lines[-3].endswith("<- chosen") and lines[-2].startswith("9 more in the report")
+    assert [line.split()[0] for line in lines[1:-4]] == [f"{i}:{i + 3}" for i in (*range(20), 29)]
+    assert lines[-5].endswith("<- chosen") and lines[-4].startswith("9 more in the report")
 
 
 def test_search_shows_the_numbers_of_layers_that_were_tried():
@@ -228,7 +229,7 @@ def test_search_shows_what_an_older_report_has():
     lines = scored_segments(older_report().search).splitlines()
     assert lines[1].split() == ["7:10", "0.41000", "0.02000", "-", "<-", "chosen"]
     assert lines[2].split() == ["8:11", "0.44000", "0.02000", "-", "-"]
-    assert lines[-1].endswith("strategy gate, KL in nats per token, 8,192 tokens in all rows: --segment 7:10")
+    assert lines[-1].endswith("strategy gate, 8,192 tokens in all rows: --segment 7:10")
 
 
 def test_search_writes_recipe_and_report(pruner, tmp_path, capsys):
@@ -282,10 +283,15 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
 
 
+OF_TASKS = "".join(f"  {title}: {WORDS[title]}\n" for title in ("accuracy", "plain", "chance"))
+
+
 def test_evaluate_prints_one_figure_a_line(pruner, capsys):
     assert main("evaluate --model cut".split()) == 0
     assert pruner.calls[-1][1] is None, "a folder of ours is measured on the text of its report"
-    assert capsys.readouterr().out == "name        cut\nperplexity  12.5\nnum_tokens  6,120\n"
+    assert capsys.readouterr().out == (
+        f"name        cut\nperplexity  12.5\nnum_tokens  6,120\n  perplexity: {WORDS['perplexity']}\n"
+    )
 
 
 def test_evaluate_of_another_model_needs_a_text(pruner, capsys):
@@ -337,6 +343,7 @@ def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
         "task     examples  accuracy  std. error   plain  chance  perplexity   dense\n"
         "lambada     1,838    0.6180      0.0123  0.6000  0.0000     15.2500  0.7000\n"
         "piqa        1,838    0.6180      0.0123  0.6000  0.5000           -  0.7000\n"
+        f"{OF_TASKS}"
     ), "the column of what no task has is left out"
 
 
@@ -344,9 +351,10 @@ def test_evaluate_prints_figures_and_tasks(pruner, tmp_path, capsys):
     write_tasks(tmp_path)
     assert main("evaluate --model m --dataset d.txt --tasks any=piqa.jsonl".split()) == 0
     assert capsys.readouterr().out == (
-        "name        cut\nperplexity  12.5\nnum_tokens  6,120\n\n"
+        f"name        cut\nperplexity  12.5\nnum_tokens  6,120\n  perplexity: {WORDS['perplexity']}\n\n"
         "task  examples  accuracy  std. error   plain  chance\n"
         "any      1,838    0.6180      0.0123  0.6000  0.5000\n"
+        f"{OF_TASKS}"
     )
     assert main("evaluate --model m --tasks any=piqa.jsonl --json".split()) == 0
     result = json.loads(capsys.readouterr().out)
@@ -531,6 +539,18 @@ def test_a_token_is_never_shown(pruner, capsys):
             assert main(["prune", "--model", "m", "--token", secret, *debug, "out"]) == 1
             captured = capsys.readouterr()
             assert secret not in captured.err and "***" in captured.err and secret not in captured.out
+
+
+def test_an_upload_that_fails_leaves_the_answer_and_says_so(pruner, capsys, monkeypatch):
+    def refused(self, repo_id, **options):
+        raise OutputError.of("repo_id", repo_id, "the Hub could not be reached", "Upload later")
+
+    monkeypatch.setattr(pruner, "push_to_hub", refused)
+    assert main("prune -m m --push-to-hub me/m out".split()) == 3
+    said = capsys.readouterr()
+    words = "repo_id is 'me/m': the Hub could not be reached. Upload later."
+    assert said.out.endswith(f"Written to out. Not uploaded: {words}\n") and "perplexity" in said.out
+    assert f"optimum-clp: error: not uploaded: {words}" in said.err
 
 
 def test_a_private_repository_and_a_device(pruner, capsys):

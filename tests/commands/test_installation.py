@@ -31,6 +31,7 @@ def run_python(code, **options):
         "import optimum_clp.commands.optimum_cli",
         "from optimum_clp.commands.clp import main\nmain(['--help'])",
         "from optimum_clp.commands.clp import main\nmain(['prune', '--help'])",
+        "from optimum_clp.commands.clp import main\nmain(['prune', '--help-all'])",
         "from optimum_clp.commands.clp import main\nmain(['prune', '--epochs', 'x'])",
         "from optimum_clp.commands.clp import main\nassert main(['prune', '--model', 'm', '--epochs', '0', 'out']) == 1",
         "from optimum_clp.commands.clp import main\nassert main(['tune', '--model', 'm', '--loss', 'mse', 'out']) == 1",

@@ -10,7 +10,7 @@ import pytest
 from notices import notices
 
 from optimum_clp.commands.clp import COMMANDS, build_parser, main
-from optimum_clp.commands.log_level import LEVELS
+from optimum_clp.commands.log_level import LEVELS, hides_progress, own_level
 from optimum_clp.commands.running import execute
 
 LOG = logging.getLogger("optimum_clp.some.room")
@@ -47,6 +47,27 @@ def told(capsys, level="info", quiet=False, fails=False):
     seen = capsys.readouterr()
     assert (status, seen.out) == ((1, "") if fails else (0, "the answer\n"))
     assert quiet or len(warned) == (LEVELS.index(level) <= LEVELS.index("warning"))
+    return seen.err.splitlines()
+
+
+def test_of_several_processes_the_first_one_tells_and_the_others_their_errors_alone(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert told(capsys).count(TOLD["warning"]) == 1
+    monkeypatch.setenv("RANK", "1")
+    args = argparse.Namespace(quiet=False, log_level="debug")
+    assert hides_progress(args)
+    assert set(TOLD.values()) & set(own(capsys)) == {TOLD["error"], TOLD["critical"]}
+    monkeypatch.setenv("RANK", "no number")  # the launcher's check says so
+    assert own_level("critical") == "critical"
+
+
+def own(capsys):
+    """What a process tells that is not the first one: it has no answer of its own."""
+    args = argparse.Namespace(json=False, quiet=False, log_level="info", debug=False, fails=False)
+    with notices():
+        assert execute(work, args) == 0
+    seen = capsys.readouterr()
+    assert seen.out == ""
     return seen.err.splitlines()
 
 

@@ -53,7 +53,8 @@ def test_evaluate_measures_a_task_by_its_name(workplace, capsys):
     assert found["num_examples"] == 12 and found["lm_eval"]["num_fewshot"] == 2
     assert found["accuracy"] == found["metrics"]["acc_norm,none"]
     status, out, err = call(line, capsys)
-    head, row = out.splitlines()
+    head, row, *words = out.splitlines()
+    assert words and all(line.startswith("  ") for line in words)
     assert head.split()[:5] == ["task", "metric", "shots", "examples", "accuracy"]
     assert row.split()[:4] == ["mine", "acc_norm", "2", "12"] and row.split()[4] == f"{found['accuracy']:.4f}"
 

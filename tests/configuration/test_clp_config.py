@@ -129,6 +129,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "num_fewshot": None,
                 "apply_chat_template": False,
                 "tasks_dir": None,
+                "memory_context": 512,
                 "require_retention": None,
                 "require_generation": None,
             },

@@ -32,7 +32,7 @@ def judged(retention=0.99, chat=True, dense=None, **figures):
 def test_the_dense_model_is_like_itself():
     found = judged()
     assert (found.level, found.text, found.losses) == ("like dense", "talks like the dense model", ())
-    assert found.generation_kept.share == 1 and found.retention == 0.99
+    assert found.generation_kept.share == 1 and found.retention == found.quality == 0.99
     assert judged(chat=False).text == "writes like the dense model"
 
 
@@ -41,14 +41,39 @@ def test_the_issue_s_cut_and_tuned_models():
     cut = judged(loops=0.38, loops_error=0.09, ended=0.28, ended_error=0.08, dense_loss=2.76, retention=0.53)
     assert cut.level == "do not deploy"
     assert cut.text == (
-        "do not deploy as a chat model: 38% of its answers loop (dense: 0%); 28% of its answers end by themselves "
-        "(dense: 63%); the dense model finds what it says 4.3 times as unlikely a token as its own"
+        "do not deploy as a chat model, about 23% of the dense model's quality is left: 38% of its answers loop (dense: 0%); "
+        "28% of its answers end by themselves (dense: 63%); the dense model finds its words 4.3 times as unlikely as words of its own"
     )
-    assert cut.losses[-1] == "retention on held-out text is 0.53" and cut.losses[-1] not in cut.text
+    assert cut.losses[-1] == "it foresees held-out text less well (retention 0.53)" and cut.losses[-1] not in cut.text
     tuned = judged(loops=0.09, loops_error=0.05, ended=0.56, ended_error=0.09, dense_loss=1.9, retention=0.76)
     assert tuned.level == "usable"
-    assert tuned.text.startswith("usable with losses: 9% of its answers loop (dense: 0%); the dense model finds")
+    assert tuned.text.startswith(
+        "usable with large losses, about 55% of the dense model's quality is left: 9% of its answers loop (dense: 0%); the dense"
+    )
     assert cut.generation_kept.share == pytest.approx(math.exp(-1.46))
+
+
+@pytest.mark.parametrize(
+    ("figures", "said"),
+    [
+        (
+            {"loops": 0.09, "loops_error": 0.03},
+            "usable with small losses, about 91% of the dense model's quality is left: ",
+        ),
+        ({"ended": 0.4347, "ended_error": 0.01}, "usable with large losses, about 69% of the dense model's"),
+        ({"ended": 0.4473, "ended_error": 0.01}, "usable with clear losses, about 71% of the dense model's"),
+        ({"dense_loss": 1.30 + 0.5}, "usable with large losses, about 61% of the dense model's"),
+        ({"retention": 0.92}, "usable with small losses, about 92% of the dense model's"),
+        (
+            {"loops": 0.09, "loops_error": 0.03, "retention": 0.8},
+            "usable with clear losses, about 80% of the dense model's",
+        ),
+    ],
+)
+def test_words_say_how_much_is_lost(figures, said):
+    """The least of what is kept decides, as a share of nine tenths and of seven are not the same thing to who reads it."""
+    found = judged(**figures)
+    assert found.text.startswith(said) and f"about {found.quality:.0%}" in said
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_full_card_has_every_section(tmp_path):
     assert example_report().to_table(markdown=True) in text
     assert (
         "| `model.safetensors` |  | 2.50 MB |  |" in text
-        and "| `onnx/model_q4.onnx` | int4 | 2.10 MB | 9.0e-02 |" in text
+        and "| `onnx/model_q4.onnx` | int4 | 2.10 MB | +2.2% | 0.09 (usual: 0.1 to 0.5) |" in text
     )
     assert "reimplemented from the paper's abstract ([arXiv 2510.23652]" in text
     assert "- transformers 5.23.0" in text

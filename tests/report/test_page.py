@@ -12,6 +12,7 @@ from report_example import example_report, older_report
 
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.report import origin
+from optimum_clp.report.legend import GLOSSARY, meaning
 from optimum_clp.report.page import REPORT_PAGE, report_page, write_report_page
 from optimum_clp.report.report import CLPReport
 
@@ -110,11 +111,31 @@ def test_every_figure_is_there(tmp_path):
     assert "example/stories-16l (llama) without layers 7 to 9 of its 16, tuned next to the cut." in text.replace(
         "\n", " "
     )
-    for figure in ("12.500", "0.4100", "2.10 MB", "0.0930", "84.0%", "720.0", "2.50 MB", "9.0e-02"):
+    for figure in (
+        "12.500",
+        "0.4100",
+        "2.10 MB",
+        "0.0930",
+        "84.0%",
+        "720.0",
+        "2.50 MB",
+        "0.09 (usual: 0.1 to 0.5)",
+        "+2.2%",
+        "52.10 MB",
+    ):
         assert figure in text, figure
     assert "14 cuts were scored (strategy auto (used gate), the work of 4.1 forward passes" in text
     assert "pruning_ratio" in text and "0.3" in text and "optimum-clp prune --model example/stories-16l" in text
     assert html.count('aria-label="Layers 7 to 9: KL 0.41 ± 0.02, on 32 rows (chosen)"') == 2  # wide and narrow
+
+
+def test_what_a_column_means_is_told_at_its_head_and_below_the_table():
+    _, elements = page(full_report())
+    told = {a["title"] for a in elements.all("abbr")}
+    for title in ("KL to dense (nats)", "loops", "end by themselves", "retention", "worst logit", "RAM"):
+        assert meaning(title) in told and meaning(title) in elements.text
+    assert [a["href"] for a in elements.all("a")].count(GLOSSARY) == 4  # measures, answers, other texts, files
+    assert "What the columns mean" not in page(CLPReport())[1].text
 
 
 def test_each_scored_cut_can_be_pointed_at():
@@ -218,7 +239,7 @@ def test_no_string_of_a_report_becomes_markup():
     # the recipe's table has a few rows more
     assert {tag for tag, _ in elements.found} == {tag for tag, _ in clean.found}
     assert "1337" not in html and "7 * 191" in html
-    assert all(a["href"].startswith("https://huggingface.co/") for a in elements.all("a"))
+    assert all(a["href"].startswith("https://huggingface.co/") or a["href"] == GLOSSARY for a in elements.all("a"))
 
 
 def test_a_lone_surrogate_is_written(tmp_path):

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from notices import notice
 from report_example import example_report, older_report
 
 from optimum_clp.errors import ConfigurationError
@@ -218,7 +219,10 @@ def test_stages_that_did_not_run_have_no_plot(tmp_path):
 
 def test_without_matplotlib_plots_are_skipped_or_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "plots_available", lambda: False)
-    assert plots.write_plots(example_report(), tmp_path) == []
+    with notice(r"plots/search.png and plots/tuning.png are left out.*pip install 'optimum-clp\[plots\]'") as told:
+        assert plots.write_plots(example_report(), tmp_path) == []
+    assert len(told) == 1
+    assert plots.write_plots(CLPReport(), tmp_path) == []  # nothing to draw, nothing to say
     with pytest.raises(ConfigurationError, match=r"matplotlib is None: .*pip install 'optimum-clp\[plots\]'"):
         plots.plot_search(example_report(), tmp_path / "s.png")
 

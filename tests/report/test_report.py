@@ -276,22 +276,35 @@ def test_reading_copies_the_values():
 
 def test_table_is_aligned_and_says_what_was_measured():
     lines = example_report().to_table().splitlines()
-    assert lines[0].split() == "model layers parameters size perplexity KL to dense prefill tok/s decode tok/s".split()
-    assert len({len(line) for line in lines[:-1]}) == 1, "columns are not aligned"
-    assert [line.split("  ")[0] for line in lines[2:-1]] == ["dense", "cut", "tuned", "onnx", "onnx int8", "onnx int4"]
-    assert lines[-2].split() == ["onnx", "int4", "13", "3.18", "M", "2.10", "MB", "9.100", "0.1200", "14,000", "720"]
-    assert lines[-1] == (
-        "Measured on self-written text (seed 1, temperature 1.0), 6,120 tokens, "
-        "on cpu (Example Processor) with 2 threads."
+    assert (
+        lines[0].split()
+        == "model layers parameters size perplexity KL to dense prefill tok/s decode tok/s RAM".split()
     )
+    table, below = lines[:8], lines[8:]
+    assert len({len(line) for line in table}) == 1, "columns are not aligned"
+    assert [line.split("  ")[0] for line in table[2:]] == ["dense", "cut", "tuned", "onnx", "onnx int8", "onnx int4"]
+    assert table[-1].split() == "onnx int4 13 3.18 M 2.10 MB 9.100 0.1200 14,000 720 52.10 MB".split()
+    assert below[-2:] == [
+        "Measured on self-written text (seed 1, temperature 1.0), 6,120 tokens, on cpu (Example Processor) with 2 threads.",
+        "The onnx int4 file needs 52.10 MB of RAM to run with 512 tokens of context, alone in a process (40.00 MB of it Python "
+        "and ONNX Runtime), and 8.00 MB for 1,000 tokens more.",
+    ]
+    assert [line.split(":")[0].strip() for line in below[:-2]] == [
+        "perplexity",
+        "KL to dense",
+        "prefill tok/s",
+        "decode tok/s",
+        "RAM",
+        "all words",
+    ]
 
 
 def test_table_in_markdown_has_the_same_cells():
     report = example_report()
     report.evaluation["rows"][1].update(perplexity=math.nan, decode_tokens_per_second=None)
     table = report.to_table(markdown=True).split("\n\n")[0].splitlines()
-    assert {line.count("|") for line in table} == {9}
-    assert table[3] == "| cut | 13 | 3.18 M | 12.72 MB | - | 0.4100 | 6,100 | - |"
+    assert {line.count("|") for line in table} == {10}
+    assert table[3] == "| cut | 13 | 3.18 M | 12.72 MB | - | 0.4100 | 6,100 | - | - |"
 
 
 def test_table_leaves_out_what_was_not_measured():

@@ -57,14 +57,21 @@ def test_a_cell_is_a_value_or_a_dash(value, show, text):
 
 
 def test_units_are_decimal():
-    assert [format_bytes(n) for n in (0, 999, 1000, 2_500_000, 3e9)] == [
+    assert [format_bytes(n) for n in (0, 999, 1000, 2_500_000, 3e9, 1.3e12)] == [
         "0 B",
         "999 B",
         "1.00 kB",
         "2.50 MB",
         "3.00 GB",
+        "1.30 TB",
     ]
-    assert [format_count(n) for n in (12, 1500, 3.7e6, 8e9)] == ["12", "1.50 k", "3.70 M", "8.00 B"]
+    assert [format_count(n) for n in (12, 1500, 3.7e6, 8e9, 2e12)] == [
+        "12",
+        "1.50 k",
+        "3.70 M",
+        "8.00 B",
+        "2.00 T",
+    ]
 
 
 def test_a_loss_is_named_by_its_parts():
