@@ -82,7 +82,9 @@ def _check_path(name: str, path: str | bytes) -> None:
     except UnicodeEncodeError:  # a lone surrogate
         sound = False
     if not sound or max(map(len, found.split(os.fsencode(os.sep)))) > _LONGEST_NAME:
-        rule = "no file can have this name: it is empty, too long, or has NUL, half a character or what is no UTF-8 in it"
+        rule = (
+            "no file can have this name: it is empty, too long, or has NUL, half a character or what is no UTF-8 in it"
+        )
         raise ConfigurationError.of(name, path, rule, "Give another path")
 
 

@@ -243,6 +243,6 @@ def checked_settings(max_new_tokens: Any, temperature: Any) -> AnswerSettings:
         raise ConfigurationError.of("max_new_tokens", max_new_tokens, rule, "Give for example 256")
     known = not isinstance(temperature, bool) and isinstance(temperature, (int, float))
     if not known or not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= 10):
-        rule = f"it must be 0 (the most likely token) or a number from {_LEAST_TEMPERATURE} to 10"
+        rule = f"it must be a number from 0 (the most likely token) to 10, and at least {_LEAST_TEMPERATURE} if it is not 0"
         raise ConfigurationError.of("temperature", temperature, rule, "Give for example 0.7")
     return AnswerSettings(max_new_tokens, float(temperature))

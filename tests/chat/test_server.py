@@ -108,7 +108,12 @@ def test_what_cannot_be_asked_is_said_in_its_column(server):
 
 @pytest.mark.parametrize(
     ("content", "error"),
-    [("\ud800", "half of a character in it"), ("w5\0", None), (5, "an empty turn"), ([{"type": "text"}], "an empty turn")],
+    [
+        ("\ud800", "half of a character in it"),
+        ("w5\0", None),
+        (5, "an empty turn"),
+        ([{"type": "text"}], "an empty turn"),
+    ],
 )
 def test_odd_words_are_answered_or_refused(server, content, error):
     body = {"messages": {"dense": [{"role": "user", "content": content}]}, "max_new_tokens": 2}
@@ -267,7 +272,7 @@ def test_an_answer_that_loops_can_be_stopped(talker):
     "values", [(0, 0), (True, 0), (1.5, 0), (10**6, 0), (5, -1), (5, 11), (5, float("nan")), (5, None), (5, 1e-320)]
 )
 def test_settings_that_are_none_are_refused(values):
-    with pytest.raises(ConfigurationError, match="it must be (a whole number from|0 .the most likely token. or a number from)"):
+    with pytest.raises(ConfigurationError, match="it must be a (whole )?number from"):
         checked_settings(*values)
 
 

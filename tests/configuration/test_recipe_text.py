@@ -71,7 +71,7 @@ def test_every_dial_can_be_turned_by_taking_its_sign_away():
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x85", "\u2028"])
 def test_a_name_with_a_line_end_in_it_sets_nothing(end):
     text = recipe_yaml(CLPConfig(0.3), [f"of a{end}seed: 7"])
-    assert parse_yaml(text.encode()) == {"pruning_ratio": 0.3}
+    assert parse_yaml(text.encode()) == parse_yaml(recipe_yaml(CLPConfig(0.3)).encode())
     assert text.startswith("# of a\n# seed: 7\n")
 
 

@@ -65,7 +65,7 @@ def head_hook(model, change):
 
 
 def before_hook(model, change):
-    model.model.norm.register_forward_pre_hook(lambda module, given: tuple(map(change, given)))
+    model.lm_head.register_forward_pre_hook(lambda module, given: tuple(map(change, given)))
 
 
 def own_forward(model, change):
@@ -107,7 +107,9 @@ def test_layers_that_share_a_weight_by_hand_are_refused(share):
     """transformers would refuse to save them, after the search."""
     model = tiny_model()
     share(model.model.layers)
-    message = r"layers.5.mlp.*weight is the same tensor as model.layers.4.mlp.*Give the layer weights of its own: module.wei"
+    message = (
+        r"layers.5.mlp.*weight is the same tensor as model.layers.4.mlp.*Give the layer weights of its own: module.wei"
+    )
     for step in (check_uncut, lambda given: cut_model(given, [LayerSegment(1, 3)])):
         with pytest.raises(ModelError, match=message):
             step(model)
@@ -154,6 +156,39 @@ def test_frequencies_that_follow_the_length(make, read_before, tmp_path):
     for length in (8, 20, 60, 8):
         assert torch.equal(logits(smaller, length), logits(naive_cut(make(), 2, 4), length))
     assert not torch.equal(logits(smaller, 60)[:, :20], logits(smaller, 20))
+
+
+SCALINGS = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 10 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_other_scalings_of_frequencies(scaling, tmp_path):
+    def make():
+        return tiny_model(max_position_embeddings=48, rope_scaling=dict(SCALINGS[scaling]))
+
+    model = make()
+    smaller = cut_model(model, [LayerSegment(2, 4)])
+    save_checkpoint(smaller, None, tmp_path)
+    verify_checkpoint(tmp_path, smaller)
+    for length in (8, 40):
+        assert torch.equal(logits(smaller, length), logits(naive_cut(make(), 2, 4), length))
 
 
 def test_evaluation_mode_puts_back_what_a_model_changes_of_itself():
