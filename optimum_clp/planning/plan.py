@@ -273,5 +273,5 @@ def _weight_dtype(config: PretrainedConfig, dtype: torch.dtype | str | None) -> 
     """`dtype`, or what the config names, or float32."""
     chosen: Any = None if dtype == "auto" else dtype
     for source in (config, text_config(config)):
-        chosen = chosen or getattr(source, "dtype", None)
-    return floating_dtype(chosen or torch.float32)
+        chosen = getattr(source, "dtype", None) if chosen is None else chosen
+    return floating_dtype(torch.float32 if chosen is None else chosen)

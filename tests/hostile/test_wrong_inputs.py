@@ -6,6 +6,7 @@ be refused or taken, and never end in another error.
 """
 
 import gzip
+import inspect
 import json
 import random
 import resource
@@ -534,21 +535,28 @@ ARGUMENTS = {
         "model_or_path": ["none", "true", "int", "float", "empty", "nul", "half", "long", "bytes", "list", "dict"],
         "file_name": ["true", "int", "bytes", "list", "dict"],
         "tokenizer": ["true", "int", "bytes", "list", "dict", "object"],
-        "revision": ["true", "int", "bytes", "list"],
+        "revision": ["true", "int", "bytes", "list", "empty", "nul", "half", "long"],
         "token": ["int", "bytes", "list"],
         "dtype": ["none", "int", "bytes", "list", "word"],
         "trust_remote_code": ["none", "int", "word"],
         "use_safetensors": ["none", "int", "word"],
         "quiet": ["none", "int", "word"],
+        "device_map": ["true", "float", "empty", "word", "nul", "half", "long", "bytes", "list", "object"],
+        "attn_implementation": ["true", "int", "word", "nul", "half", "long", "bytes", "list"],
+        "cache_dir": ["true", "int", "nul", "half", "long", "bytes", "list", "dict"],
     },
     "prune": {
+        "copy": ["none", "int", "word"],
         "config": NOT_A_CONFIG,
         "save_directory": [kind for kind in PATHS if kind != "none"],
         "overwrite": ["int", "word"],
     },
     "search": {"config": NOT_A_CONFIG},
     "tune": {"config": NOT_A_CONFIG},
-    "cut": {"segments": ["true", "int", "word", "bytes", "list", "dict", "set", "object", "none"]},
+    "cut": {
+        "copy": ["none", "int", "word"],
+        "segments": ["true", "int", "word", "bytes", "list", "dict", "set", "object", "none"],
+    },
     "quantize": {
         "save_directory": PATHS,
         "weights": ["none", "int", "word", "list"],
@@ -594,6 +602,25 @@ def test_arguments_of_the_pruner(function, argument, kind, pruner, saved, place)
     if function == "evaluate" and argument == "task_limit":
         given |= {"tasks": {"t": [{"context": "a", "continuation": "b"}]}}
     refuses(lambda: getattr(pruner, function)(**given))
+
+
+def test_every_argument_of_the_pruner_is_in_the_table():
+    for function, method in inspect.getmembers(CLPPruner, callable):
+        if not function.startswith("_"):
+            found = inspect.signature(method).parameters.values()
+            named = {p.name for p in found if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
+            assert named == set(ARGUMENTS.get(function, ())), function
+
+
+@pytest.mark.parametrize("argument", ["cache_dir", "token", "session_options"])
+@pytest.mark.parametrize("kind", ["int", "float", "bytes", "list", "dict", "object"])
+def test_more_arguments_of_the_onnx_model(argument, kind, saved, place):
+    refuses(lambda: OnnxCausalLM.from_pretrained(saved, **{argument: KINDS[kind]}), argument)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"none"}))
+def test_dtypes_of_a_plan(kind, place):
+    refuses(lambda: plan_pruning(tiny_config(), dtype=KINDS[kind]), "dtype")
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "config", "report", "pruned_model", "segments", "quiet"])
