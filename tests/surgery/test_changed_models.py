@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 from transformers import Phi3Config, Phi3ForCausalLM
+from zoo import ZOO, zoo_model
 
 from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
 from optimum_clp.errors import CutError, ModelError
@@ -113,6 +114,12 @@ def test_layers_that_share_a_weight_by_hand_are_refused(share):
     for step in (check_uncut, lambda given: cut_model(given, [LayerSegment(1, 3)])):
         with pytest.raises(ModelError, match=message):
             step(model)
+
+
+def test_layers_that_share_by_their_class_are_cut():
+    """Zamba's attention blocks are one block; transformers knows that, and saves it once."""
+    model = zoo_model(next(tiny for tiny in ZOO if tiny.name == "zamba"))
+    check_uncut(model)
 
 
 def naive_cut(model, start, stop):
