@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 # these hold seconds and speeds
-TIMED = ("clp_report.json", "README.md", "plots")
+TIMED = ("clp_report.json", "README.md", "plots", "report.html")
 OPTIONS = (
     "--pruning-ratio 0.34 --sequence-length 32 --train-sequences 24 --validation-sequences 4 --test-sequences 4 "
     "--search-sequences 8 --epochs 3 --batch-size 4 --checkpoint-seconds 0 --no-generation --weights int8 --group-size 16 "

@@ -76,11 +76,15 @@ def check_argument(name: str, value: Any, hint: Any) -> None:
 
 def _check_path(name: str, path: str | bytes) -> None:
     try:
-        sound = 0 < len(os.fsencode(path)) <= _LONGEST_PATH and b"\0" not in os.fsencode(path)
+        # not `os.fsencode`: safetensors, tokenizers and ONNX Runtime open no file whose name is not UTF-8
+        found = path if isinstance(path, bytes) else path.encode()
+        sound = 0 < len(found) <= _LONGEST_PATH and b"\0" not in found
     except UnicodeEncodeError:  # a lone surrogate
         sound = False
-    if not sound or max(map(len, os.fsencode(path).split(os.fsencode(os.sep)))) > _LONGEST_NAME:
-        rule = "no file can have this name: it is empty, too long, or has NUL or half a character in it"
+    if not sound or max(map(len, found.split(os.fsencode(os.sep)))) > _LONGEST_NAME:
+        rule = (
+            "no file can have this name: it is empty, too long, or has NUL, half a character or what is no UTF-8 in it"
+        )
         raise ConfigurationError.of(name, path, rule, "Give another path")
 
 

@@ -73,6 +73,14 @@ def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text can be written in UTF-8: JSON can say half of a pair (`\\ud83d`), which no tokenizer takes."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def is_deep(value: Any) -> bool:
     """Whether lists and objects lie inside one another more than `MAX_DEPTH` deep; looked at level by level."""
     level = [value] if isinstance(value, (dict, list)) else []
@@ -114,6 +122,8 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
         if found.st_size > limit:
             raise JsonProblem(f"has {found.st_size} bytes, and at most {limit} are read")
         return path.read_bytes()
+    except JsonProblem:
+        raise
     except OSError as error:
         raise JsonProblem(f"cannot be read ({error.strerror or error})") from error
     except ValueError as error:  # a name that no file can have

@@ -47,7 +47,7 @@ _TEXT_CONFIG: dict[str, Any] = {
     "rope_theta": _or_null("number", exclusiveMinimum=0),
     "initializer_range": _or_null("number", minimum=0),
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "dropout"), _or_null("number", minimum=0, maximum=1)),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "auto_map"), _or_null("object")),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "auto_map", "quantization_config"), _or_null("object")),
     **dict.fromkeys(("torch_dtype", "dtype"), _or_null("string", maxLength=40)),
     "tie_word_embeddings": _or_null("boolean"),
     "is_encoder_decoder": _or_null("boolean"),

@@ -356,4 +356,5 @@ def _write_records(session: Session, folder: Path, name: str, attempts: Attempts
     report.failures = failures_section(attempts.failed, name)
     with attempts.stage("report"):
         report.save(folder)
+    report.failures = failures_section(attempts.failed, name)  # the report itself may have failed
     attempts.failed.clear()

@@ -37,6 +37,7 @@ from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
 from .errors import ConfigurationError, Problem, QuantizationError
 from .model_files import check_folder, check_model_file, read_model_file, safetensors_header
+from .own_state import in_own_state
 from .precisions import PRECISIONS, QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
@@ -307,6 +308,7 @@ def _quantized_weight(name: str, layer: nn.Linear, kind: qtype) -> Any:
 
 
 @check_arguments
+@in_own_state
 def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     """Load what [`save_quantized`] wrote: exactly the model that was saved, on the CPU, in eval mode.
 

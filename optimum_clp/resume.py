@@ -144,6 +144,11 @@ class Caches:
             if self._depth == 0:
                 self._leave(done)
 
+    @property
+    def is_of_one_stage(self) -> bool:
+        """Whether a stage is at work that was called by itself, and is no part of a longer run."""
+        return self._depth == 1
+
     def take(self, place: Path | None, folder: bool = False) -> Path | None:
         """Lock a place; while another process works there, wait for it. A link is not followed: it goes.
 

@@ -344,11 +344,14 @@ class Session:
             return dataclasses.replace(settings, train_sequences=max(1, round(config.tuning.tokens / length)))
         return settings
 
-    def calibration(self, train_rows: int | None = None, *, dealt: bool = True) -> CalibrationData:
+    def calibration(
+        self, train_rows: int | None = None, *, test_rows: int | None = None, dealt: bool = True
+    ) -> CalibrationData:
         """The recipe's text, read or written once for each recipe; also the report's `calibration` section.
 
         Args:
             train_rows (`int`, *optional*): No more train rows than these.
+            test_rows (`int`, *optional*): No more test rows than these.
             dealt (`bool`): All processes of a group ask for it, and each one writes a part.
 
         Raises:
@@ -361,6 +364,8 @@ class Session:
         settings = self._text_settings()
         if train_rows is not None:
             settings = dataclasses.replace(settings, train_sequences=min(settings.train_sequences, train_rows))
+        if test_rows is not None:
+            settings = dataclasses.replace(settings, test_sequences=min(settings.test_sequences, test_rows))
         source = self._text_key(settings)
         if self._text is None or self._text[0] != source:
             writes = self.config.calibration.dataset is None
@@ -382,8 +387,13 @@ class Session:
         return self._text[1]
 
     def search_text(self) -> CalibrationData:
-        """The text of a search: no more train rows than it looks at, as writing all of them takes longer than the search."""
-        return self.calibration(self.config.search.num_sequences)
+        """The text of a search: no more train rows than it looks at, as writing all of them takes longer than the search.
+
+        Of a search that is called alone the dense model writes no test rows either, which are a sample of their own. Those of a
+        given text stay set apart: what a later step measures on is not what this one has looked at.
+        """
+        writes_in_vain = self.config.calibration.dataset is None and self.caches.is_of_one_stage
+        return self.calibration(self.config.search.num_sequences, test_rows=1 if writes_in_vain else None)
 
     def outcome_text(self) -> CalibrationData:
         """The text that what comes out is rounded and measured on: untuned, with no more train rows than rounding looks at.

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from zoo import ZOO, zoo_model
 
 from optimum_clp import CLPConfig, LayerSegment
+from optimum_clp.commands.running import exit_status
 from optimum_clp.errors import ConfigurationError, ExportError, OutputError, QuantizationError
 from optimum_clp.evaluation.outcome import Measurements
 from optimum_clp.exporters.export import ExportResult
@@ -211,3 +212,15 @@ def test_a_licence_that_nobody_knows_is_said(session, tmp_path):
     with notice("licence: the card of acme/no-such-model is not in the cache, and the Hugging Face Hub"):
         write_run(session, tmp_path / "out")
     assert "license:" not in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_report_that_cannot_be_written_has_failed_too(session, tmp_path, monkeypatch):
+    """Nothing reads that from the folder, so the command's status must say it."""
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CLPReport, "save", full)
+    write_run(session, tmp_path / "out")
+    assert [entry["stage"] for entry in session.report.failures] == ["report"]
+    assert exit_status(session.report) == 3 and (tmp_path / "out" / "model.safetensors").is_file()

@@ -1,16 +1,27 @@
 """What a caller has set around a verb does not reach into it, and is as it was afterwards."""
 
+import copy
+import shutil
 import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 from byte_tokenizer import tiny_tokenizer
-from tiny_models import tiny_model
+from tiny_models import tiny_config, tiny_model
+from tiny_models import tiny_tokenizer as tiny_tokenizer_of_words
+from tiny_onnx import exported_llama
 
-from optimum_clp import CLPConfig, CLPPruner
+from optimum_clp import CLPConfig, CLPPruner, plan_pruning
+from optimum_clp.chat.answering import Answering, AnswerSettings, answer_in_turn
+from optimum_clp.chat.speakers import open_speakers
+from optimum_clp.commands.clp import main
+from optimum_clp.configuration.targets import with_target
 from optimum_clp.errors import BusyError, ConfigurationError, ModelError
+from optimum_clp.evaluation.prompts import load_prompts
 from optimum_clp.own_state import in_own_state, own_state
+from optimum_clp.quantization import load_quantized
+from optimum_clp.tuning.loop import TrainingLoop
 
 
 @contextmanager
@@ -131,6 +142,113 @@ def test_a_second_thread_is_refused_at_once():
     other()
     assert found[0].startswith("thread is 'the second': another thread of this process is at work")
     assert found[1] == "worked"
+
+
+def test_a_second_run_in_another_thread_is_refused_and_the_first_is_not_disturbed(tmp_path, undisturbed, monkeypatch):
+    at_work, go_on, found = threading.Event(), threading.Event(), []
+    step = TrainingLoop._train_step
+
+    def waiting(loop):
+        at_work.set()
+        assert go_on.wait(60)
+        return step(loop)
+
+    monkeypatch.setattr(TrainingLoop, "_train_step", waiting)
+
+    def run(name):
+        try:
+            model = CLPPruner(tiny_model(num_layers=4), quiet=True)
+            found.append(model.prune(recipe(tmp_path / "cache"), tmp_path / name))
+        except BusyError as error:
+            found.append(error)
+
+    first, second = (threading.Thread(target=run, args=(name,), name=name) for name in ("first", "second"))
+    first.start()
+    assert at_work.wait(60)
+    second.start()
+    second.join()
+    assert not go_on.is_set() and "thread is 'second': another thread" in str(found[0])
+    assert not (tmp_path / "second").exists()
+    go_on.set()
+    first.join()
+    assert all(torch.equal(found[1].state_dict()[name], tensor) for name, tensor in undisturbed.items())
+
+
+@contextmanager
+def everything():
+    """All of them at once, as in a caller who is himself in the middle of something."""
+    with default_dtype(torch.float16), default_device("meta"), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A checkpoint with ONNX files beside it, and another model."""
+    folder, found = tmp_path_factory.mktemp("exported"), exported_llama()
+    shutil.copytree(found.folder, folder / "out")
+    copy.deepcopy(found.model).save_pretrained(folder / "out")
+    tiny_tokenizer_of_words().save_pretrained(folder / "out")
+    tiny_model(num_layers=4).save_pretrained(folder / "dense")
+    return folder
+
+
+def chat(folder, place):
+    speakers = open_speakers(folder / "out", dense=folder / "dense", file_name="onnx/model_q4.onnx", quiet=True)
+    (prompt,) = load_prompts([{"prompt": "w5 w6"}])
+    answers = [Answering(speakers, s, speakers.tokens_of(prompt, s), AnswerSettings(4)) for s in speakers.all]
+    for _ in answer_in_turn(answers):
+        pass
+    return [(answer.name, answer.tokens, answer.error) for answer in answers]
+
+
+def plan(folder, place):
+    return plan_pruning(tiny_config(), CLPConfig(target_size_mb=0.08)).to_dict()
+
+
+def written_recipe(folder, place):
+    assert main(["recipe", str(folder / "dense"), "-o", str(place / "r.yaml"), "--json"]) == 0
+    return (place / "r.yaml").read_text().replace(str(place), "")
+
+
+def evaluate(folder, place):
+    rows = [{"query": "w3 w4", "choices": ["w5", "w6"], "gold": 0}]
+    pruner = CLPPruner.from_pretrained(folder / "out", quiet=True)
+    of_file = CLPPruner.from_pretrained(folder / "out", "onnx/model_q4.onnx", quiet=True)
+    text = " ".join(f"w{3 + i % 90}" for i in range(300))
+    return pruner.evaluate([text], reference=folder / "dense", tasks={"t": rows}), of_file.evaluate([text])
+
+
+def export_for_web(folder, place):
+    pruner = CLPPruner.from_pretrained(folder / "out", quiet=True)
+    pruner.config = CLPConfig.from_dict(with_target({"quantization": {"weights": ["int4_float16"]}}, "web", over=True))
+    pruner.config.quantization.method = "rtn"
+    pruner.cut([(0, 1)])
+    pruner.export(place / "web")
+    return {file.name: file.read_bytes() for file in (place / "web" / "onnx").iterdir()}
+
+
+def quanto(folder, place):
+    pruner = CLPPruner.from_pretrained(folder / "out", quiet=True)
+    pruner.cut([(0, 1)])
+    pruner.quantize(place / "quanto")
+    return {name: tensor.dtype for name, tensor in load_quantized(place / "quanto").state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [chat, plan, written_recipe, evaluate, quanto, pytest.param(export_for_web, marks=pytest.mark.slow)],
+    ids=lambda verb: verb.__name__,
+)
+def test_every_other_verb_gives_the_same_within_any_surroundings(verb, exported, tmp_path):
+    found = []
+    for number, surroundings in enumerate((torch.enable_grad, everything, torch.inference_mode)):
+        place = tmp_path / str(number)
+        place.mkdir()
+        with surroundings():
+            before = settings()
+            found.append(verb(exported, place))
+            assert settings() == before
+    assert found[0] == found[1] == found[2]
 
 
 def test_weights_that_no_gradient_passes_through_are_refused(tmp_path):

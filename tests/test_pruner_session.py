@@ -105,6 +105,24 @@ def test_each_step_has_the_train_rows_that_it_looks_at(tmp_path):
     assert session.search_text() is tuned
 
 
+def test_a_search_that_is_called_alone_writes_no_test_rows(tmp_path):
+    config = changed(recipe(tmp_path, train_sequences=9), search={"num_sequences": 3})
+    session = Session(tiny_model(), tiny_tokenizer(), config, quiet=True)
+    whole = session.search_text()
+    with session.caches.run():
+        alone = session.search_text()
+        with session.caches.run():
+            within = session.search_text()
+        assert session.search_journal() is not None
+    assert len(alone.test) == 1 < len(whole.test) and torch.equal(within.test, whole.test)
+    for data in (alone, within):
+        assert torch.equal(data.train, whole.train) and torch.equal(data.validation, whole.validation)
+    # of a given text they stay set apart, or a later step would measure on what this one has looked at
+    config.calibration.dataset = [" ".join(f"w{3 + (i * 7) % 90}" for i in range(600))]
+    with session.caches.run():
+        assert len(session.search_text().test) == len(whole.test)
+
+
 def test_given_rows_are_no_longer_than_the_model_can_take():
     words = [" ".join(f"w{3 + i % 90}" for i in range(400))]
     session = Session(tiny_model(), tiny_tokenizer())

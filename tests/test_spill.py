@@ -1,5 +1,8 @@
 import errno
 import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,3 +53,24 @@ def test_a_full_disk_is_told_before_it_is_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="4.0 GB are needed, 2.0 GB are free") as error:
         Spill(tmp_path, 0).allocate((10**6, 1000), torch.float32)
     assert error.value.errno == errno.ENOSPC and error.value.filename == str(tmp_path)
+
+
+SPILLING = """
+import sys, time, torch
+from pathlib import Path
+from optimum_clp.exporters.room import ExportRoom
+from optimum_clp.spill import Spill
+kept = [kind.keep(torch.ones(1 << 20)) for kind in (Spill(Path(sys.argv[1]), 0), ExportRoom(Path(sys.argv[1])))]
+print(sum(len(line) > 1 and "states-" in line for line in open("/proc/self/maps")), flush=True)
+time.sleep(300)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the maps of a process are Linux's")
+def test_nothing_is_left_of_a_process_that_is_killed(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", SPILLING, str(tmp_path / "room")], stdout=subprocess.PIPE, text=True
+    )
+    assert int(process.stdout.readline()) >= 2, "both lie in files"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and list((tmp_path / "room").iterdir()) == []

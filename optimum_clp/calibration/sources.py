@@ -13,7 +13,7 @@ from typing import Any
 
 from ..configuration.rules import source_of_text, text_source
 from ..errors import CalibrationError
-from ..json_files import JsonProblem
+from ..json_files import JsonProblem, is_whole
 from ..progress import draws_bars
 from .chats import COLUMNS, Message, chat_columns, messages_of
 from .formats import FILE_TYPES, FormatProblem, has_rows, is_packed, kind_of, opened, rows_of
@@ -59,6 +59,8 @@ class HubDataset:
     running_text: bool = False
 
 
+# of a text file, in characters, for what no text has; as `git` and `grep` do
+_LOOKED_AT = 8000
 _CONNECTION_ERRORS = {
     "ConnectionError",
     "TimeoutError",
@@ -173,7 +175,7 @@ def _read_file(path: Path, shown: str, text_column: str, piece_characters: int, 
             yield from _documents(_texts(rows_of(path, wanted), shown, text_column, name), name)
         else:
             with opened(path) as lines:
-                yield from _running_text(_bounded_lines(lines, piece_characters), piece_characters)
+                yield from _running_text(_of_text(_bounded_lines(lines, piece_characters)), piece_characters)
     except JsonProblem as problem:
         raise CalibrationError.of(name, shown, problem.rule, "Correct or remove that line") from problem
     except FormatProblem as problem:
@@ -199,6 +201,17 @@ def _bounded_lines(file: Any, limit: int) -> Iterator[str]:
         yield part
     if rest:
         yield rest
+
+
+def _of_text(lines: Iterator[str]) -> Iterator[str]:
+    """Refuse what UTF-8 can read and is no text: UTF-16 without its mark, or numbers of a program."""
+    characters = 0
+    for line in lines:
+        if characters < _LOOKED_AT and "\0" in line[: _LOOKED_AT - characters]:
+            rule = "it is no text in UTF-8: there are NUL characters in its beginning"
+            raise FormatProblem(rule, "Give a text file; one in UTF-16 can be converted with iconv -f UTF-16 -t UTF-8")
+        characters += len(line)
+        yield line
 
 
 def _running_text(lines: Iterable[str], piece_characters: int) -> Iterator[Passage]:
@@ -242,7 +255,7 @@ def _documents(texts: Iterable[str | list[Message]], name: str) -> Iterator[Pass
     try:
         for text in texts:
             said = text if isinstance(text, str) else "\n".join(message["content"] for message in text)
-            if not _is_whole(said):
+            if not is_whole(said):
                 halves += 1
             elif not isinstance(text, str):
                 yield Passage(said, messages=tuple(text))
@@ -252,14 +265,6 @@ def _documents(texts: Iterable[str | list[Message]], name: str) -> Iterator[Pass
         if halves:
             rows = f"{halves} row{'s have' if halves > 1 else ' has'}"
             logger.warning(f"{name}: {rows} half of a character in it (a lone surrogate) and is left out")
-
-
-def _is_whole(text: str) -> bool:
-    """Whether a text can be written in UTF-8: JSON can say half of a pair (`\\ud83d`), which no tokenizer takes."""
-    try:
-        return text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _parse_name(dataset: str, evaluation: bool) -> HubDataset:

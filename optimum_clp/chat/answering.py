@@ -34,7 +34,7 @@ class AnswerSettings:
 
     Args:
         max_new_tokens (`int`): Tokens that one may have, at least 1.
-        temperature (`float`): Of sampling, at least 0; at 0 the most likely token is taken.
+        temperature (`float`): Of sampling, at least 0.001; or 0, at which the most likely token is taken.
     """
 
     max_new_tokens: int = 256

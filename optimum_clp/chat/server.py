@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import CLPError, ConfigurationError
 from ..evaluation.prompts import load_prompts
+from ..json_files import JsonProblem, parse
 from .answering import Answering, AnswerSettings, answer_in_turn
 from .speakers import Speakers
 
@@ -38,6 +39,8 @@ _HEADERS = {
 }
 _LARGEST_BODY = 2**20
 _MOST_TOKENS = 8192
+# below it logits are divided to infinities
+_LEAST_TEMPERATURE = 0.001
 
 
 class ChatServer(http.server.ThreadingHTTPServer):
@@ -167,13 +170,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 prepared.append((speaker, speakers.tokens_of(prompt, speaker)))
             except CLPError as error:
                 self._line({"name": name, "error": error.problems[0].rule, "done": True})
+            except Exception as error:  # of a template or a tokenizer that is somebody else's
+                self._line({"name": name, "error": _said(error), "done": True})
         # threads begin here, and nothing that may fail lies between them and what ends them
         answers = [Answering(speakers, speaker, ids, settings) for speaker, ids in prepared]
         self.server.answering = {answer.name: answer for answer in answers}
         for answer, added in answer_in_turn(answers):
             line = {"name": answer.name, "added": added, **answer.figures()}
             if answer.error is not None:
-                line["error"] = f"{type(answer.error).__name__}: {answer.error}"[:500]
+                line["error"] = _said(answer.error)
             self._line(line)
 
     def _settings(self, body: dict[str, Any]) -> AnswerSettings:
@@ -191,11 +196,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
             raise _Refused(HTTPStatus.LENGTH_REQUIRED, "What is sent must say its length.")
-        if int(length) > _LARGEST_BODY:
+        # no number of more digits is made of what a stranger sends
+        if len(length) > len(str(_LARGEST_BODY)) or int(length) > _LARGEST_BODY:
             raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "What is sent is too long.")
         try:
-            body = json.loads(self.rfile.read(int(length)))
-        except (ValueError, RecursionError) as error:
+            body = parse(self.rfile.read(int(length)))
+        except JsonProblem as error:
             raise _Refused(HTTPStatus.BAD_REQUEST, "What is sent is not JSON.") from error
         if not isinstance(body, dict):
             raise _Refused(HTTPStatus.BAD_REQUEST, "What is sent is no object.")
@@ -218,6 +224,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: the address, which would be in each line, has a secret in it."""
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
 def checked_settings(max_new_tokens: Any, temperature: Any) -> AnswerSettings:
     """How answers are to be written, from what a stranger sends or a user types.
 
@@ -232,7 +242,7 @@ def checked_settings(max_new_tokens: Any, temperature: Any) -> AnswerSettings:
         rule = f"it must be a whole number from 1 to {_MOST_TOKENS}"
         raise ConfigurationError.of("max_new_tokens", max_new_tokens, rule, "Give for example 256")
     known = not isinstance(temperature, bool) and isinstance(temperature, (int, float))
-    if not known or not 0 <= temperature <= 10:
-        rule = "it must be a number from 0 (the most likely token) to 10"
+    if not known or not (temperature == 0 or _LEAST_TEMPERATURE <= temperature <= 10):
+        rule = f"it must be a number from 0 (the most likely token) to 10, and at least {_LEAST_TEMPERATURE} if it is not 0"
         raise ConfigurationError.of("temperature", temperature, rule, "Give for example 0.7")
     return AnswerSettings(max_new_tokens, float(temperature))

@@ -9,10 +9,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..architecture.lookup import context_limit
+from ..argument_types import check_arguments
 from ..checkpoint.loading import load_model, load_tokenizer
 from ..errors import ConfigurationError, ModelError
 from ..evaluation.prompts import Prompt
 from ..evaluation.rendering import rendered_prompts, template_obstacle
+from ..own_state import in_own_state
 from ..precisions import PRECISIONS
 from ..report.hub import written_file
 from ..report.origin import base_name
@@ -93,6 +95,8 @@ class Speakers:
         return ids
 
 
+@check_arguments
+@in_own_state
 def open_speakers(
     folder: str | os.PathLike,
     *,

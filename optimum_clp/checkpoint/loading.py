@@ -36,6 +36,7 @@ from .files import (
 )
 from .in_memory import check_in_memory, model_or_name
 from .offloaded import read_in_place
+from .placement import check_device_map, check_revision, floating_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +82,12 @@ def load_model(
             quantized, it is not a causal language model, it needs code that may not be run, its weights do not fit
             its `config.json`, or one of them has values that are not finite; or transformers has no such attention for it, or
             it is a model in memory that computes another one.
+        ConfigurationError: If there is no such dtype, device or name of a revision.
     """
     path: Any = model_or_name(model_or_path)
+    check_device_map(device_map)
+    if dtype != "auto":
+        dtype = floating_dtype(dtype)
     hub: dict[str, Any] = {"revision": revision, "token": token, "cache_dir": cache_dir}
     if isinstance(path, PreTrainedModel):
         if accept is not None:
@@ -154,8 +159,9 @@ def load_config(
 
     Raises:
         ModelError: If there is none, it cannot be read, or it is not a dense causal language model's.
-        ConfigurationError: If another package adds this model type and cannot be imported.
+        ConfigurationError: If another package adds this model type and cannot be imported, or no revision has this name.
     """
+    check_revision(revision)
     name, hub = os.fspath(path), {"revision": revision, "token": token, "cache_dir": cache_dir}
     base = adapter_base(Path(name))
     if base is not None:
@@ -280,6 +286,9 @@ def check_finite(name: str, model: torch.nn.Module) -> None:
     """
     mapped = MappedWeights()
     for key, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):  # packed integers of torch's own quantization
+            remedy = "Give the dense model that it was made from"
+            raise model_error(name, f"its weights are quantized ({key} is no tensor)", remedy)
         if tensor.is_meta:
             remedy = "Use a device with more memory, a smaller dtype, or device_map=None"
             raise model_error(name, f"its tensor {key} was offloaded and is not in memory", remedy)

@@ -2,9 +2,11 @@
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..argument_types import check_argument
 from ..errors import OutputError
 from ..report.tables import format_bytes, format_count
 from ..version import __version__
@@ -108,15 +110,18 @@ def _head(args: argparse.Namespace, config: "CLPConfig", plan: dict[str, Any] | 
 
 
 def _command(args: argparse.Namespace) -> str:
-    return f"optimum-clp prune --model {args.model} --config {args.output or 'recipe.yaml'} OUTPUT"
+    model, file = shlex.quote(args.model), shlex.quote(args.output or "recipe.yaml")
+    return f"optimum-clp prune --model {model} --config {file} OUTPUT"
 
 
 def _new_file(name: str, overwrite: bool) -> Path:
     """The file that is to be written, looked at before any work.
 
     Raises:
+        ConfigurationError: If no file can have this name.
         OutputError: If it is a folder, is there already, or lies in a folder that is not there.
     """
+    check_argument("FILE", name, str | os.PathLike)
     file = Path(name)
     if file.is_dir():
         raise OutputError.of("FILE", name, "it is a folder", "Give the name of a file, such as recipe.yaml")
@@ -134,7 +139,10 @@ def _write(file: Path, text: str) -> None:
     # beside it first: a recipe that was there stays whole if this cannot be written
     part = file.with_name(f".{file.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        # not through a link that somebody has put there
+        part.unlink(missing_ok=True)
+        with part.open("x", encoding="utf-8") as written:
+            written.write(text)
         os.replace(part, file)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..argument_types import check_argument
 from ..configuration.recipe_files import read_recipe
@@ -63,7 +63,7 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         leave_group()
         if not was_launched_first():
             return max(status, default=0)  # one of several processes: the first one answers
-        print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text, flush=True)
+        _print(json.dumps(result, indent=2, allow_nan=False, ensure_ascii=False) if args.json else text)
         return max(status, default=0)
     except KeyboardInterrupt:
         print("optimum-clp: interrupted", file=sys.stderr)
@@ -72,8 +72,15 @@ def execute(run: Callable[[argparse.Namespace], Answer], args: argparse.Namespac
         token = getattr(args, "token", None)
         if args.debug:
             print(arguments.without_secret(traceback.format_exc(), token), end="", file=sys.stderr)
-        print(f"optimum-clp: error: {arguments.without_secret(_message(error), token)}", file=sys.stderr)
+        _print(f"optimum-clp: error: {arguments.without_secret(_message(error), token)}", sys.stderr)
         return 1
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """Print a text on standard output, or elsewhere; of a character that cannot be written there, its number in JSON's way."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
 def exit_status(report: "CLPReport") -> int:

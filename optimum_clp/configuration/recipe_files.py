@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..argument_types import check_argument
 from ..errors import ConfigurationError
 from ..json_files import JsonProblem, is_deep, parse, read_bytes
 
@@ -21,9 +22,10 @@ def read_recipe(path: str | os.PathLike, name: str = RECIPE_NAME) -> dict[str, A
         name (`str`): What errors call it: `"--config"`.
 
     Raises:
-        ConfigurationError: If it cannot be read, is neither JSON nor YAML, has a key twice, or is not a mapping of names to
+        ConfigurationError: If it is no path, cannot be read, is neither JSON nor YAML, has a key twice, or is not a mapping of names to
             values.
     """
+    check_argument(name, path, str | os.PathLike)
     file = Path(path) / RECIPE_NAME if os.path.isdir(path) else Path(path)
     try:
         values = _parsed(file)

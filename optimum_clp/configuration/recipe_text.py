@@ -51,7 +51,8 @@ def recipe_yaml(config: CLPConfig, head: Iterable[str] = ()) -> str:
     Returns:
         `str`: YAML, with a newline at its end; [`CLPConfig.from_file`] of it is `config`.
     """
-    lines = [f"# {line}".rstrip() for line in head]
+    # a name with a line end in it must not end the comment
+    lines = [f"# {part}".rstrip() for line in head for part in line.splitlines() or [""]]
     settings = all_settings()
     plain = [setting for name, setting in settings.items() if "." not in name]
     # a size chooses bits, and a time rows

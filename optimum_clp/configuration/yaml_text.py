@@ -11,7 +11,9 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 2**20
-"""Of a file: 1 MiB; PyYAML reads about as much in 10 seconds."""
+"""Of a file: 1 MiB."""
+MAX_VALUES = 2**14
+"""Names, values, lists and mappings in a file; PyYAML reads about as many in a second."""
 _CORE = "tag:yaml.org,2002:"
 
 
@@ -34,7 +36,7 @@ def parse_yaml(text: bytes) -> Any:
         text (`bytes`): One YAML document in UTF-8, with or without a byte order mark.
 
     Raises:
-        YamlProblem: If it is no YAML, or has an anchor, a tag, a key that is no string or that stands twice.
+        YamlProblem: If it is no YAML, has more than `MAX_VALUES`, or an anchor, a tag, a key that is no string or that stands twice.
     """
     try:
         loader = _RecipeLoader(text.decode("utf-8-sig"))
@@ -52,7 +54,7 @@ def parse_yaml(text: bytes) -> Any:
         raise YamlProblem(f"is not valid YAML ({' '.join(str(error).split())})") from error
     except YamlProblem:
         raise
-    except ValueError as error:  # an integer of more digits than Python reads
+    except (ValueError, OverflowError) as error:  # more digits than Python reads; an escape beyond the last character
         raise YamlProblem(f"is not valid YAML ({error})") from error
 
 
@@ -92,10 +94,14 @@ class _RecipeLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the core schema's scalars, and nothing that is said elsewhere than where it stands."""
 
     yaml_implicit_resolvers: dict[str, list] = {}
+    values = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
         place = _place(event.start_mark)
+        self.values += 1
+        if self.values > MAX_VALUES:
+            raise YamlProblem(f"has more than {MAX_VALUES} names and values ({place}); JSON may have more")
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
             raise YamlProblem(f"has an anchor or an alias ({place}), which are not read: write the value out")
         if getattr(event, "tag", None) is not None:
@@ -107,7 +113,8 @@ class _RecipeLoader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key, place = self.construct_object(key_node, deep=True), _place(key_node.start_mark)
             if not isinstance(key, str):
-                raise YamlProblem(f"has the key {key_node.value!r}, and keys are names ({place})")
+                said = repr(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "of several values"
+                raise YamlProblem(f"has the key {said}, and keys are names ({place})")
             if key in found:
                 raise YamlProblem(f"has the key {key!r} twice ({place})")
             found[key] = self.construct_object(value_node, deep=deep)

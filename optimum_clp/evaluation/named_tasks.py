@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import yaml
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 from lm_eval.api.group import Group
@@ -149,7 +150,7 @@ def load_named(names: Sequence[str], evaluation: EvaluationConfig) -> dict[str, 
             if name not in manager.task_index:
                 near = difflib.get_close_matches(name, manager.all_tasks, 3)
                 near_ones = f"It has {', '.join(near)}; " if near else ""
-                rule = f"lm-eval {lm_eval.__version__} has no task, group or tag of this name"
+                rule = f"lm-eval {lm_eval.__version__} has no task, group or tag of this name{_unread(evaluation.tasks_dir)}"
                 remedy = (
                     f"{near_ones}`lm-eval ls tasks` lists them; for a task of your own give NAME=FILE or --tasks-dir"
                 )
@@ -169,6 +170,18 @@ def _manager(names: Sequence[str], folder: str | None) -> TaskManager:
     if all(part is not None for name in names for part in _definitions(own, name)):
         return own
     return TaskManager(include_path=str(Path(folder).expanduser()))
+
+
+def _unread(folder: str | None) -> str:
+    """What lm-eval passes over without a word: the first file of a folder that is not YAML, as the end of a sentence."""
+    for file in [] if folder is None else sorted(Path(folder).expanduser().rglob("*.yaml")):
+        try:
+            content = yaml.compose(file.read_bytes(), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, OSError, RecursionError) as error:
+            return f", and {file.name} in your folder cannot be read ({first_line(error)})"
+        if not isinstance(content, yaml.MappingNode):
+            return f", and {file.name} in your folder holds no settings"
+    return ""
 
 
 def _definitions(manager: TaskManager, name: Any) -> Iterator[Mapping[str, Any] | None]:

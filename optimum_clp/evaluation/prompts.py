@@ -11,7 +11,7 @@ from typing import Any
 
 from ..argument_types import check_arguments
 from ..errors import ConfigurationError
-from ..json_files import JsonProblem, json_lines
+from ..json_files import JsonProblem, is_whole, json_lines
 
 ROLES = ("system", "user", "assistant")
 KINDS = {"json": "the answer must parse as JSON", "arithmetic": "the answer is a number"}
@@ -130,6 +130,8 @@ def _turn(turn: Any) -> tuple[str, str]:
         raise ValueError(f"has the role {role!r}, which is none of {', '.join(ROLES)}")
     if not isinstance(words, str) or not words.strip():
         raise ValueError(f"has an empty turn of the role {role!r}")
+    if not is_whole(words):
+        raise ValueError("has half of a character in it (a lone surrogate), which no tokenizer takes")
     return str(role), words
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..argument_types import check_arguments
 from ..configuration.stages import EvaluationConfig
 from ..errors import CalibrationError, ConfigurationError
-from ..json_files import JsonProblem, json_lines
+from ..json_files import JsonProblem, is_whole, json_lines
 from .likelihood import continuation_request, log_likelihoods, max_length
 from .scores import TaskScore, task_retention
 
@@ -306,6 +306,7 @@ def _example(row: Any) -> Example:
             raise ValueError("has a query that is not a string")
         if not (isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)):
             raise ValueError("has choices that are not two or more strings with text in them")
+        _check_whole(query, *choices)
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(choices):
             raise ValueError(f"has {gold!r} as gold, which is no index of its {len(choices)} choices (0 is the first)")
         return Example(_prompt(query), tuple(choices), gold)
@@ -315,8 +316,14 @@ def _example(row: Any) -> Example:
             raise ValueError("has a context or continuation that is not a string")
         if not continuation.strip():
             raise ValueError("has an empty continuation")
+        _check_whole(context, continuation)
         return Example(context, (continuation,))
     raise ValueError(f"has the keys {sorted(keys)}" if isinstance(row, dict) else "is not an object")
+
+
+def _check_whole(*texts: str) -> None:
+    if not all(map(is_whole, texts)):
+        raise ValueError("has half of a character in it (a lone surrogate), which no tokenizer takes")
 
 
 def _prompt(query: str) -> str:

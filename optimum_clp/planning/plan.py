@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architecture.containers import reader
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
 from ..argument_types import check_arguments
+from ..checkpoint.placement import floating_dtype
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
 from ..precisions import FLOAT32
@@ -272,13 +273,5 @@ def _weight_dtype(config: PretrainedConfig, dtype: torch.dtype | str | None) -> 
     """`dtype`, or what the config names, or float32."""
     chosen: Any = None if dtype == "auto" else dtype
     for source in (config, text_config(config)):
-        chosen = chosen or getattr(source, "dtype", None)
-    named = getattr(torch, chosen.removeprefix("torch."), None) if isinstance(chosen, str) else chosen or torch.float32
-    if not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ConfigurationError.of(
-            "dtype",
-            chosen,
-            "it must be a floating-point type of torch, or auto",
-            "Choose float32, bfloat16 or float16",
-        )
-    return named
+        chosen = getattr(source, "dtype", None) if chosen is None else chosen
+    return floating_dtype(torch.float32 if chosen is None else chosen)

@@ -142,7 +142,8 @@ class CLPReport:
         path = Path(folder) / REPORT_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        # the name of a file that is no UTF-8 has half characters, which JSON writes as escapes
+        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         return path
 
     @classmethod

@@ -28,6 +28,7 @@ from ..architecture.lookup import (
 from ..errors import CutError, ModelError
 from ..forward.hooks import evaluation_mode, hand_on, output_lengths, replaced_forward, run_without_head
 from .assembly import computes_alike, old_name, uncut_twin
+from .hand_made import check_hand_made
 
 Difference = tuple[str, Any, Any]
 """What differs, what it is in the cut model, what it is in the dense one."""
@@ -53,8 +54,10 @@ def check_cut(cut: PreTrainedModel, dense: PreTrainedModel, kept: list[int]) -> 
         kept (`list[int]`): Layer `j` of `cut` is layer `kept[j]` of `dense`.
 
     Raises:
-        CutError: Names the first difference.
+        CutError: Names the first difference, or what was done to `dense` by hand ([`check_hand_made`]).
+        ModelError: If its layers share weights by hand.
     """
+    check_hand_made(dense)
     differences = [*_count_difference(cut, kept), *_description_differences(cut.config, dense.config, kept)]
     if not differences:
         differences = [*_module_differences(cut, dense, kept), *_tensor_differences(cut, dense, kept)]
@@ -107,8 +110,8 @@ def check_uncut(dense: PreTrainedModel) -> None:
         dense (`PreTrainedModel`): Every weight in memory; not changed.
 
     Raises:
-        ModelError: If layers were deleted, moved or repeated by hand, so that they do not know their places.
-        CutError: If it was changed since it was built, and computes other than its config says.
+        ModelError: If layers were deleted, moved or repeated by hand, so that they do not know their places; or share weights.
+        CutError: If it was changed since it was built, and computes other than its config says: values, hooks, forward methods.
     """
     layers, everything = list(decoder_layers(dense)), range(num_layers(dense.config))
     if len(set(map(id, layers))) < len(layers):
@@ -132,6 +135,7 @@ def check_uncut(dense: PreTrainedModel) -> None:
             "for i, layer in enumerate(layers): layer.self_attn.layer_idx = i",
         )
     _check_unchanged(dense, twin, changes)
+    check_hand_made(dense)
 
 
 def _count_difference(cut: PreTrainedModel, kept: Sequence[int]) -> Iterator[Difference]:

@@ -107,6 +107,33 @@ def test_what_cannot_be_asked_is_said_in_its_column(server):
 
 
 @pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("\ud800", "half of a character in it"),
+        ("w5\0", None),
+        (5, "an empty turn"),
+        ([{"type": "text"}], "an empty turn"),
+    ],
+)
+def test_odd_words_are_answered_or_refused(server, content, error):
+    body = {"messages": {"dense": [{"role": "user", "content": content}]}, "max_new_tokens": 2}
+    found = lines(ask(server, "POST", "answers", body)[2])
+    assert found[-1]["done"] and (error is None or error in found[-1]["error"])
+
+
+def test_a_template_that_fails_says_so(speakers, monkeypatch):
+    def broken(self, *given):
+        raise TypeError("somebody else's template")
+
+    monkeypatch.setattr(Speakers, "tokens_of", broken)
+    server = serving(speakers)
+    (line,) = lines(ask(server, "POST", "answers", {"messages": {"dense": [ASKED]}})[2])
+    assert line == {"name": "dense", "error": "TypeError: somebody else's template", "done": True}
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
     ("headers", "status"),
     [
         ({}, 200),
@@ -153,6 +180,9 @@ def test_without_the_secret_nothing_is_shown(server, secret):
         ({"messages": {"dense": [ASKED]}, "max_new_tokens": 0}, {}, 400),
         ({"messages": {"dense": [ASKED]}, "temperature": "hot"}, {}, 400),
         (b"", {"Content-Length": "9" * 30}, 413),
+        (b"", {"Content-Length": "9" * 5000}, 413),
+        (b'{"a": ' * 100 + b"1" + b"}" * 100, {}, 400),
+        ({"messages": {"dense": [ASKED]}, "temperature": 1e-320}, {}, 400),
         (b"", {"Content-Length": "-1"}, 411),
         (b"", {"Content-Length": None}, 411),
     ],
@@ -239,7 +269,7 @@ def test_an_answer_that_loops_can_be_stopped(talker):
 
 
 @pytest.mark.parametrize(
-    "values", [(0, 0), (True, 0), (1.5, 0), (10**6, 0), (5, -1), (5, 11), (5, float("nan")), (5, None)]
+    "values", [(0, 0), (True, 0), (1.5, 0), (10**6, 0), (5, -1), (5, 11), (5, float("nan")), (5, None), (5, 1e-320)]
 )
 def test_settings_that_are_none_are_refused(values):
     with pytest.raises(ConfigurationError, match="it must be a (whole )?number from"):

@@ -1,6 +1,7 @@
 """`recipe`: from a config alone, to a file or to standard output; and `prune` takes what it has written."""
 
 import json
+import shlex
 
 import pytest
 from tiny_models import tiny_config
@@ -43,6 +44,27 @@ def test_it_says_what_the_dry_run_says(model, capsys):
     assert f"int4 {cut['onnx']['int4'] / 1e6:.2f} MB" in text
     assert f"# The int4 file has {plan['size_target']['bits_per_weight']:.2f} bits for each weight" in text
     assert printed(f"{model} --target-size-mb 0.1", capsys, 1).startswith("optimum-clp: error: target_size_mb is 0.1:")
+
+
+def test_the_command_that_it_names_can_be_pasted(model, capsys, tmp_path):
+    (tmp_path / "some model's").symlink_to(tmp_path / model)
+    assert main(["recipe", "some model's", "-o", "a $(b).yaml"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line)[3:6] == ["some model's", "--config", "a $(b).yaml"]
+    assert line in (tmp_path / "a $(b).yaml").read_text()
+
+
+def test_a_link_in_the_place_of_the_file_that_is_written_first_is_not_followed(model, capsys, tmp_path):
+    (tmp_path / "precious").write_text("x")
+    (tmp_path / ".r.yaml.part").symlink_to(tmp_path / "precious")
+    printed(f"{model} -o r.yaml", capsys)
+    assert (tmp_path / "precious").read_text() == "x" and not (tmp_path / "r.yaml").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["a\0b.yaml", "\ud800.yaml", f"{'x' * 300}.yaml", "", "\udce9.yaml"])
+def test_a_name_that_no_file_can_have(model, capsys, name):
+    assert main(["recipe", model, "-o", name]) == 1
+    assert capsys.readouterr().err.startswith("optimum-clp: error: FILE is ")
 
 
 def test_a_file_is_written_once(model, capsys, tmp_path):

@@ -68,6 +68,13 @@ def test_every_dial_can_be_turned_by_taking_its_sign_away():
         assert config != CLPConfig()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n", "\x85", "\u2028"])
+def test_a_name_with_a_line_end_in_it_sets_nothing(end):
+    text = recipe_yaml(CLPConfig(0.3), [f"of a{end}seed: 7"])
+    assert parse_yaml(text.encode()) == parse_yaml(recipe_yaml(CLPConfig(0.3)).encode())
+    assert text.startswith("# of a\n# seed: 7\n")
+
+
 def test_dials_that_something_else_turns_are_left_out():
     assert "bits_per_weight" not in recipe_yaml(CLPConfig(target_size_mb=60))
     assert "pruning_ratio" not in recipe_yaml(CLPConfig(target_size_mb=60))

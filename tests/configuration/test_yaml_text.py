@@ -67,7 +67,12 @@ def test_yaml_1_1_would_read_other_values():
         ("a: !!python/object/apply:os.system [ls]\n", r"has a tag \(line 1, column 4\), which are not read"),
         ("a: !!str 1\n", "put quotes around what is a string"),
         ("1: a\n", r"has the key '1', and keys are names \(line 1, column 1\)"),
-        ("[a, b]: 1\n", "and keys are names"),
+        ("[a, b]: 1\n", r"has the key of several values, and keys are names \(line 1, column 1\)"),
+        ('a: "\\UFFFFFFFF"\n', r"is not valid YAML \(.*too large"),
+        (
+            "a: [" + "1," * 2**14 + "]",
+            r"has more than 16384 names and values \(line 1, column .*\); JSON may have more",
+        ),
         ("a: 1\n---\nb: 2\n", "is not valid YAML .*expected a single document"),
         ("a: [1, 2\n", r"is not valid YAML \(line 2, column 1: .*expected ',' or ']'"),
         ("a: b: c\n", r"is not valid YAML \(line 1, column 5: mapping values are not allowed here\)"),

@@ -366,6 +366,24 @@ def test_what_cannot_be_had_is_said_when_it_is_read(name, error, message, tmp_pa
         loaded(tmp_path, name)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"task: mine\nx: [1, 2\n", r"of this name, and mine.yaml in your folder cannot be read \("),
+        (b"task: mine\n# \xe9\n", r"of this name, and mine.yaml in your folder cannot be read \("),
+        (b"- task: mine\n", "of this name, and mine.yaml in your folder holds no settings"),
+    ],
+)
+def test_a_definition_that_lm_eval_passes_over_is_named(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(named_tasks.constants, "HF_HUB_OFFLINE", True)
+    write_definitions(tmp_path, {"needy": "x: !function helpers.process\n"})
+    (tmp_path / "mine.yaml").write_bytes(content)
+    only_own = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(named_tasks, "TaskManager", lambda **_: only_own)
+    with pytest.raises(ConfigurationError, match=message):
+        loaded(tmp_path, "mine")
+
+
 def test_a_hub_that_cannot_be_reached_is_an_error_at_once(tmp_path, monkeypatch):
     class Session:
         def head(self, address, timeout):

@@ -5,7 +5,10 @@ The tables are made by a seeded generator (`wrong_values`). *Wrong* input must b
 be refused or taken, and never end in another error.
 """
 
+import gzip
+import inspect
 import json
+import random
 import resource
 import signal
 from pathlib import Path
@@ -14,12 +17,15 @@ import pytest
 from byte_tokenizer import tiny_tokenizer
 from report_example import example_report
 from tiny_models import tiny_config, tiny_model
-from wrong_values import HUGE, KINDS, LONG, changed, damaged_texts, odd_contents, wrong_for
+from wrong_values import HUGE, KINDS, LONG, SEED, changed, damaged_texts, odd_contents, wrong_for
 
 from optimum_clp import CLPConfig, CLPPruner, LayerSegment, OnnxCausalLM, plan_pruning
 from optimum_clp.calibration.rows import tokenize_dataset
+from optimum_clp.chat.speakers import open_speakers
 from optimum_clp.checkpoint.loading import load_model, load_tokenizer
 from optimum_clp.commands.clp import main
+from optimum_clp.configuration.recipe_files import read_recipe
+from optimum_clp.configuration.recipe_text import recipe_yaml
 from optimum_clp.configuration.stages import STAGES, all_settings
 from optimum_clp.errors import CLPError
 from optimum_clp.evaluation.prompts import load_prompts
@@ -323,6 +329,69 @@ def test_damaged_recipes(number, place):
     assert main(["search", "--model", "m", "--config", str(place), "--quiet"]) == 1
 
 
+RECIPE = recipe_yaml(CLPConfig(0.3, tuning={"learning_rate": 1e-3}, quantization={"weights": ["int4"]}))
+WRONG_YAML = [
+    b"",
+    b"# a comment alone\n",
+    b"5",
+    b"- seed: 1",
+    b"seed",
+    b"seed: &a 1",
+    b"a: &a [b, b]\nb: &b [*a, *a]\nseed: *b",
+    b"seed: !!python/name:os.system x",
+    b"<<: {seed: 1}",
+    b"? [a]\n: 1",
+    b"~: 1",
+    b"seed: 1\nseed: 1",
+    b"seed: 1\n---\nseed: 2",
+    b"search:\n\tbatch_size: 4",
+    b"seed: 1\0",
+    b"seed: \xff",
+    "seed: 1".encode("utf-16"),
+    b"%YAML 3.0\n---\nseed: 1",
+    b'calibration_dataset: "\\UFFFFFFFF"',
+    b'calibration_dataset: "\\ud800"',
+    b"[" * 20_000,
+    b"seed: " + b"[" * 70 + b"]" * 70,
+    b"".join(b" " * depth + b"seed:\n" for depth in range(700)),
+    b"seed: [" + b"1," * 40_000 + b"]",
+    b"#" * (2**20 + 1),
+    b"seed: " + b"9" * 5000,
+    b"seed: 0x" + b"f" * 200_000,
+    b"seed: 1.0",
+    b"seed: 2026-11-29",
+    b"pruning_ratio: 1e999",
+    b"pruning_ratio: .nan",
+    b"pruning_ratio: yes",
+    b"tuning.learning_rate: 1e-3",
+    b"tuning: [learning_rate]",
+    b"tuning: {rate: 1}",
+    b"target_size_mb: -1",
+    b"target_size_mb: 5\npruning_ratio: 0.2",
+    b"max_memory: 0GiB",
+    b"max_memory: 5 apples",
+    b"budget: 1e300h",
+    LONG.encode() + b": 1",
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG_YAML)))
+def test_recipes_in_yaml(number, place, capsys):
+    (place / "recipe.yaml").write_bytes(WRONG_YAML[number])
+    refuses(lambda: CLPConfig.from_file("recipe.yaml"))
+    assert main(["recipe", "model", "--config", "recipe.yaml", "--quiet"]) == 1
+    assert "unexpected" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_odd_recipes_in_yaml(number, place):
+    rng = random.Random(f"{SEED} yaml {number}")
+    text = RECIPE.replace("  # ", "  ", 3) if number % 3 else RECIPE
+    at = rng.randrange(len(text))
+    (place / "recipe.yaml").write_text(text[:at] + rng.choice("\t\n:#{}[]&*!|>'\"%@`-?,\0\u2028é") + text[at:])
+    bears(lambda: CLPConfig.from_file("recipe.yaml").to_json_string())
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -398,6 +467,9 @@ WRONG_DATA = {
     "broken.jsonl.zst": b"no",
     "broken.jsonl.zip": b"PK no",
     "nul.txt": b"\0" * 4 + b"\xff",
+    "utf-16.txt": "a text without a mark at its beginning".encode("utf-16-le"),
+    "sqlite.db": b"SQLite format 3\0" + b"\x01" * 200,
+    "packed.txt.gz": gzip.compress(b"\0\0\0 numbers of a program" * 9),
 }
 
 
@@ -438,6 +510,9 @@ WRONG_ROWS = [
             {"prompt": ""},
             {"prompt": "a", "kind": "arithmetic", "answer": "x"},
             {"prompt": "a", "kind": 5},
+            {"prompt": "\ud800"},
+            {"context": "\udfff", "continuation": "a"},
+            {"query": "a", "choices": ["b", "\ud800"], "gold": 0},
         )
     ),
 ]
@@ -460,21 +535,28 @@ ARGUMENTS = {
         "model_or_path": ["none", "true", "int", "float", "empty", "nul", "half", "long", "bytes", "list", "dict"],
         "file_name": ["true", "int", "bytes", "list", "dict"],
         "tokenizer": ["true", "int", "bytes", "list", "dict", "object"],
-        "revision": ["true", "int", "bytes", "list"],
+        "revision": ["true", "int", "bytes", "list", "empty", "nul", "half", "long"],
         "token": ["int", "bytes", "list"],
         "dtype": ["none", "int", "bytes", "list", "word"],
         "trust_remote_code": ["none", "int", "word"],
         "use_safetensors": ["none", "int", "word"],
         "quiet": ["none", "int", "word"],
+        "device_map": ["true", "float", "empty", "word", "nul", "half", "long", "bytes", "list", "object"],
+        "attn_implementation": ["true", "int", "word", "nul", "half", "long", "bytes", "list"],
+        "cache_dir": ["true", "int", "nul", "half", "long", "bytes", "list", "dict"],
     },
     "prune": {
+        "copy": ["none", "int", "word"],
         "config": NOT_A_CONFIG,
         "save_directory": [kind for kind in PATHS if kind != "none"],
         "overwrite": ["int", "word"],
     },
     "search": {"config": NOT_A_CONFIG},
     "tune": {"config": NOT_A_CONFIG},
-    "cut": {"segments": ["true", "int", "word", "bytes", "list", "dict", "set", "object", "none"]},
+    "cut": {
+        "copy": ["none", "int", "word"],
+        "segments": ["true", "int", "word", "bytes", "list", "dict", "set", "object", "none"],
+    },
     "quantize": {
         "save_directory": PATHS,
         "weights": ["none", "int", "word", "list"],
@@ -520,6 +602,25 @@ def test_arguments_of_the_pruner(function, argument, kind, pruner, saved, place)
     if function == "evaluate" and argument == "task_limit":
         given |= {"tasks": {"t": [{"context": "a", "continuation": "b"}]}}
     refuses(lambda: getattr(pruner, function)(**given))
+
+
+def test_every_argument_of_the_pruner_is_in_the_table():
+    for function, method in inspect.getmembers(CLPPruner, callable):
+        if not function.startswith("_"):
+            found = inspect.signature(method).parameters.values()
+            named = {p.name for p in found if p.name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD}
+            assert named == set(ARGUMENTS.get(function, ())), function
+
+
+@pytest.mark.parametrize("argument", ["cache_dir", "token", "session_options"])
+@pytest.mark.parametrize("kind", ["int", "float", "bytes", "list", "dict", "object"])
+def test_more_arguments_of_the_onnx_model(argument, kind, saved, place):
+    refuses(lambda: OnnxCausalLM.from_pretrained(saved, **{argument: KINDS[kind]}), argument)
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"none"}))
+def test_dtypes_of_a_plan(kind, place):
+    refuses(lambda: plan_pruning(tiny_config(), dtype=KINDS[kind]), "dtype")
 
 
 @pytest.mark.parametrize("name", ["model", "tokenizer", "config", "report", "pruned_model", "segments", "quiet"])
@@ -570,6 +671,9 @@ def test_other_public_functions(kind, saved, place):
         lambda: plan_pruning(tiny_config(), value if value is not None else 5),
         lambda: CLPConfig.from_dict(value) if kind != "dict" else CLPConfig.from_dict({5: 5}),
         lambda: CLPConfig.from_pretrained(value),
+        lambda: CLPConfig.from_file(value),
+        lambda: read_recipe(value),
+        lambda: open_speakers(value, quiet=True),
         lambda: CLPReport.from_dict(value),
         lambda: load_task("t", value),
         lambda: load_prompts(value if value is not None else 5),
@@ -589,6 +693,25 @@ def test_arguments_of_the_onnx_model(name, kind, saved, place):
 # ---- command lines
 
 NUMBERS = ["x", "nan", "inf", "-1", "9" * 5000, "", "1e999", "\0", LONG]
+
+
+# of each command the options that name something outside of it; each is read before any work
+PATH_OPTIONS = {
+    "prune": [
+        "--model",
+        "--tokenizer",
+        "--device",
+        "--dtype",
+        "--revision",
+        "--config",
+        "--text-cache-dir",
+        "--tasks-dir",
+    ],
+    "search": ["--model", "--attn-implementation", "--dataset"],
+    "evaluate": ["--file", "--reference", "--dataset", "--prompts", "--device-map"],
+    "recipe": ["--model", "--revision", "--dtype", "--config"],
+    "chat": ["--dense", "--file", "--tokenizer", "--device", "--dtype", "--attn-implementation"],
+}
 
 
 def command_lines():
@@ -615,8 +738,34 @@ def command_lines():
             )
         ):
             yield f"{command}-{number}", [command, *line, *output]
-    for number, line in enumerate((["\0"], [LONG], ["x" * 300], [""], ["."], ["/"], ["model"])):
+    for number, line in enumerate((["\0"], [LONG], ["x" * 300], [""], ["."], ["/"], ["model"], ["\udce9"])):
         yield f"output-{number}", ["prune", "--model", "model", *line]
+    for command, *words in (
+        ("finish",),
+        ("finish", "--model", "model"),
+        ("recipe",),
+        ("recipe", "model", "--model", "model"),
+        ("recipe", "model", "--target", "moon"),
+        ("recipe", "model", "--target-size-mb", "1e-9"),
+        ("recipe", "model", "-o", "recipe.json"),
+        ("recipe", "model", "-o", "no/such/folder.yaml"),
+        ("chat",),
+        ("chat", "model", "--model", "model"),
+        ("chat", "model", "--no-browser", "--max-new-tokens", "0"),
+        ("chat", "model", "--no-browser", "--temperature", "1e-320"),
+        ("prune", "--model", "model", "--max-memory", "1KB", "--dry-run"),
+    ):
+        yield " ".join([command, *words]), [command, *words]
+    for command, options in PATH_OPTIONS.items():
+        for option in options:
+            for kind in ("nul", "half", "long", "name"):
+                # a branch may have such a name, and a run goes on without a cache that cannot be made
+                if kind == "name" and option in ("--revision", "--text-cache-dir"):
+                    continue
+                value = "y" * 300 if kind == "name" else KINDS[kind]
+                words = [command, "model"] if command in ("recipe", "chat") else [command, "--model", "model"]
+                words += ["--no-browser"] if command == "chat" else ["out"] if command in ("prune", "search") else []
+                yield f"{command} {option} {kind}", [*words, f"{option}={value}"]
 
 
 LINES = dict(command_lines())

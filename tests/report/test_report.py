@@ -322,3 +322,12 @@ def test_environment_info_names_versions_and_fits_the_schema():
     assert info["torch"] == torch.__version__ and info["transformers"] == transformers.__version__
     assert info["num_threads"] == torch.get_num_threads() and info["device"].startswith("cpu")
     VALIDATOR.validate(CLPReport(environment=info).to_dict())
+
+
+def test_a_name_that_is_no_utf_8_is_an_escape(tmp_path):
+    """A folder of an old system has such a name; in Python it has half characters, which UTF-8 cannot say."""
+    report = example_report()
+    report.base_model["name_or_path"] = "mod\udce9le"
+    text = report.save(tmp_path).read_text(encoding="utf-8")
+    assert '"name_or_path": "mod\\udce9le"' in text
+    assert CLPReport.load(tmp_path).base_model["name_or_path"] == "mod\udce9le"

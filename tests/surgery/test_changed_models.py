@@ -4,12 +4,14 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
 from transformers import Phi3Config, Phi3ForCausalLM
+from zoo import ZOO, zoo_model
 
 from optimum_clp.checkpoint.saving import save_checkpoint, verify_checkpoint
-from optimum_clp.errors import CutError
+from optimum_clp.errors import CutError, ModelError
 from optimum_clp.forward.hooks import evaluation_mode
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.guard import check_uncut
 
 ORIGINAL = 24
 """Tokens from which on the long frequencies hold."""
@@ -49,6 +51,75 @@ def dynamic():
 def logits(model, length):
     with torch.no_grad():
         return model(random_tokens(2, length), use_cache=False).logits
+
+
+def stretched(output):
+    return output * 1.5 if isinstance(output, torch.Tensor) else (output[0] * 1.5, *output[1:])
+
+
+def layer_hook(model, change):
+    model.model.layers[1].register_forward_hook(lambda module, given, output: change(output))
+
+
+def head_hook(model, change):
+    model.lm_head.register_forward_hook(lambda module, given, output: change(output))
+
+
+def before_hook(model, change):
+    model.lm_head.register_forward_pre_hook(lambda module, given: tuple(map(change, given)))
+
+
+def own_forward(model, change):
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda *given, **named: change(forward(*given, **named))
+
+
+@pytest.mark.parametrize("hang", [layer_hook, head_hook, before_hook, own_forward])
+def test_a_hook_that_no_checkpoint_would_have_is_refused_if_it_does_something(hang):
+    model = tiny_model()
+    hang(model, stretched)
+    message = "dense model, .* is 'a forward (hook|method of its own)': it changes what the model computes, and is in no check"
+    for step in (check_uncut, lambda given: cut_model(given, [LayerSegment(2, 4)])):
+        with pytest.raises(CutError, match=message):
+            step(model)
+    # one that looks on, and a kernel that rounds otherwise, is no change
+    for harmless in (lambda output: output, lambda output: output * (1 + 1e-6) if torch.is_tensor(output) else output):
+        model = tiny_model()
+        hang(model, harmless)
+        check_uncut(model)
+        assert cut_model(model, [LayerSegment(2, 4)]).config.num_hidden_layers == 4
+
+
+def one_module(layers):
+    layers[4].mlp = layers[5].mlp
+
+
+def one_tensor(layers):
+    layers[5].mlp.up_proj.weight = layers[4].mlp.up_proj.weight
+
+
+def one_storage(layers):
+    layers[5].mlp.up_proj.weight = torch.nn.Parameter(layers[4].mlp.up_proj.weight.data)
+
+
+@pytest.mark.parametrize("share", [one_module, one_tensor, one_storage])
+def test_layers_that_share_a_weight_by_hand_are_refused(share):
+    """transformers would refuse to save them, after the search."""
+    model = tiny_model()
+    share(model.model.layers)
+    message = (
+        r"layers.5.mlp.*weight is the same tensor as model.layers.4.mlp.*Give the layer weights of its own: module.wei"
+    )
+    for step in (check_uncut, lambda given: cut_model(given, [LayerSegment(1, 3)])):
+        with pytest.raises(ModelError, match=message):
+            step(model)
+
+
+def test_layers_that_share_by_their_class_are_cut():
+    """Zamba's attention blocks are one block; transformers knows that, and saves it once."""
+    model = zoo_model(next(tiny for tiny in ZOO if tiny.name == "zamba"))
+    check_uncut(model)
 
 
 def naive_cut(model, start, stop):
@@ -92,6 +163,39 @@ def test_frequencies_that_follow_the_length(make, read_before, tmp_path):
     for length in (8, 20, 60, 8):
         assert torch.equal(logits(smaller, length), logits(naive_cut(make(), 2, 4), length))
     assert not torch.equal(logits(smaller, 60)[:, :20], logits(smaller, 20))
+
+
+SCALINGS = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 10 for i in range(8)],
+        "long_factor": [2.0 + i for i in range(8)],
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+    },
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_other_scalings_of_frequencies(scaling, tmp_path):
+    def make():
+        return tiny_model(max_position_embeddings=48, rope_scaling=dict(SCALINGS[scaling]))
+
+    model = make()
+    smaller = cut_model(model, [LayerSegment(2, 4)])
+    save_checkpoint(smaller, None, tmp_path)
+    verify_checkpoint(tmp_path, smaller)
+    for length in (8, 40):
+        assert torch.equal(logits(smaller, length), logits(naive_cut(make(), 2, 4), length))
 
 
 def test_evaluation_mode_puts_back_what_a_model_changes_of_itself():

@@ -80,11 +80,20 @@ def test_a_mask_that_is_chosen_by_index_while_the_model_runs(monkeypatch):
 def test_the_guard_computes_neither_layers_nor_logits():
     """A probe longer than the window, in a model with a large vocabulary, would take longer than the cut."""
     model = zoo_model(member("mistral"))
-    seen = []
-    model.lm_head.register_forward_hook(lambda *_: seen.append("head"))
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[0].shape[1]))
-    cut_model(model, [LayerSegment(3, 5)])
+    seen, attention = [], {layer.self_attn for layer in model.model.layers}
+
+    # of all modules: one of a single module is itself looked at
+    def note(module, args, output):
+        if module is model.lm_head:
+            seen.append("head")
+        elif module in attention:
+            seen.append(output[0].shape[1])
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        cut_model(model, [LayerSegment(3, 5)])
+    finally:
+        handle.remove()
     assert seen == [1] * 8  # one token, which shows what the layers return
 
 
