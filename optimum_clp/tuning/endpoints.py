@@ -26,6 +26,7 @@ from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
 from ..forward.layer_major import Residence
+from ..out_of_memory import Halving
 from ..processes import world_size
 from ..segments import target_state
 from .accelerator import tuning_accelerator
@@ -308,7 +309,12 @@ def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int, logi
     """The loss over all rows."""
     parts = torch.arange(len(rows)).split(batch_size)
     in_parts = isinstance(student, LayerMajorStudent)
-    losses = [student(**rows.batch(part, logits, in_parts=in_parts)).double().cpu() for part in parts]
+    halving = Halving("tuning", "tuning.batch_size", then=student.halve)
+
+    def losses_of(part: Tensor) -> Tensor:
+        return student(**rows.batch(part, logits, in_parts=in_parts)).double().cpu()
+
+    losses = [loss for part in parts for loss in halving.over(part, losses_of)]
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 

@@ -79,6 +79,9 @@ class EndpointStudent(nn.Module):
         teacher = teacher_logits(slice(None)) if callable(teacher_logits) else teacher_logits
         return self._total(LossBatch(tokens, logits, teacher, states, targets, mask), losses)
 
+    def halve(self) -> None:
+        """Compute fewer rows at a time than before, where it is the student that says how many."""
+
     @staticmethod
     def _total(batch: LossBatch, losses: Iterable[tuple[float, Loss]]) -> Tensor:
         """The weighted loss of each row, float32 `[rows]`."""
