@@ -8,16 +8,18 @@ pinned memory, on a stream of its own.
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import decoder_layers
-from .hooks import layer_input
+from .hooks import layer_input, replaced_forward
 
 ROTATING = 2
 """Layers on the device at the least: the one that runs, and the next."""
@@ -73,7 +75,12 @@ class LayerCopies:
 
     def within(self, other: "LayerCopies") -> None:
         """Hold from now on what another one of the same device may hold; what is there is dropped."""
-        self.staying, self.work_memory = other.staying, other.work_memory
+        self.work_memory = other.work_memory
+        self.keep(other.staying)
+
+    def keep(self, staying: int) -> None:
+        """Let so many layers stay from now on; what is there is dropped."""
+        self.staying = staying
         self._held.clear()
 
     def _found(self, key: tuple, tensors: Sequence[Tensor]) -> "_Held":
@@ -229,6 +236,28 @@ def run_on(model: PreTrainedModel, copies: LayerCopies) -> None:
             if isinstance(value, Tensor):
                 setattr(module, name, value.to(copies.device))
     stream_layers(model, copies)
+
+
+@contextmanager
+def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Until the block ends autograd keeps nothing of layers that run elsewhere than where they lie, and computes them again.
+
+    Else it would keep the copies of all of them until its way back.
+    """
+
+    def again(forward: StreamedForward) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+        return run
+
+    with ExitStack() as stack:
+        for layer in layers:
+            if (forward := streamed_forward(layer)) is not None:
+                stack.enter_context(replaced_forward(layer, again(forward)))
+        yield
 
 
 def copies_of(model: nn.Module) -> LayerCopies | None:
