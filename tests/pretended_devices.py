@@ -1,4 +1,4 @@
-"""Devices that are not there: tensors that say they lie on `xpu:0`, and refuse to be mixed with those of another device.
+"""Devices that are not there: tensors that say they lie on `mtia:0`, and refuse to be mixed with those of another device.
 
 Everything is computed on the CPU. Within the mode each tensor has a place; an operation over tensors of two places raises what PyTorch
 raises on real devices, but for what PyTorch allows there: numbers without dimensions, indices, and copies.
@@ -10,15 +10,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
-# not cuda: libraries ask that for its properties
-ACCELERATOR = torch.device("xpu", 0)
+# a kind of which libraries know nothing more: they ask others for their properties, or whether they are there
+ACCELERATOR = torch.device("mtia", 0)
 _COPIES = {Tensor.copy_, Tensor.data.__set__, Tensor.grad.__set__}
 _INDEXED = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, torch.index_put}
 
 
 def place(tensor):
     """Where a tensor says that it lies."""
-    return vars(tensor).get("_place", CPU)
+    return vars(tensor)["_place"] if "_place" in vars(tensor) else tensor.device
 
 
 class PretendedDevices(TorchFunctionMode):
@@ -97,7 +97,12 @@ class PretendedDevices(TorchFunctionMode):
             rest = [value for value in rest if value is not None]
         if device is not None and device.type == "meta":
             return func(tensor, device, *rest, **kwargs)
-        device = place(tensor) if device is None else _numbered(device)
+        if device is None:
+            result = func(tensor, *rest, **kwargs)
+            return result if result is tensor else put(result, place(tensor))
+        if tensor.device.type == "meta":
+            return func(tensor, CPU, *rest, **kwargs)
+        device = _numbered(device)
         changes = device != place(tensor)
         if changes and device != CPU:
             self.moved.append((device, tensor.nbytes))
@@ -117,11 +122,11 @@ def _numbered(device):
 
 
 def _places(tensors):
-    return {place(tensor) for tensor in tensors if tensor.dim()}
+    return {place(tensor) for tensor in tensors if tensor.dim() and tensor.device.type == "cpu"}
 
 
 def put(tensor, device):
     """Let a tensor say that it lies on a device."""
-    if device != CPU or "_place" in vars(tensor):
+    if tensor.device.type == "cpu" and (device != CPU or "_place" in vars(tensor)):
         tensor._place = _numbered(device)
     return tensor

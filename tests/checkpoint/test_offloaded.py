@@ -124,11 +124,11 @@ def test_a_model_that_ran_on_an_accelerator_runs_there_again(offload, tmp_path):
 
 def test_offloading_from_several_accelerators_is_refused(tmp_path):
     model = runs_on(disk_offload(tiny_model(), str(tmp_path), execution_device=torch.device("cpu")), ACCELERATOR)
-    model.model.layers[2].mlp.up_proj._hf_hook.execution_device = torch.device("xpu", 1)
+    model.model.layers[2].mlp.up_proj._hf_hook.execution_device = torch.device("mtia", 1)
     with pytest.raises(
         ModelError,
-        match=r"the weights of model\.layers\.2\.mlp\.up_proj are offloaded and run on xpu:1, those of .* on xpu:0|"
-        r"the weights of .* are offloaded and run on xpu:0, those of model\.layers\.2\.mlp\.up_proj on xpu:1\. Load it with",
+        match=r"the weights of model\.layers\.2\.mlp\.up_proj are offloaded and run on mtia:1, those of .* on mtia:0|"
+        r"the weights of .* are offloaded and run on mtia:0, those of model\.layers\.2\.mlp\.up_proj on mtia:1\. Load it with",
     ):
         read_in_place(model)
 

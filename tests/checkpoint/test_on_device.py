@@ -28,7 +28,7 @@ LARGE = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 12}
 
 @pytest.fixture
 def pretended(monkeypatch):
-    monkeypatch.setattr(on_device, "accelerator", lambda number: torch.device("xpu", number))
+    monkeypatch.setattr(on_device, "accelerator", lambda number: torch.device("mtia", number))
     with PretendedDevices() as devices:
         yield devices
 
@@ -99,7 +99,7 @@ def test_one_process_runs_on_one_accelerator_and_each_of_a_group_on_its_own(pret
         placed(tiny_model(), {0: 2**30, 1: 2**30}, 16)
     monkeypatch.setattr(on_device, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert placed(tiny_model(), {0: 2**30, 1: 2**30}, 16).device == torch.device("xpu", 1)
+    assert placed(tiny_model(), {0: 2**30, 1: 2**30}, 16).device == torch.device("mtia", 1)
     with pytest.raises(
         ConfigurationError, match="this process's accelerator is 1, and it has no bound. Name the accelerator"
     ):
@@ -125,7 +125,7 @@ def test_another_bound_is_another_number_of_copies(pretended):
 def test_every_verb_runs_there_and_gives_what_it_gives_in_memory(tmp_path, monkeypatch):
     """Nothing is computed over tensors of two places; what comes out is the same, up to the order of additions in the tuning."""
     monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
-    monkeypatch.setattr(on_device, "accelerator", lambda number: torch.device("xpu", number))
+    monkeypatch.setattr(on_device, "accelerator", lambda number: torch.device("mtia", number))
     monkeypatch.setattr("optimum_clp.output_folder.environment_info", lambda device: {})
     tiny_model().save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
