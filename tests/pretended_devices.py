@@ -7,7 +7,7 @@ raises on real devices, but for what PyTorch allows there: numbers without dimen
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
 # a kind of which libraries know nothing more: they ask others for their properties, or whether they are there
@@ -39,12 +39,18 @@ class PretendedDevices(TorchFunctionMode):
             parameter = made(cls, data, requires_grad)
             return parameter if data is None else put(parameter, place(data))
 
-        self._made = made
-        nn.Parameter.__new__ = staticmethod(new)
+        mapped = torch.vmap
+
+        def vmap(*args, **kwargs):
+            function = mapped(*args, **kwargs)
+            return lambda *given: _put_all(function(*given), given)
+
+        self._made, self._mapped = made, mapped
+        nn.Parameter.__new__, torch.vmap = staticmethod(new), vmap
         return super().__enter__()
 
     def __exit__(self, *raised):
-        nn.Parameter.__new__ = self._made
+        nn.Parameter.__new__, torch.vmap = self._made, self._mapped
         return super().__exit__(*raised)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -130,3 +136,9 @@ def put(tensor, device):
     if tensor.device.type == "cpu" and (device != CPU or "_place" in vars(tensor)):
         tensor._place = _numbered(device)
     return tensor
+
+
+def _put_all(results, given):
+    """Results of a function that is no single operation, where its arguments are."""
+    where = next((place(tensor) for tensor in tree_leaves(given) if isinstance(tensor, Tensor)), CPU)
+    return tree_map_only(Tensor, lambda tensor: put(tensor, where), results)

@@ -5,6 +5,8 @@ on an accelerator: `tests/test_accelerator.py` does.
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.student import EndpointStudent
 
 CPU = torch.device("cpu")
 
@@ -72,7 +75,8 @@ def test_every_architecture_computes_the_same_on_copies(tiny):
         run_on(twin, LayerCopies(ACCELERATOR))
         found = twin(tokens.to(ACCELERATOR), use_cache=False).logits
         assert found.device == ACCELERATOR and twin.device == ACCELERATOR and model.device == CPU
-        assert torch.equal(found.cpu(), expected)
+        # gpt_oss of transformers 4 adds up its experts in another order on the CPU alone
+        torch.testing.assert_close(found.cpu(), expected, rtol=0, atol=1e-5 if tiny.model_type == "gpt_oss" else 0)
         assert all(device == ACCELERATOR for device, _ in devices.moved)
         assert {p.device for layer in decoder_layers(twin) for p in layer.parameters()} == {CPU}
     for name, tensor in model.state_dict().items():
@@ -176,6 +180,33 @@ def _summed(model, hidden, around):
         left = layer(hidden, position_embeddings=around)
         hidden = left if isinstance(left, torch.Tensor) else left[0]
     return hidden.sum()
+
+
+def test_autograd_keeps_no_copies_in_a_plain_pass():
+    """It would keep those of all layers until its way back; what it needs of a layer is computed again instead."""
+    hidden, tokens, there = torch.randn(2, 8, 32), random_tokens(2, 8), []
+
+    class Watched(LayerCopies):
+        def of(self, tensors):
+            there.append([weakref.ref(copy) for copy in super().of(tensors)])
+            return super().of(tensors)
+
+    gradients = []
+    for device in (None, CPU):
+        twin = bare_copy(tiny_model())
+        if device is not None:
+            run_on(twin, Watched(device))
+        for parameter in twin.parameters():
+            parameter.requires_grad_(False)
+        student = EndpointStudent(twin, [twin.model.norm.requires_grad_(True)], 1, {"ce": 1.0})
+        entering = hidden.clone().requires_grad_(True)
+        loss = student(tokens, entering, None, {}).mean()
+        gc.collect()
+        # the head's pass is the last one: two layers are held, and no more
+        assert sum(any(ref() is not None for ref in refs) for refs in there) <= 2
+        loss.backward()
+        gradients.append(entering.grad)
+    assert torch.equal(*gradients)
 
 
 def test_gradients_of_weights_arrive_where_they_lie():
