@@ -65,7 +65,8 @@ class LayerCopies:
         if ready is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(ready)
-            for copy in copies:
+            # a graph may hold them longer than they are held here; nothing else does
+            for copy in copies if torch.is_grad_enabled() else ():
                 copy.record_stream(current)
         return copies
 
@@ -81,6 +82,8 @@ class LayerCopies:
     def keep(self, staying: int) -> None:
         """Let so many layers stay from now on; what is there is dropped."""
         self.staying = staying
+        if self._overlaps:
+            torch.cuda.synchronize(self.device)  # what is dropped may still be at work there
         self._held.clear()
 
     def _found(self, key: tuple, tensors: Sequence[Tensor]) -> "_Held":
@@ -90,16 +93,19 @@ class LayerCopies:
         staying = sum(held.stays for held in self._held.values())
         rotating = [k for k, held in self._held.items() if not held.stays]
         stays = staying < self.staying
-        # before the new copy is made, so that no more are there than may be
-        for old in rotating[: max(0, len(rotating) + 1 - ROTATING)] if not stays else ():
-            del self._held[old]
-        self._held[key] = held = _Held(tensors, stays, self._begun(list(tensors)))
+        leaving = rotating[: max(0, len(rotating) + 1 - ROTATING)] if not stays else []
+        old = [self._held.pop(k) for k in leaving]
+        self._held[key] = held = _Held(tensors, stays, self._begun(list(tensors), old))
         self.copied += 1
         return held
 
-    def _begun(self, tensors: list[Tensor]) -> "Future[tuple[list[Tensor], Any]]":
+    def _begun(self, tensors: list[Tensor], old: list["_Held"]) -> "Future[tuple[list[Tensor], Any]]":
+        """Begin to copy some tensors, once the old ones are gone, so that no more are there than may be."""
         if self._pool is not None:
-            return self._pool.submit(self._overlapping, tensors)
+            used = torch.cuda.Event()
+            used.record(torch.cuda.current_stream(self.device))
+            return self._pool.submit(self._overlapping, tensors, old, used)
+        old.clear()
         done: Future[tuple[list[Tensor], Any]] = Future()
         try:
             with torch.no_grad():
@@ -108,8 +114,12 @@ class LayerCopies:
             done.set_exception(error)
         return done
 
-    def _overlapping(self, tensors: list[Tensor]) -> tuple[list[Tensor], Any]:
+    def _overlapping(self, tensors: list[Tensor], old: list["_Held"], used: Any) -> tuple[list[Tensor], Any]:
         """Copy on a stream of its own, in a thread of its own: pages of a file are read, too, while the device computes."""
+        if old:
+            # Python is ahead of the device: what it is done with there may still be at work here
+            used.synchronize()
+            old.clear()
         with torch.no_grad(), torch.cuda.stream(self._stream):
             copies = []
             for tensor in tensors:

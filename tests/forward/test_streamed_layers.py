@@ -6,7 +6,9 @@ on an accelerator: `tests/test_accelerator.py` does.
 
 import copy
 import gc
+import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -44,10 +46,10 @@ class CountedCopies(LayerCopies):
         self.told.append(("run", self.number(tensors)))
         return super().of(tensors)
 
-    def _begun(self, tensors):
+    def _begun(self, tensors, old):
         self.told.append(("copy", self.number(tensors)))
         self.most = max(self.most, len(self) + 1)
-        return super()._begun(tensors)
+        return super()._begun(tensors, old)
 
     def copies(self):
         return [number for what, number in self.told if what == "copy"]
@@ -268,8 +270,8 @@ def test_a_copy_that_fails_is_tried_again():
     twin, copies = streamed(tiny_model())
     begun, failing = copies._begun, iter([False, True])
 
-    def once(tensors):
-        future = begun(tensors)
+    def once(tensors, old):
+        future = begun(tensors, old)
         if next(failing, False):
             future = type(future)()
             future.set_exception(torch.OutOfMemoryError("CUDA out of memory."))
@@ -280,3 +282,48 @@ def test_a_copy_that_fails_is_tried_again():
         with pytest.raises(torch.OutOfMemoryError):
             twin(random_tokens(1, 8))
         assert torch.equal(twin(random_tokens(1, 8)).logits, tiny_model()(random_tokens(1, 8)).logits)
+
+
+class Events:
+    """Events and streams of a device that computes at once: what waits for what is noted."""
+
+    def __init__(self, *_):
+        self.told = TOLD
+
+    def record(self, stream=None):
+        self.told.append(("record", id(self)))
+
+    def synchronize(self):
+        assert ("record", id(self)) in self.told
+        self.told.append(("synchronize", threading.current_thread().name))
+
+    def wait_event(self, event):
+        assert ("record", id(event)) in self.told
+        self.told.append(("wait", threading.current_thread().name))
+
+
+TOLD = []
+
+
+def test_a_thread_of_its_own_copies_once_what_it_replaces_is_done_with(monkeypatch):
+    """The way of CUDA, with a CPU, streams and events that only note: no GPU was to be had."""
+    TOLD.clear()
+    for name in ("Event", "Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Events)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: TOLD.append(("held by a graph", None)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, tokens = tiny_model(), random_tokens(5, 12)
+    copies = LayerCopies(torch.device("cuda"))
+    copies.device = CPU
+    twin = bare_copy(model)
+    run_on(twin, copies)
+    found = DenseOutputs(twin, tokens, batch_size=2, quiet=True, residence=Residence())
+    expected = DenseOutputs(model, tokens, batch_size=2, quiet=True)
+    assert torch.equal(found.hidden[6], expected.hidden[6]) and copies.copied == 6 and len(copies) == 2
+    waits = [thread for what, thread in TOLD if what == "synchronize"]
+    # four of six copies take the place of another one
+    assert len(waits) == 4 and all(thread.startswith("layer-copies") for thread in waits)
+    assert {thread for what, thread in TOLD if what == "wait"} == {threading.current_thread().name}
+    assert not any(what == "held by a graph" for what, _ in TOLD)
