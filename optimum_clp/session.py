@@ -16,19 +16,19 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .architecture.lookup import decoder_layers, find_architecture, num_layers, text_config, within_context
+from .architecture.lookup import find_architecture, num_layers, within_context
 from .argument_types import check_argument
 from .attempts import Attempts
 from .calibration.rows import CalibrationData, load_calibration, load_test_rows, tokenize_dataset
 from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .checkpoint.offloaded import read_in_place
-from .checkpoint.on_device import placed
+from .checkpoint.on_device import placed, reserved_for
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
 from .configuration.sizes import accelerator_memory, main_memory
 from .configuration.stages import CalibrationConfig
-from .doors import STARTS, load_chosen
+from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
@@ -47,8 +47,6 @@ from .surgery.description import CutStep, describe_cut, describe_dense
 
 logger = logging.getLogger(__name__)
 
-# of a trained parameter: the weight itself, its float32 master, gradient, and two moments
-_TRAINED_BYTES = 2 + 4 * 4
 _OF_A_FOLDER = ("quantization", "export", "evaluation", "failures")
 # what each step makes void: sections of the report that speak of another cut, or of files that lie elsewhere
 _VOID = {
@@ -166,15 +164,8 @@ class Session:
         bounds = accelerator_memory(self.config.max_memory)
         if not bounds:
             return model
-        tuning, length = self.config.tuning, within_context(self.config.calibration.sequence_length, model.config)
-        reserved = 0
-        if tuning.enabled:
-            layers = list(decoder_layers(model))
-            largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-            start = STARTS.get(tuning.init)().held_bytes(layers, text_config(model.config).hidden_size)
-            trained = 2 * tuning.endpoint_width * self.config.num_segments * largest * _TRAINED_BYTES
-            reserved = max(trained, start)
-        return placed(model, bounds, length, reserved=reserved)
+        length = within_context(self.config.calibration.sequence_length, model.config)
+        return placed(model, bounds, length, reserved=reserved_for(model, self.config))
 
     def forget(self, step: str) -> None:
         """Drop what a step makes void: what was done to a cut model and measured of it says nothing about another."""

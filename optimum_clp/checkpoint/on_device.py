@@ -3,11 +3,17 @@
 import torch
 from transformers import PreTrainedModel
 
+from ..architecture.lookup import decoder_layers, text_config
+from ..configuration.clp_config import CLPConfig
+from ..doors import STARTS
 from ..errors import ConfigurationError
 from ..forward.memory_bound import copies_within
 from ..forward.streamed_layers import copies_of, run_on
 from ..processes import launched_local_rank, world_size
 from .offloaded import bare_copy
+
+# of a trained parameter: the weight itself, its float32 master, gradient, and two moments
+_TRAINED_BYTES = 2 + 4 * 4
 
 
 def placed(model: PreTrainedModel, bounds: dict[int, int], length: int, *, reserved: int = 0) -> PreTrainedModel:
@@ -41,6 +47,21 @@ def placed(model: PreTrainedModel, bounds: dict[int, int], length: int, *, reser
     twin = bare_copy(model)
     run_on(twin, copies)
     return twin
+
+
+def reserved_for(model: PreTrainedModel, recipe: CLPConfig) -> int:
+    """Bytes of an accelerator that a tuning takes: of what is trained, or of its closed form.
+
+    Args:
+        model (`PreTrainedModel`): Not run.
+        recipe ([`CLPConfig`]): Whether it tunes, and what.
+    """
+    tuning, layers = recipe.tuning, list(decoder_layers(model))
+    if not tuning.enabled:
+        return 0
+    largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+    start = STARTS.get(tuning.init)().held_bytes(layers, text_config(model.config).hidden_size)
+    return max(2 * tuning.endpoint_width * recipe.num_segments * largest * _TRAINED_BYTES, start)
 
 
 def accelerator(number: int) -> torch.device:

@@ -4,15 +4,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, text_config, within_context
+from ..checkpoint.on_device import reserved_for
 from ..configuration.clp_config import CLPConfig
 from ..configuration.sizes import accelerator_memory, main_memory
 from ..errors import ConfigurationError, ModelError
 from ..exporters.room import export_work
 from ..exporters.rounding.weights import needs_calibration
-from ..forward.memory_bound import pass_memory
+from ..forward.memory_bound import copies_within, pass_memory
 from ..search.gate_descent import SETTLING_ROUNDS, places_along, radii
 from ..search.races import FINALISTS
 from ..segments import LayerSegment, endpoint_layers, kept_layers
@@ -89,6 +91,9 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
     if limit is not None and limit < smallest:
         rule = f"the weights of one layer, what is around the layers, this process and its largest stage take {smallest / 2**30:.2f} GiB"
         raise ConfigurationError.of("max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB")
+    for number, bytes_there in accelerator_memory(bound).items():
+        reserved = reserved_for(dense, recipe)
+        copies_within(bytes_there, dense, length, torch.device("meta"), reserved=reserved, name=str(number))
     residence = None if limit is None else needs.residence(limit, None)
     readings = {"loading": 1} if residence is None else _readings(dense, recipe, removed)
     together = depth if residence is None else residence.layers
