@@ -31,6 +31,28 @@ from optimum_clp.tuning.student import EndpointStudent
 CPU = torch.device("cpu")
 
 
+# one of each kind of layer; the others are slow tests
+KINDS = {
+    "llama",
+    "gpt2",
+    "falcon",
+    "bloom",
+    "opt",
+    "gpt_bigcode",
+    "phi3",
+    "gemma2",
+    "gemma3n_text",
+    "mixtral",
+    "gpt_oss",
+}
+KINDS |= {"mamba", "jamba", "falcon_mamba", "qwen3_next", "deepseek_v3", "zamba2", "nemotron_h", "rwkv", "apertus"}
+
+
+def _row(tiny):
+    marks = () if tiny.model_type in KINDS else pytest.mark.slow
+    return pytest.param(tiny, id=f"{tiny.model_type}{tiny.variant}", marks=marks)
+
+
 class CountedCopies(LayerCopies):
     """Notes what is copied and what is asked for, and how many layers are there at most."""
 
@@ -62,7 +84,7 @@ def streamed(model, device=CPU, **options):
     return twin, copies
 
 
-@pytest.mark.parametrize("tiny", ZOO, ids=lambda t: f"{t.model_type}{t.variant}")
+@pytest.mark.parametrize("tiny", [_row(tiny) for tiny in ZOO])
 def test_every_architecture_computes_the_same_on_copies(tiny):
     """Nothing that lies elsewhere is touched by a layer that runs on the device, and the numbers are the same, bit for bit."""
     model, tokens = zoo_model(tiny), random_tokens(2, 12)
@@ -126,8 +148,11 @@ def test_a_search_copies_each_layer_once_for_a_round_and_finds_the_same():
     assert copies.copies() == 2 * [0, 1, 2, 3, 4, 5] and copies.most == 2
 
 
-@pytest.mark.parametrize("device", [CPU, ACCELERATOR], ids=str)
-@pytest.mark.parametrize("residence", [None, Residence(1, work_memory=0)], ids=["plain", "layer by layer"])
+@pytest.mark.parametrize(
+    ("device", "residence"),
+    [(ACCELERATOR, None), (ACCELERATOR, Residence(1, work_memory=0)), (CPU, Residence(1, work_memory=0))],
+    ids=["plain", "layer by layer", "layer by layer, really copied"],
+)
 def test_tuning_above_layers_that_lie_elsewhere_gives_the_same_weights(device, residence):
     settings = TuningConfig(epochs=1, hidden_epochs=1, batch_size=4, learning_rate=3e-3)
     rows = random_tokens(12, 16, seed=1), random_tokens(4, 16, seed=2)
