@@ -3,11 +3,13 @@
     python -m benchmarks.gpu OUT.json [--shape 1b 8b] [--device cuda] [--minutes 5]
 
 Random weights in bfloat16 in LLaMA-3's shapes, made on the device from a seed: nothing is read from a disk or a network, and speeds do not
-depend on what a model has learnt. Prints and writes one JSON object; a stage that the minutes do not hold is left out. `benchmarks/gpu.sh` runs the tests
+depend on what a model has learnt. Search and tuning are measured a second time with the layers in main memory (`offloaded`), from where each is copied
+when its turn comes. Prints and writes one JSON object; a stage that the minutes do not hold is left out. `benchmarks/gpu.sh` runs the tests
 that need an accelerator first.
 """
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -15,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_clp.checkpoint.offloaded import bare_copy
 from optimum_clp.configuration.stages import SearchConfig, TuningConfig
+from optimum_clp.forward.layer_major import Residence
+from optimum_clp.forward.streamed_layers import LayerCopies, run_on
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import LayerSegment, endpoint_layers, kept_layers
@@ -30,6 +36,7 @@ SHAPES = {
     "1b": (16, 2048, 8192, 32, 8, 128256),
     "8b": (32, 4096, 14336, 32, 8, 128256),
 }
+WORK_MEMORY = 2 * 2**30
 LENGTH, SEARCH_ROWS, TUNING_ROWS, VALIDATION_ROWS = 256, 32, 192, 16
 
 
@@ -115,14 +122,54 @@ def measure(shape: str, device: torch.device, clock: Clock, length: int) -> dict
             found[name] = done[0]
     if "search" in found:
         found["search"]["forward_passes"] = round(found["search"]["seconds"] / found["forward"]["seconds"], 2)
+    done = clock.measured(lambda: tuned(model, train, validation))
+    if done is not None:
+        found["tuning"], found["tuning"]["tokens_per_second"] = done
+    found["offloaded"] = offloaded(model, searched, train, validation, device, clock)
+    gc.collect()  # a streamed layer and its forward hold each other
+    return found
+
+
+def tuned(model: LlamaForCausalLM, train: Tensor, validation: Tensor, residence: Residence | None = None) -> int:
+    """A cut in the middle, and its tuning: tokens per second."""
+    depth = model.config.num_hidden_layers
     segment = LayerSegment(depth // 2, depth // 2 + depth // 5)
     cut = cut_model(model, [segment])
     layers, kept = endpoint_layers([segment], depth), kept_layers([segment], depth)
-    settings = tuning_recipe()
-    done = clock.measured(lambda: tune_layers(cut, model, layers, train, validation, settings, kept=kept, quiet=True))
-    if done is not None:
-        found["tuning"], result = done
-        found["tuning"]["tokens_per_second"] = round(result.num_tokens / result.seconds)
+    options = {"kept": kept, "residence": residence, "quiet": True}
+    result = tune_layers(cut, model, layers, train, validation, tuning_recipe(), **options)
+    return round(result.num_tokens / result.seconds)
+
+
+def offloaded(
+    model: LlamaForCausalLM, searched: Tensor, train: Tensor, validation: Tensor, device: torch.device, clock: Clock
+) -> dict[str, Any]:
+    """The same with the layers in main memory, two of them on the device at a time. The model is moved there, and stays there."""
+    layers = model.model.layers
+    moved = clock.measured(lambda: layers.cpu())
+    if moved is None:
+        return {}
+    copies = LayerCopies(device, work_memory=WORK_MEMORY)
+    twin = bare_copy(model)
+    run_on(twin, copies)
+    residence = Residence(work_memory=WORK_MEMORY)
+    layer_bytes = max(sum(p.nbytes for p in layer.parameters()) for layer in layers)
+    found: dict[str, Any] = {"layers_gb": round(len(layers) * layer_bytes / 1e9, 2)}
+    for name, work in (
+        (
+            "search",
+            lambda: search_segments(
+                twin, searched, len(layers) // 5, search_recipe(), residence=residence, quiet=True
+            ),
+        ),
+        ("tuning", lambda: tuned(twin, train, validation, residence)),
+    ):
+        before = copies.copied
+        if (done := clock.measured(work)) is None:
+            break
+        found[name] = done[0] | {"copied_gb": round((copies.copied - before) * layer_bytes / 1e9, 2)}
+        if name == "tuning":
+            found[name]["tokens_per_second"] = done[1]
     return found
 
 

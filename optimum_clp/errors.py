@@ -133,5 +133,9 @@ class BusyError(CLPError, RuntimeError):
     """What is asked for is in use by somebody else."""
 
 
+class DeviceMemoryError(CLPError, MemoryError):
+    """A device has no memory for what is computed, half a batch at a time either."""
+
+
 class OutputError(CLPError, OSError):
     """The output folder cannot be used as it is."""

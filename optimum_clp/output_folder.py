@@ -19,7 +19,7 @@ from .calibration.sources import describe
 from .checkpoint.output import check_output, claimed_output, staged_folder
 from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, verify_checkpoint
 from .configuration.clp_config import CLPConfig
-from .configuration.sizes import size_in_bytes
+from .configuration.sizes import main_memory
 from .configuration.stages import QuantizationConfig
 from .errors import ConfigurationError, ExportError, ModelError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
@@ -258,7 +258,7 @@ def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
         teacher=session.model,
         attempts=attempts,
         seed=config.seed,
-        max_memory=None if config.max_memory is None else size_in_bytes(config.max_memory),
+        max_memory=main_memory(config.max_memory),
         quiet=session.quiet,
     )
     obstacles = write_runtime_configs(folder, model, result, attempts)

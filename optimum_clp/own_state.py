@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from .errors import BusyError
+from .errors import BusyError, CLPError
+from .out_of_memory import device_memory_error, is_out_of_memory
 from .processes import check_launcher
 
 # of the process, as what it guards is
@@ -53,8 +54,15 @@ def in_own_state(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def verb(*args: Any, **kwargs: Any) -> Any:
-        with own_state():
-            return function(*args, **kwargs)
+        try:
+            with own_state():
+                return function(*args, **kwargs)
+        except Exception as error:
+            if isinstance(error, CLPError) or not is_out_of_memory(error):
+                raise
+            raise device_memory_error(
+                error, function.__name__, "there is too little for what it computes", "Lower the batch size"
+            ) from error
 
     return verb
 

@@ -71,8 +71,13 @@ def leave_group() -> None:
 def own_device_map() -> dict[str, int] | None:
     """In a group on accelerators: the whole model on this process's own; otherwise `None`."""
     if world_size() > 1 and torch.cuda.is_available():
-        return {"": _number("LOCAL_RANK", 0)}
+        return {"": launched_local_rank()}
     return None
+
+
+def launched_local_rank() -> int:
+    """This process's place on its machine, from 0, by what a launcher says: the number of its accelerator."""
+    return _number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:

@@ -24,15 +24,17 @@ from .calibration.rows import CalibrationData, load_calibration, load_test_rows,
 from .checkpoint.in_memory import check_in_memory, model_or_name
 from .checkpoint.loading import check_tokenizer, load_model, load_tokenizer
 from .checkpoint.offloaded import read_in_place
+from .checkpoint.on_device import placed, reserved_for
 from .configuration.clp_config import CLPConfig
 from .configuration.durations import seconds
 from .configuration.run_stages import stages_of_run
-from .configuration.sizes import size_in_bytes
+from .configuration.sizes import accelerator_memory, main_memory
 from .configuration.stages import CalibrationConfig
 from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
+from .forward.streamed_layers import copies_of
 from .origin import check_base, check_seal, weights_changed
 from .processes import by_first, is_first
 from .progress import Stages, say
@@ -151,7 +153,23 @@ class Session:
         self.config.validate()
         load_chosen(self.config)
         self._start_clock(again)
+        self._place()
         return self.config
+
+    def _place(self) -> None:
+        """Let the models that are at hand run on the accelerator that the recipe names, if it names one."""
+        if self.pruned_model is not None:
+            self.pruned_model = self._placed(self.pruned_model)
+        if (dense := self.model) is not None:
+            self.model = self._placed(dense)
+            self._checked = self.model if self._checked is dense else self._checked
+
+    def _placed(self, model: PreTrainedModel) -> PreTrainedModel:
+        bounds = accelerator_memory(self.config.max_memory)
+        if not bounds:
+            return model
+        length = within_context(self.config.calibration.sequence_length, model.config)
+        return placed(model, bounds, length, reserved=reserved_for(model, self.config))
 
     def forget(self, step: str) -> None:
         """Drop what a step makes void: what was done to a cut model and measured of it says nothing about another."""
@@ -180,11 +198,11 @@ class Session:
                     name,
                     revision=base.get("revision"),
                     dtype="auto" if like is None else like.dtype,
-                    device_map=None if like is None else {"": like.device},
+                    device_map=self._beside(like),
                     **self._reading(),
                 )
                 check_base(self.report, loaded, self.quiet)
-                self.model = self._checked = loaded
+                self.model = self._checked = self._placed(loaded)
             except ModelError as error:
                 raise ModelError.of(
                     "base_model",
@@ -200,6 +218,13 @@ class Session:
             remedy = "Load it outside of torch.inference_mode()"
             raise ModelError.of("model", self.model.name_or_path or type(self.model).__name__, rule, remedy)
         return self.model
+
+    def _beside(self, model: PreTrainedModel | None) -> dict[str, Any] | None:
+        """Where the dense model is loaded to: beside the cut one, or where it lies if an accelerator does not hold it."""
+        streamed = bool(accelerator_memory(self.config.max_memory)) or (
+            model is not None and copies_of(model) is not None
+        )
+        return None if model is None or streamed else {"": model.device}
 
     def _reading(self) -> dict[str, Any]:
         """How models that are named are loaded, as the first one was."""
@@ -466,8 +491,7 @@ class Session:
         """
         source, text = model or self.source(), self.config.calibration
         length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
-        bound = self.config.max_memory
-        limit = None if bound is None else size_in_bytes(bound)
+        limit = main_memory(self.config.max_memory)
 
         def decided() -> Residence | None:
             needs, found = residence_under(limit, source, length, states, strict=model is None)
@@ -503,6 +527,7 @@ class Session:
         Raises:
             ConfigurationError: If a file is named, and there is no such folder.
         """
+        self._place()
         if file_name is None:
             return self.onnx_file or self.pruned_model or self.model
         if self.folder is None:
@@ -514,7 +539,7 @@ class Session:
         """The dense model to compare with: `given`, loaded if it is a name; else the run's own, if it is loaded."""
         if given is None:
             return self.model
-        return load_model(given, **self._reading())
+        return self._placed(load_model(given, **self._reading()))
 
 
 def _of_session(name: str) -> Any:

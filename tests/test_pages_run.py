@@ -2,7 +2,7 @@
 
 A page runs in a folder in which `Qwen/Qwen3-0.6B` and its like are folders with small models, so that what is run is what is
 read. Amounts of text are small, a budget is two seconds and a size 70 kB; nothing else is changed. Commands of `accelerate launch` run in one
-process. What is not run: installation, `make`, benchmarks, `pytest` (`test_page_commands.py` checks them), and other languages.
+process, and the CPU stands in for an accelerator. What is not run: installation, `make`, benchmarks, `pytest` (`test_page_commands.py` checks them), and other languages.
 """
 
 import contextlib
@@ -154,6 +154,8 @@ def workplace(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     load, given = datasets.load_dataset, datasets.Dataset.from_dict({"text": [TEXT] * 150})
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: load(**k) if k.get("path") == "json" else given)
+    # for the pages that name one
+    monkeypatch.setattr("optimum_clp.checkpoint.on_device.accelerator", lambda number: torch.device("cpu"))
     sent = mock.Mock(repo_id="me/qwen3-0.6b-clp20")
     monkeypatch.setattr("optimum_clp.report.hub_access.check_upload", lambda *a, **k: None)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: sent)

@@ -47,6 +47,7 @@ PLACES = {
     },
     "OutputError": "optimum_clp.errors.OutputError",
     "BusyError": "optimum_clp.errors.BusyError",
+    "DeviceMemoryError": "optimum_clp.errors.DeviceMemoryError",
 }
 _REFERENCE = re.compile(r"\[`~?([\w.]+)`\](?!\[|\()")
 _TYPE = re.compile(r"^(\s+\**\w+) \(([^()]*(?:\([^()]*\)[^()]*)*)\):", re.MULTILINE)

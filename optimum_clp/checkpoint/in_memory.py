@@ -94,6 +94,13 @@ def check_in_memory(model: PreTrainedModel) -> None:
     name, config = type(model).__name__, model.config
     if any(type(module).__module__.startswith("optimum.quanto") for module in model.modules()):
         raise quanto_error(name)
+    if _is_dealt_out(model):
+        raise ModelError.of(
+            "model",
+            name,
+            "its weights are dealt out to several processes (tensor parallelism, tp_plan, or FSDP), and none of them has a whole layer to cut",
+            "Load it without tp_plan. In a group of processes each one holds the model, or the layers that run if max_memory bounds it",
+        )
     found = _quantized_part(model)
     if found is not None:
         raise ModelError.of(
@@ -104,6 +111,12 @@ def check_in_memory(model: PreTrainedModel) -> None:
         )
     if getattr(model, "_auto_class", None) is None:
         check_class(name, config.model_type, [name], bool(config.is_encoder_decoder))
+
+
+def _is_dealt_out(model: PreTrainedModel) -> bool:
+    """Whether a process has parts of weights: as tensors that know of a group of devices, or as plain ones under transformers' plan."""
+    parts = (parameter for parameter in model.parameters() if hasattr(parameter, "device_mesh"))
+    return (getattr(model, "_tp_size", None) or 1) > 1 or next(parts, None) is not None
 
 
 def _quantized_part(model: PreTrainedModel) -> str | None:

@@ -62,7 +62,7 @@ def load_model(
             such as `torch.compile`'s; a local folder, also of an adapter if `peft` is installed, which is merged into its
             base model; or a Hub id such as `"Qwen/Qwen3-0.6B"`.
         dtype (`str` or `torch.dtype`): Of the weights; `"auto"` takes the checkpoint's own.
-        device_map: As in transformers. Weights that it offloads are read in place if they run on the CPU, and refused otherwise.
+        device_map: As in transformers. Weights that it offloads are read in place; if they ran on an accelerator, its layers run there on copies.
         revision (`str` or `None`): Branch, tag or commit on the Hub.
         token (`str`, `bool` or `None`): For private or gated models on the Hub.
         trust_remote_code (`bool`): Allow code that comes with the model to run.

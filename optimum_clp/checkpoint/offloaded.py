@@ -2,7 +2,8 @@
 
 Such weights are on the meta device, and hooks fetch each one when its module runs. Everything here that looks at weights would find
 none. On the CPU no fetching is needed: a file is mapped, and its pages are read when they are touched. So the model is read
-in place: a twin of the same structure, without the hooks, over the files and tensors that the hooks would have fetched from.
+in place: a twin of the same structure, without the hooks, over the files and tensors that the hooks would have fetched from. Where it
+ran on an accelerator its layers do so again, on copies of what lies elsewhere ([`streamed_layers`]).
 """
 
 import copy
@@ -21,6 +22,8 @@ from transformers import PreTrainedModel
 from ..architecture.lookup import text_config
 from ..errors import ModelError
 from ..forward.hooks import computed_buffers
+from ..forward.memory_bound import free_device_memory
+from ..forward.streamed_layers import LayerCopies, run_on, settle
 
 # what `accelerate.dispatch_model` sets on a model's own object
 _ADDED = ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron", "hf_device_map")
@@ -30,27 +33,28 @@ def read_in_place(model: PreTrainedModel) -> PreTrainedModel:
     """A dispatched model without offloading; any other model as it is.
 
     Args:
-        model (`PreTrainedModel`): Not changed. Every module runs on the CPU.
+        model (`PreTrainedModel`): Not changed.
 
     Returns:
         `PreTrainedModel`: A twin that shares all tensors that are in memory, and has the others mapped from where they were
-        offloaded to; `model` itself if nothing is offloaded.
+        offloaded to; `model` itself if nothing is offloaded. If offloaded weights run on an accelerator, what is around its
+        decoder layers lies there, and all layers run there.
 
     Raises:
-        ModelError: If its layers run on an accelerator, or a weight is not where it was offloaded to.
+        ModelError: If a weight is not where it was offloaded to, or offloaded weights run on several accelerators.
     """
     offloading = {name: list(_offloading(module)) for name, module in model.named_modules()}
     if not any(offloading.values()):
         return model
-    for name, hooks in offloading.items():
-        for hook in hooks:
-            _check_device(model, name, hook)
-    twin = _copied(model)
+    device = _accelerator(model, offloading)
+    twin = bare_copy(model)
     read = _Weights(type(model).__name__)
     for name, module in twin.named_modules():
         for hook in offloading.get(name, ()):
             _bring_in(module, name, hook, read)
     _tie(twin)
+    if device is not None:
+        run_on(twin, LayerCopies(device, work_memory=free_device_memory(device)))
     return twin
 
 
@@ -73,18 +77,27 @@ def _offloading(module: nn.Module) -> Iterator[AlignDevicesHook]:
             yield each
 
 
-def _check_device(model: PreTrainedModel, name: str, hook: AlignDevicesHook) -> None:
-    device: Any = hook.execution_device
-    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+def _accelerator(model: PreTrainedModel, offloading: Mapping[str, list[AlignDevicesHook]]) -> torch.device | None:
+    """The accelerator that offloaded weights run on; `None` where they run on the CPU."""
+    found: dict[torch.device, str] = {}
+    for name, hooks in offloading.items():
+        for hook in hooks:
+            device = hook.execution_device
+            device = torch.device("cpu" if device is None else device)
+            if device.type not in ("cpu", "meta"):
+                found.setdefault(device, name)
+    if len(found) > 1:
+        (first, one), (second, other), *_ = found.items()
         raise ModelError.of(
             "model",
             type(model).__name__,
-            f"the weights of {name} are offloaded, and it runs on {device}",
-            "Load it on the CPU, device_map='cpu': weights stay in their files there, see docs/larger_than_memory.md",
+            f"the weights of {one} are offloaded and run on {first}, those of {other} on {second}",
+            "Load it with a device_map that offloads from one accelerator, or with device_map='cpu' and max_memory, see docs/larger_than_memory.md",
         )
+    return next(iter(found), None)
 
 
-def _copied(model: PreTrainedModel) -> PreTrainedModel:
+def bare_copy(model: PreTrainedModel) -> PreTrainedModel:
     """The same modules once more, over the same tensors, without what accelerate has put on them."""
     shared: dict[int, Any] = {}
     for module in model.modules():
@@ -106,6 +119,7 @@ def _copied(model: PreTrainedModel) -> PreTrainedModel:
                 attributes["forward"] = before
         for name in _ADDED:
             attributes.pop(name, None)
+    settle(twin, move=False)
     return twin
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ..argument_types import check_argument
 from ..configuration.recipe_files import read_recipe
+from ..configuration.sizes import accelerator_memory
 from ..configuration.validation import checked_values
 from ..errors import CLPError, ConfigurationError, OutputError, Problem, shortened
 from . import arguments
@@ -226,12 +227,14 @@ def load_pruner(args: argparse.Namespace, file_name: str | None = None) -> "CLPP
     from ..pruner import CLPPruner
 
     join_group()
+    # what a bound of an accelerator does not hold stays where it is mapped to, and is placed once the recipe is known
+    bounded = hasattr(args, "max_memory") and accelerator_memory(read_config(args).max_memory)
     return CLPPruner.from_pretrained(
         args.model,
         file_name,
         tokenizer=args.tokenizer,
         dtype=args.dtype,
-        device_map=args.device or args.device_map or own_device_map(),
+        device_map=args.device or args.device_map or (None if bounded else own_device_map()),
         revision=args.revision,
         token=args.token,
         trust_remote_code=args.trust_remote_code,

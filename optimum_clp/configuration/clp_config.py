@@ -17,6 +17,7 @@ from ..errors import ConfigurationError
 from ..version import __version__
 from .recipe_files import RECIPE_NAME, read_recipe
 from .settings import documented
+from .sizes import with_names
 from .stages import (
     STAGES,
     CalibrationConfig,
@@ -67,7 +68,7 @@ class CLPConfig(BaseConfig):
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
         budget: str | float | None = PlainSettings.budget,
-        max_memory: str | int | None = PlainSettings.max_memory,
+        max_memory: str | int | dict[str | int, str | int] | None = PlainSettings.max_memory,
         seed: int = PlainSettings.seed,
         calibration: CalibrationConfig | dict | None = None,
         search: SearchConfig | dict | None = None,
@@ -103,7 +104,7 @@ class CLPConfig(BaseConfig):
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention
         self.budget = budget
-        self.max_memory = max_memory
+        self.max_memory = with_names(max_memory)
         self.seed = seed
         self.calibration: CalibrationConfig = values["calibration"]
         self.search: SearchConfig = values["search"]

@@ -89,12 +89,14 @@ class PlainSettings:
         metavar="TIME",
         unset="as long as `calibration.train_sequences` rows take",
     )
-    max_memory: str | int | None = setting(
+    max_memory: str | int | dict[str | int, str | int] | None = setting(
         None,
         or_none(memory_size()),
-        "memory that this process may hold, such as 24GiB or 500MB, weights included",
+        "memory that this process may hold, such as 24GiB or 500MB, weights included; with an accelerator for each device, "
+        "0=20GiB,cpu=64GiB",
         more="Where the weights do not fit, they stay in their files and are read one layer after the other "
-        "(`docs/larger_than_memory.md`). No figure of the search depends on it.",
+        "(`docs/larger_than_memory.md`). A device that is named by its number runs the model, however small it is. In Python "
+        "also a dictionary. No figure of the search depends on it.",
         metavar="SIZE",
         unset="what is free",
     )

@@ -14,6 +14,7 @@ from ..forward.dense_outputs import DenseOutputs, StateStore
 from ..forward.hooks import evaluation_mode
 from ..forward.layer_major import Residence
 from ..forward.losses import kl_divergence, next_token_cross_entropy
+from ..out_of_memory import Halving
 from ..progress import progress_bar
 
 _LOGIT_BYTES = 4 * 6  # of one logit: two models', what the losses make of them, and temporaries
@@ -69,33 +70,38 @@ def evaluate_tokens(
     Returns:
         [`Evaluation`]
     """
-    loss = kl = dense_loss = 0.0
-    agree = count = positions = 0
     device = getattr(model, "device", torch.device("cpu"))
     logits_of = _logits_of(model, tokens, batch_size, residence, f"Passes for {name}", quiet)
     if residence is not None:
         batch_size = min(batch_size, _rows_of_logits(model, tokens.shape[1], residence))
+
+    def sums(rows: range) -> list[float]:
+        where = slice(rows.start, rows.stop)
+        batch = tokens[where].to(device)
+        logits = logits_of(where, batch)
+        losses = next_token_cross_entropy(logits, batch)
+        found = [losses.double().sum().item(), float(losses.numel())]
+        if reference is None:
+            return found
+        dense = reference.logits(where).to(logits.device)
+        found += [kl_divergence(dense, logits).double().sum().item()]
+        found += [next_token_cross_entropy(dense, batch).double().sum().item()]
+        return [*found, float((dense.argmax(-1) == logits.argmax(-1)).sum()), float(batch.numel())]
+
+    parts: list[list[float]] = []
+    halving = Halving("evaluation", "search.batch_size (--batch-size)")
     with torch.no_grad(), evaluation_mode(model), progress_bar(len(tokens), f"Evaluation of {name}", quiet) as bar:
         for first in range(0, len(tokens), batch_size):
-            rows = slice(first, first + batch_size)
-            batch = tokens[rows].to(device)
-            logits = logits_of(rows, batch)
-            losses = next_token_cross_entropy(logits, batch)
-            loss += losses.double().sum().item()
-            count += losses.numel()
-            if reference is not None:
-                dense = reference.logits(rows).to(logits.device)
-                kl += kl_divergence(dense, logits).double().sum().item()
-                dense_loss += next_token_cross_entropy(dense, batch).double().sum().item()
-                agree += int((dense.argmax(-1) == logits.argmax(-1)).sum())
-                positions += batch.numel()
-            bar.update(len(batch))
+            rows = range(first, min(len(tokens), first + batch_size))
+            parts += halving.over(rows, sums)
+            bar.update(len(rows))
+    loss, count, *compared = map(sum, zip(*parts, strict=True))
     perplexity = _exp(loss / count)
     if reference is None:
-        return Evaluation(perplexity, loss / count, count)
-    return Evaluation(
-        perplexity, loss / count, count, kl / positions, agree / positions, _exp((dense_loss - loss) / count)
-    )
+        return Evaluation(perplexity, loss / count, int(count))
+    kl, dense_loss, agree, positions = compared
+    retention = _exp((dense_loss - loss) / count)
+    return Evaluation(perplexity, loss / count, int(count), kl / positions, agree / positions, retention)
 
 
 def _logits_of(

@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import TuningError
+from ..out_of_memory import Halving
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
 from ..spill import Spill
 from .hooks import evaluation_mode, recorded_inputs, run_without_head
-from .layer_major import LayerMajorPasses, Residence
+from .layer_major import BATCH_SETTINGS, LayerMajorPasses, Residence
 from .layer_stack import LayerStack
 
 
@@ -102,15 +103,20 @@ class DenseOutputs:
             recorded_inputs(self.stack.layers, wanted) as found,
             progress_bar(len(tokens), self.description, quiet) as bar,
         ):
+
+            def through(rows: Tensor) -> None:
+                run_without_head(model, tokens[rows])
+                for index in wanted:
+                    if index not in self.hidden:
+                        shape = (len(tokens), *found[index].shape[1:])
+                        self.hidden[index] = store.allocate(shape, found[index].dtype)
+                    self.hidden[index][rows] = found[index].cpu()
+
+            halving = Halving("dense model", BATCH_SETTINGS)
             for number, rows in enumerate(batches):
                 # the first batch also shows the shapes, so every process runs it
                 if number == 0 or number % group == (rank() if dealt else 0):
-                    run_without_head(model, tokens[rows])
-                    for index in wanted:
-                        if index not in self.hidden:
-                            shape = (len(tokens), *found[index].shape[1:])
-                            self.hidden[index] = store.allocate(shape, found[index].dtype)
-                        self.hidden[index][rows] = found[index].cpu()
+                    halving.over(rows, through)
                 bar.update(len(rows))
 
     def _share(self, batches: Sequence[Tensor], group: int) -> None:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..mapped_weights import FileStamps, MappedWeights
+from ..out_of_memory import Halving
 from ..progress import progress_bar
 from .hooks import (
     evaluation_mode,
@@ -38,6 +40,9 @@ from .hooks import (
     stopped_before,
 )
 from .layer_stack import LayerStack
+
+BATCH_SETTINGS = "search.batch_size or tuning.batch_size"
+"""What decides how many rows run together."""
 
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 """Makes an uninitialised tensor on the CPU; see [`StateStore`]."""
@@ -124,6 +129,7 @@ class LayerMajorPasses:
         wanted, weights = {*keep, depth}, MappedWeights()
         stamps = FileStamps(weights.files_of(self.model))
         self.kept = {}
+        halving = Halving(self.description, BATCH_SETTINGS)
         with (
             torch.no_grad(),
             evaluation_mode(self.model),
@@ -132,7 +138,7 @@ class LayerMajorPasses:
             for first in range(0, depth, self.residence.layers):
                 group = range(first, min(depth, first + self.residence.layers))
                 for rows in self.batches:
-                    self._through(group, rows, streams, wanted)
+                    halving.over(rows, partial(self._through, group, streams=streams, wanted=wanted))
                 for index in group:
                     weights.let_go(self.stack.layers[index].parameters())
                 if (file := stamps.changed()) is not None:

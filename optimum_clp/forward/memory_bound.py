@@ -4,6 +4,7 @@ Weights that lie in files are read when they are needed ([`MappedWeights`]), so 
 what is around the layers, this process's own memory, and what exists while a row is computed.
 """
 
+import math
 import os
 import re
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,6 +21,7 @@ from ..architecture.lookup import decoder_layers, text_config
 from ..errors import ConfigurationError
 from ..mapped_weights import MappedWeights
 from .layer_major import Residence
+from .streamed_layers import ROTATING, LayerCopies, copies_of
 
 _FLOAT, _TEMPORARIES = 4, 5
 _FEWEST_TOKENS = 16  # whose logits exist together
@@ -86,26 +89,70 @@ def pass_memory(
         mapped ([`MappedWeights`], *optional*): Which weights lie in files; as it is now, if not given.
         private (`int`, *optional*): This process's own memory; as it is now, if not given.
     """
-    layers, config = list(decoder_layers(model)), text_config(model.config)
     mapped = mapped or MappedWeights()
 
     def in_files(tensors: Mapping[int, Tensor]) -> int:
         return sum(tensor.nbytes for tensor in tensors.values() if tensor.is_meta or mapped.holds(tensor))
 
-    of_layers = [{id(p): p for p in layer.parameters()} for layer in layers]
-    inside = set().union(*of_layers)
-    outside = {id(p): p for p in model.parameters() if id(p) not in inside}
-    element, vocabulary = model.dtype.itemsize, config.vocab_size
-    # what the matrices of a layer put out, all of it at once
-    widths = max(sum(p.shape[0] for p in layer.values() if p.dim() == 2) for layer in of_layers)
-    row = length * (widths + 4 * config.hidden_size) * element
+    of_layers, outside = _parts(model)
+    least, plain = _computed(model, of_layers, length)
     return PassMemory(
         private=private_memory() if private is None else private,
         layers=tuple(map(in_files, of_layers)),
         around=in_files(outside),
-        least=row + _FEWEST_TOKENS * vocabulary * _FLOAT * _TEMPORARIES,
-        plain=_ROWS * (row + length * vocabulary * (element + _FLOAT)),
+        least=least,
+        plain=plain,
     )
+
+
+def _parts(model: PreTrainedModel) -> tuple[list[dict[int, Tensor]], dict[int, Tensor]]:
+    """The weights of each layer, and all others, each once."""
+    of_layers: list[dict[int, Tensor]] = [{id(p): p for p in layer.parameters()} for layer in decoder_layers(model)]
+    inside = set().union(*of_layers)
+    return of_layers, {id(p): p for p in model.parameters() if id(p) not in inside}
+
+
+def _computed(model: PreTrainedModel, of_layers: list[dict[int, Tensor]], length: int) -> tuple[int, int]:
+    """Bytes that exist while one row is computed, with the logits of a few tokens; and while a batch is, with all of them."""
+    config, element = text_config(model.config), model.dtype.itemsize
+    # what the matrices of a layer put out, all of it at once
+    widths = max(sum(p.shape[0] for p in layer.values() if p.dim() == 2) for layer in of_layers)
+    row = length * (widths + 4 * config.hidden_size) * element
+    least = row + _FEWEST_TOKENS * config.vocab_size * _FLOAT * _TEMPORARIES
+    return least, _ROWS * (row + length * config.vocab_size * (element + _FLOAT))
+
+
+def copies_within(
+    bound: int, model: PreTrainedModel, length: int, device: torch.device, *, reserved: int = 0, name: str = "0"
+) -> LayerCopies:
+    """How much of a model an accelerator holds within a bound: what is around its layers for good, and copies of the layers.
+
+    Args:
+        bound (`int`): Bytes of the accelerator that may be held.
+        model (`PreTrainedModel`): Not run.
+        length (`int`): Tokens in a row.
+        device (`torch.device`): The accelerator.
+        reserved (`int`): Bytes that something else will take there: the numbers of an optimizer.
+        name (`str`): The accelerator, as `max_memory` calls it.
+
+    Returns:
+        [`LayerCopies`]: As many as there is room for beside a batch, at least the layer that runs and the next one.
+
+    Raises:
+        ConfigurationError: If the bound is too small; it says what would do.
+    """
+    of_layers, outside = _parts(model)
+    least, plain = _computed(model, of_layers, length)
+    largest = max(sum(p.nbytes for p in layer.values()) for layer in of_layers)
+    around = sum(p.nbytes for p in outside.values())
+    smallest = around + ROTATING * largest + least + reserved
+    if bound < smallest:
+        rule = f"there are {_shown(around)} around the layers, two layers of {_shown(largest)}, and {_shown(reserved)} of a tuning"
+        remedy = f"Give at least {name}={-(-smallest // 2**20)}MiB"
+        raise ConfigurationError.of("max_memory", f"{name}={_shown(bound)}", rule, remedy)
+    spare = bound - smallest
+    staying = min(len(of_layers), int(max(0, spare - (plain - least)) // largest))
+    return LayerCopies(device, staying=staying, work_memory=least + spare - staying * largest)
 
 
 def residence_under(
@@ -127,11 +174,15 @@ def residence_under(
         ConfigurationError: If the bound is given and too small; it says what would do.
     """
     needs = pass_memory(model, length)
-    if bound is None:
-        return needs, needs.residence(needs.private + free_memory(), folder)
-    if strict:
+    if bound is not None and strict:
         check_bound(bound, needs)
-    return needs, needs.residence(bound, folder)
+    bound = needs.private + free_memory() if bound is None else bound
+    found, copies = needs.residence(bound, folder), copies_of(model)
+    if copies is None:
+        return needs, found
+    # on an accelerator that does not hold the layers each is copied once, whether or not main memory holds them all
+    states = max(0.0, bound - needs.resident) if found is None else found.state_memory
+    return needs, Residence(1, states, copies.work_memory, folder)
 
 
 def check_bound(bound: int, needs: PassMemory) -> None:
@@ -174,6 +225,14 @@ def free_memory() -> int:
     return free
 
 
+def free_device_memory(device: torch.device) -> float:
+    """Bytes of an accelerator that this process can still have; without end where its library does not say so."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 def disk_speed(file: Path) -> float | None:
     """Bytes a second at which a file is read from its disk; `None` where the system does not let that be seen.
 
@@ -199,7 +258,11 @@ def _shown(size: float) -> str:
 
 def streaming(model: PreTrainedModel, needs: PassMemory, residence: Residence) -> str:
     """What passes over a model hold, and how long its weights take to be read, in a sentence."""
-    layers, files = len(needs.layers), MappedWeights().files_of(model)
+    layers, files, copies = len(needs.layers), MappedWeights().files_of(model), copies_of(model)
+    if copies is not None:
+        there = min(layers, copies.staying + ROTATING)
+        moved = sum(p.nbytes for layer in decoder_layers(model) for p in layer.parameters() if p.device.type == "cpu")
+        return f"layer by layer on {copies.device}, {there} of {layers} there at a time; each reading of the weights copies {_shown(moved)}."
     held = needs.private + needs.around + residence.layers * max(needs.layers) + residence.work_memory
     held += residence.state_memory
     together = f"layer by layer, {residence.layers} of {layers} in memory at a time, at most {_shown(held)}"

@@ -4,15 +4,17 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from ..architecture.lookup import allowed_segments, decoder_layers, num_layers, text_config, within_context
+from ..checkpoint.on_device import reserved_for
 from ..configuration.clp_config import CLPConfig
-from ..configuration.sizes import size_in_bytes
+from ..configuration.sizes import accelerator_memory, main_memory
 from ..errors import ConfigurationError, ModelError
 from ..exporters.room import export_work
 from ..exporters.rounding.weights import needs_calibration
-from ..forward.memory_bound import pass_memory
+from ..forward.memory_bound import copies_within, pass_memory
 from ..search.gate_descent import SETTLING_ROUNDS, places_along, radii
 from ..search.races import FINALISTS
 from ..segments import LayerSegment, endpoint_layers, kept_layers
@@ -78,15 +80,20 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
         pass_memory(dense, length, private=_PROCESS if dense.device.type == "meta" else None),
         recipe.max_memory,
     )
+    on_accelerator = bool(accelerator_memory(bound))
     smallest = max(
         needs.smallest,
-        needs.smallest - needs.least + _tuning(dense, recipe, length, removed or 1),
+        # an accelerator that runs the model has the tuning's numbers, too
+        needs.smallest - needs.least + (0 if on_accelerator else _tuning(dense, recipe, length, removed or 1)),
         needs.private + _export(dense, recipe),
     )
-    limit = None if bound is None else size_in_bytes(bound)
+    limit = main_memory(bound)
     if limit is not None and limit < smallest:
         rule = f"the weights of one layer, what is around the layers, this process and its largest stage take {smallest / 2**30:.2f} GiB"
         raise ConfigurationError.of("max_memory", bound, rule, f"Give at least {-(-smallest // 2**20)}MiB")
+    for number, bytes_there in accelerator_memory(bound).items():
+        reserved = reserved_for(dense, recipe)
+        copies_within(bytes_there, dense, length, torch.device("meta"), reserved=reserved, name=str(number))
     residence = None if limit is None else needs.residence(limit, None)
     readings = {"loading": 1} if residence is None else _readings(dense, recipe, removed)
     together = depth if residence is None else residence.layers

@@ -21,6 +21,7 @@ from ..forward.dense_outputs import StateStore
 from ..forward.hooks import recorded_inputs, run_without_head
 from ..forward.layer_major import LayerMajorPasses, Residence
 from ..forward.layer_stack import LayerStack
+from ..out_of_memory import Halving
 from ..processes import gathered, is_first, rank, world_size
 from ..progress import progress_bar
 from ..resume import Journal
@@ -114,6 +115,7 @@ class Objective:
         self.work: ForwardWork = measure_work(model, self.stack, tokens[:1], residence is not None)
         self.probe = self.spent = 1 / len(tokens)
         self.layer_passes = self.num_layers / len(tokens)
+        self._halving = Halving("search", "search.batch_size")
         limit = math.inf if residence is None else residence.work_memory
         self._memory = _MemoryRule(model, tokens.shape[1], batch_size, limit)
 
@@ -138,7 +140,7 @@ class Objective:
         """
 
         def plainly(batch: list[int]) -> dict[str, Any]:
-            return {name: table.tolist() for name, table in self._measure(gates, batch).items()}
+            return _listed(self._halving.over(batch, partial(self._measure, gates)))
 
         size = self.micro_batch(len(gates))
         figures: Callable[[list[int]], dict[str, Any]] = plainly
@@ -244,13 +246,14 @@ class Objective:
             passes = LayerMajorPasses(self.model, self.stack, tokens, mask, parts, **options)
             finals, dense = passes.run(gates), passes.kept[self.num_layers]
             device = self.model.device
+
+            def figures(part: Tensor) -> dict[str, Tensor]:
+                states = [final[part].to(device) for final in finals]
+                return self.figures(dense[part].to(device), states, tokens[part], None if mask is None else mask[part])
+
             with torch.no_grad():
                 for batch, part in zip(new, parts, strict=True):
-                    states = [final[part].to(device) for final in finals]
-                    figures = self.figures(
-                        dense[part].to(device), states, tokens[part], None if mask is None else mask[part]
-                    )
-                    found[tuple(batch)] = {name: table.tolist() for name, table in figures.items()}
+                    found[tuple(batch)] = _listed(self._halving.over(part, figures))
         return lambda batch: found[tuple(batch)]
 
     def _final(self, gate: Gate, states: dict[int, Tensor], source: int, ids: Tensor, mask, dense: Tensor) -> Tensor:
@@ -303,6 +306,11 @@ class Objective:
         counts = torch.stack([weights.sum(1), predicted.sum(1), predicted.sum(1)]).double().clamp(min=1)[:, None]
         kl, loss, dense_loss = sums / counts
         return {"kl": kl, "loss": loss, "dense_loss": dense_loss[0]}
+
+
+def _listed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Figures of the rows of some parts, one behind the other, JSON-ready."""
+    return {name: torch.cat([part[name] for part in parts], dim=-1).tolist() for name in parts[0]}
 
 
 def _batches(rows: Sequence[int], size: int) -> list[list[int]]:

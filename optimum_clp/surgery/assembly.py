@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..architecture.lookup import cut_config, decoder_path, num_layers, within_context
 from ..errors import CutError
 from ..forward.hooks import at_rest, computed_buffers, evaluation_mode
+from ..forward.streamed_layers import copies_of, stream_layers
 
 _SHORT_ROW = 16
 
@@ -38,6 +39,8 @@ def assembled(dense: PreTrainedModel, config: PretrainedConfig, kept: Sequence[i
     with at_rest(dense):
         _take_over_tensors(built, dense, path, kept)
     built.eval()
+    if (copies := copies_of(dense)) is not None:
+        stream_layers(built, copies)
     _dispatch_like(built, dense, path, kept)
     return built
 

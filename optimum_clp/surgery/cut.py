@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import cut_config, num_layers
 from ..errors import ModelError
+from ..forward.streamed_layers import settle
 from ..segments import LayerSegment, check_segments, kept_layers
 from .assembly import assembled
 from .guard import check_cut
@@ -49,8 +50,9 @@ def cut_model(dense: PreTrainedModel, segments: Iterable[LayerSegment]) -> PreTr
 def own_storage(module: nn.Module) -> None:
     """Give a module's parameters storage of their own, so that it can be trained without changing the model it came from.
 
-    Parameters that it holds twice stay one.
+    Parameters that it holds twice stay one. Layers that run elsewhere than where they lie come to lie where they run.
     """
+    settle(module)
     for parameter in module.parameters():
         parameter.data = parameter.data.clone()
 

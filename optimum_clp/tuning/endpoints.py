@@ -26,6 +26,7 @@ from ..errors import ConfigurationError, TuningError
 from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode, only_trainable
 from ..forward.layer_major import Residence
+from ..out_of_memory import Halving
 from ..processes import world_size
 from ..segments import target_state
 from .accelerator import tuning_accelerator
@@ -35,6 +36,7 @@ from .losses import STATES, TEACHER_LOGITS, needs_of, weighted_losses
 from .result import TuningResult, TuningStep, improves
 from .rows import TuningRows, cached_rows, compared_layers
 from .schedule import stages_of
+from .sharded_layers import sharded
 from .starts import Start, StartProblem
 from .student import EndpointStudent
 from .trained_modules import TrainedModules, check_layers
@@ -184,7 +186,8 @@ class _Tuning:
                 student = self._student(modules)
                 loop = self._loop(accelerator, student, rows, by_kind)
                 try:
-                    loop.run()
+                    with sharded(self._frozen()):
+                        loop.run()
                 except BaseException:
                     # alone, the model is left as good as it was; in a group the others may not come this far
                     if accelerator.num_processes == 1 and loop.state.history:
@@ -193,6 +196,14 @@ class _Tuning:
                 best = loop.best_weights()
             trained.take_over(best)
             return self._result(loop, init, begin, cache_seconds)
+
+    def _frozen(self) -> list[nn.Module]:
+        """The layers that run in a step and are not trained."""
+        return [
+            layer
+            for index, layer in enumerate(decoder_layers(self.model))
+            if index > self.layers[0] and index not in self.layers
+        ]
 
     def _rows(self, tokens: Tensor, kinds: Sequence[str], mask: Tensor | None, store: StateStore) -> TuningRows:
         """Some rows, with all states of the dense model that are compared with; those of the losses are its targets."""
@@ -308,7 +319,12 @@ def _evaluated(student: EndpointStudent, rows: TuningRows, batch_size: int, logi
     """The loss over all rows."""
     parts = torch.arange(len(rows)).split(batch_size)
     in_parts = isinstance(student, LayerMajorStudent)
-    losses = [student(**rows.batch(part, logits, in_parts=in_parts)).double().cpu() for part in parts]
+    halving = Halving("tuning", "tuning.batch_size", then=student.halve)
+
+    def losses_of(part: Tensor) -> Tensor:
+        return student(**rows.batch(part, logits, in_parts=in_parts)).double().cpu()
+
+    losses = [loss for part in parts for loss in halving.over(part, losses_of)]
     return TuningStep.of_rows(torch.cat(losses), rows.kinds)
 
 

@@ -5,6 +5,7 @@ likewise. So a step reads each layer above the first endpoint twice, whatever th
 activations of a few rows.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,8 @@ class LayerMajorStudent(EndpointStudent):
     ):
         super().__init__(model, trained, first, weights, compared)
         self.work_memory = residence.work_memory
+        self._together: int | None = None
+        self._most: float = math.inf
         self._mapped = MappedWeights()
 
     def forward(
@@ -80,6 +83,9 @@ class LayerMajorStudent(EndpointStudent):
         pieces = [{index: state[part] for index, state in states.items()} for part in parts]
         arguments = zip(rows, parts, pieces, strict=True)
         return torch.cat([self._kept(self._loss, row, hidden[part], piece) for row, part, piece in arguments])
+
+    def halve(self) -> None:
+        self._most = max(1, (self._together or 1) // 2)
 
     def _through(self, index: int, tokens: Tensor, hidden: Tensor, parts: list[slice]) -> Tensor:
         """All rows through one layer; its pages are given back behind them, on the way up and on the way down."""
@@ -125,7 +131,7 @@ class LayerMajorStudent(EndpointStudent):
         layer = length * max(layer_activations(layer, itemsize, trained=True) for layer in stack.layers)
         head = logit_bytes(length, config.vocab_size, itemsize, [loss for _, loss in losses])
         together = (self.work_memory - borders) // max(layer, head)
-        size = int(max(1, min(rows, together)))
+        size = self._together = int(max(1, min(rows, together, self._most)))
         return [slice(start, min(rows, start + size)) for start in range(0, rows, size)]
 
 

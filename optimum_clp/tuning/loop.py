@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from ..configuration.stages import TuningConfig
+from ..out_of_memory import Halving, device_memory_error, halves, is_out_of_memory
 from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
@@ -76,6 +78,10 @@ class TrainingLoop:
         optimizer = make(list(student.parameters()), lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.state = TrainingState()
+        setting = "tuning.batch_size, or raise tuning.gradient_accumulation_steps"
+        alone = accelerator.num_processes == 1
+        self._halving = Halving("tuning", setting, allowed=alone, then=student.halve)
+        self._updating = False
         self._order: tuple[int, Tensor] | None = None
         self._best = BestWeights(accelerator, folder)
         seconds = config.checkpoint_seconds
@@ -198,18 +204,46 @@ class TrainingLoop:
         return self._order[1].split(stage.batch_size)[place]
 
     def _train_step(self) -> bool:
-        """One optimizer step; false if the loss or its gradient is not finite, and then no weight has changed."""
+        """One optimizer step; false if the loss or its gradient is not finite, and then no weight has changed.
+
+        Where a device has no memory for a pass, the step begins again with passes of half as many rows, and so do all after it.
+        """
+        rows = self._rows()
+        self._updating = False
+        try:
+            return self._step(rows)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._updating:
+                rule = "there is too little for the optimizer's numbers, and no smaller batch makes them fewer"
+                raise device_memory_error(error, "tuning", rule, "Lower tuning.endpoint_width") from error
+            self._halving.begin(self.micro_batches[self.state.stage], error)
+        # gradients of the pass that failed are of a part of its rows
+        for parameter in self.student.parameters():
+            parameter.grad = None
+        clear_device_cache(garbage_collection=True)
+        self.accelerator.step = 0  # accelerate counts the passes of a step
+        return self._train_step()
+
+    def _step(self, rows: Tensor) -> bool:
         accelerator, stage = self.accelerator, self.stages[self.state.stage]
-        parts = self._rows().split(self.micro_batches[self.state.stage])
+        parts = self._passes(rows.split(self.micro_batches[self.state.stage]))
+        if self._halving.done:
+            accelerator.gradient_accumulation_steps = len(parts)
         logits = TEACHER_LOGITS in needs_of(stage.loss)
         total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(self.student):
                 batch = self.train.batch(part, logits, in_parts=self.in_parts)
+                # halves of an odd number of rows count by their rows; else it is 1
+                share = len(part) * len(parts) / len(rows)
                 loss = self.student(**batch, weights=stage.loss).mean()
+                loss = loss if share == 1 else share * loss
                 total += loss.item()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
+                    self._updating = True
                     norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
                     # in float16 a step that overflows is skipped, and the scale of the loss is lowered
                     if accelerator.scaler is None and not math.isfinite(_number(norm)):
@@ -220,9 +254,13 @@ class TrainingLoop:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
         self._count_step()
-        self.state.last_loss = total / self.config.gradient_accumulation_steps
+        self.state.last_loss = total / (len(parts) // accelerator.num_processes)
         self.state.losses.append(self.state.last_loss)
         return True
+
+    def _passes(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The rows of each pass: those of a micro-batch, or half of them."""
+        return [half for part in parts for half in halves(part)] if self._halving.done else list(parts)
 
     def _count_step(self) -> None:
         self.state.step += 1
@@ -261,15 +299,19 @@ class TrainingLoop:
             len(self.validation) if self.in_parts else self.micro_batches[-1]
         )
         logits = TEACHER_LOGITS in needs_of(self.judge)
+
+        def losses_of(rows: Tensor) -> Tensor:
+            batch = self.validation.batch(rows, logits, in_parts=self.in_parts)
+            return self.student(**batch, weights=self.judge).double().cpu()
+
         with torch.no_grad():
             # a sharded student runs in all processes at once: those that have no rows left run the first ones for nothing
             for number in range(0, len(parts), accelerator.num_processes):
                 mine = number + accelerator.process_index
                 rows = parts[mine if mine < len(parts) else 0]
-                batch = self.validation.batch(rows, logits, in_parts=self.in_parts)
-                found = self.student(**batch, weights=self.judge)
+                found = self._halving.over(rows, losses_of)
                 if mine < len(parts):
-                    losses[rows] = found.double().cpu()
+                    losses[rows] = torch.cat(found)
         return accelerator.reduce(losses.to(accelerator.device), "sum").cpu()
 
     def _start_trackers(self) -> None:

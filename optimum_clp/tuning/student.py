@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..forward.hooks import recorded_outputs, run_without_head, stopped_before
 from ..forward.layer_stack import LayerStack
+from ..forward.streamed_layers import recomputed
 from .losses import LOGITS, STATES, Loss, LossBatch, weighted_losses
 
 TeacherLogits = Tensor | Callable[[slice], Tensor] | None
@@ -74,10 +75,17 @@ class EndpointStudent(nn.Module):
         losses = self.losses if weights is None else weighted_losses(weights).values()
         needs = frozenset().union(*(loss.needs for _, loss in losses))
         compared = self.compared if STATES in needs else ()
-        with stack.resumed(self.first, hidden), recorded_outputs(stack.layers, compared) as states:
+        with (
+            recomputed(stack.layers[self.first :]),
+            stack.resumed(self.first, hidden),
+            recorded_outputs(stack.layers, compared) as states,
+        ):
             logits = self._logits(tokens, LOGITS in needs, compared)
         teacher = teacher_logits(slice(None)) if callable(teacher_logits) else teacher_logits
         return self._total(LossBatch(tokens, logits, teacher, states, targets, mask), losses)
+
+    def halve(self) -> None:
+        """Compute fewer rows at a time than before, where it is the student that says how many."""
 
     @staticmethod
     def _total(batch: LossBatch, losses: Iterable[tuple[float, Loss]]) -> Tensor:

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from pretended_devices import ACCELERATOR, PretendedDevices
 from tiny_models import random_tokens, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -11,6 +12,7 @@ from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.checkpoint.loading import load_model
 from optimum_clp.checkpoint.offloaded import read_in_place
 from optimum_clp.errors import ModelError
+from optimum_clp.forward.streamed_layers import copies_of
 from optimum_clp.mapped_weights import MappedWeights
 from optimum_clp.segments import LayerSegment
 
@@ -95,12 +97,38 @@ def test_a_model_that_is_not_offloaded_is_itself():
     assert read_in_place(model) is model
 
 
-def test_a_model_that_runs_elsewhere_is_refused(tmp_path):
-    model = disk_offload(tiny_model(), str(tmp_path), execution_device=torch.device("cpu"))
-    model.model.layers[2].mlp.up_proj._hf_hook.execution_device = torch.device("cuda", 0)
+def runs_on(model, device):
+    """As accelerate leaves a model whose modules run on an accelerator."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", [hook] if hook else []):
+            each.execution_device = device
+    return model
+
+
+@pytest.mark.parametrize("offload", [dispatched, on_disk, in_memory])
+def test_a_model_that_ran_on_an_accelerator_runs_there_again(offload, tmp_path):
+    """What is around the layers lies there, the layers lie where they were offloaded to, or still in memory."""
+    model, ids = runs_on(offload(tiny_model(dtype=torch.bfloat16), tmp_path), ACCELERATOR), random_tokens(2, 12)
+    before = metas(model)
+    expected = tiny_model(dtype=torch.bfloat16)
+    with PretendedDevices(), torch.no_grad():
+        twin = read_in_place(model)
+        assert metas(model) == before and not metas(twin)
+        assert twin.device == twin.lm_head.weight.device == ACCELERATOR and copies_of(twin).device == ACCELERATOR
+        assert {p.device for layer in twin.model.layers for p in layer.parameters()} == {torch.device("cpu")}
+        assert torch.equal(twin(ids.to(ACCELERATOR)).logits.cpu(), expected(ids).logits)
+        for name, tensor in twin.state_dict().items():
+            assert torch.equal(tensor.cpu(), expected.state_dict()[name]), name
+
+
+def test_offloading_from_several_accelerators_is_refused(tmp_path):
+    model = runs_on(disk_offload(tiny_model(), str(tmp_path), execution_device=torch.device("cpu")), ACCELERATOR)
+    model.model.layers[2].mlp.up_proj._hf_hook.execution_device = torch.device("mtia", 1)
     with pytest.raises(
         ModelError,
-        match=r"the weights of model\.layers\.2\.mlp\.up_proj are offloaded, and it runs on cuda:0\. Load it on the CPU",
+        match=r"the weights of model\.layers\.2\.mlp\.up_proj are offloaded and run on mtia:1, those of .* on mtia:0|"
+        r"the weights of .* are offloaded and run on mtia:0, those of model\.layers\.2\.mlp\.up_proj on mtia:1\. Load it with",
     ):
         read_in_place(model)
 

@@ -6,6 +6,7 @@ import pytest
 
 from optimum_clp.commands import arguments
 from optimum_clp.commands.clp import COMMANDS, build_parser
+from optimum_clp.commands.running import load_pruner
 from optimum_clp.configuration.clp_config import CLPConfig
 from optimum_clp.configuration.rules import integer
 from optimum_clp.configuration.settings import Setting
@@ -371,3 +372,17 @@ def test_long_values_are_not_repeated_whole(option, capsys):
         build_parser().parse_args([command, "--model", "m", option, "=" + "9" * 5000, "out"])
     told = capsys.readouterr().err
     assert "9" * 300 not in told and option in told and "..." in told
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [("", {"": 1}), ("--max-memory 24GiB", {"": 1}), ("--max-memory 0=9GiB,1=9GiB", None), ("--device cpu", "cpu")],
+)
+def test_a_process_of_a_group_loads_to_its_own_accelerator_what_that_may_hold(options, expected, monkeypatch):
+    """What a bound does not hold is loaded to where it is mapped, and placed later."""
+    asked = {}
+    monkeypatch.setattr("optimum_clp.processes.join_group", lambda: None)
+    monkeypatch.setattr("optimum_clp.processes.own_device_map", lambda: {"": 1})
+    monkeypatch.setattr("optimum_clp.pruner.CLPPruner.from_pretrained", lambda *_, **given: asked.update(given))
+    load_pruner(parse(f"prune --model m {options} out"))
+    assert asked["device_map"] == expected

@@ -1,9 +1,10 @@
+import json
 import math
 
 import pytest
 
 from optimum_clp.configuration.clp_config import CLPConfig
-from optimum_clp.configuration.sizes import size_in_bytes
+from optimum_clp.configuration.sizes import accelerator_memory, main_memory, memory_bounds, size_in_bytes
 from optimum_clp.errors import ConfigurationError
 
 
@@ -28,3 +29,31 @@ def test_a_bound_on_memory_is_a_size_above_0(written):
     ):
         CLPConfig(max_memory=written)
     assert CLPConfig(max_memory="24GiB").max_memory == "24GiB"
+
+
+@pytest.mark.parametrize(
+    ("written", "main", "accelerators"),
+    [
+        (None, None, {}),
+        ("24GiB", 24 * 2**30, {}),
+        ("0=20GiB,cpu=64GiB", 64 * 2**30, {0: 20 * 2**30}),
+        (" 1 = 1GB , 0 = 2GB", None, {0: 2 * 10**9, 1: 10**9}),
+        ({0: "20GiB", "cpu": 5}, 5, {0: 20 * 2**30}),
+        ({"cpu": "1KB"}, 1000, {}),
+    ],
+)
+def test_a_bound_for_each_device(written, main, accelerators):
+    assert (main_memory(written), accelerator_memory(written)) == (main, accelerators)
+    recipe = CLPConfig(max_memory=written)
+    again = CLPConfig.from_dict(json.loads(json.dumps(recipe.to_dict())))
+    assert again == recipe and memory_bounds(again.max_memory) == memory_bounds(written)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["cuda=1GB", "0=", "=1GB", "0=1GB,0=2GB", "cpu=0", "0=1GB,,cpu=1GB", {}, {0: "1GB", "0": "1GB"}]
+    + [{0: None}, {True: "1GB"}, {-1: "1GB"}, {"cpu": "99999999TB"}, {1.0: "1GB"}, {"disk": "1GB"}],
+)
+def test_what_is_no_bound_for_a_device(written):
+    with pytest.raises(ConfigurationError, match=r'or one for each device: "0=20GiB,cpu=64GiB", or None\. Give'):
+        CLPConfig(max_memory=written)

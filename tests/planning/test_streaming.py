@@ -65,3 +65,17 @@ def test_people_are_told_how_often_and_how_long():
     shown = planned(plan_pruning(config, CLPConfig(0.2, max_memory="96GiB")).to_dict())
     assert "Within 103.08 GB the weights are read layer by layer, " in shown and " hours at 3 GB/s. " in shown
     assert "bound" not in planned(plan_pruning(config, CLPConfig(0.2)).to_dict())
+
+
+def test_a_bound_for_an_accelerator_is_planned_too():
+    """What is around the layers, two layers, a row on its way and what tuning trains must fit; what main memory holds is less so."""
+    config = BIG_SHAPES["LLaMA-3 8B"].config()
+    with pytest.raises(
+        ConfigurationError, match=r"max_memory is '0=2.00 GiB': there are 1.96 GiB around the layers.*"
+    ):
+        plan_pruning(config, CLPConfig(0.2, max_memory={0: "2GiB", "cpu": "64GiB"}))
+    without_files = {"export": {"enabled": False}}
+    memory = plan_pruning(config, CLPConfig(0.2, max_memory={0: "20GiB", "cpu": "64GiB"}, **without_files)).memory
+    assert memory.max_memory == 64 * GIB
+    assert memory.smallest < plan_pruning(config, CLPConfig(0.2, max_memory="64GiB", **without_files)).memory.smallest
+    assert plan_pruning(config, CLPConfig(0.2, max_memory="0=20GiB")).memory.max_memory is None

@@ -71,13 +71,13 @@ def work():
     command = [sys.executable, WORKER]
     server = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def run(folder, name, *, engine=None, stop_at=-1, dtype="float32", **settings):
+    def run(folder, name, *, engine=None, stop_at=-1, dtype="float32", streamed=False, **settings):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         request = {
             "arguments": arguments(folder, name, stop_at, settings),
-            "environment": {"TUNING_WORKER_DTYPE": dtype},
+            "environment": {"TUNING_WORKER_DTYPE": dtype, "TUNING_WORKER_STREAMED": "1" if streamed else ""},
             "launch": LAUNCH[engine] if engine else [],
             "port": port,
         }
@@ -154,6 +154,16 @@ def test_two_processes_give_what_one_gives(tmp_path, work, alone, engine):
     else:
         together = work(tmp_path, "together", engine=engine, checkpoint_seconds=0)
     check_together(alone, together)
+
+
+def test_frozen_layers_are_dealt_out_to_the_processes_under_fsdp(tmp_path, work, alone):
+    """By PyTorch's `fully_shard` over gloo: each holds half of what lies elsewhere, and the weights are one process's."""
+    together = work(tmp_path, "together", engine="fsdp", streamed=True, checkpoint_seconds=0)
+    check_together(alone, together)
+    assert alone["shares"] == [(0, 0, together["shares"][0][2])]
+    for number, held, whole in together["shares"]:
+        # of a matrix of an odd number of rows one of the two has a row more
+        assert number == 1 and held == pytest.approx(whole / 2, rel=0.02)
 
 
 @pytest.mark.slow

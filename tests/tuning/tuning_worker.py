@@ -3,6 +3,8 @@
     python tuning_worker.py OUTPUT FOLDER STOP_AT CONFIG
     python tuning_worker.py
 
+With `TUNING_WORKER_STREAMED` in the environment, layers lie elsewhere than where they run, for which the CPU stands in.
+
 `STOP_AT`: the step at which the process kills itself, or -1. `CONFIG`: of `TuningConfig`, as JSON.
 
 Without arguments the process, once all is imported, forks others. It reads requests, one on each line: a list of
@@ -15,6 +17,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,16 +26,32 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from tiny_models import random_tokens, tiny_model
 
+from optimum_clp.checkpoint.offloaded import bare_copy
 from optimum_clp.configuration.stages import TuningConfig
+from optimum_clp.forward.streamed_layers import LayerCopies, run_on
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
+from optimum_clp.tuning import endpoints
 from optimum_clp.tuning import loop as training_loop
-from optimum_clp.tuning.endpoints import tune_layers
+from optimum_clp.tuning.sharded_layers import local_bytes
 
 
 def main(output: str, folder: str, stop_at: str, config: str) -> None:
     torch.set_num_threads(1)
     dense = tiny_model(dtype=getattr(torch, os.environ.get("TUNING_WORKER_DTYPE", "float32")))
+    if os.environ.get("TUNING_WORKER_STREAMED"):
+        dense = bare_copy(dense)
+        run_on(dense, LayerCopies(torch.device("cpu")))
+    shares, sharded = [], endpoints.sharded
+
+    @contextmanager
+    def watched(layers):
+        with sharded(layers) as twins:
+            whole = sum(p.nbytes for layer in layers for p in layer.parameters())
+            shares.append((len(twins), sum(map(local_bytes, twins)), whole))
+            yield twins
+
+    endpoints.sharded = watched
     cut = cut_model(dense, [LayerSegment(2, 4)])
     step, engines = training_loop.TrainingLoop._train_step, set()
 
@@ -43,7 +62,7 @@ def main(output: str, folder: str, stop_at: str, config: str) -> None:
         return step(loop)
 
     training_loop.TrainingLoop._train_step = killed
-    result = tune_layers(
+    result = endpoints.tune_layers(
         cut,
         dense,
         (1, 2),
@@ -56,7 +75,13 @@ def main(output: str, folder: str, stop_at: str, config: str) -> None:
     )
     rank = int(os.environ.get("RANK", 0))
     clean = type(cut.model.layers[1]) is type(dense.model.layers[1])
-    saved = {"weights": cut.state_dict(), "result": result.to_dict(), "clean": clean, "engines": engines}
+    saved = {
+        "weights": cut.state_dict(),
+        "result": result.to_dict(),
+        "clean": clean,
+        "engines": engines,
+        "shares": shares,
+    }
     torch.save(saved, f"{output}-{rank}.pt")
 
 
