@@ -99,6 +99,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "method": "auto",
                 "bits_per_weight": None,
                 "calibration_sequences": 128,
+                "scale_epochs": 1,
                 "group_size": 32,
                 "accuracy_level": 4,
                 "quantize_embeddings": True,
