@@ -313,7 +313,12 @@ def _files(report: CLPReport, folder: Path) -> str:
         {**entry, "file": f"{entry['folder']}/", "weights": f"{entry['weights']} (quanto)"}
         for entry in report.quantization or []
     ]
-    parts = ["## Files", markdown_table(record_cells(files, _FILE_COLUMNS, missing="")), report.size_reached()]
+    parts = [
+        "## Files",
+        markdown_table(record_cells(files, _FILE_COLUMNS, missing="")),
+        report.size_reached(),
+        report.speed_reached(),
+    ]
     return "\n\n".join(filter(None, parts)) if files else ""
 
 
