@@ -31,7 +31,6 @@ DIALS: Mapping[str, Any] = {
     "quantization.weights": ["int4"],
     "quantization.bits_per_weight": 5.0,
     "quantization.group_size": 64,
-    "quantization.tune_for": "speed",
     "export.format": "qdq",
     "export.logits_to_keep": 1,
     "evaluation.texts": ["wikitext2", "c4"],
