@@ -1,7 +1,7 @@
 """The key-value cache of an exported file: names and shapes in the graph, and layers with room for more tokens."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,12 @@ class Room:
         self.batch, _, self.size, _ = next(iter(self.past.values())).shape
         self.written, self.is_shared = 0, False
         self._bound: tuple[onnxruntime.InferenceSession, onnxruntime.IOBinding] | None = None
+        # what one token of one row is told by, bound as long as nothing else is
+        self._told = {name: np.ones((1, 1), dtype=np.int64) for name in ("input_ids", "position_ids")}
+        self._ones = np.ones(self.size, dtype=np.int64)
+        self._last = np.array(1, dtype=np.int64)
+        self._all_ones = 0
+        self._tells_one = False
 
     def binding(self, session: onnxruntime.InferenceSession) -> onnxruntime.IOBinding:
         """The session's binding in which this memory is the cache, before and after."""
@@ -53,7 +59,47 @@ class Room:
                 binding.bind_input(name, *place)
                 binding.bind_output(output, *place)
             self._bound = session, binding
+            self._all_ones = self._ones.ctypes.data
+        self._tells_one = False
         return self._bound[1]
+
+    def step(
+        self,
+        session: onnxruntime.InferenceSession,
+        inputs: Collection[str],
+        token: int,
+        position: int,
+        mask: Tensor | None,
+        width: int,
+    ) -> Tensor:
+        """Run one token of one row behind those that have been written. Nothing but mask and logits is bound anew.
+
+        Args:
+            session (`onnxruntime.InferenceSession`): Of the file.
+            inputs (`Collection[str]`): Its inputs of one number each: `"input_ids"`, and what else it has of `"position_ids"` and
+                `"num_logits_to_keep"`.
+            token, position (`int`): The token, and where it stands.
+            mask (`Tensor` of shape `[1, written + 1]`, int64, *optional*): Contiguous; all 1 if not given.
+            width (`int`): Of the vocabulary.
+
+        Returns:
+            `Tensor`: Logits `[1, 1, width]`, float32, in memory of their own.
+        """
+        is_told = self._tells_one and self._bound is not None and self._bound[0] is session
+        binding = self._bound[1] if is_told and self._bound is not None else self.binding(session)
+        if not is_told:
+            for name in inputs:
+                told = self._told.get(name, self._last)
+                binding.bind_input(name, "cpu", 0, np.int64, told.shape, told.ctypes.data)
+            self._tells_one = True
+        self._told["input_ids"][0, 0], self._told["position_ids"][0, 0] = token, position
+        place = self._all_ones if mask is None else mask.data_ptr()
+        binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.written + 1), place)
+        logits = torch.empty(1, 1, width)
+        binding.bind_output("logits", "cpu", 0, np.float32, (1, 1, width), logits.data_ptr())
+        session.run_with_iobinding(binding)
+        self.written += 1
+        return logits
 
     def layers(self) -> list["LayerWithRoom"]:
         """The layers of a cache that lies here, with no token yet."""
@@ -62,7 +108,7 @@ class Room:
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has memory of its own
-        return {**self.__dict__, "_bound": None}
+        return {**self.__dict__, "_bound": None, "_tells_one": False}
 
 
 class LayerWithRoom(DynamicLayer):

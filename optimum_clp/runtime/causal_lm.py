@@ -87,6 +87,10 @@ class OnnxCausalLM(GenerationMixin):
         self._width = width if isinstance(width, int) else None
         # on another device ONNX Runtime would copy the tensors there and back
         self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
+        self._single_inputs = [
+            name for name in TOKEN_INPUTS if name in self._token_inputs and name != "attention_mask"
+        ]
+        self._single_inputs += [LOGITS_TO_KEEP] if self._chooses_positions else []
         self._counts = {count: torch.tensor(count) for count in (0, 1)}
 
     @classmethod
@@ -204,6 +208,12 @@ class OnnxCausalLM(GenerationMixin):
         _check_logits_to_keep(logits_to_keep)
         cache = self._cache(past_key_values, cache)
         past_length = 0 if cache is None else cache.get_seq_length()
+        if (
+            isinstance(input_ids, Tensor)
+            and input_ids.shape == (1, 1)
+            and (logits := self._next(input_ids, attention_mask, position_ids, cache)) is not None
+        ):
+            return CausalLMOutputWithPast(logits=logits, **{_CACHE_FIELD: cache})
         check_tokens(input_ids, self._vocabulary)
         batch, length = input_ids.shape
         mask = _full_mask(attention_mask, batch, past_length + length)
@@ -221,6 +231,39 @@ class OnnxCausalLM(GenerationMixin):
         named: dict[str, Any] = {_CACHE_FIELD: cache}
         # a no-op where the file has chosen
         return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], **named)
+
+    def _next(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor | None:
+        """The logits of one token of one row behind a past with room, which is every step of `generate()` but the first; `None`
+        where something about it is out of the ordinary, or wrong: it then goes the long way, and is told there.
+
+        The weights fill the processor's caches at each step, so that whatever Python touches besides costs several times its share.
+        """
+        if cache is None or not self._appends_in_place or self._width is None or input_ids.dtype != torch.long:
+            return None
+        layers, length = cache.layers, cache.get_seq_length()
+        if length == 0 or not have_room(layers, length, 1):
+            return None
+        if mask is not None and (
+            mask.dtype != torch.long or mask.shape != (1, length + 1) or not mask.is_contiguous()
+        ):
+            return None
+        token, position = int(input_ids), length
+        if position_ids is not None:
+            if position_ids.dtype != torch.long or position_ids.numel() != 1:
+                return None
+            position = int(position_ids)
+        elif mask is not None:
+            return None
+        if not (0 <= token < (self._vocabulary or 0) and 0 <= position < (self._positions or position + 1)):
+            return None
+        room: Room = layers[0].room
+        room.written = length  # of a cache that was cropped
+        logits = room.step(self.session, self._single_inputs, token, position, mask, self._width)
+        for layer in layers:
+            layer.length = length + 1
+        return logits
 
     def _whole(
         self,
