@@ -242,7 +242,8 @@ class OnnxCausalLM(GenerationMixin):
         """
         if cache is None or not self._appends_in_place or self._width is None or input_ids.dtype != torch.long:
             return None
-        layers, length = cache.layers, cache.get_seq_length()
+        layers: Sequence[Any] = cache.layers
+        length = cache.get_seq_length()
         if length == 0 or not have_room(layers, length, 1):
             return None
         if mask is not None and (
