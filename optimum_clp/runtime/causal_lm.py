@@ -213,7 +213,8 @@ class OnnxCausalLM(GenerationMixin):
             and input_ids.shape == (1, 1)
             and (logits := self._next(input_ids, attention_mask, position_ids, cache)) is not None
         ):
-            return CausalLMOutputWithPast(logits=logits, **{_CACHE_FIELD: cache})
+            step: dict[str, Any] = {_CACHE_FIELD: cache}
+            return CausalLMOutputWithPast(logits=logits, **step)
         check_tokens(input_ids, self._vocabulary)
         batch, length = input_ids.shape
         mask = _full_mask(attention_mask, batch, past_length + length)

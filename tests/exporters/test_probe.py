@@ -9,6 +9,7 @@ from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.float32_copy import float32_copy
 from optimum_clp.exporters.probe import WeightForm, write_probes
+from optimum_clp.planning.footprint import onnx_weight_bytes
 from optimum_clp.runtime.causal_lm import OnnxCausalLM
 from optimum_clp.runtime.session import open_session
 
@@ -33,6 +34,7 @@ def test_a_probe_is_the_export_but_for_its_weights(tied, form, tmp_path):
     file = tmp_path / "e" / made.file
     assert products(probe) == products(file)
     assert probe.stat().st_size == pytest.approx(file.stat().st_size, rel=0.01)
+    assert file.stat().st_size == pytest.approx(onnx_weight_bytes(model, "int4", chosen), abs=20_000)
     assert {bits for _, _, bits, _, _ in products(file)} == ({4} if form.head_bits == 4 else {4, 8})
     logits = OnnxCausalLM(open_session(probe), model.config)(torch.arange(3, 9)[None]).logits
     assert logits.isfinite().all() and 0.01 < logits.std() < 100, "sizes of states are those of a model"
