@@ -9,9 +9,11 @@ import dataclasses
 import logging
 import os
 import shutil
+import statistics
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from .attempts import Attempts
 from .calibration.rows import load_calibration
@@ -26,10 +28,13 @@ from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
 from .exporters.obstacle import onnx_obstacle
-from .exporters.result import ExportResult, ReachedSize
+from .exporters.probe import WeightForm
+from .exporters.result import ExportResult, ReachedSize, ReachedSpeed
 from .exporters.rounding.weights import needs_calibration
 from .origin import record_origin
-from .planning.size_target import MB, TOLERANCE, aimed, has_choice, quantization_within
+from .planning.size_target import MB, TOLERANCE, has_choice, quantization_within
+from .planning.speed import interleaved_times, measured_threads, opened_file
+from .planning.speed_target import SPEED_TOLERANCE, aimed, settled, with_choice
 from .planning.streaming import planned_streaming
 from .precisions import INT4, PRECISIONS, QUANTIZED
 from .processes import by_first
@@ -63,8 +68,7 @@ def check_run(session: Session, writes: bool) -> None:
         QuantizationError, ExportError, CalibrationError: As [`check_writable`].
     """
     if session.config.max_memory is not None:
-        dense = session.source()
-        recipe = aimed(session.config, dense)
+        dense, recipe = session.source(), aimed(session)
         by_first(lambda: planned_streaming(dense, recipe, layers_to_remove(recipe, dense.config)))
     if writes:
         check_writable(session)
@@ -247,7 +251,7 @@ def _quantize_into(session: Session, folder: Path) -> None:
 
 
 def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
-    model, config = session.cut_model(), session.config
+    model, config = session.cut_model(), settled(session)
     quantization = quantization_within(model, config)
     result = export_onnx(
         model,
@@ -262,8 +266,14 @@ def _export_into(session: Session, folder: Path, attempts: Attempts) -> None:
         quiet=session.quiet,
     )
     obstacles = write_runtime_configs(folder, model, result, attempts)
-    size = _reached(config, quantization, result)
-    result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles, size_target=size)
+    size, speed = _reached(config, quantization, result), None
+    with attempts.stage("speed target"):
+        speed = _reached_speed(config, folder, model, result, session.quiet)
+    choice = session.speed_choice
+    if choice is not None and WeightForm.of(quantization) != WeightForm.of(with_choice(config, choice).quantization):
+        choice = None  # of another recipe
+    reached = {"size_target": size, "speed_target": speed, "speed_choice": choice}
+    result = dataclasses.replace(result, genai_obstacle=obstacles["genai"], runtimes=obstacles, **reached)
     session.report.export = result.to_dict()
 
 
@@ -277,6 +287,23 @@ def _reached(config: CLPConfig, quantization: QuantizationConfig, result: Export
     if not met:
         logger.warning(f"target_size_mb: the int4 file has {made[0] / MB:.2f} MB, and {target:g} were asked for.")
     return ReachedSize(target, made[0], bits, met)
+
+
+def _reached_speed(
+    config: CLPConfig, folder: Path, model: PreTrainedModel, result: ExportResult, quiet: bool
+) -> ReachedSpeed | None:
+    """What came of the recipe's speed target."""
+    target, made = config.target_tokens_per_second, [file for file in result.files if file.weights == INT4.name]
+    if target is None or not made:
+        return None
+    (times,) = interleaved_times([opened_file(folder / made[0].file, model.config)], quiet=quiet)
+    found = 1 / statistics.median(each.step for each in times)
+    met = found >= target * (1 - SPEED_TOLERANCE)
+    if not met:
+        logger.warning(
+            f"target_tokens_per_second: the int4 file decodes {found:.4g} tokens per second, and {target:g} were asked for."
+        )
+    return ReachedSpeed(target, found, measured_threads(), met)
 
 
 def _quantization_rows(session: Session, quantization: QuantizationConfig) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from .evaluation.tasks import load_tasks
 from .healing import heal
 from .output_folder import check_run, finish_run, write_export, write_quanto, write_run
 from .own_state import verbs
-from .planning.size_target import aimed
+from .planning.speed_target import aimed
 from .processes import entered_by_first, is_first, wait_for_all
 from .report.hub import upload
 from .report.hub_access import check_repo_id, wanted_upload
@@ -124,13 +124,13 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
             [`SearchResult`]: Also in `report.search`; its segments are the next `cut`'s.
 
         Raises:
-            ConfigurationError: If the ratio removes no layer or all of them, or no file has the size that is asked for.
+            ConfigurationError: If the ratio removes no layer or all of them, or no file has the size or speed that is asked for.
             CalibrationError: If the text cannot be had.
             SearchError: If no segment has a finite score, or if not even one layer fits the quality budget.
             ModelError, CutError: Before any text, if a trial cut, saved and read back, is not the model that is meant.
         """
         session = self._session
-        config, residence = aimed(session.use(config), dense := session.source()), session.residence("search")
+        config, dense, residence = aimed(session, config), session.source(), session.residence("search")
         try_cut(dense, self.tokenizer, layers_to_remove(config, dense.config), session.cache_dir)  # before any text
         with session.stage("search"):
             data, options = session.search_text(), session.search_options(residence)

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -99,6 +99,8 @@ class Session:
         attn_implementation (`str` or `None`): How models that are loaded compute attention; `None` for transformers' choice.
 
     Attributes:
+        speed_choice (`SpeedChoice` or `None`): What was measured for `quantization.tune_for="speed"`.
+        ratio_chosen (`float` or `None`): What the recipe's speed target came to.
         train_rows (`int` or `None`): Under a time budget: how many train rows the text has so far; `None` for as many as
             search and rounding look at.
         further ([`Further`] or `None`): What is cut, if it was cut before.
@@ -119,6 +121,8 @@ class Session:
     folder: Path | None = None
     cache_dir: str | os.PathLike | None = None
     attn_implementation: str | None = None
+    speed_choice: Any = field(default=None, init=False)
+    ratio_chosen: Any = field(default=None, init=False)
     train_rows: int | None = field(default=None, init=False)
     further: Further | None = field(default=None, init=False)
     cut_segments: tuple[LayerSegment, ...] = field(default=(), init=False)
@@ -131,6 +135,7 @@ class Session:
     _checked: PreTrainedModel | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
+    _measured: dict[Any, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
@@ -343,12 +348,22 @@ class Session:
         assert self._deadline is not None
         return self._deadline - time.monotonic()
 
+    def measured(self, key: Any, measure: Callable[[], Any]) -> Any:
+        """What was measured on this machine under a key, once in this session."""
+        if key not in self._measured:
+            self._measured[key] = measure()
+        return self._measured[key]
+
     def repeatable(self) -> CLPConfig:
-        """The recipe that repeats this run: what its time budget has bought stands in place of the budget.
+        """The recipe that repeats this run: what its time budget has bought stands in place of the budget, and the ratio that
+        its speed target came to on this machine in place of its targets.
 
         With so little time that tuning saw fewer rows than the search did it is the recipe as it was given.
         """
         config, rows, tuning = self.config, self.train_rows, self.report.tuning
+        if config.target_tokens_per_second is not None and self.ratio_chosen is not None:
+            values = {"target_tokens_per_second": None, "target_size_mb": None, "pruning_ratio": self.ratio_chosen}
+            config = CLPConfig.from_dict(config.to_dict() | values)
         if config.budget is None or rows is None or not tuning or rows < config.search.num_sequences:
             return config
         found = CLPConfig.from_dict(config.to_dict() | {"budget": None})

@@ -30,6 +30,8 @@ from tiny_models import make_identity, tiny_model
 from optimum_clp import CLPConfig, doors
 from optimum_clp.commands.clp import build_parser, main
 from optimum_clp.configuration.stages import STAGES
+from optimum_clp.planning import plan, speed_target
+from optimum_clp.planning.speed import LayerTimes
 from optimum_clp.registry import Registry
 
 pytestmark = pytest.mark.slow
@@ -105,9 +107,15 @@ def small_amounts(**more):
                 kwargs["budget"] = 2
             if kwargs.get("target_size_mb"):
                 kwargs["target_size_mb"] = 0.07  # of the small models' files
+            if kwargs.get("target_tokens_per_second"):
+                kwargs["target_tokens_per_second"] = 130  # 2 of their 5 layers must go for it, as below
             whole(self, *args, **kwargs)
 
         stack.enter_context(mock.patch.object(CLPConfig, "__init__", functools.wraps(whole)(init)))
+        for module in (plan, speed_target):
+            stack.enter_context(
+                mock.patch.object(module, "layer_times", lambda *_, **__: LayerTimes(0.004, 0.001, 5, 1))
+            )
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from ..configuration.rules import name_or_file
 from ..configuration.settings import Setting
 from ..configuration.stages import all_settings
-from ..configuration.targets import TARGETS_SAY, with_target
+from ..configuration.targets import TARGETS_SAY, with_speed_of, with_target
 from ..doors import ARCHITECTURES, RUNTIMES
 from ..errors import shortened
 from ..registry import Registry
@@ -239,8 +239,9 @@ def add_whole_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_pruning_ratio(parser: argparse.ArgumentParser) -> None:
-    """How many layers go: `--pruning-ratio`, a size, or a quality budget; and in how many runs."""
-    _add(parser, "pruning_ratio", "target_size_mb", "num_segments", "max_perplexity_increase", "min_retention")
+    """How many layers go: `--pruning-ratio`, a size, a speed, or a quality budget; and in how many runs."""
+    names = "pruning_ratio", "target_size_mb", "target_tokens_per_second", "num_segments"
+    _add(parser, *names, "max_perplexity_increase", "min_retention")
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
@@ -318,7 +319,8 @@ def add_stage_switches(parser: argparse.ArgumentParser, tuning: bool = True) -> 
 def configuration_values(args: argparse.Namespace, base: dict[str, Any]) -> dict[str, Any]:
     """`base` with the values that were given as options; `base` is not changed."""
     merged = {key: dict(value) if isinstance(value, dict) else value for key, value in base.items()}
-    merged = with_target(merged, getattr(args, "target", None), over=True)
+    target = getattr(args, "target", None)
+    merged = with_target(merged, target, over=True)
     settings = all_settings()
     for name, value in vars(args).items():
         if value is None or name not in settings:
@@ -331,11 +333,13 @@ def configuration_values(args: argparse.Namespace, base: dict[str, Any]) -> dict
         if name == "calibration.dataset":
             merged.pop("calibration_dataset", None)
     # what is said now takes the place of what a recipe says; both said now is a mistake
+    merged = with_speed_of(merged, target)
+    targets = "target_size_mb", "target_tokens_per_second"
     replaced: tuple[str, ...] = ()
-    if getattr(args, "target_size_mb", None) is not None:
+    if any(getattr(args, name, None) is not None for name in targets):
         replaced = ("pruning_ratio", "max_perplexity_increase", "min_retention")
     elif getattr(args, "pruning_ratio", None) is not None:
-        replaced = ("target_size_mb",)
+        replaced = targets
     return merged | {name: None for name in replaced if name in merged and getattr(args, name, None) is None}
 
 

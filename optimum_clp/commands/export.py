@@ -38,4 +38,5 @@ def run(args: argparse.Namespace) -> Answer:
     pruner.export(output, overwrite=args.overwrite)
     result = pruner.report.to_dict()
     rows = [(entry["file"], entry["weights"], format_bytes(entry["bytes"])) for entry in result["export"]["files"]]
-    return result, f"{text_table(rows, 'llr', widths=(0, 7, 9))}\nWritten to {args.output}."
+    lines = [text_table(rows, "llr", widths=(0, 7, 9)), pruner.report.speed_reached(), f"Written to {args.output}."]
+    return result, "\n".join(filter(None, lines))

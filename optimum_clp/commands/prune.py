@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import CLPError, ConfigurationError, TuningError
-from ..report.tables import format_bytes, format_count, text_table
+from ..report.tables import form_line, format_bytes, format_count, text_table, threads
 from . import arguments
+from .log_level import hides_progress
 from .running import (
     INCOMPLETE,
     Answer,
@@ -96,7 +97,8 @@ def _dry_run(args: argparse.Namespace) -> Answer:
     config = read_config(args)
     from ..planning.plan import plan_pruning
 
-    plan = plan_pruning(load_dense_config(args), config, dtype=args.dtype).to_dict()
+    quiet = hides_progress(args)
+    plan = plan_pruning(load_dense_config(args), config, dtype=args.dtype, quiet=quiet).to_dict()
     return plan, planned(plan)
 
 
@@ -124,11 +126,20 @@ def planned(plan: dict[str, Any]) -> str:
     ]
     if plan["size_target"] is not None:
         lines += ["", _size(plan["size_target"])]
+    if plan["speed_target"] is not None:
+        lines += ["", _speed(plan["speed_target"])]
+    if plan["size_target"] is not None and plan["speed_target"] is not None:
+        tighter = max(("size_target", "speed_target"), key=lambda name: plan[name]["num_removed"])
+        lines += [f"The {tighter.partition('_')[0]} decides."]
+    if plan["speed_choice"] is not None:
+        lines += ["", f"Fastest on this machine: {form_line(plan['speed_choice'])}."]
     if cuts[0]["tuning"] is not None:
         lines += ["", "Endpoint tuning holds at its peak", text_table(_tuning_rows([c["tuning"] for c in cuts]))]
     if plan["memory"]["max_memory"] is not None:
         lines += ["", _streaming(plan["memory"], base)]
-    return "\n".join([*lines, "No weight was read, and nothing was written."])
+    measured = plan["speed_target"] is not None or plan["speed_choice"] is not None
+    how = " Speeds are of files with drawn weights." if measured else ""
+    return "\n".join([*lines, f"No weight was read, and nothing was written.{how}"])
 
 
 def _size(target: dict[str, Any]) -> str:
@@ -141,8 +152,19 @@ def _size(target: dict[str, Any]) -> str:
     )
 
 
+def _speed(target: dict[str, Any]) -> str:
+    """What is chosen for a speed target, in a sentence."""
+    return (
+        f"For {target['target_tokens_per_second']:g} tokens per second {_layers(target['num_removed'])}: the int4 file will decode about "
+        f"{target['tokens_per_second']:.4g} on this machine with {threads(target['threads'])}, the whole model's "
+        f"{target['dense_tokens_per_second']:.4g}."
+    )
+
+
 def _layers(count: int) -> str:
     """`1 layer goes`, `9 layers go`."""
+    if not count:
+        return "no layer need go"
     return "1 layer goes" if count == 1 else f"{count} layers go"
 
 

@@ -215,6 +215,7 @@ def check_size_target(args: argparse.Namespace, config: "CLPConfig") -> None:
     Raises:
         ConfigurationError: With the nearest size that can be reached.
     """
+    # how fast a file is, is measured when the model is there, before anything else is done
     if config.target_size_mb is not None:
         from ..planning.plan import planned_size
 

@@ -45,7 +45,7 @@ class CLPConfig(BaseConfig):
         export ([`ExportConfig`] or `dict`): ONNX.
         evaluation ([`EvaluationConfig`] or `dict`): What is measured at the end, and what it must reach.
         calibration_dataset: Short for `calibration.dataset`.
-        target (`str`): `"cpu"`, `"web"` or `"gpu"`: where the ONNX files will run, which sets `quantization` and `export` as far as these do
+        target (`str`): `"cpu"`, `"web"`, `"gpu"` or `"arm"`: where the ONNX files will run, which sets `quantization` and `export` as far as these do
             not say themselves; not kept.
 
     Raises:
@@ -64,6 +64,7 @@ class CLPConfig(BaseConfig):
         pruning_ratio: float | str | None = None,
         *,
         target_size_mb: float | None = PlainSettings.target_size_mb,
+        target_tokens_per_second: float | None = PlainSettings.target_tokens_per_second,
         num_segments: int = PlainSettings.num_segments,
         max_perplexity_increase: float | None = PlainSettings.max_perplexity_increase,
         min_retention: float | None = PlainSettings.min_retention,
@@ -83,6 +84,7 @@ class CLPConfig(BaseConfig):
         given = {
             "pruning_ratio": pruning_ratio,
             "target_size_mb": target_size_mb,
+            "target_tokens_per_second": target_tokens_per_second,
             "num_segments": num_segments,
             "max_perplexity_increase": max_perplexity_increase,
             "min_retention": min_retention,
@@ -100,6 +102,7 @@ class CLPConfig(BaseConfig):
         values = checked_values(with_target({**given, **unknown}, target))
         self.pruning_ratio: float | str | None = values["pruning_ratio"]
         self.target_size_mb = target_size_mb
+        self.target_tokens_per_second = target_tokens_per_second
         self.num_segments = num_segments
         self.max_perplexity_increase = max_perplexity_increase
         self.min_retention = min_retention

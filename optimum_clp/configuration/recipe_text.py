@@ -56,7 +56,10 @@ def recipe_yaml(config: CLPConfig, head: Iterable[str] = ()) -> str:
     settings = all_settings()
     plain = [setting for name, setting in settings.items() if "." not in name]
     # a size chooses bits, and a time rows
-    passed_over = [] if config.target_size_mb is None else ["quantization.bits_per_weight"]
+    sized = config.target_size_mb is not None or config.target_tokens_per_second is not None
+    passed_over = ["quantization.bits_per_weight"] if sized else []
+    # measured, and not given
+    passed_over += ["quantization.group_size"] if config.quantization.tune_for == "speed" else []
     passed_over += [] if config.budget is None else ["calibration.train_sequences"]
     lines += ["", *_stage_lines(config, plain, "", passed_over)]
     for stage in STAGES:

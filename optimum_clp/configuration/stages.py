@@ -47,7 +47,7 @@ class PlainSettings:
         or_none(or_auto(between(0, 1, open_ends=True))),
         "share of the decoder layers to remove, in (0, 1), or auto: as many as a quality budget lets go",
         more="Of `L` layers `floor(pruning_ratio * L + 0.5)` go; the budget of `auto` is `max_perplexity_increase` or "
-        "`min_retention`. With `target_size_mb` it is `None`.",
+        "`min_retention`. With `target_size_mb` or `target_tokens_per_second` it is `None`.",
         metavar="RATIO",
     )
     target_size_mb: float | None = setting(
@@ -57,6 +57,15 @@ class PlainSettings:
         more="Layers go until the rest fits in plain 4 bits, at least one; what is left of the size raises the bits of what rounding costs most "
         "(`docs/how_to/size_target.md`).",
         metavar="MB",
+        unset="the ratio decides",
+    )
+    target_tokens_per_second: float | None = setting(
+        None,
+        or_none(positive(1e7)),
+        "tokens that the int4 file is to decode in a second on this machine, instead of a ratio: layers are chosen for it",
+        more="Found from the speeds of the dense model's file and of one with half of the layers, which are measured before the run "
+        "(`docs/how_to/speed_target.md`). With `target_size_mb` too, the one for which more layers must go decides.",
+        metavar="N",
         unset="the ratio decides",
     )
     num_segments: int = setting(
@@ -402,6 +411,26 @@ class QuantizationConfig:
         one_of({0: "its own choice", 1: "in float32", 4: "with int8 activations, fast"}),
         "how ONNX Runtime multiplies",
         more='A file of `export.format="qdq"` has it in its metadata, and a session must be told.',
+    )
+    head_bits: int | None = setting(
+        None,
+        or_none(one_of((4, 8))),
+        "bits of the head in the int4 file, and of an embedding that it shares",
+        more="8 costs size, and is faster or slower as a processor has it.",
+        unset="4, unless a size budget gives it 8",
+    )
+    tune_for: str = setting(
+        "size",
+        one_of(
+            {
+                "size": "as they are set",
+                "speed": "what is fastest on this machine, measured before the run",
+            }
+        ),
+        "group size, accuracy level and head bits of the int4 file",
+        more="What was measured is in the report (`export.speed_choice`), and the recipe of the output folder has the settings "
+        "that were chosen, so that it measures nothing. With a `target` other than `cpu` they come from a table "
+        "(`docs/how_to/speed_target.md`).",
     )
     quantize_embeddings: bool = setting(
         True, boolean(), "also quantize the embedding", more="A tied head is quantized with it."

@@ -20,12 +20,24 @@ TARGETS: dict[str, dict[str, dict[str, Any]]] = {
         "quantization": {"weights": ["float16", "int4_float16"]},
         "export": {"format": "contrib", "float_file": False, "logits_to_keep": 0},
     },
+    "arm": {
+        "quantization": {"weights": ["int4"]},
+        "export": {"format": "contrib", "float_file": False, "logits_to_keep": 1},
+    },
+}
+# Where `quantization.tune_for="speed"` cannot measure, since the files run elsewhere: by what ONNX Runtime's kernels ask for
+# (`docs/how_to/speed_target.md` has the sources). None of it was measured.
+_FORMS: dict[str, dict[str, Any]] = {
+    "web": {"group_size": 32, "accuracy_level": 4},
+    "gpu": {"group_size": 32, "accuracy_level": 4},
+    "arm": {"group_size": 32, "accuracy_level": 4},
 }
 # for help and docs
 TARGETS_SAY = {
     "cpu": "float32, int8 and int4, what is made if nothing is said",
     "web": "browsers: int4, made floats at load for WebAssembly, and int4 with float16 for WebGPU",
     "gpu": "float16, and int4 with float16",
+    "arm": "phones and other Arm processors: int4 alone",
 }
 
 
@@ -34,7 +46,7 @@ def with_target(values: Mapping[str, Any], target: str | None, *, over: bool = F
 
     Args:
         values (`Mapping[str, Any]`): Keys of [`CLPConfig`], its stages as dictionaries.
-        target (`str`, *optional*): `"cpu"`, `"web"` or `"gpu"`; none changes nothing.
+        target (`str`, *optional*): `"cpu"`, `"web"`, `"gpu"` or `"arm"`; none changes nothing.
         over (`bool`): The target's settings replace those that are given; otherwise they stand back.
 
     Returns:
@@ -57,4 +69,21 @@ def with_target(values: Mapping[str, Any], target: str | None, *, over: bool = F
             )
             raise ConfigurationError.of("target", target, rule, f"Give {stage} as a dictionary of what differs")
         merged[stage] = {**(given or {}), **settings} if over else {**settings, **(given or {})}
+    return with_speed_of(merged, target)
+
+
+def with_speed_of(values: Mapping[str, Any], target: str | None) -> dict[str, Any]:
+    """A recipe's values, in which a form for speed that cannot be measured here is the target's.
+
+    Args:
+        values (`Mapping[str, Any]`): Keys of [`CLPConfig`].
+        target (`str`, *optional*): A name of `TARGETS`; none and `"cpu"` change nothing: this machine is measured.
+
+    Returns:
+        `dict[str, Any]`: A copy.
+    """
+    merged = dict(values)
+    quantization = merged.get("quantization")
+    if target in _FORMS and isinstance(quantization, dict) and quantization.get("tune_for") == "speed":
+        merged["quantization"] = {**_FORMS[target], **quantization, "tune_for": "size"}
     return merged

@@ -18,6 +18,7 @@ from .settings import settings_of
 from .stages import STAGES, PlainSettings, all_settings
 
 PLAIN_KEYS = tuple(setting.name for setting in settings_of(PlainSettings))
+_TARGETS = ("target_size_mb", "target_tokens_per_second")
 _QUALITY = ("max_perplexity_increase", "min_retention")
 _HOUSEKEEPING = {"model_type", "clp_version", "transformers_version", "optimum_version"}
 
@@ -37,7 +38,7 @@ def checked_values(given: Mapping[str, Any]) -> dict[str, Any]:
     newer = _newer_version(given)
     problems = _unknown_keys(given, newer)
     values = {field.name: given.get(field.name, field.default) for field in dataclasses.fields(PlainSettings)}
-    if values["target_size_mb"] is not None:
+    if any(values[name] is not None for name in _TARGETS):
         values["pruning_ratio"] = given.get("pruning_ratio")
     elif values["pruning_ratio"] is None:
         values["pruning_ratio"] = PlainSettings.pruning_ratio
@@ -69,7 +70,14 @@ def value_problems(values: Mapping[str, Any]) -> list[Problem]:
             staged += setting.rule.problems(name, value)
         else:
             plain += setting.rule.problems(name, values[name])
-    between = (_quality_problems, _target_problems, _budget_problems, _file_problems, _requirement_problems)
+    between = (
+        _quality_problems,
+        _target_problems,
+        _budget_problems,
+        _speed_problems,
+        _file_problems,
+        _requirement_problems,
+    )
     return [*plain, *(problem for look in between for problem in look(values)), *staged]
 
 
@@ -77,7 +85,7 @@ def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
     """A quality budget belongs to `pruning_ratio="auto"`, and there is one of it."""
     given = [name for name in _QUALITY if values[name] is not None]
     ratio = values["pruning_ratio"]
-    if values["target_size_mb"] is not None:
+    if any(values[name] is not None for name in _TARGETS):
         return []
     if ratio == "auto" and len(given) != 1:
         rule = f"it needs one quality budget, and {' and '.join(given) + ' are' if given else 'none is'} given"
@@ -91,20 +99,58 @@ def _quality_problems(values: Mapping[str, Any]) -> list[Problem]:
 
 def _target_problems(values: Mapping[str, Any]) -> list[Problem]:
     """What decides how many layers go is one of three, and a size is one of a file that is written."""
-    target, quantization = values["target_size_mb"], values["quantization"]
-    if target is None:
+    quantization, asked = values["quantization"], [name for name in _TARGETS if values[name] is not None]
+    if not asked:
         if values["pruning_ratio"] is not None:
             return []
         rule = "nothing else says how many layers go"
-        return [Problem("pruning_ratio", None, rule, "Give a number such as 0.2, or target_size_mb")]
-    rule, remedy = "target_size_mb decides how many layers go", "Leave one of the two out"
+        return [Problem("pruning_ratio", None, rule, f"Give a number such as 0.2, or {' or '.join(_TARGETS)}")]
+    rule, remedy = (
+        f"{' and '.join(asked)} decide{'s' * (len(asked) == 1)} how many layers go",
+        "Leave one of the two out",
+    )
     given = [name for name in ("pruning_ratio", *_QUALITY) if values[name] is not None]
     problems = [Problem(name, values[name], rule, remedy) for name in given]
-    if not values["export"].enabled:
-        problems.append(Problem("target_size_mb", target, "no ONNX file is written", "Set export.enabled to True"))
-    elif isinstance(quantization.weights, list) and INT4.name not in quantization.weights:
-        rule = f"it is the size of the int4 file, and quantization.weights is {quantization.weights}"
-        problems.append(Problem("target_size_mb", target, rule, 'Add "int4" there, or give a pruning_ratio'))
+    for name in asked:
+        what = "size" if name == "target_size_mb" else "speed"
+        if not values["export"].enabled:
+            problems.append(Problem(name, values[name], "no ONNX file is written", "Set export.enabled to True"))
+        elif isinstance(quantization.weights, list) and INT4.name not in quantization.weights:
+            rule = f"it is the {what} of the int4 file, and quantization.weights is {quantization.weights}"
+            problems.append(Problem(name, values[name], rule, 'Add "int4" there, or give a pruning_ratio'))
+    return problems
+
+
+def _speed_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """What is measured is not given, and there is something to measure."""
+    quantization, export = values["quantization"], values["export"]
+    problems: list[Problem] = []
+    if quantization.head_bits != 8 and quantization.tune_for != "speed":
+        return problems
+    # the method's code is imported for these alone
+    method = ROUNDINGS.get(quantization.method) if quantization.method in ROUNDINGS else None
+    if quantization.head_bits == 8 and method is not None and method.budget_obstacle is not None:
+        remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
+        problems.append(Problem("quantization.head_bits", 8, method.budget_obstacle, remedy))
+    if quantization.tune_for != "speed":
+        return problems
+    defaults = type(quantization)()
+    for name in ("group_size", "accuracy_level", "head_bits"):
+        value = getattr(quantization, name)
+        if value != getattr(defaults, name):
+            rule = 'quantization.tune_for is "speed", which chooses it'
+            problems.append(Problem(f"quantization.{name}", value, rule, "Leave one of the two out"))
+    why = None
+    if not export.enabled or (isinstance(quantization.weights, list) and INT4.name not in quantization.weights):
+        why, remedy = "no int4 file is written", 'Leave it out, or add "int4" to quantization.weights'
+    elif export.format == "unpacked":
+        why = "unpacked files multiply floats, whatever the form of their integers"
+        remedy = 'Leave it out, or choose the format "contrib" or "qdq"'
+    elif method is not None and method.accuracy_level is not None:
+        why = f"the method {quantization.method!r} has groups and products of its own"
+        remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
+    if why is not None:
+        problems.append(Problem("quantization.tune_for", "speed", why, remedy))
     return problems
 
 

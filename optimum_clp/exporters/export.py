@@ -1,12 +1,9 @@
 """Export of a causal LM to ONNX: one float32 file, and float16, int8 and int4 files made from the same graph."""
 
 import gc
-import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -24,7 +21,7 @@ from ..runtime.names import FUSED_ATTENTION
 from .check import FileCheck
 from .float32_copy import attention_of, float32_copy
 from .freed_memory import return_freed_memory
-from .graph.float_graph import export_float_graph, fold_weight_transposes
+from .graph.float_graph import export_float_graph, fold_weight_transposes, quiet_exporter
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions
 from .graph.norms import spell_out_norms
@@ -189,7 +186,7 @@ def _write_float_file(model: PreTrainedModel, export: ExportConfig, writer: File
 def _write_float_graph(
     model: PreTrainedModel, export: ExportConfig, writer: FileWriter, fuse: bool, started: float
 ) -> ir.Model:
-    with _quiet_exporter():
+    with quiet_exporter():
         graph = export_float_graph(model, export.opset, fuse=fuse)
     # a trace leaves hundreds of thousands of objects in cycles, several megabytes for each layer
     gc.collect()
@@ -209,15 +206,3 @@ def _can_be_reference(model: PreTrainedModel) -> bool:
     return not any(module.training for module in model.modules()) and all(
         parameter.dtype == torch.float32 and parameter.device.type == "cpu" for parameter in model.parameters()
     )
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Without torch's notes on packages that the export does not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

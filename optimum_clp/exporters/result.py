@@ -77,6 +77,57 @@ class ReachedSize:
 
 
 @dataclass(frozen=True)
+class MeasuredForm:
+    """One form of an int4 file, and how fast files of that form are beside the plain one (groups of 32, level 4, a head of 4 bits).
+
+    Args:
+        group_size (`int`): Weights that share a scale.
+        accuracy_level (`int`): How ONNX Runtime multiplies.
+        head_bits (`int`): Bits of the head.
+        speed (`float`): Time of a prompt of 256 tokens and 64 after it in the plain form over that in this one.
+        prompt_speed (`float`): The same of the prompt alone.
+        decode_speed (`float`): The same of the tokens after it.
+    """
+
+    group_size: Annotated[int, Key(minimum=16)]
+    accuracy_level: Annotated[int, Key(choices=(0, 1, 4))]
+    head_bits: Annotated[int, Key(choices=(4, 8))]
+    speed: Annotated[float, Key("Times as fast as the plain form: prompt and decoding together.", minimum=0)]
+    prompt_speed: Annotated[float, Key(minimum=0)]
+    decode_speed: Annotated[float, Key(minimum=0)]
+
+
+@dataclass(frozen=True)
+class SpeedChoice(MeasuredForm):
+    """The form that was chosen by a measurement on this machine.
+
+    Args:
+        threads (`int`): That computed.
+        measured (`tuple[MeasuredForm, ...]`): All forms that were tried, the plain one first.
+    """
+
+    threads: Annotated[int, Key(minimum=1)]
+    measured: tuple[MeasuredForm, ...]
+
+
+@dataclass(frozen=True)
+class ReachedSpeed:
+    """A speed that was asked for, and what came of it.
+
+    Args:
+        target_tokens_per_second (`float`): As in the recipe.
+        tokens_per_second (`float`): That the int4 file decodes, measured on this machine after the export.
+        threads (`int`): That computed.
+        met (`bool`): Whether that is at least 97 % of the target.
+    """
+
+    target_tokens_per_second: Annotated[float, Key(minimum=0)]
+    tokens_per_second: Annotated[float, Key("Of the int4 file, decoding, on this machine.", minimum=0)]
+    threads: Annotated[int, Key(minimum=1)]
+    met: Annotated[bool, Key("At least 97 % of the target.")]
+
+
+@dataclass(frozen=True)
 class ExportResult:
     """The files of one export.
 
@@ -93,6 +144,8 @@ class ExportResult:
         runtimes (`Mapping[str, str | None]`): For each runtime of the registry why nothing was written for it, see
             [`~exporters.export.write_runtime_configs`]; `None` where something was.
         size_target ([`ReachedSize`] or `None`): The recipe's size target, if it has one and there is an int4 file.
+        speed_target ([`ReachedSpeed`] or `None`): Its speed target, likewise.
+        speed_choice ([`SpeedChoice`] or `None`): What was measured for `quantization.tune_for="speed"`.
     """
 
     opset: Annotated[int, Key(minimum=1)]
@@ -110,6 +163,10 @@ class ExportResult:
         Key("For each runtime, why nothing was written for it; null where something was.", added=True),
     ] = field(default_factory=dict)
     size_target: Annotated[ReachedSize | None, Key("The size that the recipe asks for.", added=True)] = None
+    speed_target: Annotated[ReachedSpeed | None, Key("The speed that the recipe asks for.", added=True)] = None
+    speed_choice: Annotated[
+        SpeedChoice | None, Key("The form of the int4 file that was fastest on this machine.", added=True)
+    ] = None
 
     @property
     def smallest(self) -> ExportedFile:

@@ -146,6 +146,7 @@ def stored_weights(model: PreTrainedModel, quantization: QuantizationConfig) -> 
     """
     method, group = ROUNDINGS.get(quantization.method), quantization.group_size
     embedding: Any = model.get_input_embeddings().weight
+    head = getattr(model.get_output_embeddings(), "weight", None)
     shapes = {id(parameter): (rows, columns) for parameter, rows, columns in _matrices(model)}
     shapes[id(embedding)] = tuple(embedding.shape)
     if method.keeps_embedding or not quantization.quantize_embeddings:
@@ -161,6 +162,7 @@ def stored_weights(model: PreTrainedModel, quantization: QuantizationConfig) -> 
             groups * (group * bits // 8 + (_FLOAT16 if parameter is embedding else method.group_bytes[bits]))
             for bits in (PRECISIONS[name].bits for name in (INT4.name, INT8.name))
         )
+        least = most if parameter is head and quantization.head_bits == 8 else least
         found[id(parameter)] = StoredWeights(0, least, most, parameter.numel())
     return found
 

@@ -16,7 +16,9 @@ from ..argument_types import check_arguments
 from ..checkpoint.placement import floating_dtype
 from ..configuration.clp_config import CLPConfig
 from ..errors import ConfigurationError, ModelError
+from ..exporters.result import SpeedChoice
 from ..precisions import FLOAT32
+from ..report.section import to_section
 from ..segments import LayerSegment, endpoint_layers, kept_layers, number_of_layers_to_remove
 from ..surgery.assembly import without_weights
 from ..surgery.cut import cut_model
@@ -25,6 +27,8 @@ from ..surgery.sizes import count_bytes, count_parameters
 from ..tuning.activations import layer_activations
 from .footprint import TuningMemory, onnx_weight_bytes, tuning_memory
 from .size_target import SizeTarget, quantization_within, size_target
+from .speed import choose_for_speed, layer_times
+from .speed_target import SpeedTarget, aim, with_choice
 from .streaming import PlannedStreaming, planned_streaming
 
 
@@ -66,6 +70,8 @@ class PruningPlan:
         layer_bytes (`tuple[int, ...]`): Of these.
         memory ([`PlannedStreaming`]): What passes over the dense model hold, and how often its weights are read.
         size_target ([`SizeTarget`] or `None`): What is chosen for the recipe's size target, if it has one.
+        speed_target ([`SpeedTarget`] or `None`): What is chosen for its speed target, likewise.
+        speed_choice ([`SpeedChoice`] or `None`): What was measured for `quantization.tune_for="speed"`.
         cuts (`tuple[PlannedCut, ...]`): Every segment of that length which the config allows, by start. Each was cut on
             the meta device and has passed the guard of [`~optimum_clp.surgery.cut.cut_model`].
     """
@@ -83,6 +89,8 @@ class PruningPlan:
     layer_bytes: tuple[int, ...]
     memory: PlannedStreaming
     size_target: SizeTarget | None
+    speed_target: SpeedTarget | None
+    speed_choice: SpeedChoice | None
     cuts: tuple[PlannedCut, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +110,8 @@ class PruningPlan:
             "pruning_ratio": self.pruning_ratio,
             "num_removed": self.num_removed,
             "size_target": None if self.size_target is None else vars(self.size_target),
+            "speed_target": None if self.speed_target is None else vars(self.speed_target),
+            "speed_choice": None if self.speed_choice is None else to_section(self.speed_choice),
             "memory": self.memory.to_dict(),
             "cuts": [
                 {
@@ -119,7 +129,11 @@ class PruningPlan:
 
 @check_arguments
 def plan_pruning(
-    config: PretrainedConfig, recipe: CLPConfig | None = None, *, dtype: torch.dtype | str | None = None
+    config: PretrainedConfig,
+    recipe: CLPConfig | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    quiet: bool = True,
 ) -> PruningPlan:
     """Predict what pruning does to the model that a config describes, without its weights.
 
@@ -132,6 +146,8 @@ def plan_pruning(
         recipe ([`CLPConfig`], *optional*): Pruning ratio, and what tuning, quantization and export are to do.
         dtype (`torch.dtype` or `str`, *optional*): Of the weights; `None` or `"auto"` takes the config's, or float32 where
             it names none.
+        quiet (`bool`): No progress bar while speeds are measured, for a speed target or `quantization.tune_for="speed"`: small models
+            of drawn weights are run then, and a model as large as the dense one is held in float32 for a speed target.
 
     Returns:
         [`PruningPlan`]
@@ -150,15 +166,21 @@ def plan_pruning(
         remedy = "Give a number, such as 0.2, to see what it would leave"
         raise ConfigurationError.of("pruning_ratio", recipe.pruning_ratio, rule, remedy)
     depth, weight_dtype = num_layers(config), _weight_dtype(config, dtype)
-    target, ratio = None, recipe.pruning_ratio
-    if recipe.target_size_mb is not None:
+    targets = recipe.target_size_mb, recipe.target_tokens_per_second
+    choice = times = found = None
+    if recipe.quantization.tune_for == "speed" and recipe.export.enabled:
+        choice = choose_for_speed(config, recipe, quiet=quiet)
+        recipe = with_choice(recipe, choice)
+    if targets != (None, None):
         dense = build_on_meta(config, weight_dtype)
-        target = size_target(dense, recipe)
-        ratio = target.num_removed / depth
+        if recipe.target_tokens_per_second is not None:
+            times = layer_times(config, recipe, quiet=quiet)
+        found = aim(dense, recipe, times)
+    ratio = recipe.pruning_ratio if found is None else found.recipe.pruning_ratio
     assert isinstance(ratio, (int, float))
     removed = number_of_layers_to_remove(ratio, depth)
     segments = allowed_segments(config, removed)
-    if target is None:  # built when it is known that such a cut can be
+    if found is None:  # built when it is known that such a cut can be
         dense = build_on_meta(config, weight_dtype)
     return PruningPlan(
         name_or_path=getattr(config, "name_or_path", None) or None,
@@ -173,7 +195,9 @@ def plan_pruning(
         layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
         layer_bytes=tuple(count_bytes(layer) for layer in decoder_layers(dense)),
         memory=planned_streaming(dense, recipe, removed),
-        size_target=target,
+        size_target=None if found is None else found.size,
+        speed_target=None if found is None else found.speed,
+        speed_choice=choice,
         cuts=tuple(_plan_cuts(dense, segments, recipe)),
     )
 

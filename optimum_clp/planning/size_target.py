@@ -38,7 +38,7 @@ class SizeTarget:
 
     Args:
         target_size_mb (`float`): As in the recipe.
-        num_removed (`int`): Layers that go.
+        num_removed (`int`): Layers that go; none where a speed target beside it decides.
         bits_per_weight (`float` or `None`): For each quantized weight, scales included; `None` where the recipe or its rounding
             method has left nothing to choose.
         bytes (`int`): Of the int4 file, at most (the graph is an estimate); of the largest cut, where they differ.
@@ -89,6 +89,9 @@ def size_target(dense: PreTrainedModel, recipe: CLPConfig) -> SizeTarget:
     if depth < 2:
         rule = "a model of one layer has no layer to spare"
         raise ConfigurationError.of("model", depth, rule, "Use a deeper model")
+    whole = sizes.least(sizes.whole)
+    if recipe.target_tokens_per_second is not None and whole <= limit:
+        return SizeTarget(recipe.target_size_mb, 0, None, whole)
     for count in range(1, depth):
         # cheaper to ask than which cuts are allowed
         if sizes.without_largest(count) > limit:
@@ -104,27 +107,13 @@ def size_target(dense: PreTrainedModel, recipe: CLPConfig) -> SizeTarget:
     raise _infeasible(sizes, recipe, limit, depth)
 
 
-def aimed(recipe: CLPConfig, dense: PreTrainedModel) -> CLPConfig:
-    """The recipe with a ratio, chosen for this model, in place of its size target; without a target the recipe itself.
-
-    Args:
-        recipe ([`CLPConfig`]): Not changed.
-        dense (`PreTrainedModel`): The model that is cut.
-
-    Raises:
-        ConfigurationError, ModelError: As [`size_target`].
-    """
-    if recipe.target_size_mb is None:
-        return recipe
-    count = size_target(dense, recipe).num_removed
-    ratio = count / num_layers(dense.config)
-    return CLPConfig.from_dict(recipe.to_dict() | {"pruning_ratio": ratio, "target_size_mb": None})
-
-
 def has_choice(recipe: CLPConfig) -> bool:
-    """Whether the bits of the int4 file may be chosen: the recipe does not fix them, and its rounding method can mix them."""
+    """Whether the bits of the int4 file may be chosen: the recipe does not fix them, its rounding method can mix them, and no
+    speed is asked for, which more bits would spoil."""
     chosen = recipe.quantization
-    return chosen.bits_per_weight is None and ROUNDINGS.get(chosen.method).budget_obstacle is None
+    if chosen.bits_per_weight is not None or recipe.target_tokens_per_second is not None:
+        return False
+    return ROUNDINGS.get(chosen.method).budget_obstacle is None
 
 
 def quantization_within(model: PreTrainedModel, recipe: CLPConfig) -> QuantizationConfig:

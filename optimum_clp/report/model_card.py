@@ -308,7 +308,13 @@ def _files(report: CLPReport, folder: Path) -> str:
     cells = file_cells(report.to_dict(), folder, _NOT_OF_A_CARD, code=True)
     if not cells:
         return ""
-    parts = ["## Files", markdown_table(cells), legend(cells[0], markdown=True), report.size_reached()]
+    parts = [
+        "## Files",
+        markdown_table(cells),
+        legend(cells[0], markdown=True),
+        report.size_reached(),
+        report.speed_reached(),
+    ]
     return "\n\n".join(filter(None, parts))
 
 

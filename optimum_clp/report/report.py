@@ -23,7 +23,17 @@ from .legend import legend
 from .recognition import recognition_legend, recognition_tables
 from .schema import for_reading
 from .section import Key, json_ready
-from .tables import Column, format_bytes, format_count, markdown_table, memory_cell, record_cells, text_table
+from .tables import (
+    Column,
+    form_line,
+    format_bytes,
+    format_count,
+    markdown_table,
+    memory_cell,
+    record_cells,
+    text_table,
+    threads,
+)
 
 REPORT_NAME = "clp_report.json"
 SCHEMA_VERSION = 1
@@ -195,7 +205,14 @@ class CLPReport:
         generation = generation_text(evaluation.get("generation"), evaluation.get("verdicts", ()))
         required = "\n".join(map(requirement_line, evaluation.get("requirements", ())))
         tables = (text_table(table, ruled=True) for table in recognition_tables(evaluation))
-        parts = (*tables, recognition_legend(evaluation), generation, required, self.size_reached())
+        parts = (
+            *tables,
+            recognition_legend(evaluation),
+            generation,
+            required,
+            self.size_reached(),
+            self.speed_reached(),
+        )
         return "".join(f"\n\n{part}" for part in parts if part)
 
     def size_reached(self) -> str:
@@ -221,14 +238,29 @@ class CLPReport:
             "tokens more."
         )
 
+    def speed_reached(self) -> str:
+        """Sentences on the speed that the recipe asked for, and on the form that was fastest; empty if it asked for neither."""
+        export, said = self.export or {}, []
+        if speed := export.get("speed_target"):
+            missed = "" if speed["met"] else ": missed"
+            said.append(
+                f"The int4 file was to decode {speed['target_tokens_per_second']:g} tokens per second, and decodes "
+                f"{speed['tokens_per_second']:.4g} with {threads(speed['threads'])}{missed}."
+            )
+        if choice := export.get("speed_choice"):
+            said.append(
+                f"Fastest of {len(choice['measured'])} forms of the int4 file on the machine that made it: {form_line(choice)}."
+            )
+        return " ".join(said)
+
     def measured_on(self) -> str:
         """One sentence that says which text and which machine the figures of `evaluation` belong to."""
         evaluation, environment = self.evaluation or {}, self.environment or {}
-        counts = sorted({row["num_tokens"] for row in evaluation.get("rows") or [] if row.get("num_tokens")})
-        tokens = f", {' or '.join(f'{count:,}' for count in counts)} tokens" if counts else ""
-        threads = environment.get("num_threads")
+        found = sorted({row["num_tokens"] for row in evaluation.get("rows") or [] if row.get("num_tokens")})
+        tokens = f", {' or '.join(f'{number:,}' for number in found)} tokens" if found else ""
+        count = environment.get("num_threads")
         machine = f", on {environment['device']}" if environment.get("device") else ""
-        machine += f" with {threads} thread{'s' if threads != 1 else ''}" if machine and threads else ""
+        machine += f" with {threads(count)}" if machine and count else ""
         return f"Measured on {self.to_dict()['evaluation'].get('text') or 'unnamed text'}{tokens}{machine}."
 
 

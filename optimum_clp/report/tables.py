@@ -118,3 +118,21 @@ def markdown_table(rows: Sequence[Sequence[str]], align: str = "-") -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "|".join(marks[: len(rows[0])]) + "|")
     return "\n".join(lines)
+
+
+def threads(count: int) -> str:
+    """`1 thread`, `2 threads`."""
+    return f"{count} thread{'s' if count != 1 else ''}"
+
+
+def form_line(choice: Mapping[str, Any]) -> str:
+    """What was chosen for speed, and by which ratio, in a clause.
+
+    Args:
+        choice (`Mapping`): `export.speed_choice` of the report.
+    """
+    form = f"groups of {choice['group_size']}, accuracy level {choice['accuracy_level']}, a head of {choice['head_bits']} bits"
+    if (choice["group_size"], choice["accuracy_level"], choice["head_bits"]) == (32, 4, 4):
+        return f"{form}, the plain one: none is faster by more than such ratios scatter"
+    parts = f"prompt {choice['prompt_speed']:.2f}, decoding {choice['decode_speed']:.2f}"
+    return f"{form}, {choice['speed']:.2f} times as fast as groups of 32, level 4 and 4 bits ({parts}; {threads(choice['threads'])})"

@@ -6,7 +6,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
@@ -20,10 +19,13 @@ from ..model_files import CONFIG, GENERATION_CONFIG, read_model_file
 from .cache import (
     LAYER_TYPES,
     LEAST_ROOM,
+    NUMPY,
     TOKEN_INPUTS,
     LayerWithRoom,
+    Room,
     cache_dtype,
     cache_layer,
+    have_room,
     past_shapes,
     shared_tensor,
 )
@@ -32,7 +34,10 @@ from .names import FUSED_ATTENTION, LOGITS_TO_KEEP
 from .session import chooses_positions, open_session, quiet_options
 from .tokens import check_mask, check_positions, check_tokens, position_limit, vocabulary_size
 
-_NUMPY = {torch.long: np.int64, torch.float32: np.float32, torch.float16: np.float16}
+_CACHE_FIELD = next(
+    name for name in ("cache", "past_key_values") if name in {f.name for f in fields(CausalLMOutputWithPast)}
+)
+"""What transformers' outputs call their cache, which `generate()` reads: `past_key_values` before 5.24."""
 
 
 class OnnxCausalLM(GenerationMixin):
@@ -78,8 +83,15 @@ class OnnxCausalLM(GenerationMixin):
         self._present_names = [name.replace("past_key_values", "present") for name in self._past_names]
         self._is_fused = FUSED_ATTENTION in session.get_modelmeta().custom_metadata_map
         self._chooses_positions = chooses_positions(session)
+        width = next(value.shape[-1] for value in session.get_outputs() if value.name == "logits")
+        self._width = width if isinstance(width, int) else None
         # on another device ONNX Runtime would copy the tensors there and back
         self._appends_in_place = self._is_fused and session.get_providers()[0] == "CPUExecutionProvider"
+        self._single_inputs = [
+            name for name in TOKEN_INPUTS if name in self._token_inputs and name != "attention_mask"
+        ]
+        self._single_inputs += [LOGITS_TO_KEEP] if self._chooses_positions else []
+        self._counts = {count: torch.tensor(count) for count in (0, 1)}
 
     @classmethod
     @check_arguments
@@ -196,6 +208,13 @@ class OnnxCausalLM(GenerationMixin):
         _check_logits_to_keep(logits_to_keep)
         cache = self._cache(past_key_values, cache)
         past_length = 0 if cache is None else cache.get_seq_length()
+        if (
+            isinstance(input_ids, Tensor)
+            and input_ids.shape == (1, 1)
+            and (logits := self._next(input_ids, attention_mask, position_ids, cache)) is not None
+        ):
+            step: dict[str, Any] = {_CACHE_FIELD: cache}
+            return CausalLMOutputWithPast(logits=logits, **step)
         check_tokens(input_ids, self._vocabulary)
         batch, length = input_ids.shape
         mask = _full_mask(attention_mask, batch, past_length + length)
@@ -210,9 +229,43 @@ class OnnxCausalLM(GenerationMixin):
             logits, cache = self._token_by_token(tokens, cache, past_length, use_cache)
         else:
             logits, cache = self._whole(tokens, cache, past_length, use_cache, logits_to_keep)
-        named: dict[str, Any] = {_cache_field(): cache}
+        named: dict[str, Any] = {_CACHE_FIELD: cache}
         # a no-op where the file has chosen
         return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], **named)
+
+    def _next(
+        self, input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: DynamicCache | None
+    ) -> Tensor | None:
+        """The logits of one token of one row behind a past with room, which is every step of `generate()` but the first; `None`
+        where something about it is out of the ordinary, or wrong: it then goes the long way, and is told there.
+
+        The weights fill the processor's caches at each step, so that whatever Python touches besides costs several times its share.
+        """
+        if cache is None or not self._appends_in_place or self._width is None or input_ids.dtype != torch.long:
+            return None
+        layers: Sequence[Any] = cache.layers
+        length = cache.get_seq_length()
+        if length == 0 or not have_room(layers, length, 1):
+            return None
+        if mask is not None and (
+            mask.dtype != torch.long or mask.shape != (1, length + 1) or not mask.is_contiguous()
+        ):
+            return None
+        token, position = int(input_ids), length
+        if position_ids is not None:
+            if position_ids.dtype != torch.long or position_ids.numel() != 1:
+                return None
+            position = int(position_ids)
+        elif mask is not None:
+            return None
+        if not (0 <= token < (self._vocabulary or 0) and 0 <= position < (self._positions or position + 1)):
+            return None
+        room: Room = layers[0].room
+        room.written = length  # of a cache that was cropped
+        logits = room.step(self.session, self._single_inputs, token, position, mask, self._width)
+        for layer in layers:
+            layer.length = length + 1
+        return logits
 
     def _whole(
         self,
@@ -231,10 +284,13 @@ class OnnxCausalLM(GenerationMixin):
             if name in self._token_inputs
         }
         if self._chooses_positions:
-            feeds[LOGITS_TO_KEEP] = torch.tensor(logits_to_keep)
+            count = self._counts.get(logits_to_keep)
+            feeds[LOGITS_TO_KEEP] = torch.tensor(logits_to_keep) if count is None else count
         if use_cache and self._appends_in_place:
-            layers = roomy = self._layers_with_room(cache, batch, past_length, length)
-            logits = self._run_in_place(feeds, roomy, past_length + length)
+            with_room = self._layers_with_room(cache, batch, past_length, length)
+            positions = min(length, logits_to_keep or length) if self._chooses_positions else length
+            logits = self._run_in_place(feeds, with_room, positions, past_length + length)
+            layers = with_room
         else:
             feeds |= self._past(cache, batch, past_length)
             logits, *present = self._run(feeds, ["logits", *(self._present_names if use_cache else [])])
@@ -242,17 +298,30 @@ class OnnxCausalLM(GenerationMixin):
         if not use_cache:
             return logits, None
         cache = DynamicCache() if cache is None else cache
-        cache.layers[:] = layers
+        if cache.layers != layers:
+            cache.layers[:] = layers
         return logits, cache
 
-    def _run_in_place(self, feeds: dict[str, Tensor], layers: Sequence[LayerWithRoom], length: int) -> Tensor:
+    def _run_in_place(
+        self, feeds: dict[str, Tensor], layers: Sequence[LayerWithRoom], positions: int, length: int
+    ) -> Tensor:
         """Logits, while keys and values are written behind the past; the cache then has `length` tokens."""
-        memory = [states for layer in layers for states in (layer.key_memory, layer.value_memory)]
-        past = dict(zip(self._past_names, memory, strict=True))
-        present = dict(zip(self._present_names, memory, strict=True))
-        (logits,) = self._run(feeds | past, ["logits"], present)
+        room = layers[0].room
+        binding = room.binding(self.session)
+        for name, tensor in feeds.items():
+            binding.bind_input(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+        if self._width is None:
+            binding.bind_output("logits", "cpu")
+            self.session.run_with_iobinding(binding)
+            logits = shared_tensor(binding.get_outputs()[-1])
+        else:
+            # each call's own: the caller may keep them
+            logits = torch.empty(room.batch, positions, self._width)
+            binding.bind_output("logits", "cpu", 0, NUMPY[logits.dtype], tuple(logits.shape), logits.data_ptr())
+            self.session.run_with_iobinding(binding)
+        room.written = length
         for layer in layers:
-            layer.show(length)
+            layer.length = length
         return logits
 
     def _token_by_token(
@@ -323,46 +392,31 @@ class OnnxCausalLM(GenerationMixin):
 
     def _layers_with_room(
         self, cache: DynamicCache | None, batch: int, past_length: int, length: int
-    ) -> list["LayerWithRoom"]:
+    ) -> list[LayerWithRoom]:
         """The cache's layers, with memory behind the past that nothing else has written to; moved where there is none."""
-        known: list[Any] = [None] * (len(self._past_names) // 2) if cache is None or past_length == 0 else cache.layers
-        layers = []
-        for index, old in enumerate(known):
-            if isinstance(old, LayerWithRoom) and old.has_room(past_length, length):
-                layers.append(old)
-                continue
-            # some growth at each move: a token costs a constant number of copies, however long the text gets
-            room = past_length + length + max(LEAST_ROOM, past_length // 4)
-            memory = []
-            for name, states in zip(
-                ("key", "value"), (None, None) if old is None else (old.keys, old.values), strict=True
-            ):
-                heads, size = self._past_shapes[f"past_key_values.{index}.{name}"]
-                memory.append(torch.empty(batch, heads, room, size, dtype=self._cache_dtype))
-                if states is not None:
-                    memory[-1][:, :, :past_length] = states
-            layers.append(LayerWithRoom(*memory))
-        return layers
+        old: list[Any] = [] if cache is None or past_length == 0 else cache.layers
+        if have_room(old, past_length, length):
+            return old
+        # some growth at each move: a token costs a constant number of copies, however long the text gets
+        size = past_length + length + max(LEAST_ROOM, past_length // 4)
+        past = {
+            name: torch.empty(batch, heads, size, width, dtype=self._cache_dtype)
+            for name, (heads, width) in self._past_shapes.items()
+        }
+        if old:
+            for name, states in self._past(cache, batch, past_length).items():
+                past[name][:, :, :past_length] = states
+        return Room(past, self._present_names).layers()
 
-    def _run(
-        self, feeds: dict[str, Tensor], outputs: list[str], memory: dict[str, Tensor] | None = None
-    ) -> list[Tensor]:
-        """Run the session on the tensors' own memory, and take its outputs' memory over; or give it `memory` for them."""
+    def _run(self, feeds: dict[str, Tensor], outputs: list[str]) -> list[Tensor]:
+        """Run the session on the tensors' own memory, and take its outputs' memory over."""
         binding = self.session.io_binding()
-        for name, tensor in (memory or {}).items():
-            binding.bind_output(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         for name, tensor in feeds.items():
-            binding.bind_input(name, "cpu", 0, _NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(name, "cpu", 0, NUMPY[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         for name in outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        return [shared_tensor(value) for value in binding.get_outputs()[len(memory or {}) :]]
-
-
-def _cache_field() -> str:
-    """What transformers' outputs call their cache, which `generate()` reads: `past_key_values` before 5.24."""
-    names = {field.name for field in fields(CausalLMOutputWithPast)}
-    return "cache" if "cache" in names else "past_key_values"
+        return [shared_tensor(value) for value in binding.get_outputs()]
 
 
 def _check_logits_to_keep(logits_to_keep: Any) -> None:

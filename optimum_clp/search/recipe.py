@@ -35,7 +35,8 @@ def layers_to_remove(recipe: CLPConfig, config: PretrainedConfig) -> int | None:
     ratio = recipe.pruning_ratio
     if not isinstance(ratio, (int, float)):
         rule, remedy = "a search needs a number of layers, and none was chosen for it", "Give a pruning_ratio"
-        raise ConfigurationError.of("target_size_mb", recipe.target_size_mb, rule, remedy)
+        name = "target_size_mb" if recipe.target_size_mb is not None else "target_tokens_per_second"
+        raise ConfigurationError.of(name, getattr(recipe, name), rule, remedy)
     count = number_of_layers_to_remove(ratio, num_layers(config))
     if recipe.num_segments == 1:
         allowed_segments(config, count)

@@ -161,7 +161,7 @@ def test_every_option_reaches_the_configuration():
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
         "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --hidden-batch-size 3 --on-policy-rounds 2 --on-policy-sequences 40 --tuning-tokens 9000 --epochs 5 --batch-size 6 --patience 7 "
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
-        "--method rtn --bits-per-weight 5 --calibration-sequences 3 --scale-epochs 0 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --no-quantize-embeddings "
+        "--method rtn --bits-per-weight 5 --calibration-sequences 3 --scale-epochs 0 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --head-bits 8 --no-quantize-embeddings "
         "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 --no-float-file "
         "--no-generation --prompts p.jsonl --num-prompts 3 --max-new-tokens 9 --texts c4,other.txt --limit 5 --num-fewshot 4 --apply-chat-template --tasks-dir own --memory-context 99 "
         "--require-retention 0.9 --tasks piqa=p.jsonl arc_easy,boolq out"
@@ -175,8 +175,8 @@ def test_every_option_reaches_the_configuration():
         for key, value in vars(getattr(config, stage)).items()
         if value == getattr(getattr(default, stage), key)
     }
-    # what is required must be measured
-    assert unchanged == {"evaluation.require_generation"}
+    # what is required must be measured, and what is measured is not given
+    assert unchanged == {"evaluation.require_generation", "quantization.tune_for"}
     assert values("prune --model m --require-generation 0.8 out")["evaluation"] == {"require_generation": 0.8}
     assert config.evaluation.tasks == ["piqa=p.jsonl", "arc_easy", "boolq"] and config.evaluation.texts == [
         "c4",
@@ -202,6 +202,16 @@ def test_of_ratio_and_size_target_the_one_that_is_given_replaces_the_recipes():
     both = "--target-size-mb 60 --pruning-ratio 0.3 --min-retention 0.9"
     found = arguments.configuration_values(parse(f"search -m m {both}"), base)
     assert found == {"pruning_ratio": 0.3, "target_size_mb": 60.0, "min_retention": 0.9}
+    found = arguments.configuration_values(
+        parse("prune -m m --target-tokens-per-second 90 out"), {"pruning_ratio": 0.2}
+    )
+    assert found == {"pruning_ratio": None, "target_tokens_per_second": 90.0}
+
+
+def test_a_form_for_speed_is_the_targets_where_nothing_can_be_measured():
+    found = values("prune --model m --target arm --tune-for speed out", {})["quantization"]
+    assert found == {"weights": ["int4"], "tune_for": "size", "group_size": 32, "accuracy_level": 4}
+    assert values("prune --model m --tune-for speed out", {})["quantization"] == {"tune_for": "speed"}
 
 
 def test_a_ratio_that_is_no_number_is_told(capsys):
@@ -260,6 +270,7 @@ def test_every_key_of_the_configuration_has_a_flag():
     keys |= {
         "pruning_ratio",
         "target_size_mb",
+        "target_tokens_per_second",
         "num_segments",
         "max_perplexity_increase",
         "min_retention",

@@ -26,8 +26,26 @@ COMMANDS = {
     "evaluate": "evaluate --model cut --reference dense",
     "evaluate tasks": "evaluate --model m --dataset d.txt --tasks lambada=t.jsonl any=t.jsonl --reference dense",
 }
+SPEED = {
+    "target_tokens_per_second": 90,
+    "num_removed": 3,
+    "tokens_per_second": 91.234,
+    "dense_tokens_per_second": 60.5,
+    "threads": 1,
+}
+FORM = {
+    "group_size": 64,
+    "accuracy_level": 4,
+    "head_bits": 4,
+    "speed": 1.067,
+    "prompt_speed": 1.1,
+    "decode_speed": 1.06,
+    "threads": 2,
+}
 PLAN = {
     "size_target": None,
+    "speed_target": None,
+    "speed_choice": None,
     "base_model": {
         "class": "LlamaForCausalLM",
         "dtype": "bfloat16",
@@ -125,6 +143,8 @@ TEXTS = {
     "planned for a size in given bits": lambda: planned(
         {**SHORT_PLAN, "size_target": SIZE | {"num_removed": 1, "bits_per_weight": None}}
     ),
+    "planned for a speed": lambda: planned({**SHORT_PLAN, "speed_target": SPEED, "speed_choice": FORM}),
+    "planned for both": lambda: planned({**SHORT_PLAN, "size_target": SIZE, "speed_target": SPEED}),
     "planned within a bound": lambda: planned({**SHORT_PLAN, "memory": MEMORY}),
     "planned within a wide bound": lambda: planned({**SHORT_PLAN, "memory": {**MEMORY, "layers_at_once": 6}}),
     "older search": lambda: scored_segments(older_report().search),

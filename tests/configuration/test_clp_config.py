@@ -24,6 +24,7 @@ def test_the_recipe_has_these_keys_and_defaults():
         ("model_type", "clp"),
         ("pruning_ratio", 0.2),
         ("target_size_mb", None),
+        ("target_tokens_per_second", None),
         ("num_segments", 1),
         ("max_perplexity_increase", None),
         ("min_retention", None),
@@ -102,6 +103,8 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "scale_epochs": 1,
                 "group_size": 32,
                 "accuracy_level": 4,
+                "head_bits": None,
+                "tune_for": "size",
                 "quantize_embeddings": True,
                 "quanto": False,
             },
@@ -245,6 +248,60 @@ def test_a_quality_budget_belongs_to_the_automatic_ratio():
     ):
         with pytest.raises(ConfigurationError, match=f"{name} is {value}: it must be {rule}"):
             CLPConfig("auto", **{name: value})
+
+
+def test_a_speed_target_stands_in_place_of_a_ratio():
+    config = CLPConfig(target_tokens_per_second=90)
+    assert (config.pruning_ratio, config.target_tokens_per_second) == (None, 90)
+    both = CLPConfig(target_tokens_per_second=90, target_size_mb=60)
+    assert CLPConfig.from_dict(both.to_dict()) == both
+    with pytest.raises(ConfigurationError, match="target_tokens_per_second decides how many layers go. Leave one"):
+        CLPConfig(0.2, target_tokens_per_second=90)
+    rule = "target_size_mb and target_tokens_per_second decide how many layers go"
+    with pytest.raises(ConfigurationError, match=rule):
+        CLPConfig("auto", target_tokens_per_second=90, target_size_mb=60, min_retention=0.9)
+    with pytest.raises(ConfigurationError, match="target_tokens_per_second is 90: no ONNX file is written"):
+        CLPConfig(target_tokens_per_second=90, export={"enabled": False})
+    rule = r"it is the speed of the int4 file, and quantization.weights is \['int8'\]. Add \"int4\" there"
+    with pytest.raises(ConfigurationError, match=rule):
+        CLPConfig(target_tokens_per_second=90, quantization={"weights": ["int8"]})
+    for value in (0, -1, "fast", True):
+        with pytest.raises(ConfigurationError, match="target_tokens_per_second is .*: it must be a number above 0"):
+            CLPConfig(target_tokens_per_second=value)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "export", "message"),
+    [
+        ({"group_size": 64}, {}, 'quantization.group_size is 64: quantization.tune_for is "speed", which chooses it'),
+        ({"accuracy_level": 1}, {}, "quantization.accuracy_level is 1: .* Leave one of the two out"),
+        ({"head_bits": 8}, {}, "quantization.head_bits is 8: .* which chooses it"),
+        ({"weights": ["int8"]}, {}, "tune_for is 'speed': no int4 file is written. Leave it out, or add "),
+        ({}, {"enabled": False}, "tune_for is 'speed': no int4 file is written"),
+        ({}, {"format": "unpacked"}, "tune_for is 'speed': unpacked files multiply floats"),
+        ({"method": "quanto"}, {}, "tune_for is 'speed': the method 'quanto' has groups and products of its own"),
+    ],
+)
+def test_what_is_measured_is_not_given(quantization, export, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CLPConfig(quantization={"tune_for": "speed", **quantization}, export=export)
+    assert CLPConfig(quantization={"tune_for": "speed"}).quantization.group_size == 32
+
+
+def test_a_head_of_8_bits_needs_a_method_that_mixes_bits():
+    assert CLPConfig(quantization={"head_bits": 8, "method": "rtn"}).quantization.head_bits == 8
+    with pytest.raises(ConfigurationError, match='quantization.head_bits is 8: .* choose the method "rtn" or'):
+        CLPConfig(quantization={"head_bits": 8, "method": "hqq"})
+
+
+@pytest.mark.parametrize("target", ["web", "gpu", "arm"])
+def test_the_form_for_another_place_comes_from_a_table(target):
+    """What runs elsewhere cannot be measured here, and the recipe has the settings."""
+    chosen = CLPConfig(target=target, quantization={"tune_for": "speed"}).quantization
+    assert (chosen.tune_for, chosen.group_size, chosen.accuracy_level) == ("size", 32, 4)
+    given = CLPConfig(target=target, quantization={"tune_for": "speed", "group_size": 64}).quantization
+    assert given.group_size == 64
+    assert CLPConfig(target="cpu", quantization={"tune_for": "speed"}).quantization.tune_for == "speed"
 
 
 def test_a_size_target_stands_in_place_of_a_ratio(tmp_path):

@@ -1,4 +1,5 @@
 import copy
+import functools
 import shutil
 
 import numpy as np
@@ -144,6 +145,61 @@ def test_a_cache_that_was_changed_is_not_written_over(onnx_model, change):
     assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, cache.layers, strict=True))
 
 
+def test_a_step_binds_its_tokens_alone(onnx_model, monkeypatch):
+    """What stays where it is, the cache, is bound to the session once; logits that were given out stay what they were."""
+    bound, made = [], []
+    binding, bind = onnxruntime.InferenceSession.io_binding, onnxruntime.IOBinding.bind_input
+    monkeypatch.setattr(onnxruntime.InferenceSession, "io_binding", lambda self: made.append(1) or binding(self))
+    monkeypatch.setattr(
+        onnxruntime.IOBinding, "bind_input", lambda self, name, *a: bound.append(name) or bind(self, name, *a)
+    )
+    ids = random_tokens(1, 12)
+    output = onnx_model(ids[:, :6], past_key_values=DynamicCache())
+    first, kept = output.logits, output.logits.clone()
+    assert sum(name.startswith("past_key_values") for name in bound) == 2 * onnx_model.config.num_hidden_layers
+    bound.clear()
+    pieces = [first]
+    for position in range(6, 12):
+        pieces.append(onnx_model(ids[:, position : position + 1], past_key_values=output.past_key_values).logits)
+    first_step = ["input_ids", "position_ids", "num_logits_to_keep", "attention_mask"]
+    assert bound == first_step + 5 * ["attention_mask"] and len(made) == 1
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(torch.cat(pieces, 1), onnx_model(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_cropped_cache_is_written_again_only_if_nobody_looks_at_it(onnx_model):
+    """Speculative decoding takes rejected tokens back at each step: that copies nothing."""
+    ids = random_tokens(1, 12)
+    cache = onnx_model(ids[:, :9], past_key_values=DynamicCache()).past_key_values
+    room = cache.layers[0].room
+    for layer in cache.layers:
+        layer.crop(-3)
+    assert cache.get_seq_length() == 6 and cache.layers[0].keys.shape[2] == 6
+    expected = onnx_model(torch.cat([ids[:, :6], ids[:, 10:]], 1)).logits[:, -2:]
+    looked_at = cache.layers[0].values
+    before = looked_at.clone()
+    torch.testing.assert_close(onnx_model(ids[:, 10:], past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
+    assert cache.layers[0].room is not room and torch.equal(looked_at, before)
+    room = cache.layers[0].room
+    for layer in cache.layers:
+        layer.crop(-2)
+    torch.testing.assert_close(onnx_model(ids[:, 10:], past_key_values=cache).logits, expected, rtol=0, atol=1e-4)
+    assert cache.layers[0].room is room
+
+
+def test_a_deep_copy_of_a_cache_has_memory_of_its_own(onnx_model):
+    ids = random_tokens(1, 9)
+    cache = onnx_model(ids[:, :6], past_key_values=DynamicCache()).past_key_values
+    other = copy.deepcopy(cache)
+    ours = onnx_model(ids[:, 6:], past_key_values=cache).logits
+    theirs = onnx_model(torch.flip(ids, [1])[:, :3], past_key_values=other).logits
+    assert not torch.equal(ours, theirs)
+    torch.testing.assert_close(onnx_model(ids).logits[:, 6:], ours, rtol=0, atol=1e-4)
+    mixed = onnx_model(torch.cat([ids[:, :6], torch.flip(ids, [1])[:, :3]], 1)).logits[:, 6:]
+    torch.testing.assert_close(mixed, theirs, rtol=0, atol=1e-4)
+    assert other.layers[0].room is other.layers[-1].room is not cache.layers[0].room
+
+
 def test_greedy_tokens_are_pytorchs(onnx_model, pytorch):
     ids = random_tokens(1, 6, seed=2)
     expected = generate(pytorch, ids)
@@ -209,14 +265,16 @@ def test_evaluation_measures_file_and_model_alike(onnx_model, pytorch):
 
 
 def test_generation_asks_for_the_last_logits_alone(onnx_model, monkeypatch):
-    run, sizes = onnx_model._run, []
+    runs, sizes = {name: getattr(onnx_model, name) for name in ("_whole", "_next")}, []
 
-    def spy(*args):
-        found = run(*args)
-        sizes.append(found[0].shape[1])
+    def spy(name, *args, **kwargs):
+        found = runs[name](*args, **kwargs)
+        logits = found[0] if name == "_whole" else found
+        sizes.extend([] if logits is None else [logits.shape[1]])
         return found
 
-    monkeypatch.setattr(onnx_model, "_run", spy)
+    for name in runs:
+        monkeypatch.setattr(onnx_model, name, functools.partial(spy, name))
     ids = random_tokens(1, 7)
     generate(onnx_model, ids, max_new_tokens=3, min_new_tokens=3)
     assert sizes == [1, 1, 1]

@@ -4,7 +4,9 @@ Inputs are `input_ids`, `attention_mask`, `position_ids` and `past_key_values.{i
 and `present.{i}.key` / `.value`. Batch, sequence and past are dynamic, and the past may be empty.
 """
 
-from contextlib import ExitStack
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import onnx_ir as ir
 import torch
@@ -116,6 +118,18 @@ def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False
     if attention is not None:
         graph.metadata_props[FUSED_ATTENTION] = "GroupQueryAttention"
     return graph
+
+
+@contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Without torch's notes on packages that the export does not need."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def fold_weight_transposes(graph: ir.Model) -> None:

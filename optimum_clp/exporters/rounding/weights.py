@@ -1,8 +1,8 @@
 """The weights of an ONNX file, rounded as `quantization.method`, `bits_per_weight` and `scale_epochs` say."""
 
-import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -77,15 +77,18 @@ def round_weights(
         QuantizationError: If the budget is too small, or the model's hidden states are not finite.
     """
     block_size = quantization.group_size
-    in_8_bits: tuple[str, ...] = ()
+    fixed = tuple(matrices.keys() & head_names(model)) if quantization.head_bits == 8 else ()
+    in_8_bits = fixed if bits == INT4.bits else ()
     if bits == INT4.bits and quantization.bits_per_weight is not None:
         assert calibration is not None
         costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
-        in_8_bits = plan_bits(matrices, costs, block_size, quantization.bits_per_weight)
+        # what has 8 bits in any case, as a router has
+        planned = {name: replace(m, is_router=m.is_router or name in fixed) for name, m in matrices.items()}
+        in_8_bits += plan_bits(planned, costs, block_size, quantization.bits_per_weight)
     room = room or ExportRoom()
     problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet, room)
     rounded = rounding_method(quantization).round(problem)
-    rounded = dataclasses.replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
+    rounded = replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
     if not quantization.scale_epochs or calibration is None or bits not in rounding_method(quantization).text_bits:
         return rounded
     return _with_tuned_scales(problem, rounded, teacher, quantization.scale_epochs)
@@ -107,7 +110,15 @@ def _with_tuned_scales(
     tuned, result = tune_scales(
         model, matrices, tokens, teacher=teacher, epochs=epochs, seed=problem.seed, quiet=problem.quiet
     )
-    return dataclasses.replace(rounded, matrices=tuned, scale_tuning=result)
+    return replace(rounded, matrices=tuned, scale_tuning=result)
+
+
+def head_names(model: PreTrainedModel) -> set[str]:
+    """The names of the head's weight, which is the embedding's too where they are tied; empty if it has none."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    found = model.named_parameters(remove_duplicate=False)
+    return set() if weight is None else {name for name, parameter in found if parameter is weight}
 
 
 def _reads_text(quantization: QuantizationConfig) -> bool:

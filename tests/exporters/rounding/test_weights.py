@@ -351,6 +351,24 @@ def test_budget_is_kept_by_the_file(method, no_tracing, tmp_path):
     assert result.files[1].max_relative_error < 0.5
 
 
+@pytest.mark.parametrize("budget", [None, 7.5])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_the_head_has_8_bits_if_it_is_asked_for(method, budget, no_tracing, tmp_path):
+    model = traced_qwen3().model
+    config = QuantizationConfig(weights=["int4"], method=method, head_bits=8, bits_per_weight=budget)
+    result = export_onnx(model, tmp_path, quantization=config, calibration=TOKENS, quiet=True)
+    said = [
+        {a.name: a.i for a in node.attribute}
+        for node in onnx.load(tmp_path / "onnx/model_q4.onnx").graph.node
+        if node.op_type == "MatMulNBits"
+    ]
+    heads = [each["bits"] for each in said if each["N"] == model.config.vocab_size]
+    assert heads == [8]
+    others = {each["bits"] for each in said if each["N"] != model.config.vocab_size}
+    assert others == ({4} if budget is None else {4, 8})
+    assert budget is None or 7 < result.files[1].bits_per_weight <= budget
+
+
 def test_quanto_int8_file_says_what_quanto_says(no_tracing, tmp_path):
     model = traced_qwen3().model
     config = QuantizationConfig(weights=["int8"], method="quanto")
