@@ -1,8 +1,6 @@
 """The check of every exported file against the PyTorch model that it was made from: on what, in which process, how close."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from ..errors import ExportError
 from ..forward.decoding import cache_keyword, cache_of
 from ..runtime import comparison as onnx_comparison
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
+from ..runtime.own_process import command_of
 from .graph.float_graph import input_names
 from .result import CheckedContext
 
@@ -27,12 +26,6 @@ WHOLE_CONTEXT_BYTES = 2**28
 
 _DECODE_STEPS = (1, 1, 1, 3, 1)  # tokens in each cached step
 _LAST_TOKENS = 16  # of the longest context, before the cached one at its very end
-# runs a module, given folders to look for it in
-_CHILD = (
-    "import os, runpy, sys; name, paths = sys.argv[1:3]; del sys.argv[1:3]; "
-    "sys.path += paths.split(os.pathsep); runpy.run_module(name, run_name='__main__', alter_sys=True)"
-)
-_ROOT = str(Path(onnx_comparison.__file__).parents[2])
 
 
 class FileCheck:
@@ -131,12 +124,9 @@ def relative_error_apart(file: Path, reference: Path, *, in_place: bool = False)
         ExportError: If ONNX Runtime cannot load or run the file, or the process ends before there is a result.
     """
     result = reference.with_suffix(".json")
-    # what this process can import, behind the child's own library: a script's folder may have modules of any name (-P)
-    paths = [*(os.path.abspath(path) for path in sys.path), _ROOT]
-    arguments = [onnx_comparison.__name__, os.pathsep.join(paths), str(file), str(reference), str(result)]
-    arguments += ["in_place"] if in_place else []
+    arguments = [str(file), str(reference), str(result), *(["in_place"] if in_place else [])]
     process = subprocess.run(
-        [sys.executable, "-P", "-c", _CHILD, *arguments],
+        command_of(onnx_comparison.__name__, *arguments),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -82,6 +82,9 @@ class LayerMajorPasses:
         allocate (`Callable`): Where states between the layers lie: [`StateStore.allocate`].
         description (`str`): What the progress bar says, which counts layers.
         quiet (`bool`): No progress bar.
+        arrived (`Callable`, *optional*): Called with a layer's number, the numbers of some rows and the dense model's hidden states
+            `[rows, length, hidden]` that enter it; the number of layers stands for what leaves the last one. Layers come in order, and all
+            rows of one before those of the next group.
     """
 
     def __init__(
@@ -96,12 +99,14 @@ class LayerMajorPasses:
         allocate: Allocate,
         description: str,
         quiet: bool = False,
+        arrived: Callable[[int, Tensor, Tensor], None] | None = None,
     ):
         if not stack.layer_by_layer:
             raise ValueError("layers that hand on more than hidden states cannot run apart")
         self.model, self.stack, self.tokens, self.mask = model, stack, tokens, mask
         self.batches, self.residence, self.allocate = batches, residence, allocate
         self.description, self.quiet = description, quiet
+        self.arrived = arrived or (lambda index, rows, state: None)
         self.kept: dict[int, Tensor] = {}
 
     def run(self, gates: Sequence[Sequence[float]] = (), keep: Iterable[int] = ()) -> list[Tensor]:
@@ -159,6 +164,7 @@ class LayerMajorPasses:
                 here[0] = entered
             entering = here[0]
             assert entering is not None
+            self.arrived(index, rows, entering)
             if index in wanted:
                 self._keep(index, rows, entering)
             for number, stream in enumerate(streams):
@@ -174,6 +180,7 @@ class LayerMajorPasses:
             if state is None or state is began[number]:
                 continue
             if stream is dense and group.stop == depth:
+                self.arrived(depth, rows, state)
                 self._keep(depth, rows, state)
                 continue
             if stream.states is None:
