@@ -85,6 +85,8 @@ class LayerMajorPasses:
         arrived (`Callable`, *optional*): Called with a layer's number, the numbers of some rows and the dense model's hidden states
             `[rows, length, hidden]` that enter it; the number of layers stands for what leaves the last one. Layers come in order, and all
             rows of one before those of the next group.
+        lengths (`Sequence[int]`, *optional*): Tokens of each batch, of which the rows' first ones are taken; all of them if not given. What is
+            kept of a row beyond its batch's length is not written to.
     """
 
     def __init__(
@@ -100,12 +102,14 @@ class LayerMajorPasses:
         description: str,
         quiet: bool = False,
         arrived: Callable[[int, Tensor, Tensor], None] | None = None,
+        lengths: Sequence[int] | None = None,
     ):
         if not stack.layer_by_layer:
             raise ValueError("layers that hand on more than hidden states cannot run apart")
         self.model, self.stack, self.tokens, self.mask = model, stack, tokens, mask
         self.batches, self.residence, self.allocate = batches, residence, allocate
         self.description, self.quiet = description, quiet
+        self.lengths = [tokens.shape[1]] * len(batches) if lengths is None else lengths
         self.arrived = arrived or (lambda index, rows, state: None)
         self.kept: dict[int, Tensor] = {}
 
@@ -136,8 +140,8 @@ class LayerMajorPasses:
         ):
             for first in range(0, depth, self.residence.layers):
                 group = range(first, min(depth, first + self.residence.layers))
-                for rows in self.batches:
-                    self._through(group, rows, streams, wanted)
+                for rows, length in zip(self.batches, self.lengths, strict=True):
+                    self._through(group, rows, length, streams, wanted)
                 for index in group:
                     weights.let_go(self.stack.layers[index].parameters())
                 if (file := stamps.changed()) is not None:
@@ -151,14 +155,14 @@ class LayerMajorPasses:
         final = self.kept[depth]
         return [final if stream.source == depth else _there(stream.states) for stream in streams[1:]]
 
-    def _through(self, group: range, rows: Tensor, streams: list[_Stream], wanted: set[int]) -> None:
+    def _through(self, group: range, rows: Tensor, length: int, streams: list[_Stream], wanted: set[int]) -> None:
         """Some rows through some neighbouring layers, on every way."""
         dense, depth = streams[0], len(self.stack)
-        began = [None if stream.states is None else stream.states[rows] for stream in streams]
+        began = [None if stream.states is None else stream.states[rows, :length] for stream in streams]
+        tokens, mask = self.tokens[rows, :length], None if self.mask is None else self.mask[rows, :length]
         here: list[Tensor | None] = list(began)
         for index in group:
-            mask = None if self.mask is None else self.mask[rows]
-            args, kwargs = layer_arguments(self.model, self.stack, index, self.tokens[rows], mask)
+            args, kwargs = layer_arguments(self.model, self.stack, index, tokens, mask)
             entered = layer_input(args, kwargs)
             if index == 0:
                 here[0] = entered
@@ -185,15 +189,15 @@ class LayerMajorPasses:
                 continue
             if stream.states is None:
                 stream.states = self._allocated(state)
-            stream.states[rows] = state.cpu()
+            stream.states[rows, :length] = state.cpu()
 
     def _keep(self, index: int, rows: Tensor, state: Tensor) -> None:
         if index not in self.kept:
             self.kept[index] = self._allocated(state)
-        self.kept[index][rows] = state.cpu()
+        self.kept[index][rows, : state.shape[1]] = state.cpu()
 
     def _allocated(self, state: Tensor) -> Tensor:
-        return self.allocate((len(self.tokens), *state.shape[1:]), state.dtype)
+        return self.allocate((*self.tokens.shape, *state.shape[2:]), state.dtype)
 
 
 def layer_arguments(
