@@ -31,6 +31,7 @@ from .doors import load_chosen
 from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
+from .mapped_weights import FileStamps, MappedWeights
 from .origin import check_base, check_seal, weights_changed
 from .processes import by_first
 from .progress import say
@@ -125,6 +126,7 @@ class Session:
     _checked: PreTrainedModel | None = field(default=None, init=False)
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
+    _stamps: tuple[PreTrainedModel, FileStamps] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
@@ -431,11 +433,16 @@ class Session:
 
         Raises:
             ConfigurationError: If the bound is too small; it says what would do.
+            ModelError: If a file of the weights was written to since the first stage of the run.
         """
         source, text = model or self.source(), self.config.calibration
         length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
         bound = self.config.max_memory
         limit = None if bound is None else size_in_bytes(bound)
+
+        if self._stamps is None or self._stamps[0] is not source:
+            self._stamps = source, FileStamps(MappedWeights().files_of(source))
+        self._stamps[1].check()
 
         def decided() -> Residence | None:
             needs, found = residence_under(limit, source, length, states, strict=model is None)

@@ -15,7 +15,7 @@ from ..forward.dense_outputs import StateStore
 from ..forward.hooks import evaluation_mode
 from ..forward.layer_major import LayerMajorPasses, Residence, called_with, layer_arguments
 from ..forward.losses import next_token_cross_entropy
-from ..mapped_weights import MappedWeights
+from ..mapped_weights import FileStamps, MappedWeights
 from .objective import Objective
 
 _PIECE = 2**24  # weights whose float32 products exist at one time
@@ -157,6 +157,7 @@ def _by_layers(
     sums = {row: [0.0] * depth for row in rows}
     slopes = store.allocate(entered[depth].shape, entered[depth].dtype)
     weights = MappedWeights()
+    stamps = FileStamps(weights.files_of(objective.model))
     with torch.enable_grad(), evaluation_mode(objective.model):
         with objective.stack.head(objective.model) as head:
             for place, row in enumerate(rows):
@@ -174,6 +175,7 @@ def _by_layers(
                 if index:
                     slopes[place] = _gradient(state)[0].cpu()
             weights.let_go(objective.stack.layers[index].parameters())
+            stamps.check()
             del entered[index + 1]
     return sums
 
