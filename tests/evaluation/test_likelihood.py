@@ -10,7 +10,7 @@ from optimum_clp.evaluation.likelihood import Request, log_likelihoods
 from optimum_clp.forward.layer_major import Residence
 from optimum_clp.mapped_weights import MappedWeights
 
-TYPES = ("llama", "qwen3", "gemma3", "mixtral", "bloom", "jamba", "gemma3n")
+TYPES = ("llama", "qwen3", "gemma3", "mixtral", "bloom", "jamba", "gemma4_text")
 SOME = [next(tiny for tiny in ZOO if tiny.model_type == name) for name in TYPES if name in {t.model_type for t in ZOO}]
 LENGTHS = (14, 3, 9, 9, 20, 2, 11, 5)
 
