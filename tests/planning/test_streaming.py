@@ -40,7 +40,7 @@ def test_the_plan_of_a_model_that_a_machine_does_not_hold():
     assert memory.readings["search"] == pytest.approx(2 + 7 + 1 + 4 * 0.806, abs=0.01)
     # text that is there or that is written, and answers, cost a reading for each token
     assert memory.readings["generation"] == pytest.approx(2 * 128 * (1 + 2 * 0.806), rel=1e-3)
-    assert memory.readings["self-written text"] == 512 * (17 + 1)
+    assert memory.readings["self-written text"] == 256 * (17 + 1)
 
 
 def test_what_reads_weights_for_each_token_can_be_left_out():
@@ -49,7 +49,7 @@ def test_what_reads_weights_for_each_token_can_be_left_out():
     memory = plan_pruning(config, CLPConfig(0.2, max_memory="96GiB", **without)).memory
     assert "generation" not in memory.readings and "self-written text" not in memory.readings
     half = CLPConfig(0.2, max_memory="96GiB", **{**without, "calibration": {"dataset": "text.txt"}})
-    assert plan_pruning(config, half).memory.readings["self-written text"] == 512 * 9
+    assert plan_pruning(config, half).memory.readings["self-written text"] == 256 * 9
 
 
 def test_a_bound_above_the_model_reads_it_once():
