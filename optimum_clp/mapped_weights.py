@@ -13,6 +13,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from .errors import ModelError
+
 _TABLE = Path("/proc/self/smaps")
 
 
@@ -81,6 +83,20 @@ class FileStamps:
             if before is not None and now is not None and now != before and now[0] == before[0]:
                 return file
         return None
+
+    def check(self) -> None:
+        """Check that no file was written to.
+
+        Raises:
+            ModelError: If one was.
+        """
+        if (file := self.changed()) is not None:
+            raise ModelError.of(
+                "model",
+                str(file),
+                "it was written to while its weights were read, and they are no longer one model's",
+                "Let nobody write there, and start again: what was measured of other rows is kept",
+            )
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:

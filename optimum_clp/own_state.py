@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .errors import BusyError, CLPError
+from .freed_memory import return_freed_memory
 from .out_of_memory import device_memory_error, is_out_of_memory
 from .processes import check_launcher
 
@@ -35,6 +36,8 @@ def own_state() -> Iterator[None]:
         raise BusyError.of("thread", threading.current_thread().name, rule, "Wait for it, or use a process for each")
     with ExitStack() as stack:
         stack.callback(_TURN.release)
+        # what one verb has held is not the next one's: an allocator would keep several hundred megabytes of a tuning
+        stack.callback(return_freed_memory)
         check_launcher()
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)

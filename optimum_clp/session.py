@@ -35,6 +35,7 @@ from .errors import CalibrationError, ConfigurationError, ModelError
 from .forward.layer_major import Residence
 from .forward.memory_bound import residence_under, streaming
 from .forward.streamed_layers import copies_of
+from .mapped_weights import FileStamps, MappedWeights
 from .origin import check_base, check_seal, weights_changed
 from .processes import by_first, is_first
 from .progress import Stages, say
@@ -136,6 +137,7 @@ class Session:
     _text: tuple[dict[str, Any], CalibrationData] | None = field(default=None, init=False)
     _weights: tuple[PreTrainedModel, str | None] | None = field(default=None, init=False)
     _measured: dict[Any, Any] = field(default_factory=dict, init=False)
+    _stamps: tuple[PreTrainedModel, FileStamps] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_tokenizer(self.tokenizer)
@@ -503,10 +505,15 @@ class Session:
 
         Raises:
             ConfigurationError: If the bound is too small; it says what would do.
+            ModelError: If a file of the weights was written to since the first stage of the run.
         """
         source, text = model or self.source(), self.config.calibration
         length, states = within_context(text.sequence_length, source.config), cache_file("states", {}, text.cache_dir)
         limit = main_memory(self.config.max_memory)
+
+        if self._stamps is None or self._stamps[0] is not source:
+            self._stamps = source, FileStamps(MappedWeights().files_of(source))
+        self._stamps[1].check()
 
         def decided() -> Residence | None:
             needs, found = residence_under(limit, source, length, states, strict=model is None)

@@ -52,10 +52,13 @@ class Spill:
         if (free := shutil.disk_usage(self.folder).free) < size:
             raise self.no_room(self.folder, size, free)
         descriptor, file = tempfile.mkstemp(".bin", "states-", self.folder)
-        os.close(descriptor)
-        stored = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
-        # the mapping keeps the contents alive, and the name would outlive a process that is killed
-        os.unlink(file)
+        try:
+            self._reserve(descriptor, size)
+            stored = torch.from_file(file, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)
+        finally:
+            os.close(descriptor)
+            # the mapping keeps the contents alive, and the name would outlive a process that is killed
+            os.unlink(file)
         return stored
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -68,6 +71,19 @@ class Spill:
     def keep_array(self, array: np.ndarray) -> np.ndarray:
         """The same for a numpy array of a dtype that torch has."""
         return array if not self._goes_to_disk(array.nbytes) else self.keep(torch.from_numpy(array)).numpy()
+
+    def _reserve(self, descriptor: int, size: int) -> None:
+        """Take the disk's blocks now: a page of a mapping that finds none later ends the process with a signal."""
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            # file systems that cannot reserve anything are used as they are
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return
+            assert self.folder is not None
+            raise self.no_room(self.folder, size, shutil.disk_usage(self.folder).free) from error
 
     def _goes_to_disk(self, size: int) -> bool:
         return self.folder is not None and size >= max(1, self.smallest) and size > self.free_memory

@@ -43,8 +43,8 @@ def test_a_run_layer_by_layer_gives_the_same_files(tmp_path, monkeypatch):
     for row in found["evaluation"]["rows"]:
         # additions in another order, a last digit of bfloat16 in the tuned weights, and rounding on top of that
         assert row["perplexity"] == pytest.approx(rows[row["name"]]["perplexity"], rel=3e-2), row["name"]
-        in_files = row["name"] in ("dense", "cut", "tuned", "onnx")
-        assert (row["decode_tokens_per_second"] is None) == in_files, row["name"]
+        # models and float weights are as fast as their disk; a file that this process has no room for answers from another one
+        assert row["decode_tokens_per_second"] is None, row["name"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict() for out in ("free", "bound")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, atol=2e-2, rtol=2e-2)

@@ -74,3 +74,37 @@ def test_nothing_is_left_of_a_process_that_is_killed(tmp_path):
     assert int(process.stdout.readline()) >= 2, "both lie in files"
     process.kill()
     assert process.wait() == -signal.SIGKILL and list((tmp_path / "room").iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve")
+def test_the_disks_blocks_are_taken_at_once(tmp_path, monkeypatch):
+    """A mapped page that finds no block later would end the process."""
+    reserved, reserve = [], os.posix_fallocate
+
+    def taken(descriptor, start, size):
+        reserve(descriptor, start, size)
+        reserved.append((start, size, 512 * os.fstat(descriptor).st_blocks >= size))
+
+    monkeypatch.setattr(os, "posix_fallocate", taken)
+    Spill(tmp_path, 0).allocate((1000, 1000), torch.float32)
+    assert reserved == [(0, 4_000_000, True)]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve")
+def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"0\.0 GB are needed, [\d.]+ GB are free") as error:
+        Spill(tmp_path, 0).allocate((1000, 1000), torch.float32)
+    assert error.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve")
+def test_a_file_system_that_cannot_reserve_is_used_as_it_is(tmp_path, monkeypatch):
+    def unknown(descriptor, start, size):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unknown)
+    assert Spill(tmp_path, 0).allocate((10, 10), torch.float32).fill_(3).sum() == 300

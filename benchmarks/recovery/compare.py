@@ -34,8 +34,8 @@ from optimum_clp import CalibrationConfig, LayerSegment, SearchConfig, TuningCon
 from optimum_clp.calibration.rows import CalibrationData, load_calibration, tokenize_dataset
 from optimum_clp.calibration.self_written import sample_text
 from optimum_clp.evaluation.tokens import evaluate_tokens
-from optimum_clp.exporters.freed_memory import return_freed_memory
 from optimum_clp.forward.dense_outputs import DenseOutputs
+from optimum_clp.freed_memory import return_freed_memory
 from optimum_clp.report.environment import environment_info
 from optimum_clp.search.segment_search import search_segments
 from optimum_clp.segments import number_of_layers_to_remove

@@ -176,7 +176,7 @@ def _streaming(memory: dict[str, Any], base: dict[str, Any]) -> str:
     hours = memory["seconds_read"] / 3600
     return (
         f"Within {limit} the weights are read layer by layer, {memory['layers_at_once']} of {base['num_layers']} in memory at a time: "
-        f"{sum(memory['readings'].values()):,} times at most, {format_bytes(memory['bytes_read'])} or {hours:.1f} hours at 3 GB/s. "
+        f"{round(sum(memory['readings'].values())):,} times at most, {format_bytes(memory['bytes_read'])} or {hours:.1f} hours at 3 GB/s. "
         f"The smallest bound that would do is about {smallest}."
     )
 

@@ -160,16 +160,17 @@ class DeploymentChecks:
             dense (`PreTrainedModel` or `None`): The dense model.
             data ([`CalibrationData`]): Its test rows give the kinds of text apart, and what a base model goes on with.
             attempts ([`Attempts`]): Texts, tasks and generation are stages of their own.
-            residence ([`Residence`], *optional*): For models that memory does not hold: texts go through them layer by layer.
+            residence ([`Residence`], *optional*): For models that memory does not hold: texts and tasks go through them layer by layer,
+                and all prompts are answered at once.
         """
         found: dict[str, Any] = {}
         with attempts.stage("generation"):
             if self.config.evaluation.generation:
-                found["generation"] = self._generation(models, dense, data.test)
+                found["generation"] = self._generation(models, dense, data.test, residence is not None)
         with attempts.stage("evaluation on other texts"):
             found["texts"] = self._texts(models, dense, {**_by_kind(data), **self.texts}, residence)
         with attempts.stage("tasks"):
-            found["tasks"] = self._tasks(models, dense is not None and "dense" in models)
+            found["tasks"] = self._tasks(models, dense is not None and "dense" in models, residence)
         return Deployment(**found)
 
     def _texts(
@@ -198,21 +199,28 @@ class DeploymentChecks:
                 rows[text].append(TextRow(name, found.perplexity, found.kl, found.retention))
         return tuple(TextFigures(text, len(texts[text]), tuple(found)) for text, found in rows.items())
 
-    def _tasks(self, models: Mapping[str, Callable[[], Any]], has_dense: bool) -> tuple[TaskFigures, ...]:
+    def _tasks(
+        self, models: Mapping[str, Callable[[], Any]], has_dense: bool, residence: Residence | None
+    ) -> tuple[TaskFigures, ...]:
         scores: dict[str, dict[str, TaskScore]] = {task.name: {} for task in self.tasks}
-        limit, size = self.config.evaluation.task_limit, self.config.search.batch_size
+        options: dict[str, Any] = {
+            "batch_size": self.config.search.batch_size,
+            "limit": self.config.evaluation.task_limit,
+            "residence": residence,
+            "quiet": self.quiet,
+        }
         for name, make in models.items() if self.tasks else ():
             model = make()
             for task in self.tasks:
-                scores[task.name][name] = evaluate_task(
-                    model, self.tokenizer, task, batch_size=size, limit=limit, quiet=self.quiet
-                )
+                scores[task.name][name] = evaluate_task(model, self.tokenizer, task, **options)
         return tuple(_task_figures(task, found, has_dense) for task, found in scores.items())
 
     def _generation(
-        self, models: Mapping[str, Callable[[], Any]], dense: PreTrainedModel | None, rows: Tensor
+        self, models: Mapping[str, Callable[[], Any]], dense: PreTrainedModel | None, rows: Tensor, at_once: bool
     ) -> GenerationOutcome:
         evaluation = self.config.evaluation
+        # each token is a reading of the weights, for as many prompts as there are
+        size = evaluation.num_prompts if at_once else self.config.calibration.generation_batch_size
         return measure_generation(
             {name: make for name, make in models.items() if dense is None or name != "dense"},
             dense,
@@ -222,7 +230,7 @@ class DeploymentChecks:
             num_prompts=evaluation.num_prompts,
             max_new_tokens=evaluation.max_new_tokens,
             seed=self.config.seed,
-            batch_size=self.config.calibration.generation_batch_size,
+            batch_size=size,
             quiet=self.quiet,
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..forward.hooks import evaluation_mode
+from ..forward.layer_major import Residence
 from ..progress import progress_bar
 from .likelihood import Request, continuation_request, log_likelihoods, max_length
 
@@ -29,6 +30,7 @@ class HarnessModel(HFLM):
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer. Left as it is.
         name (`str`): The task's, for progress and errors.
         batch_size (`int`): Continuations, or prompts, in one forward pass.
+        residence ([`Residence`], *optional*): For a model that memory does not hold: likelihoods are taken layer by layer.
         stderr (`TextIO`, *optional*): Where progress is drawn; what lm-eval draws itself may be dropped meanwhile.
         quiet (`bool`): No progress bars.
     """
@@ -40,11 +42,12 @@ class HarnessModel(HFLM):
         *,
         name: str,
         batch_size: int = 8,
+        residence: Residence | None = None,
         stderr: TextIO | None = None,
         quiet: bool = False,
     ):
         self._asked, self._name, self._quiet, self._stderr = model, name, quiet, stderr or sys.stderr
-        self._unpadded = tokenizer
+        self._unpadded, self._residence = tokenizer, residence
         super().__init__(
             pretrained=_Borrowed(model),
             tokenizer=copy.deepcopy(tokenizer),  # it gets a token to pad with
@@ -60,14 +63,15 @@ class HarnessModel(HFLM):
             context, continuation = request.args[:2]
             asked.append(continuation_request(context, continuation, self._unpadded, self.max_length, self._name))
         with contextlib.redirect_stderr(self._stderr):
-            return log_likelihoods(self._asked, asked, self.batch_size, self._name, self._quiet)
+            return log_likelihoods(self._asked, asked, self.batch_size, self._name, self._quiet, self._residence)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """The same for tokens: windows over a long text."""
         asked = [Request([*past, *new][-(self.max_length + 1) :], len(new)) for _, past, new in requests]
-        return log_likelihoods(self._asked, asked, override_bs or self.batch_size, self._name, quiet=True)
+        size = override_bs or self.batch_size
+        return log_likelihoods(self._asked, asked, size, self._name, True, self._residence)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """For each request, the log-likelihood of a whole text in nats, window by window."""

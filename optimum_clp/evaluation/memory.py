@@ -10,7 +10,7 @@ from typing import Annotated
 from ..errors import ExportError
 from ..report.section import Key
 from ..runtime import memory_use as child
-from ..runtime.apart import last_words, run_apart
+from ..runtime.own_process import last_words, run_to_its_end
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def measure_memory(file: Path, num_tokens: int) -> FileMemory:
     """
     with tempfile.TemporaryDirectory() as parent:
         result = Path(parent) / "memory.json"
-        process = run_apart(child.__name__, str(file), str(num_tokens), str(result))
+        process = run_to_its_end(child.__name__, str(file), str(num_tokens), str(result))
         if process.returncode == 0:
             return FileMemory(num_tokens=num_tokens, **json.loads(result.read_text(encoding="utf-8")))
     raise ExportError.of(

@@ -44,8 +44,8 @@ def evaluate_model(
         batch_size (`int`): Rows in one forward pass.
         task_limit (`int`, *optional*): Only so many examples of each task; at least 1.
         generation ([`CLPConfig`], *optional*): Also let the model answer, as this recipe's `evaluation` says.
-        residence ([`Residence`], *optional*): For models that memory does not hold: rows go through them layer by layer. Tasks and
-            answers do not.
+        residence ([`Residence`], *optional*): For models that memory does not hold: rows and tasks go through them layer by layer,
+            and all prompts are answered at once.
         quiet (`bool`): No progress bars.
 
     Returns:
@@ -63,9 +63,11 @@ def evaluate_model(
         measured = evaluate_tokens(model, rows, reference=outputs, **passes).to_dict()
     if tasks:
         options: dict[str, Any] = {"batch_size": batch_size, "limit": task_limit, "quiet": quiet}
+        options |= {"residence": residence}
         measured["tasks"] = evaluate_tasks(model, dense, tokenizer, tasks, **options)
     if generation is not None:
-        measured |= _generation(model, dense, rows, tokenizer, generation, measured.get("retention"), quiet)
+        at_once = residence is not None
+        measured |= _generation(model, dense, rows, tokenizer, generation, measured.get("retention"), at_once, quiet)
     return measured
 
 
@@ -76,6 +78,7 @@ def _generation(
     tokenizer: PreTrainedTokenizerBase | None,
     config: CLPConfig,
     retention: float | None,
+    at_once: bool,
     quiet: bool,
 ) -> dict[str, Any]:
     settings = config.evaluation
@@ -88,7 +91,8 @@ def _generation(
         num_prompts=settings.num_prompts,
         max_new_tokens=settings.max_new_tokens,
         seed=config.seed,
-        batch_size=config.calibration.generation_batch_size,
+        # each token is a reading of weights that memory does not hold
+        batch_size=settings.num_prompts if at_once else config.calibration.generation_batch_size,
         quiet=quiet,
     )
     judged = verdicts(found, {"model": retention})

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..configuration.stages import EvaluationConfig
 from ..errors import CalibrationError, ConfigurationError
+from ..forward.layer_major import Residence
 from .harness_model import HarnessModel
 from .harness_state import first_line, named_errors, seeded, silent
 from .scores import Harness, TaskScore
@@ -66,13 +67,21 @@ class NamedTask:
             )
 
     def score(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, limit: int | None, quiet: bool
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        limit: int | None,
+        quiet: bool,
+        residence: Residence | None = None,
     ) -> TaskScore:
         """As [`~optimum_clp.evaluation.tasks.evaluate_task`], which has checked `limit`."""
         self.check(tokenizer)
         # a RuntimeError is the model's: out of memory, a shape that does not fit
         with silent() as stderr, seeded(), named_errors(self.name, passing=(RuntimeError,)):
             options: dict[str, Any] = {"batch_size": batch_size, "quiet": quiet, "stderr": stderr}
+            options |= {"residence": residence}
             asked = HarnessModel(model, tokenizer, name=self.name, **options)
             for task in self.tasks.values():
                 task.set_fewshot_seed(seed=_FEWSHOT_SEED)  # the same examples for every model

@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..architecture.lookup import context_limit, num_layers
 from ..attempts import Attempts
@@ -18,6 +20,7 @@ from ..forward.layer_major import Residence
 from ..precisions import FLOAT32, PRECISIONS
 from ..progress import progress_bar
 from ..report.section import Key, to_section
+from ..runtime.apart import FileApart
 from ..runtime.causal_lm import OnnxCausalLM
 from ..runtime.session import in_place_options
 from ..segments import LayerSegment
@@ -40,6 +43,8 @@ from .verdict import Verdict
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 32
+# bytes that a session of a quantized file holds for each of the file's
+_HELD = 2
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ def measure_outcome(
     models["tuned" if tuned else "cut"] = pruned
     makers: dict[str, Callable[[], Any]] = {}
     files: dict[str, Path] = {}
+    apart: set[str] = set()
     for name, model in models.items():
         with attempts.stage(f"evaluation of {name}"):
             measurements.add_model(name, model)
@@ -145,10 +151,15 @@ def measure_outcome(
             options = in_place_options() if in_place else None
             makers[name] = partial(OnnxCausalLM.from_pretrained, folder, entry["file"], session_options=options)
             files[name] = folder / entry["file"]
-            measurements.add_file(name, makers[name](), entry["bytes"], pruned)
-    # under a bound on memory such a model is as fast as its disk
-    in_files = {*models, FLOAT32.row_name}
+            if residence is not None and not in_place and _HELD * entry["bytes"] > residence.work_memory:
+                apart.add(name)
+                with FileApart(folder / entry["file"]) as file:
+                    measurements.add_file(name, _Answering(file, pruned.config), entry["bytes"], pruned)
+            else:
+                measurements.add_file(name, makers[name](), entry["bytes"], pruned)
     with attempts.stage("speeds"):
+        # under a bound on memory such a model is as fast as its disk; and this process does not hold the larger files
+        in_files = {*models, FLOAT32.row_name, *apart}
         timed = {name: make for name, make in makers.items() if residence is None or name not in in_files}
         if timed:
             measurements.add_speed(timed)
@@ -203,7 +214,7 @@ class Measurements:
         """Measure what a PyTorch model says."""
         self._add(name, "PyTorch", model, num_layers(model.config), count_parameters(model), count_bytes(model))
 
-    def add_file(self, name: str, session: OnnxCausalLM, size: int, model: PreTrainedModel) -> None:
+    def add_file(self, name: str, session: "OnnxCausalLM | _Answering", size: int, model: PreTrainedModel) -> None:
         """Measure what an ONNX file of so many bytes says; `model` is the one that it was made from."""
         self._add(name, "ONNX Runtime", session, num_layers(model.config), count_parameters(model), size)
 
@@ -267,6 +278,17 @@ class Measurements:
                 num_tokens=found.num_tokens,
             )
         )
+
+
+class _Answering:
+    """A file in a process of its own, called like a causal language model of transformers."""
+
+    def __init__(self, file: FileApart, config: PretrainedConfig):
+        self.file, self.config, self.device = file, config, torch.device("cpu")
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> CausalLMOutputWithPast:
+        logits = self.file.logits(input_ids.numpy(), attention_mask.numpy())
+        return CausalLMOutputWithPast(logits=cast(Any, torch.from_numpy(logits)))
 
 
 def _given(model: PreTrainedModel) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..argument_types import check_arguments
 from ..configuration.stages import EvaluationConfig
 from ..errors import CalibrationError, ConfigurationError
+from ..forward.layer_major import Residence
 from ..json_files import JsonProblem, is_whole, json_lines
 from .likelihood import continuation_request, log_likelihoods, max_length
 from .scores import TaskScore, task_retention
@@ -70,7 +71,14 @@ class Task:
         """Say before any work whether a model with this tokenizer can be asked: it can; each text is looked at when it is asked."""
 
     def score(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, limit: int | None, quiet: bool
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        limit: int | None,
+        quiet: bool,
+        residence: Residence | None = None,
     ) -> TaskScore:
         """As [`evaluate_task`], which has checked `limit`."""
         examples, longest = self.examples[:limit], max_length(model, tokenizer)
@@ -79,7 +87,7 @@ class Task:
             for example in examples
             for text in example.texts()
         ]
-        found = iter(log_likelihoods(model, requests, batch_size, self.name, quiet))
+        found = iter(log_likelihoods(model, requests, batch_size, self.name, quiet, residence))
         answers = [[next(found) for _ in example.continuations] for example in examples]
         if not self.has_choices:
             right = [float(greedy) for ((_, greedy),) in answers]
@@ -203,6 +211,7 @@ def evaluate_task(
     *,
     batch_size: int = 8,
     limit: int | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> TaskScore:
     """Accuracy of a model on a task: zero-shot, but for tasks of lm-eval that say otherwise.
@@ -214,6 +223,8 @@ def evaluate_task(
         batch_size (`int`): Continuations in one forward pass; does not change the result beyond rounding. Answers that are
             written at once.
         limit (`int`, *optional*): Only so many examples, from the start; at least 1.
+        residence ([`Residence`], *optional*): For a PyTorch model that memory does not hold: likelihoods are taken layer by layer. What is
+            written goes token by token, and reads the weights for each.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -231,7 +242,7 @@ def evaluate_task(
         raise CalibrationError.of(
             f"task {task.name}", None, "it needs a tokenizer, and the model has none", "Give tokenizer="
         )
-    return task.score(model, tokenizer, batch_size=batch_size, limit=limit, quiet=quiet)
+    return task.score(model, tokenizer, batch_size=batch_size, limit=limit, quiet=quiet, residence=residence)
 
 
 def evaluate_tasks(
@@ -242,12 +253,13 @@ def evaluate_tasks(
     *,
     batch_size: int = 8,
     limit: int | None = None,
+    residence: Residence | None = None,
     quiet: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """The scores of a model on several tasks, beside the dense model's.
 
     Args:
-        model, tokenizer, batch_size, limit, quiet: As in [`evaluate_task`].
+        model, tokenizer, batch_size, limit, residence, quiet: As in [`evaluate_task`].
         dense: The dense model; `None` if it is not at hand. May be `model`, which is then measured once.
         tasks (`Sequence[Task | NamedTask]`): With names of their own.
 
@@ -256,13 +268,14 @@ def evaluate_tasks(
         `retention`, see [`task_retention`], and for a task of lm-eval `dense_metrics`.
     """
     scores = {}
+    options: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "residence": residence, "quiet": quiet}
     for task in tasks:
-        score = evaluate_task(model, tokenizer, task, batch_size=batch_size, limit=limit, quiet=quiet)
+        score = evaluate_task(model, tokenizer, task, **options)
         scores[task.name] = score.to_dict()
         if dense is not None:
             whole = score
             if dense is not model:
-                whole = evaluate_task(dense, tokenizer, task, batch_size=batch_size, limit=limit, quiet=quiet)
+                whole = evaluate_task(dense, tokenizer, task, **options)
             scores[task.name] |= {"dense_accuracy": whole.accuracy, "retention": task_retention(whole, score)}
             if whole.metrics is not None:
                 scores[task.name]["dense_metrics"] = whole.to_dict()["metrics"]

@@ -11,8 +11,8 @@ from ..architecture.lookup import declared_context_length, text_config
 from ..errors import ExportError
 from ..forward.decoding import cache_keyword, cache_of
 from ..runtime import comparison as onnx_comparison
-from ..runtime.apart import last_words, run_apart
 from ..runtime.comparison import ReferenceStep, read_result, relative_error, write_steps
+from ..runtime.own_process import last_words, run_to_its_end
 from .graph.float_graph import input_names
 from .result import CheckedContext
 
@@ -124,7 +124,7 @@ def relative_error_apart(file: Path, reference: Path, *, in_place: bool = False)
     """
     result = reference.with_suffix(".json")
     arguments = [str(file), str(reference), str(result), *(["in_place"] if in_place else [])]
-    process = run_apart(onnx_comparison.__name__, *arguments)
+    process = run_to_its_end(onnx_comparison.__name__, *arguments)
     if process.returncode == 0:
         return read_result(result)
     raise ExportError.of(

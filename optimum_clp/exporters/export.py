@@ -14,13 +14,13 @@ from ..attempts import Attempts
 from ..configuration.stages import ExportConfig, QuantizationConfig
 from ..doors import RUNTIMES
 from ..errors import ConfigurationError, ExportError
+from ..freed_memory import return_freed_memory
 from ..mapped_weights import tensors_of
 from ..precisions import FLOAT32, PRECISIONS
 from ..progress import progress_bar
 from ..runtime.names import FUSED_ATTENTION
 from .check import FileCheck
 from .float32_copy import attention_of, float32_copy
-from .freed_memory import return_freed_memory
 from .graph.float_graph import export_float_graph, fold_weight_transposes, quiet_exporter
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions

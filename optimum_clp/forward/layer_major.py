@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ModelError
 from ..mapped_weights import FileStamps, MappedWeights
 from ..out_of_memory import Halving
 from ..progress import progress_bar
@@ -87,6 +86,11 @@ class LayerMajorPasses:
         allocate (`Callable`): Where states between the layers lie: [`StateStore.allocate`].
         description (`str`): What the progress bar says, which counts layers.
         quiet (`bool`): No progress bar.
+        arrived (`Callable`, *optional*): Called with a layer's number, the numbers of some rows and the dense model's hidden states
+            `[rows, length, hidden]` that enter it; the number of layers stands for what leaves the last one. Layers come in order, and all
+            rows of one before those of the next group.
+        lengths (`Sequence[int]`, *optional*): Tokens of each batch, of which the rows' first ones are taken; all of them if not given. What is
+            kept of a row beyond its batch's length is not written to.
     """
 
     def __init__(
@@ -101,12 +105,16 @@ class LayerMajorPasses:
         allocate: Allocate,
         description: str,
         quiet: bool = False,
+        arrived: Callable[[int, Tensor, Tensor], None] | None = None,
+        lengths: Sequence[int] | None = None,
     ):
         if not stack.layer_by_layer:
             raise ValueError("layers that hand on more than hidden states cannot run apart")
         self.model, self.stack, self.tokens, self.mask = model, stack, tokens, mask
         self.batches, self.residence, self.allocate = batches, residence, allocate
         self.description, self.quiet = description, quiet
+        self.lengths = [tokens.shape[1]] * len(batches) if lengths is None else lengths
+        self.arrived = arrived or (lambda index, rows, state: None)
         self.kept: dict[int, Tensor] = {}
 
     def run(self, gates: Sequence[Sequence[float]] = (), keep: Iterable[int] = ()) -> list[Tensor]:
@@ -137,34 +145,30 @@ class LayerMajorPasses:
         ):
             for first in range(0, depth, self.residence.layers):
                 group = range(first, min(depth, first + self.residence.layers))
-                for rows in self.batches:
-                    halving.over(rows, partial(self._through, group, streams=streams, wanted=wanted))
+                for rows, length in zip(self.batches, self.lengths, strict=True):
+                    run = partial(self._through, group, length=length, streams=streams, wanted=wanted)
+                    halving.over(rows, run)
                 for index in group:
                     weights.let_go(self.stack.layers[index].parameters())
-                if (file := stamps.changed()) is not None:
-                    raise ModelError.of(
-                        "model",
-                        str(file),
-                        "it was written to while its weights were read, and they are no longer one model's",
-                        "Let nobody write there, and start again: what was measured of other rows is kept",
-                    )
+                stamps.check()
                 bar.update(len(group))
         final = self.kept[depth]
         return [final if stream.source == depth else _there(stream.states) for stream in streams[1:]]
 
-    def _through(self, group: range, rows: Tensor, streams: list[_Stream], wanted: set[int]) -> None:
+    def _through(self, group: range, rows: Tensor, length: int, streams: list[_Stream], wanted: set[int]) -> None:
         """Some rows through some neighbouring layers, on every way."""
         dense, depth = streams[0], len(self.stack)
-        began = [None if stream.states is None else stream.states[rows] for stream in streams]
+        began = [None if stream.states is None else stream.states[rows, :length] for stream in streams]
+        tokens, mask = self.tokens[rows, :length], None if self.mask is None else self.mask[rows, :length]
         here: list[Tensor | None] = list(began)
         for index in group:
-            mask = None if self.mask is None else self.mask[rows]
-            args, kwargs = layer_arguments(self.model, self.stack, index, self.tokens[rows], mask)
+            args, kwargs = layer_arguments(self.model, self.stack, index, tokens, mask)
             entered = layer_input(args, kwargs)
             if index == 0:
                 here[0] = entered
             entering = here[0]
             assert entering is not None
+            self.arrived(index, rows, entering)
             if index in wanted:
                 self._keep(index, rows, entering)
             for number, stream in enumerate(streams):
@@ -180,19 +184,20 @@ class LayerMajorPasses:
             if state is None or state is began[number]:
                 continue
             if stream is dense and group.stop == depth:
+                self.arrived(depth, rows, state)
                 self._keep(depth, rows, state)
                 continue
             if stream.states is None:
                 stream.states = self._allocated(state)
-            stream.states[rows] = state.cpu()
+            stream.states[rows, :length] = state.cpu()
 
     def _keep(self, index: int, rows: Tensor, state: Tensor) -> None:
         if index not in self.kept:
             self.kept[index] = self._allocated(state)
-        self.kept[index][rows] = state.cpu()
+        self.kept[index][rows, : state.shape[1]] = state.cpu()
 
     def _allocated(self, state: Tensor) -> Tensor:
-        return self.allocate((len(self.tokens), *state.shape[1:]), state.dtype)
+        return self.allocate((*self.tokens.shape, *state.shape[2:]), state.dtype)
 
 
 def layer_arguments(

@@ -20,6 +20,8 @@ from ..search.races import FINALISTS
 from ..segments import LayerSegment, endpoint_layers, kept_layers
 from ..surgery.sizes import count_bytes, count_parameters
 from ..tuning.activations import layer_activations
+from ..tuning.losses import LOGITS, needs_of
+from ..tuning.schedule import stages_of
 from .footprint import TuningMemory, tuning_memory
 
 DISK_SPEED = 3e9
@@ -27,15 +29,8 @@ DISK_SPEED = 3e9
 
 # what a process holds that has loaded the libraries, measured on Linux: 320 MB, and what an allocator keeps of a layer's work
 _PROCESS = 400 * 2**20
-# readings of the weights that are no passes of a stage: whether they are finite, their fingerprint, the guard's look at what layers return, and
-# two short passes of the trial cut
-_BEFORE = 5
-# text for training and for validation; the closed form and the student see once what layers return, two times each
-_TUNING = 2 + 4
-# written, read back and compared, two short passes, and the fingerprints of both models at the end
-_SAVING = 6
-# the dense model's outputs, its own figures, and those of the cut and of the tuned model
-_EVALUATION = 4
+# passes over the float32 copy and over the float file, each with a cache of a few steps, and what writes and rounds them
+_EXPORT_PASSES = 24
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,9 @@ class PlannedStreaming:
         resident (`int`): Bytes that passes hold with every weight in memory (estimate).
         smallest (`int`): The smallest bound that will do, tuning and export included (estimate).
         layers_at_once (`int`): Layers whose weights are in memory together; all of them where they may stay.
-        readings (`dict[str, int]`): How often each stage reads all weights, at most; 1 in all where they may stay. With `tuning steps` the
-            passes of the optimizer's steps, which read the layers above the first trained one each time.
+        readings (`dict[str, float]`): How often each stage reads the dense model's weights, at most; 1 in all where they may stay. A reading of
+            the cut model is a part of one. `tuning steps` are the passes of the optimizer's steps, and of what judges them, which read the layers
+            above the first trained one each time; `self-written text` and `generation` read all weights for each token.
         bytes_read (`int`): All readings together.
     """
 
@@ -56,7 +52,7 @@ class PlannedStreaming:
     resident: int
     smallest: int
     layers_at_once: int
-    readings: dict[str, int]
+    readings: dict[str, float]
     bytes_read: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,9 +91,9 @@ def planned_streaming(dense: PreTrainedModel, recipe: CLPConfig, removed: int | 
         reserved = reserved_for(dense, recipe)
         copies_within(bytes_there, dense, length, torch.device("meta"), reserved=reserved, name=str(number))
     residence = None if limit is None else needs.residence(limit, None)
-    readings = {"loading": 1} if residence is None else _readings(dense, recipe, removed)
+    readings = {"loading": 1.0} if residence is None else _readings(dense, recipe, removed)
     together = depth if residence is None else residence.layers
-    total = sum(readings.values()) * count_bytes(dense)
+    total = round(sum(readings.values()) * count_bytes(dense))
     return PlannedStreaming(limit, needs.resident, smallest, together, readings, total)
 
 
@@ -148,23 +144,80 @@ def _tuning(dense: PreTrainedModel, recipe: CLPConfig, length: int, removed: int
     return max(map(held, (segments[0], segments[len(segments) // 2], segments[-1])))
 
 
-def _readings(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) -> dict[str, int]:
-    tuning, text = recipe.tuning, recipe.calibration
-    # what the search's work is measured on is a pass of its own
-    found = {"before": _BEFORE, "search": 1 + search_rounds(dense, recipe, removed), "cut": 1}
-    if tuning.enabled:
-        batches = max(1, text.train_sequences // tuning.batch_size)
-        judged = 1 + tuning.epochs * tuning.evaluations_per_epoch
-        # up and down
-        parts = 2 * tuning.epochs * batches * tuning.gradient_accumulation_steps
-        found |= {"tuning": _TUNING, "tuning steps": parts + judged}
-    return found | {"saving": _SAVING, "evaluation": _EVALUATION}
+def _readings(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) -> dict[str, float]:
+    """By stage, in readings of the dense model. What is counted are the code's own passes, each of which is named here."""
+    left = _share_left(dense, removed or 1)
+    found: dict[str, float] = {
+        # whether every number is finite
+        "loading": 1,
+        # the trial cut is guarded, saved, compared and run (it and what was saved); the fingerprint; what a layer's work is; the rounds
+        "search": 1 + 4 * left + 1 + 1 + search_rounds(dense, recipe, removed),
+        "cut": 1,  # the guard's look at what layers return
+        # read back, compared and run (two models), and the fingerprints of both at the end
+        "saving": 1 + 5 * left,
+        "evaluation": _evaluation(recipe, left),
+    }
+    found |= {"self-written text": _self_written(dense, recipe), "generation": _generation(recipe, left)}
+    if recipe.tuning.enabled:
+        started = recipe.tuning.init != "none"
+        # the fingerprint, and the dense model's states of both splits; the student, and for a start another and its own passes, look once at
+        # what layers return
+        found["tuning"] = 1 + 2 + left * (4 if started else 1)
+        found["tuning steps"] = _steps(dense, recipe, left, started)
+    if recipe.export.enabled:
+        found["export"] = left * (1 + _EXPORT_PASSES * 4 / dense.dtype.itemsize)
+    return {stage: round(count, 2) for stage, count in found.items() if count}
+
+
+def _share_left(dense: PreTrainedModel, removed: int) -> float:
+    """Of the weights' bytes, what the cut model has: the lightest layers go."""
+    layers = sorted(sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(dense))
+    return 1 - sum(layers[:removed]) / count_bytes(dense)
+
+
+def _steps(dense: PreTrainedModel, recipe: CLPConfig, left: float, started: bool) -> float:
+    """Readings by the steps of the optimizer, up and down, and by what judges the weights: of all layers if the first is trained."""
+    config, rows = recipe.tuning, recipe.calibration.train_sequences
+    width = config.endpoint_width * 2 * recipe.num_segments / num_layers(dense.config)
+    # a start is judged before and after
+    found = left * (2 if started else 1)
+    for stage in stages_of(config, text_config(dense.config).hidden_size, rows):
+        through = left if LOGITS in needs_of(stage.loss) else min(left, width)
+        steps = stage.epochs * stage.steps_per_epoch(rows) * config.gradient_accumulation_steps
+        found += 2 * through * steps + left * stage.evaluations
+    return found
+
+
+def _evaluation(recipe: CLPConfig, left: float) -> float:
+    """The dense model's outputs for each text, and each model's own figures; the untuned cut is made, and guarded, again."""
+    cuts, config = (2 if recipe.tuning.enabled else 1), recipe.evaluation
+    texts = 1 + len(config.texts)
+    # a task is one more text, if the states of its requests have room
+    return texts + (texts + len(config.tasks)) * (1 + cuts * left) + (cuts - 1)
+
+
+def _self_written(dense: PreTrainedModel, recipe: CLPConfig) -> float:
+    """A reading for each token of a batch; train and validation rows are a sample, and test rows if there is no other text."""
+    text = recipe.calibration
+    given = text.dataset is not None
+    share = text.self_written_share if given else 1.0
+    samples = [share * (text.train_sequences + text.validation_sequences), 0 if given else text.test_sequences]
+    batches = sum(math.ceil(rows / text.generation_batch_size) for rows in samples)
+    return batches * within_context(text.sequence_length, dense.config)
+
+
+def _generation(recipe: CLPConfig, left: float) -> float:
+    """All prompts at once, greedy and sampled: a reading for each token of an answer; and the dense model's opinion of the answers."""
+    if not recipe.evaluation.generation:
+        return 0
+    cuts = 2 if recipe.tuning.enabled else 1
+    return 2 * recipe.evaluation.max_new_tokens * (1 + cuts * left)
 
 
 def search_rounds(dense: PreTrainedModel, recipe: CLPConfig, removed: int | None) -> int:
     """How often a search passes through the dense model, at most, if each pass serves all candidates of a round.
 
-    Strategies that do not go by the divergence take their rows through the model in plain order, batch by batch.
+    Gradients (`taylor`) go up and down.
     """
     config, depth = recipe.search, num_layers(dense.config)
     if removed is None:  # bisection over the number of layers, each with a look at the validation rows
@@ -200,7 +253,8 @@ def _rounds_of(strategy: str, recipe: CLPConfig, depth: int, removed: int) -> in
         return removed
     if strategy in ("tail", "random"):
         return 1
-    return 1 + -(-recipe.search.num_sequences // recipe.search.batch_size)
+    # what ranks layers, and the cut's own figures
+    return 3 if strategy == "taylor" else 2
 
 
 def _halvings(candidates: int) -> int:

@@ -62,7 +62,7 @@ def relative_error(file: Path, steps: Iterable[ReferenceStep], *, in_place: bool
         ExportError: If ONNX Runtime cannot load or run the file, or it gives logits of other positions than it is asked for.
     """
     try:
-        return _compare(open_session(file, in_place_options() if in_place else None), steps)
+        return _compare(open_session(file, in_place_options() if in_place else None, mapped=True), steps)
     except ExportError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -129,9 +129,16 @@ def read_result(result: Path) -> float:
     return found["error"]
 
 
+def empty_past(session: onnxruntime.InferenceSession, batch: int) -> list[np.ndarray]:
+    """The cache's tensors of so many rows at the beginning of a text, in the graph's order: `[batch, heads, 0, size]`."""
+    given = {value.name: value for value in session.get_inputs()}
+    count = sum(name.startswith("past_key_values.") for name in given) // 2
+    cache = [given[name] for name in cache_names("past_key_values", count)]
+    return [np.zeros((batch, each.shape[1], 0, each.shape[3]), CACHE_KINDS.get(each.type)) for each in cache]
+
+
 def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceStep]) -> float:
     shapes = {value.name: value.shape for value in session.get_inputs()}
-    kinds = {value.name: CACHE_KINDS.get(value.type) for value in session.get_inputs()}
     num_layers = sum(name.startswith("past_key_values.") for name in shapes) // 2
     past_names = cache_names("past_key_values", num_layers)
     outputs = ["logits", *cache_names("present", num_layers)]
@@ -143,7 +150,7 @@ def _compare(session: onnxruntime.InferenceSession, steps: Iterable[ReferenceSte
         batch, length = step.input_ids.shape
         kept = step.logits.shape[1]
         if step.begins_text:
-            past = [np.zeros((batch, shapes[name][1], 0, shapes[name][3]), kinds[name]) for name in past_names]
+            past = empty_past(session, batch)
         feeds = {name: getattr(step, name) for name in shapes if name not in past_names}
         feeds |= dict(zip(past_names, past, strict=True))
         chosen = {LOGITS_TO_KEEP: np.array(0 if kept == length else kept)} if can_choose else {}

@@ -194,6 +194,15 @@ class Objective:
                 bar.update(sum(map(len, turn)))
         return found
 
+    def not_in_journal(self, key: Any, rows: Sequence[int], size: int) -> list[list[int]]:
+        """The micro-batches of [`~Objective.over_rows`] that this process has to measure.
+
+        Args:
+            key, rows, size: As there.
+        """
+        mine = _batches(rows, size)[rank() :: world_size()]
+        return [batch for batch in mine if not self.journal.knows([self.name, key, batch])]
+
     def _turn(self, turn: list[list[int]], key: Any, figures: Callable[[list[int]], Any]) -> list[Any]:
         """One micro-batch for each process; all get what each has found, in order."""
 
@@ -233,8 +242,7 @@ class Objective:
         Returns:
             `Callable`: Gives the figures of a micro-batch.
         """
-        mine = _batches(rows, size)[rank() :: world_size()]
-        new = [batch for batch in mine if not self.journal.knows([self.name, list(gates), batch])]
+        new = self.not_in_journal(list(gates), rows, size)
         found: dict[tuple[int, ...], dict[str, Any]] = {}
         if new:
             own = [row for batch in new for row in batch]

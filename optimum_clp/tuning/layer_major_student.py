@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architecture.lookup import text_config
 from ..forward.layer_major import Residence, called_with, layer_arguments
-from ..mapped_weights import MappedWeights
+from ..mapped_weights import FileStamps, MappedWeights
 from .activations import layer_activations, logit_bytes
 from .losses import LOGITS, STATES, TEACHER_LOGITS, Loss, LossBatch, weighted_losses
 from .student import EndpointStudent, TeacherLogits
@@ -48,6 +48,7 @@ class LayerMajorStudent(EndpointStudent):
         self._together: int | None = None
         self._most: float = math.inf
         self._mapped = MappedWeights()
+        self._stamps = FileStamps(self._mapped.files_of(model))
 
     def forward(
         self,
@@ -58,7 +59,12 @@ class LayerMajorStudent(EndpointStudent):
         weights: Mapping[str, float] | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """As [`EndpointStudent.forward`]; the dense model's logits are asked for some rows at a time, best as a function of slices."""
+        """As [`EndpointStudent.forward`]; the dense model's logits are asked for some rows at a time, best as a function of slices.
+
+        Raises:
+            ModelError: If a file of the weights was written to.
+        """
+        self._stamps.check()
         stack = self._around[1]
         losses = self.losses if weights is None else tuple(weighted_losses(weights).values())
         needs = frozenset().union(*(loss.needs for _, loss in losses))

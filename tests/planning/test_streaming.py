@@ -35,8 +35,21 @@ def test_the_plan_of_a_model_that_a_machine_does_not_hold():
     assert 1 <= memory.layers_at_once < 40
     assert memory.bytes_read == pytest.approx(sum(memory.readings.values()) * 141.1e9, rel=0.01)
     assert memory.to_dict()["seconds_read"] == memory.bytes_read / DISK_SPEED
-    # the work that a layer is, and a race of 65, 33, 17, 9, 5, 3 and 2 candidates
-    assert memory.readings["search"] == 1 + 7
+    # the fingerprint, the work that a layer is, and a race of 65, 33, 17, 9, 5, 3 and 2 candidates; and the trial cut: a guard's pass, and
+    # two looks at each of two models of 64 layers and what is around them
+    assert memory.readings["search"] == pytest.approx(2 + 7 + 1 + 4 * 0.806, abs=0.01)
+    # text that is there or that is written, and answers, cost a reading for each token
+    assert memory.readings["generation"] == pytest.approx(2 * 128 * (1 + 2 * 0.806), rel=1e-3)
+    assert memory.readings["self-written text"] == 256 * (17 + 1)
+
+
+def test_what_reads_weights_for_each_token_can_be_left_out():
+    config = BIG_SHAPES["LLaMA-3 70B"].config()
+    without = {"calibration": {"dataset": "text.txt", "self_written_share": 0.0}, "evaluation": {"generation": False}}
+    memory = plan_pruning(config, CLPConfig(0.2, max_memory="96GiB", **without)).memory
+    assert "generation" not in memory.readings and "self-written text" not in memory.readings
+    half = CLPConfig(0.2, max_memory="96GiB", **{**without, "calibration": {"dataset": "text.txt"}})
+    assert plan_pruning(config, half).memory.readings["self-written text"] == 256 * 9
 
 
 def test_a_bound_above_the_model_reads_it_once():

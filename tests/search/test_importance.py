@@ -15,7 +15,9 @@ from optimum_clp.configuration.stages import SearchConfig
 from optimum_clp.errors import ModelError
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.resume import Journal
-from optimum_clp.search import importance
+from optimum_clp.search import hidden_changes as hidden_changes_module
+from optimum_clp.search import importance, weight_gradients
+from optimum_clp.search.hidden_changes import hidden_changes
 from optimum_clp.search.importance import (
     angular,
     block_influence,
@@ -156,7 +158,7 @@ def test_angular_and_cosine_block_are_those_of_the_papers(length):
     model, tokens = tiny_model("qwen3"), random_tokens(6, 20)
     problem = problem_of(model, tokens, length)
     truth = cosines(model, tokens, length)
-    changes = importance._hidden_changes(problem, length)
+    changes = hidden_changes(problem.objective, length)
     assert_near(changes["angle"], (truth.arccos() / math.pi).mean(1))
     assert_near(changes["one_minus_cosine"], (1 - truth).mean(1))
     start = truth.arccos().mean(1).argmin().item()
@@ -193,7 +195,7 @@ def test_padding_enters_no_average(side):
 
     assert_near(block_influence(problem(2)).layer_scores, 1 - cosines(model, rows, 1).mean(1), 1e-4)
     truth = cosines(model, rows, 2)
-    changes = importance._hidden_changes(problem(2), 2)
+    changes = hidden_changes(problem(2).objective, 2)
     assert_near(changes["angle"], (truth.arccos() / math.pi).mean(1), 1e-4)
     assert_near(changes["one_minus_cosine"], (1 - truth).mean(1), 1e-4)
     assert_near(taylor(problem(2)).layer_scores, taylor_scores(model, rows), 1e-4)
@@ -226,7 +228,7 @@ def test_taylor_is_the_sum_of_weight_times_gradient(model_type):
 
 def test_taylor_takes_large_weights_in_pieces(monkeypatch):
     model, tokens = tiny_model(), random_tokens(2, 12)
-    monkeypatch.setattr(importance, "_PIECE", 100)
+    monkeypatch.setattr(weight_gradients, "_PIECE", 100)
     assert_near(taylor(problem_of(model, tokens, 2)).layer_scores, taylor_scores(model, tokens))
 
 
@@ -254,7 +256,7 @@ def test_taylor_puts_back_what_requires_gradients_and_the_gradients(fails, monke
                 raise RuntimeError("out of memory")
             return F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")[None]
 
-        monkeypatch.setattr(importance, "next_token_cross_entropy", loss)
+        monkeypatch.setattr(weight_gradients, "next_token_cross_entropy", loss)
         with pytest.raises(RuntimeError, match="out of memory"):
             taylor(problem)
     else:
@@ -413,7 +415,7 @@ def test_no_more_hidden_states_are_held_than_wait_to_be_compared():
         held.append(sum(state() is not None for state in seen[1:]))
 
     handles = [layer.register_forward_pre_hook(remember, with_kwargs=True) for layer in model.model.layers]
-    with importance._compared(model.model.layers, 2, compare), torch.no_grad():
+    with hidden_changes_module._compared(model.model.layers, 2, compare), torch.no_grad():
         model(random_tokens(1, 8))
     for handle in handles:
         handle.remove()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from gates import gated
+from searches import settings
 from tiny_models import MODEL_TYPES, random_tokens, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -11,6 +12,7 @@ from optimum_clp.resume import Journal
 from optimum_clp.search.gate import concave_gate
 from optimum_clp.search.gate_descent import snapped
 from optimum_clp.search.objective import Objective, gate_of
+from optimum_clp.search.segment_search import search_segments
 from optimum_clp.search.work import _attention_flops
 from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
@@ -174,3 +176,22 @@ def test_the_memory_that_may_be_used_bounds_what_runs_at_once():
     model, tokens = tiny_model(), random_tokens(8, 64)
     small = Objective(model, tokens, quiet=True, residence=Residence(work_memory=30_000))
     assert small.micro_batch(3) < Objective(model, tokens, quiet=True, residence=Residence()).micro_batch(3)
+
+
+@pytest.mark.parametrize("strategy", ["exhaustive", "halving", "gate"])
+def test_a_search_layer_by_layer_runs_no_layer_more_often(strategy):
+    """By a hook on every layer, times its rows."""
+    model, tokens, ran = (
+        tiny_model(num_layers=24, hidden_size=8, intermediate_size=8, head_dim=4),
+        random_tokens(8, 16),
+        [],
+    )
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: ran.append(len(output)))
+    config, counts = settings(strategy, num_sequences=8, batch_size=4), []
+    for residence in (None, Residence()):
+        ran.clear()
+        search_segments(model, tokens, 6, config, residence=residence, quiet=True)
+        counts.append(sum(ran))
+    # in the plain order each layer also runs for one token, which shows what it returns
+    assert counts[0] - 24 <= counts[1] <= counts[0] and counts[1] > 24 * 8

@@ -21,10 +21,10 @@ from ...forward.hooks import (
     stopped_before,
 )
 from ...forward.layer_stack import LayerStack
+from ...freed_memory import return_freed_memory
 from ...mapped_weights import tensors_of
 from ...progress import progress_bar
 from ..experts import unrolled_experts
-from ..freed_memory import return_freed_memory
 from ..room import ExportRoom
 from .dependency_levels import dependency_levels
 from .drift_correction import InputGrams

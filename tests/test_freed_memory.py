@@ -3,7 +3,7 @@ import platform
 
 import pytest
 
-from optimum_clp.exporters.freed_memory import return_freed_memory
+from optimum_clp.freed_memory import return_freed_memory
 
 
 def resident_bytes():
