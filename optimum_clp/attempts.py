@@ -1,7 +1,7 @@
 """Stages that may fail one by one, once there is something that must not be lost."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from .errors import CLPError
@@ -36,6 +36,10 @@ class Attempts:
             if self.strict:
                 raise
             self.note(name, error)
+
+    def interrupted(self, names: Iterable[str]) -> None:
+        """Somebody has ended the work before these stages were done."""
+        self.failed |= dict.fromkeys(names, "interrupted")
 
     def note(self, name: str, error: Exception) -> None:
         """A stage has failed."""

@@ -164,6 +164,8 @@ class Healing:
         """
         # several processes plan as the first one does: their clocks differ
         budget = gathered(self.journal.recall("seconds", seconds_left))[0]
+        if budget <= 0:
+            logger.warning("budget: the search has used it up. One short try at healing follows, on time of its own.")
         found = self._pilots(budget)
         left = _PLANNED_SHARE * (budget - sum(each["seconds"] + each["writing"] for each in found))
         data = self.text(rows := self._write(left, found))
@@ -210,8 +212,8 @@ class Healing:
         rows = last["rows"]
         if rows + more() < _WORTH * rows:
             logger.warning(
-                f"budget: {max(left, 0):.0f} s are left after short pilots, and twice the text of the last one (its "
-                f"{rows} rows took {last['seconds']:.0f} s) would not fit: what it reached is kept. Give more time."
+                f"budget: {max(left, 0):.0f} s of it are left, too little for more text: what a first try on {rows} rows ({last['seconds']:.0f} s) "
+                "has reached is kept, which is next to nothing where rows are few. A longer budget heals more."
             )
             return rows
         # half of what fits, as how long that takes says how much the other half is

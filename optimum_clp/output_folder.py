@@ -1,15 +1,19 @@
 """What a run leaves on disk: a checkpoint that was verified, quanto folders, ONNX files, and the records of all of it.
 
 A folder appears whole or not at all, and what is found on the way goes into the session's report. Once the checkpoint is
-there and verified, nothing that comes after it can lose it: a stage that fails is noted in the report, and the rest goes on.
+there and verified, nothing that comes after it can lose it: a stage that fails is noted in the report, and the rest goes on;
+and a process that is interrupted writes the folder without what was not done.
 """
 
 import contextlib
 import dataclasses
 import logging
 import os
+import shlex
 import shutil
 import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,6 +114,8 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     Raises:
         OutputError: If the folder cannot be used.
         CutError: If the checkpoint, read back, is not the model in memory.
+        KeyboardInterrupt: If the caller was interrupted; once the checkpoint is there, the folder is written all the same, and its report
+            says what was not done.
     """
     model = session.cut_model()
     target = check_output(save_directory, overwrite)
@@ -118,9 +124,10 @@ def write_run(session: Session, save_directory: str | os.PathLike, overwrite: bo
     with staged_folder(target, overwrite) as folder:
         save_checkpoint(model, session.tokenizer, folder, session.cache_dir)
         verify_checkpoint(folder, model)
-        _write_rest(session, folder, target.name)
+        left = _write_rest(session, folder, target.name)
     logger.info(f"written: {target}")
     session.folder = target
+    _go_on_with_interruption(left, target)
     return target
 
 
@@ -148,8 +155,9 @@ def finish_run(session: Session) -> Path:
     evaluated = exported and not any(stage.startswith(_OF_THE_EVALUATION) for stage in errors)
     with staged_folder(target, overwrite=True) as folder:
         shutil.copytree(target, folder, dirs_exist_ok=True, copy_function=_linked)
-        _write_rest(session, folder, target.name, exported=exported, evaluated=evaluated)
+        left = _write_rest(session, folder, target.name, exported=exported, evaluated=evaluated)
     session.folder = target
+    _go_on_with_interruption(left, target)
     return target
 
 
@@ -181,25 +189,42 @@ def write_quanto(
     return target
 
 
-def _write_rest(session: Session, folder: Path, name: str, *, exported: bool = False, evaluated: bool = False) -> None:
-    """All that comes after the checkpoint, but for what is there already; each stage may fail."""
+def _write_rest(
+    session: Session, folder: Path, name: str, *, exported: bool = False, evaluated: bool = False
+) -> list[str]:
+    """All that comes after the checkpoint, but for what is there already; each stage may fail. Returns what was not done because
+    somebody has interrupted the process: the records are written then, too."""
     config, attempts, report = session.config, session.attempts, session.report
+    stages: dict[str, tuple[str, Callable[[], None]]] = {}
     if config.quantization.quanto and report.quantization is None:
-        session.stages.begin("quanto")
-        with attempts.stage("quanto checkpoints"):
-            _quantize_into(session, folder)
+        stages["quanto checkpoints"] = "quanto", partial(_quantize_into, session, folder)
     if config.export.enabled and not exported:
-        session.stages.begin("ONNX files")
+        stages["ONNX export"] = "ONNX files", partial(_export_into, session, folder, attempts)
         report.export = None
         shutil.rmtree(folder / "onnx", ignore_errors=True)
-        with attempts.stage("ONNX export"):
-            _export_into(session, folder, attempts)
     if not evaluated:
-        session.stages.begin("figures")
+        stages["evaluation"] = "figures", partial(_measure, session, folder, attempts)
         report.evaluation = None
-        with attempts.stage("evaluation"):
-            _measure(session, folder, attempts)
+    left = list(stages)
+    try:
+        for stage, (place, work) in stages.items():
+            session.stages.begin(place)
+            with attempts.stage(stage):
+                work()
+            left.remove(stage)
+    except KeyboardInterrupt:
+        attempts.interrupted(left)
     _write_records(session, folder, name, attempts)
+    return left
+
+
+def _go_on_with_interruption(left: list[str], target: Path) -> None:
+    """Raise what was held back until the folder was written."""
+    if left:
+        logger.error(
+            f"interrupted: {target} is written without {' and '.join(left)}; `optimum-clp finish {shlex.quote(str(target))}` does the rest."
+        )
+        raise KeyboardInterrupt
 
 
 def _linked(source: str, target: str) -> None:

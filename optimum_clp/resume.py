@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # parts of a recipe that a search does not depend on: its rows stand for the text, and the others come after it, or say in which
 # order it is computed
-_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export", "max_memory")
+_NOT_SEARCHED_BY = ("calibration", "tuning", "quantization", "export", "evaluation", "max_memory")
 
 
 def cache_file(kind: str, contents: Any, cache_dir: str | os.PathLike | None, suffix: str = "") -> Path | None:
@@ -198,7 +198,7 @@ class Journal:
         if file is not None and is_there(file):
             self._read(file)
         if self.known:
-            logger.info(f"search: goes on where it was interrupted, with {len(self.known)} measurements from {file}")
+            logger.info(f"{len(self.known)} measurements that an earlier run has made are taken from {file}")
 
     def knows(self, key: Any) -> bool:
         """Whether something was measured under `key` before."""

@@ -141,8 +141,15 @@ def test_pilots_take_a_small_part_of_the_time(monkeypatch):
 
 def test_a_budget_that_is_too_short_keeps_what_a_pilot_reached(monkeypatch):
     workshop = Workshop(monkeypatch)
-    with notice(r"budget: \d+ s are left after short pilots, and twice the text of the last one"):
+    with notice(r"budget: \d+ s of it are left, too little for more text: what a first try on"):
         workshop.heal(10)
+    assert [rows for rows, *_ in workshop.calls] == [16, 16]
+
+
+def test_a_budget_that_the_search_has_used_up_is_said_before_a_last_try(monkeypatch):
+    workshop = Workshop(monkeypatch)
+    with notice("budget: the search has used it up"), notice("budget: 0 s of it are left"):
+        workshop.heal(-5)
     assert [rows for rows, *_ in workshop.calls] == [16, 16]
 
 

@@ -148,6 +148,28 @@ def test_what_failed_is_done_again(session, tmp_path, monkeypatch, stage):
         finish_run(session)
 
 
+@pytest.mark.parametrize("stage", ["_export_into", "_measure"])
+def test_an_interruption_loses_nothing_that_is_there(session, tmp_path, monkeypatch, stage):
+    session.config.export.enabled = True
+    session.config.quantization.method, session.config.quantization.group_size = "rtn", 16
+    with monkeypatch.context() as patch:
+        patch.setattr(f"optimum_clp.output_folder.{stage}", interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            write_run(session, tmp_path / "out")
+    written = CLPReport.load(tmp_path / "out")
+    left = ["ONNX export", "evaluation"] if stage == "_export_into" else ["evaluation"]
+    assert [(entry["stage"], entry["error"]) for entry in written.failures] == [(name, "interrupted") for name in left]
+    assert (tmp_path / "out" / "onnx").is_dir() == (stage == "_measure") and (tmp_path / "out" / "README.md").is_file()
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"out"}
+    finish_run(session)
+    written = CLPReport.load(tmp_path / "out")
+    assert written.failures is None and written.evaluation and len(written.export["files"]) == 3
+
+
+def interrupting(*args, **options):
+    raise KeyboardInterrupt
+
+
 def test_a_file_that_cannot_be_made_leaves_the_others(session, tmp_path, monkeypatch):
     add = WeightFiles.add
 

@@ -119,6 +119,7 @@ def test_a_search_has_another_name_if_anything_that_it_depends_on_is_another(den
         name(quantization={"method": "rtn"}),
         name(tuning={"epochs": 9}),
         name(export={"enabled": False}),
+        name(evaluation={"generation": False}),
         # the rows stand for the text
         name(calibration={"dataset": "elsewhere.txt"}),
     }

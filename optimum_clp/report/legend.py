@@ -15,7 +15,7 @@ WORDS = {
     "plain": "the same, where the likelihood itself decides",
     "chance": "accuracy of a guess",
     "shots": "solved examples in front of each question",
-    "loops": "answers that come to repeat themselves",
+    "loops": "answers of which 64 tokens or more repeat at most 10 of them; shorter loops do not count",
     "end by themselves": "answers that stop before the limit",
     "tokens": "mean length of an answer",
     "dense loss on samples": "how unlikely the dense model finds what it says; the dense row has what to expect",

@@ -200,7 +200,7 @@ class Checkpoints:
         if found is None:
             return None
         name, state, self.best.digest = found
-        logger.info(f"tuning: goes on where it was interrupted, from {self.folder / name}")
+        logger.info(f"tuning: goes on from {self.folder / name}, where an earlier one ended")
         with _global_random_state_kept():
             self.accelerator.load_state(str(self.folder / name))
         return TrainingState.from_dict(state)

@@ -143,7 +143,7 @@ def test_the_terminal_says_recognition_generation_and_verdict():
         "dense             0%           63% ± 9%  81 ± 4            1.30 ± 0.06                0.000               100%         50% ± 25%\n"
         "cut         38% ± 5%           28% ± 9%  81 ± 4            2.76 ± 0.06        0.830 ± 0.010                40%         50% ± 25%\n"
         "tuned        9% ± 5%           56% ± 9%  81 ± 4            2.26 ± 0.06        0.500 ± 0.010                40%         50% ± 25%\n"
-        "  loops: answers that come to repeat themselves\n"
+        "  loops: answers of which 64 tokens or more repeat at most 10 of them; shorter loops do not count\n"
         "  end by themselves: answers that stop before the limit\n"
         "  tokens: mean length of an answer\n"
         "  dense loss on samples: how unlikely the dense model finds what it says; the dense row has what to expect\n"
