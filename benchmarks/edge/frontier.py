@@ -256,7 +256,7 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
             if not points:
                 continue
             sizes, divergences, names = zip(*points, strict=True)
-            label = f"{model}, {'ours' if ours else 'llama.cpp'}"
+            label = f"{model}, {'ours' if ours else 'others'}"
             axes.plot(sizes, divergences, style, color=color, label=label, markersize=5)
             for point in points:
                 axes.annotate(point[2], point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
