@@ -95,7 +95,7 @@ class Room:
         self._told["input_ids"][0, 0], self._told["position_ids"][0, 0] = token, position
         place = self._all_ones if mask is None else mask.data_ptr()
         binding.bind_input("attention_mask", "cpu", 0, np.int64, (1, self.written + 1), place)
-        logits = torch.empty(1, 1, width)
+        logits = torch.empty(1, 1, width, dtype=torch.float32, device="cpu")
         binding.bind_output("logits", "cpu", 0, np.float32, (1, 1, width), logits.data_ptr())
         session.run_with_iobinding(binding)
         self.written += 1

@@ -316,7 +316,7 @@ class OnnxCausalLM(GenerationMixin):
             logits = shared_tensor(binding.get_outputs()[-1])
         else:
             # each call's own: the caller may keep them
-            logits = torch.empty(room.batch, positions, self._width)
+            logits = torch.empty(room.batch, positions, self._width, dtype=torch.float32, device="cpu")
             binding.bind_output("logits", "cpu", 0, NUMPY[logits.dtype], tuple(logits.shape), logits.data_ptr())
             self.session.run_with_iobinding(binding)
         room.written = length

@@ -16,7 +16,7 @@ from .bit_plan import plan_bits, rounding_costs
 from .matrices import GraphMatrix
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
 from .nearest import NEAREST
-from .scale_tuning import complete, tune_scales, tuning_bytes
+from .scale_tuning import complete, judging_rows, tune_scales, tuning_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -99,10 +99,12 @@ def _with_tuned_scales(
 ) -> RoundedWeights:
     model, tokens = problem.model, problem.calibration
     assert tokens is not None
+    if not judging_rows(len(tokens)):
+        return rounded
     needed = tuning_bytes(model, tokens.shape[1], problem.block_size)
     if needed > problem.room.left:
         logger.warning(
-            f"quantization.scale_epochs: {needed / 2**30:.2f} GiB would be held beside the export, {problem.room.left / 2**30:.2f} may be: "
+            f"quantization.scale_epochs: {needed / 2**30:.2f} GiB would be held beside the export, {max(0.0, problem.room.left) / 2**30:.2f} may be: "
             "the scales of the int4 file stay as rounding has chosen them."
         )
         return rounded
@@ -110,7 +112,9 @@ def _with_tuned_scales(
     tuned, result = tune_scales(
         model, matrices, tokens, teacher=teacher, epochs=epochs, seed=problem.seed, quiet=problem.quiet
     )
-    return replace(rounded, matrices=tuned, scale_tuning=result)
+    # without a gain nothing is another than without the tuning
+    kept = result is not None and result.kept
+    return replace(rounded, matrices=tuned if kept else rounded.matrices, scale_tuning=result)
 
 
 def head_names(model: PreTrainedModel) -> set[str]:
