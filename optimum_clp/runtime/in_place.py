@@ -66,7 +66,7 @@ def _weight(content: mmap.mmap, inner: int, stop: int, name: str) -> bytes | Non
     for key, value in (("location", name), ("offset", str(found[0])), ("length", str(found[1]))):
         entry = _delimited(_KEY, key.encode()) + _delimited(_VALUE, value.encode())
         parts.append(_delimited(_EXTERNAL_DATA, entry))
-    return b"".join([*parts, _varint(_DATA_LOCATION << 3 | _VARINT), _varint(_EXTERNAL)])
+    return b"".join([*parts, varint(_DATA_LOCATION << 3 | _VARINT), varint(_EXTERNAL)])
 
 
 def _fields(content: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
@@ -102,10 +102,11 @@ def _read_varint(content: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def _delimited(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | _DELIMITED) + _varint(len(content)) + content
+    return varint(number << 3 | _DELIMITED) + varint(len(content)) + content
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """Protobuf's variable-length form of a non-negative integer."""
     parts = []
     while number > 127:
         parts.append(number & 127 | 128)

@@ -7,6 +7,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from ...runtime.in_place import varint
+
 # protobuf ends at 2 GiB; the graph without its weights takes some of that
 MAX_SINGLE_FILE_BYTES = 1_800_000_000
 # Tags of length-delimited protobuf fields: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
@@ -39,10 +41,10 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
     sizes = [len(header) + tensor.nbytes for header, tensor in zip(headers, weights, strict=True)]
     with file.open("wb") as stream:
         stream.write(proto.SerializeToString())
-        stream.write(_GRAPH + _varint(len(graph_bytes) + sum(len(_INITIALIZER + _varint(n)) + n for n in sizes)))
+        stream.write(_GRAPH + varint(len(graph_bytes) + sum(len(_INITIALIZER + varint(n)) + n for n in sizes)))
         stream.write(graph_bytes)
         for header, size, tensor in zip(headers, sizes, weights, strict=True):
-            stream.write(_INITIALIZER + _varint(size) + header)
+            stream.write(_INITIALIZER + varint(size) + header)
             _write_weight(stream, tensor)
     return [file]
 
@@ -89,19 +91,10 @@ def stored_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
 def _tensor_header(tensor: ir.TensorProtocol) -> bytes:
     """A serialized TensorProto up to its data."""
     proto = onnx.TensorProto(name=tensor.name, data_type=tensor.dtype.value, dims=stored_shape(tensor))
-    return proto.SerializeToString() + _RAW_DATA + _varint(tensor.nbytes)
+    return proto.SerializeToString() + _RAW_DATA + varint(tensor.nbytes)
 
 
 def _write_weight(stream: BinaryIO, tensor: ir.TensorProtocol) -> None:
     data = tensor.tobytes()
     assert len(data) == tensor.nbytes
     stream.write(data)
-
-
-def _varint(number: int) -> bytes:
-    """Protobuf's variable-length form of a non-negative integer."""
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])

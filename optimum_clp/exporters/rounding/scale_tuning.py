@@ -5,6 +5,7 @@ target: a model's distribution, not the text. Rounding looks at one matrix after
 where the other model is the one that was cut, it heals some of the cut in all layers.
 """
 
+import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -109,7 +110,7 @@ def tune_scales(
 
     Returns:
         `tuple[dict[str, RoundedMatrix], ScaleTuning | None]`: The matrices to go on with, and what was measured; `None` where
-        the text is too short (under 8 rows) to train on and to judge by.
+        the text is too short (under 8 rows) to train on and to judge by, or a divergence is not finite.
     """
     judging = judging_rows(len(tokens))
     if not judging or not matrices:
@@ -134,6 +135,8 @@ def tune_scales(
             part.narrow()
         after = student.divergence(judges)
         tuned = {name: replace(matrix, scales=stored[name].start.numpy()) for name, matrix in matrices.items()}
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return dict(matrices), None
     seen = sum(len(rows) for rows in steps) * tokens.shape[1]
     return tuned if after < before else dict(matrices), ScaleTuning(seen, before, after, after < before)
 

@@ -177,6 +177,13 @@ def test_what_is_no_better_is_not_kept(monkeypatch):
     assert all(tuned[name] is rounded[name] for name in rounded)
 
 
+def test_a_divergence_that_is_no_number_is_in_no_report(monkeypatch):
+    monkeypatch.setattr(scale_tuning, "_RATE", float("inf"))
+    model = tiny_model(num_layers=2)
+    rounded = rounded_by_name(model)
+    assert tune_scales(model, rounded, ROWS, quiet=True) == (rounded, None)
+
+
 def test_a_text_of_few_rows_trains_nothing():
     model = tiny_model(num_layers=2)
     rounded = rounded_by_name(model)
