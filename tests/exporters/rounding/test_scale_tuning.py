@@ -16,6 +16,7 @@ from zoo import ZOO
 from optimum_clp import LayerSegment, QuantizationConfig
 from optimum_clp.exporters.experts import unrolled_experts
 from optimum_clp.exporters.export import export_onnx
+from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.exporters.room import ExportRoom
 from optimum_clp.exporters.rounding import scale_tuning, weights
 from optimum_clp.exporters.rounding.matrices import GraphMatrix
@@ -217,6 +218,18 @@ def test_experts_are_tuned_one_by_one(name):
     # random experts have next to nothing to learn from ten steps
     assert rounded.scale_tuning.tokens == 40 * 24
     assert any("experts" in matrix for matrix in rounded.matrices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiny", ZOO, ids=lambda tiny: tiny.name)
+def test_every_architecture_that_is_exported_is_tuned(tiny):
+    model = small_zoo_model(tiny)
+    if onnx_obstacle(model) is not None:
+        pytest.skip("it is not exported")
+    with unrolled_experts(model):
+        matrices = stored_matrices(model)
+    rounded = complete(RoundingProblem(model, 4, matrices, 16), {})
+    assert tune_scales(model, rounded, ROWS[:16, :12], quiet=True)[1].tokens == 12 * 12
 
 
 def test_it_follows_methods_that_look_at_text():
