@@ -12,19 +12,22 @@ graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model
 `benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss. A cut
 model's layers are moved as they are in the dense model, by what its report says of the cut.
 
-OUT gets one JSON file for each model and format; what is there is not measured again. `--table OUT` prints the table and
-draws `OUT/frontier.png`.
+OUT gets one JSON file for each model and format; what is there is not measured again. `--speeds` adds to each of them the speed
+of the file on one thread, in tokens for each second of the processor: a prompt of 256 tokens and 63 steps, llama.cpp's files by
+`llama-cpp-python`, all others by ONNX Runtime. Ours are rounded to nearest there, which takes seconds and runs alike. `--table OUT`
+prints the table and draws `OUT/frontier.png`.
 """
 
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks import markdown
 from benchmarks.edge.gguf_files import FORMATS, load_gguf, rounded_gguf, write_gguf
+from benchmarks.edge.speed import Runner, Variant
 from benchmarks.recovery.chat_model.evaluation import Judge, Size
 from benchmarks.recovery.chat_model.text import Text, written_text
 from optimum_clp import OnnxCausalLM
@@ -51,6 +55,9 @@ BUILDER = {
     "builder k_quant mixed": ["algo_config=k_quant_mixed", "block_size=32", "is_symmetric=false"],
 }
 TEXT_SEED, TEST_SEED = 0, 1000
+# runs of a file, and one before that is not counted; parts of a run, and what `runners.py` calls them
+SPEED_RUNS = 5
+PARTS = {"prompt": "prefill", "decoding": "decode"}
 
 
 def configurations() -> list[QuantizationConfig]:
@@ -59,6 +66,25 @@ def configurations() -> list[QuantizationConfig]:
 
 def our_name(plan: float | str) -> str:
     return plan if isinstance(plan, str) else f"int4 {plan:g}"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A file.
+
+    Args:
+        facts (`dict[str, Any]`): Of its size and how it was made.
+        runs (`OnnxCausalLM` or `PreTrainedModel`): What computes its logits.
+        runtime (`str`): What runs it fast, of `runners.py`.
+        folder (`Path`): Where it lies.
+        file (`str`): In this folder.
+    """
+
+    facts: dict[str, Any]
+    runs: OnnxCausalLM | PreTrainedModel
+    runtime: str
+    folder: Path
+    file: str
 
 
 def settings(name: str) -> QuantizationConfig:
@@ -80,7 +106,7 @@ def main() -> None:
     frontier = Frontier(args)
     for model in args.models:
         for name in [*names, *args.formats, *args.builder]:
-            frontier.measure(model, name)
+            (frontier.measure_speed if args.speeds else frontier.measure)(model, name)
 
 
 def parsed() -> argparse.Namespace:
@@ -95,6 +121,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--builder", nargs="*", choices=BUILDER, default=[])
+    parser.add_argument("--speeds", action="store_true")
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--rows", type=int, default=16, help="of each text")
     parser.add_argument("--examples", type=int, default=200, help="of each task; 0 for none")
@@ -119,6 +146,8 @@ class Frontier:
         self.moves = noise_off_grid(load(folder)) if args.off_grid else {}
         self.dense = self._load(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(next(iter(self.folders.values())))
+        if args.speeds:
+            return
         self.calibration = self._text("calibration", TEXT_SEED, args.calibration_rows).tokens
         own = self._text("test", TEST_SEED, 2 * args.rows)
         size = Size(rows=args.rows, examples=args.examples)
@@ -131,18 +160,42 @@ class Frontier:
 
     def measure(self, model: str, name: str) -> None:
         """One file of one model, unless it has been."""
-        file = self.out / f"{model}-{name.replace(' ', '-')}.json"
+        file = self._record_of(model, name)
         if file.is_file():
             return
         started = time.perf_counter()
-        build = self._llama if name in FORMATS else self._builder if name in BUILDER else self._ours
-        for facts, runs in build(self.folders[model], name):
-            record = {"model": model, "format": name, "ours": build == self._ours, **facts}
-            record["texts"] = self.judge.measure_texts(runs)
+        for built in self._build(name)(self.folders[model], name):
+            record = {"model": model, "format": name, "ours": built.runtime == "ours" and name not in BUILDER}
+            record |= built.facts | {"texts": self.judge.measure_texts(built.runs)}
             if self.args.examples:
-                record["tasks"] = self.judge.measure_tasks(runs)
+                record["tasks"] = self.judge.measure_tasks(built.runs)
             record |= {"seconds": time.perf_counter() - started, "environment": environment_info("cpu")}
-            file.write_text(json.dumps(record, indent=1) + "\n")
+            _write(file, record)
+
+    def measure_speed(self, model: str, name: str) -> None:
+        """The speed of a file, if it has been measured otherwise."""
+        file = self._record_of(model, name)
+        if not file.is_file() or "tokens_per_second" in (record := json.loads(file.read_text())):
+            return
+        for built in self._build(name)(self.folders[model], name):
+            # one process at a time: what is compared is each one's own time of the processor
+            runner = Runner(Variant(model, name, "", built.runtime, built.folder, built.file, 1), 1)
+            answers = [runner.run()["processor"] for _ in range(SPEED_RUNS + 1)][1:]
+            runner.close()
+            found = {what: [answer[key] for answer in answers] for what, key in PARTS.items()}
+            record["tokens_per_second"] = {
+                what: dict(
+                    zip(("median", "least", "most"), (statistics.median(each), min(each), max(each)), strict=True)
+                )
+                for what, each in found.items()
+            }
+            _write(file, record)
+
+    def _record_of(self, model: str, name: str) -> Path:
+        return self.out / f"{model}-{name.replace(' ', '-')}.json"
+
+    def _build(self, name: str) -> Any:
+        return self._llama if name in FORMATS else self._builder if name in BUILDER else self._ours
 
     def _load(self, folder: str) -> PreTrainedModel:
         model = load(folder)
@@ -152,26 +205,33 @@ class Frontier:
                 weight.data += self.moves[original]
         return model
 
-    def _ours(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], OnnxCausalLM]]:
+    def _ours(self, folder: str, name: str) -> Iterator[Built]:
         model = self._load(folder)
         with tempfile.TemporaryDirectory(dir=self.out) as target:
             started = time.process_time()
             # as `prune` exports: the dense model is the teacher, a dense one its own
             teacher = None if folder == next(iter(self.folders.values())) else self.dense
+            quantization, text = settings(name), None
+            if self.args.speeds:
+                # a budget's sensitivities take a look at text, whatever it says
+                quantization.method, text = "rtn", torch.arange(2 * 64).reshape(2, 64)
             result = export_onnx(
-                model, target, quantization=settings(name), calibration=self.calibration, teacher=teacher
+                model,
+                target,
+                quantization=quantization,
+                calibration=self.calibration if text is None else text,
+                teacher=teacher,
             )
             model.config.save_pretrained(target)
             written = result.files[-1]
             tuning = written.scale_tuning
             facts = {"bytes": written.bytes, "bits_per_weight": written.bits_per_weight}
             facts["scale_tuning"] = None if tuning is None else asdict(tuning)
-            yield (
-                {**facts, "export_cpu_seconds": time.process_time() - started},
-                OnnxCausalLM.from_pretrained(target, written.file),
-            )
+            facts["export_cpu_seconds"] = time.process_time() - started
+            runs = OnnxCausalLM.from_pretrained(target, written.file)
+            yield Built(facts, runs, "ours", Path(target), written.file)
 
-    def _builder(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], OnnxCausalLM]]:
+    def _builder(self, folder: str, name: str) -> Iterator[Built]:
         with tempfile.TemporaryDirectory(dir=self.out) as place:
             source, target = Path(place, "model"), Path(place, "onnx-model")
             self._load(folder).save_pretrained(source)
@@ -182,16 +242,21 @@ class Frontier:
             subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
             (target / "config.json").write_bytes((source / "config.json").read_bytes())
             size = sum(file.stat().st_size for file in (target / "onnx").glob("model.onnx*"))
-            yield {"bytes": size}, OnnxCausalLM.from_pretrained(target, "model.onnx")
+            runs = OnnxCausalLM.from_pretrained(target, "model.onnx")
+            yield Built({"bytes": size}, runs, "ours", target, "onnx/model.onnx")
 
-    def _llama(self, folder: str, name: str) -> Iterator[tuple[dict[str, Any], PreTrainedModel]]:
+    def _llama(self, folder: str, name: str) -> Iterator[Built]:
         model = self._load(folder)
         with tempfile.TemporaryDirectory(dir=self.out) as target:
             source, rounded = Path(target, "float.gguf"), Path(target, "rounded.gguf")
             write_gguf(model, source)
             rounded_gguf(source, rounded, name)
             size, types = load_gguf(model, rounded)
-            yield {"bytes": size, "types": types}, model
+            yield Built({"bytes": size, "types": types}, model, "llama", rounded.parent, rounded.name)
+
+
+def _write(file: Path, record: dict[str, Any]) -> None:
+    file.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def load(folder: str) -> PreTrainedModel:
@@ -229,13 +294,17 @@ def original_name(name: str, folder: str) -> str:
 def table(records: list[dict[str, Any]]) -> str:
     texts = list(records[0]["texts"])
     tasks = ["lambada"] if any("lambada" in record.get("tasks", {}) for record in records) else []
-    rows = [["model", "file", "MB", *(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), *tasks]]
+    speeds = list(PARTS) if any("tokens_per_second" in record for record in records) else []
+    titles = [*(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), *tasks]
+    rows = [["model", "file", "MB", *titles, *(f"{part}, tokens/s" for part in speeds)]]
     for record in sorted(records, key=lambda r: (r["model"] != "dense", r["model"], r["bytes"])):
         kl = [f"{record['texts'][text]['kl']:.4f}" for text in texts]
         perplexity = [f"{record['texts'][text]['perplexity']:.2f}" for text in texts]
         scores = [record.get("tasks", {}).get(task) for task in tasks]
         name = f"**ours, {record['format']}**" if record["ours"] else record["format"]
         last = ["" if score is None else f"{score['accuracy']:.3f}" for score in scores]
+        speed = record.get("tokens_per_second", {})
+        last += [f"{speed[part]['median']:.0f}" if speed else "" for part in speeds]
         rows.append([record["model"], name, f"{record['bytes'] / 1e6:.1f}", *kl, *perplexity, *last])
     return markdown.table(rows)
 
@@ -252,19 +321,29 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     for color, model in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], models, strict=False):
         for ours, style in ((True, "o-"), (False, "s:")):
             chosen = [r for r in records if (r["model"], r["ours"]) == (model, ours)]
-            points = sorted((r["bytes"] / 1e6, mean_kl(r), r["format"]) for r in chosen)
+            points = sorted((r["bytes"] / 1e6, mean_kl(r), r["format"], decoding(r)) for r in chosen)
             if not points:
                 continue
-            sizes, divergences, names = zip(*points, strict=True)
+            sizes, divergences, _, speeds = zip(*points, strict=True)
             label = f"{model}, {'ours' if ours else 'others'}"
-            axes.plot(sizes, divergences, style, color=color, label=label, markersize=5)
+            axes.plot(sizes, divergences, style, color=color, label=label, markersize=4)
+            # the area of a mark is its speed
+            axes.scatter(sizes, divergences, s=speeds, color=color, marker=style[0], alpha=0.4)
             for point in points:
                 axes.annotate(point[2], point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
-    axes.set(xlabel="MB", ylabel="KL to the dense model in float32, mean of all texts", yscale="log")
+    axes.set(
+        xlabel="MB (area of a mark: tokens for each second of decoding)",
+        ylabel="KL to the dense model in float32, mean of all texts",
+        yscale="log",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+
+
+def decoding(record: dict[str, Any]) -> float:
+    return record.get("tokens_per_second", {}).get("decoding", {}).get("median", 0.0)
 
 
 def mean_kl(record: dict[str, Any]) -> float:
