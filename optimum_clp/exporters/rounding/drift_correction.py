@@ -111,7 +111,7 @@ def corrected_weights(weights: Sequence[np.ndarray], sums: InputGrams) -> list[n
     errors = [dict.fromkeys(_RIDGES, 0.0) for _ in weights]
     for ridge in _RIDGES:
         for half in (0, 1):
-            factor = _factor(sums.grams[half], ridge)
+            factor = _factor(sums.grams[half], ridge, torch.float32)
             for found, targets in zip(errors, drifted, strict=True):
                 change = _change(targets[half], factor)
                 found[ridge] += _error_on(change, sums.grams[1 - half], targets[1 - half])
@@ -132,18 +132,23 @@ def corrected_weights(weights: Sequence[np.ndarray], sums: InputGrams) -> list[n
     return corrected
 
 
-def _factor(gram: Tensor, ridge: float) -> Tensor:
-    """The lower Cholesky factor of the damped Gram matrix, float64."""
+def _factor(gram: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The lower Cholesky factor of the damped Gram matrix; in float64 where `dtype` does not hold one."""
     # symmetric, so its transpose is the same matrix in the order of columns, in which LAPACK works in place
-    damped = gram.double().T
+    damped = gram.to(dtype, copy=True).T
     damped.diagonal().add_(ridge * damped.diagonal().mean())
-    return torch.linalg.cholesky(damped, out=damped)
+    _, info = torch.linalg.cholesky_ex(damped, out=(damped, torch.empty((), dtype=torch.int32)))
+    if not info and damped.diagonal().isfinite().all():
+        return damped
+    if dtype == torch.float64:
+        raise torch.linalg.LinAlgError("the damped Gram matrix is not positive definite")
+    return _factor(gram, ridge)
 
 
 def _change(drifted: Tensor, factor: Tensor) -> Tensor:
     """`V - W`, float32: the solution of `change (gram + ridge) = W drift`."""
     # not torch.cholesky_solve, which copies the factor
-    half = torch.linalg.solve_triangular(factor, drifted.double().T, upper=False)
+    half = torch.linalg.solve_triangular(factor, drifted.to(factor.dtype).T, upper=False)
     return torch.linalg.solve_triangular(factor.T, half, upper=True).T.float()
 
 

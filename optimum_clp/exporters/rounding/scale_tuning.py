@@ -166,8 +166,8 @@ class _Student:
 
     @torch.no_grad()
     def divergence(self, rows: Tensor) -> float:
-        """The mean over tokens; one row at a time."""
-        return float(torch.stack([self.loss(row[None]).double().mean() for row in rows]).mean())
+        """The mean over tokens."""
+        return float(torch.cat([self.loss(part).double().mean(-1) for part in rows.split(_BATCH)]).mean())
 
     def weights_made_again(self) -> saved_tensors_hooks:
         """For what autograd keeps inside the block: of a weight its module and its place, not its numbers."""
@@ -262,12 +262,13 @@ class _Stored(nn.Module):
         codes = self.integers
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), -1)
-        return codes.reshape(*self.start.shape, -1).float() - self.zero_points
+        # in place: of what is as large as a matrix it is new memory that costs most
+        return codes.reshape(*self.start.shape, -1).float().sub_(self.zero_points)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix as it is stored, the filling of its rows included, `[rows, blocks * block size]`."""
         scales = self.start * (1 + self.change.detach())
-        return (self.signed() * scales[..., None]).flatten(1).to(dtype)
+        return self.signed().mul_(scales[..., None]).flatten(1).to(dtype)
 
     @torch.no_grad()
     def narrow(self) -> None:
