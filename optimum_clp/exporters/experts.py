@@ -47,7 +47,8 @@ class _Experts(nn.Module):
     def _added(self, total: Tensor, index: int, tokens: Tensor, weight: Tensor) -> Tensor:
         """`total` plus what one expert gives for the tokens with a `weight`, `[tokens]`, other than 0."""
         rows = weight.nonzero().squeeze(-1)
-        return total.index_add(0, rows, self.expert(index, tokens[rows]) * weight[rows, None])
+        # where products are in another dtype than sums
+        return total.index_add(0, rows, (self.expert(index, tokens[rows]) * weight[rows, None]).to(total.dtype))
 
     def weighted_sum(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Weighted sum of the chosen experts.

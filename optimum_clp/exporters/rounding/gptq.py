@@ -1,15 +1,18 @@
 """GPTQ: the rounding error of a column is made up for by the columns behind it, for the inputs that a matrix meets on text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..experts import unrolled_experts
 from .drift_correction import InputGrams, corrected_weights
 from .input_grams import Dequantize, NamedWeight, visit_layers
 from .matrices import RoundedMatrix, dequantize_blocks, fits_16_bits, pack, reciprocal, row_pieces
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
 from .nearest import round_blocks, round_to_nearest
+from .products import product_dtype
 
 # Added to the Gram matrix's diagonal, in units of its mean, as GPTQ's authors do.
 DAMPING = 0.01
@@ -33,7 +36,11 @@ class Gptq(RoundingMethod):
         assert problem.calibration is not None
         quantize = _Quantize(problem)
         wanted = [name for name, matrix in problem.matrices.items() if not matrix.is_router]
-        visit_layers(problem.model, problem.calibration, wanted, quantize, room=problem.room, quiet=problem.quiet)
+        # as its modules are visited
+        with unrolled_experts(problem.model):
+            dtype = product_dtype(problem.model, problem.calibration)
+        options: dict[str, Any] = {"dtype": dtype, "room": problem.room, "quiet": problem.quiet}
+        visit_layers(problem.model, problem.calibration, wanted, quantize, **options)
         return RoundedWeights(quantize.found)
 
 

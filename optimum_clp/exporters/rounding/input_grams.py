@@ -29,6 +29,7 @@ from ..room import ExportRoom
 from .dependency_levels import dependency_levels
 from .drift_correction import InputGrams
 from .nearest import NEAREST
+from .products import products_in
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def visit_layers(
     quantize: Quantize,
     *,
     batch_size: int = 8,
+    dtype: torch.dtype = torch.float32,
     room: ExportRoom | None = None,
     quiet: bool = False,
 ) -> None:
@@ -107,6 +109,7 @@ def visit_layers(
             the weight to go on with. An embedding of its own comes without them. One that is the head too comes first,
             with what enters the head in the float model, of 4096 tokens.
         batch_size (`int`): Rows in one forward pass.
+        dtype (`torch.dtype`): Of products, see [`~exporters.rounding.products.product_dtype`]; sums are float32.
         room ([`~exporters.room.ExportRoom`], *optional*): Where what enters layers and modules lies; main memory if not given.
         quiet (`bool`): No progress bar.
 
@@ -114,7 +117,7 @@ def visit_layers(
         QuantizationError: If the hidden states are not finite.
     """
     with torch.no_grad(), unrolled_experts(model):
-        _Visitor(model, tokens, wanted, quantize, batch_size, room or ExportRoom()).run(quiet)
+        _Visitor(model, tokens, wanted, quantize, batch_size, dtype, room or ExportRoom()).run(quiet)
 
 
 class _Visitor:
@@ -127,9 +130,10 @@ class _Visitor:
         wanted: Collection[str],
         quantize: Quantize,
         batch_size: int,
+        dtype: torch.dtype,
         room: ExportRoom,
     ):
-        self.model, self.quantize, self.room = model, quantize, room
+        self.model, self.quantize, self.dtype, self.room = model, quantize, dtype, room
         self.batches = tokens.split(batch_size)
         self.stack = LayerStack(model)
         self.names = {key: names for key, names in weight_names(model).items() if set(wanted) & set(names)}
@@ -172,7 +176,7 @@ class _Visitor:
             found = _Grams([self.head])
             rows = -(-_TIED_TOKENS // self.batches[0].shape[1])
             for batch in torch.cat(self.batches)[:rows].split(len(self.batches[0])):
-                with _recorded([self.head]) as inputs, stopped_before(self.head):
+                with _recorded([self.head]) as inputs, stopped_before(self.head), products_in(self.dtype):
                     self.model(input_ids=batch, use_cache=False)
                 found.add({}, inputs, batch)
             ((_, sums),) = found.taken()
@@ -262,6 +266,7 @@ class _Visitor:
         for the number of layers, which stands for the head."""
         seen: dict[int, Tensor] = {}
         with ExitStack() as stack:
+            stack.enter_context(products_in(self.dtype))
             if state is not None:
                 resumed = self.stack.resumed(index, state) if index else replaced_input(self.stack.layers[0], state)
                 stack.enter_context(resumed)

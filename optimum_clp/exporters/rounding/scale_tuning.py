@@ -29,6 +29,7 @@ from .input_grams import linear_matrix, weight_names
 from .matrices import RoundedMatrix, fits_16_bits, narrowed
 from .method import RoundingProblem, ScaleTuning
 from .nearest import round_to_nearest
+from .products import product_dtype, products_in
 
 # of a scale's relative change: three times as much harms, see docs/onnx_lab_notes.md
 _RATE = 1e-3
@@ -155,13 +156,13 @@ class _Student:
         self.model, self.teacher = model, teacher
         # one that has several names is there once
         self.parts = list(dict.fromkeys(stored.values()))
-        self.dtype = torch.float32
-        if _has_bfloat16() and self._runs_in(torch.bfloat16, tokens[:1, :2]):
-            self.dtype = torch.bfloat16
+        self.dtype = product_dtype(model, tokens)
+        for part in self.parts:
+            part.dtype = self.dtype
 
     def loss(self, rows: Tensor) -> Tensor:
         """KL from the teacher, `[rows, length]`."""
-        with self._autocast(self.dtype):
+        with products_in(self.dtype):
             return kl_divergence(self._taught(rows), _logits(self.model, rows))
 
     @torch.no_grad()
@@ -201,20 +202,6 @@ class _Student:
         finally:
             for part in self.parts:
                 part.in_float = False
-
-    @torch.no_grad()
-    def _runs_in(self, dtype: torch.dtype, tokens: Tensor) -> bool:
-        """Whether the model does: one that writes into tensors of another dtype than its products' does not."""
-        try:
-            with self._autocast(dtype):
-                return bool(_logits(self.model, tokens).isfinite().all())
-        except RuntimeError:
-            return False
-
-    def _autocast(self, dtype: torch.dtype) -> torch.autocast:
-        for part in self.parts:
-            part.dtype = dtype
-        return torch.autocast("cpu", dtype, enabled=dtype is not torch.float32)
 
 
 def _logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
@@ -353,9 +340,3 @@ def _weight_first(module: nn.Module) -> None:
         if name != "weight":
             delattr(module, name)
             module.register_parameter(name, parameter)
-
-
-def _has_bfloat16() -> bool:
-    """Whether the processor has products in bfloat16; where it makes them of others they are slower than float32's."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -20,6 +20,9 @@ from .scale_tuning import complete, judging_rows, tune_scales, tuning_bytes
 
 logger = logging.getLogger(__name__)
 
+# Rows that rounding looks at where scales are trained on all of them afterwards: docs/onnx_lab_notes.md
+_ROWS_BEFORE_SCALES = 32
+
 
 def rounding_method(quantization: QuantizationConfig) -> RoundingMethod:
     """The method that a configuration names."""
@@ -87,11 +90,34 @@ def round_weights(
         in_8_bits += plan_bits(planned, costs, block_size, quantization.bits_per_weight)
     room = room or ExportRoom()
     problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet, room)
-    rounded = rounding_method(quantization).round(problem)
+    method, tunes = rounding_method(quantization), _tunes_scales(problem, quantization)
+    rounded = method.round(_with_some_rows(problem) if tunes else problem)
     rounded = replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
-    if not quantization.scale_epochs or calibration is None or bits not in rounding_method(quantization).text_bits:
-        return rounded
-    return _with_tuned_scales(problem, rounded, teacher, quantization.scale_epochs)
+    return _with_tuned_scales(problem, rounded, teacher, quantization.scale_epochs) if tunes else rounded
+
+
+def _tunes_scales(problem: RoundingProblem, quantization: QuantizationConfig) -> bool:
+    """Whether scales are trained afterwards: if that is asked for, and there are text and memory for it."""
+    tokens = problem.calibration
+    reads_text = problem.bits in rounding_method(quantization).text_bits
+    if not quantization.scale_epochs or not reads_text or tokens is None or not judging_rows(len(tokens)):
+        return False
+    needed = tuning_bytes(problem.model, tokens.shape[1], problem.block_size)
+    if needed > problem.room.left:
+        logger.warning(
+            f"quantization.scale_epochs: {needed / 2**30:.2f} GiB would be held beside the export, {max(0.0, problem.room.left) / 2**30:.2f} may be: "
+            "the scales of the int4 file stay as rounding has chosen them."
+        )
+        return False
+    return True
+
+
+def _with_some_rows(problem: RoundingProblem) -> RoundingProblem:
+    """Of the rows that train scales some for the rounding itself, from the first to the last: kinds of text may follow one another."""
+    assert problem.calibration is not None
+    train = problem.calibration[: len(problem.calibration) - judging_rows(len(problem.calibration))]
+    count = min(_ROWS_BEFORE_SCALES, len(train))
+    return replace(problem, calibration=train[[i * len(train) // count for i in range(count)]])
 
 
 def _with_tuned_scales(
@@ -99,15 +125,6 @@ def _with_tuned_scales(
 ) -> RoundedWeights:
     model, tokens = problem.model, problem.calibration
     assert tokens is not None
-    if not judging_rows(len(tokens)):
-        return rounded
-    needed = tuning_bytes(model, tokens.shape[1], problem.block_size)
-    if needed > problem.room.left:
-        logger.warning(
-            f"quantization.scale_epochs: {needed / 2**30:.2f} GiB would be held beside the export, {max(0.0, problem.room.left) / 2**30:.2f} may be: "
-            "the scales of the int4 file stay as rounding has chosen them."
-        )
-        return rounded
     matrices = complete(problem, rounded.matrices)
     tuned, result = tune_scales(
         model, matrices, tokens, teacher=teacher, epochs=epochs, seed=problem.seed, quiet=problem.quiet

@@ -135,3 +135,19 @@ def test_drifts_are_given_up_where_tokens_cannot_be_matched():
     for sums in (found, never):
         assert sums.drifts is None and len(sums.grams) == 1
         torch.testing.assert_close(sums.grams[0], flat.T @ flat)
+
+
+def test_ridges_are_judged_in_float64_where_float32_has_no_factor():
+    # of one direction alone, and a ridge that float32 does not see beside it
+    gram, ridge = torch.full((INPUTS, INPUTS), 1e4), 1e-12
+    with pytest.raises(torch.linalg.LinAlgError):
+        torch.linalg.cholesky(gram + ridge * 1e4 * torch.eye(INPUTS))
+    factor = drift_correction._factor(gram, ridge, torch.float32)
+    assert factor.dtype is torch.float64
+    torch.testing.assert_close(factor @ factor.T, gram.double() + ridge * 1e4 * torch.eye(INPUTS).double())
+    well = torch.eye(INPUTS) + 1
+    factor = drift_correction._factor(well, 0.1, torch.float32)
+    assert factor.dtype is torch.float32
+    torch.testing.assert_close(factor.tril() @ factor.tril().T, well + 0.2 * torch.eye(INPUTS))
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        drift_correction._factor(-well, 0.1, torch.float32)

@@ -18,7 +18,8 @@ from optimum_clp.exporters.experts import unrolled_experts
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.exporters.room import ExportRoom
-from optimum_clp.exporters.rounding import scale_tuning, weights
+from optimum_clp.exporters.rounding import products, scale_tuning, weights
+from optimum_clp.exporters.rounding.gptq import Gptq
 from optimum_clp.exporters.rounding.matrices import GraphMatrix
 from optimum_clp.exporters.rounding.method import RoundingProblem
 from optimum_clp.exporters.rounding.scale_tuning import (
@@ -125,7 +126,7 @@ def test_a_cut_model_is_taught_by_the_dense_one():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_are_those_of_the_plain_expression(bits, monkeypatch):
-    monkeypatch.setattr(scale_tuning, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: False)
     # no row is filled up
     sizes = {"num_layers": 2, "intermediate_size": 64}
     model = tiny_model(**sizes)
@@ -156,7 +157,7 @@ def test_gradients_are_those_of_the_plain_expression(bits, monkeypatch):
 
 
 def test_what_autograd_keeps_has_no_weights(monkeypatch):
-    monkeypatch.setattr(scale_tuning, "_has_bfloat16", lambda: False)
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: False)
     model = tiny_model(num_layers=2, hidden_size=64, intermediate_size=512)
     with scale_tuning._as_stored(model, rounded_by_name(model)) as stored:
         student, kept = scale_tuning._Student(model, stored, None, ROWS), []
@@ -190,19 +191,6 @@ def test_a_text_of_few_rows_trains_nothing():
     rounded = rounded_by_name(model)
     assert tune_scales(model, rounded, ROWS[:7], quiet=True) == (rounded, None)
     assert [judging_rows(rows) for rows in (1, 7, 8, 31, 128, 4096)] == [0, 0, 1, 3, 16, 16]
-
-
-def test_a_model_that_does_not_run_in_bfloat16_is_tuned_in_float32(monkeypatch):
-    monkeypatch.setattr(scale_tuning, "_has_bfloat16", lambda: True)
-    model = tiny_model(num_layers=2)
-    with scale_tuning._as_stored(model, rounded_by_name(model)) as stored:
-        assert scale_tuning._Student(model, stored, None, ROWS).dtype is torch.bfloat16
-        monkeypatch.setattr(scale_tuning, "_logits", refused)
-        assert scale_tuning._Student(model, stored, None, ROWS).dtype is torch.float32
-
-
-def refused(model, rows):
-    raise RuntimeError("index_add_(): self and source expected to have the same dtype")
 
 
 def by_method(model, teacher=None, **settings):
@@ -242,6 +230,25 @@ def test_it_follows_methods_that_look_at_text():
     assert tuned.matrices.keys() - plain.matrices.keys() == {"model.embed_tokens.weight"}
     assert by_method(model, method="rtn").scale_tuning is None
     assert by_method(model, method="hqq").scale_tuning is None
+
+
+def test_rounding_itself_looks_at_some_of_the_rows(monkeypatch):
+    model, rows = tiny_model(num_layers=2), random_tokens(128, 12, seed=3)
+    with unrolled_experts(model):
+        matrices = stored_matrices(model)
+    seen, whole = [], Gptq.round
+    monkeypatch.setattr(Gptq, "round", lambda self, problem: seen.append(problem.calibration) or whole(self, problem))
+
+    def rounded_by(**options):
+        return round_weights(model, 4, matrices, QuantizationConfig(), rows, quiet=True, **options)
+
+    assert rounded_by().scale_tuning.tokens == 112 * 12
+    # of the 112 that no judge is one of, from the first to the last
+    places = [next(i for i, row in enumerate(rows) if torch.equal(row, taken)) for taken in seen.pop()]
+    assert places == [int(3.5 * i) for i in range(32)]
+    with notice("quantization.scale_epochs: "):
+        assert rounded_by(room=ExportRoom(left=0.0)).scale_tuning is None
+    assert torch.equal(seen.pop(), rows)
 
 
 def test_where_memory_does_not_hold_it_scales_stay(monkeypatch):
