@@ -396,7 +396,10 @@ class QuantizationConfig:
         unset="4 bits for all",
     )
     calibration_sequences: int = setting(
-        128, integer(1, _ROWS), "rows of the train split that gptq and the size budget look at"
+        128,
+        integer(1, _ROWS),
+        "rows of the train split that gptq and the size budget look at",
+        more="Where scales are trained on all of them, gptq looks at 32.",
     )
     scale_epochs: int = setting(
         1,
