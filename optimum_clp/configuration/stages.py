@@ -399,7 +399,7 @@ class QuantizationConfig:
         128,
         integer(1, _ROWS),
         "rows of the train split that gptq and the size budget look at",
-        more="Where scales are trained on all of them, gptq looks at 32.",
+        more="Where scales are trained on all of them, gptq looks at a quarter (at least 32).",
     )
     scale_epochs: int = setting(
         1,

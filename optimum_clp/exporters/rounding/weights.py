@@ -20,8 +20,8 @@ from .scale_tuning import complete, judging_rows, tune_scales, tuning_bytes
 
 logger = logging.getLogger(__name__)
 
-# Rows that rounding looks at where scales are trained on all of them afterwards: docs/onnx_lab_notes.md
-_ROWS_BEFORE_SCALES = 32
+# Rows that rounding looks at where scales are trained on all of them afterwards, one in so many and at least so many: docs/onnx_lab_notes.md
+_BEFORE_SCALES, _FEWEST_BEFORE_SCALES = 4, 32
 
 
 def rounding_method(quantization: QuantizationConfig) -> RoundingMethod:
@@ -116,7 +116,7 @@ def _with_some_rows(problem: RoundingProblem) -> RoundingProblem:
     """Of the rows that train scales some for the rounding itself, from the first to the last: kinds of text may follow one another."""
     assert problem.calibration is not None
     train = problem.calibration[: len(problem.calibration) - judging_rows(len(problem.calibration))]
-    count = min(_ROWS_BEFORE_SCALES, len(train))
+    count = min(len(train), max(_FEWEST_BEFORE_SCALES, len(problem.calibration) // _BEFORE_SCALES))
     return replace(problem, calibration=train[[i * len(train) // count for i in range(count)]])
 
 

@@ -243,9 +243,14 @@ def test_rounding_itself_looks_at_some_of_the_rows(monkeypatch):
         return round_weights(model, 4, matrices, QuantizationConfig(), rows, quiet=True, **options)
 
     assert rounded_by().scale_tuning.tokens == 112 * 12
-    # of the 112 that no judge is one of, from the first to the last
+    # a quarter, of the 112 that no judge is one of, from the first to the last
     places = [next(i for i, row in enumerate(rows) if torch.equal(row, taken)) for taken in seen.pop()]
     assert places == [int(3.5 * i) for i in range(32)]
+    assert [
+        len(weights._with_some_rows(RoundingProblem(model, 4, {}, 16, rows[:n])).calibration) for n in (8, 40, 100)
+    ] == [7, 32, 32]
+    many = random_tokens(400, 2, seed=4)
+    assert len(weights._with_some_rows(RoundingProblem(model, 4, {}, 16, many)).calibration) == 100
     with notice("quantization.scale_epochs: "):
         assert rounded_by(room=ExportRoom(left=0.0)).scale_tuning is None
     assert torch.equal(seen.pop(), rows)
