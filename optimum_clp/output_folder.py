@@ -183,8 +183,11 @@ def write_quanto(
         raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
     with claimed_output(save_directory, overwrite) as target:
         assert target is not None
+        limit = main_memory(session.config.max_memory)
         options = {"overwrite": overwrite, "quiet": session.quiet}
-        result = save_quantized(session.cut_model(), session.tokenizer, target, weights, **options)
+        result = save_quantized(
+            session.cut_model(), session.tokenizer, target, weights, max_memory=limit, **options
+        )
     session.report.quantization = [*(session.report.quantization or []), result.to_dict()]
     return target
 
@@ -266,9 +269,15 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
 
 def _quantize_into(session: Session, folder: Path) -> None:
     model, kinds = session.cut_model(), session.config.quantization.weights
+    limit = main_memory(session.config.max_memory)
     session.report.quantization = [
         save_quantized(
-            model, session.tokenizer, folder / PRECISIONS[name].quanto_folder, name, quiet=session.quiet
+            model,
+            session.tokenizer,
+            folder / PRECISIONS[name].quanto_folder,
+            name,
+            max_memory=limit,
+            quiet=session.quiet,
         ).to_dict()
         for name in kinds
         if name in QUANTIZED

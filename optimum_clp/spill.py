@@ -46,7 +46,7 @@ class Spill:
         size = math.prod(shape) * dtype.itemsize
         if not self._goes_to_disk(size):
             self.free_memory -= size if size >= self.smallest else 0
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype)
         assert self.folder is not None
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:

@@ -77,6 +77,19 @@ def test_group_sizes_and_dtypes(weights, dtype, tmp_path):
     assert torch.equal(logits(reloaded, ids), logits(quantized_by_quanto(model, weights, False), ids))
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integers_lie_in_files_where_memory_does_not_hold_them(weights, tmp_path, monkeypatch):
+    model, mapped = wide_model(torch.bfloat16, vocab_size=512), []
+    from_file = torch.from_file
+    monkeypatch.setattr(torch, "from_file", lambda *args, **options: mapped.append(args) or from_file(*args, **options))
+    for name, limit in (("free", None), ("bound", 1)):
+        save_quantized(model, None, tmp_path / name, weights, max_memory=limit, quiet=True)
+        # what is written, and what is read back to be compared; smaller tensors stay
+        assert len(mapped) == (0 if limit is None else {"int8": 2 * 6 + 1, "int4": 2 * 1 + 1}[weights])
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("free", "bound")]
+    assert files[0] == files[1]
+
+
 def wide_model(dtype, **overrides):
     torch.manual_seed(0)
     config = tiny_config(num_layers=1, hidden_size=256, intermediate_size=384, head_dim=64, **overrides)

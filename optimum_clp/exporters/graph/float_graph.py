@@ -5,6 +5,7 @@ and `present.{i}.key` / `.value`. Batch, sequence and past are dynamic, and the 
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -31,6 +32,7 @@ from .trace import traceable
 logger = logging.getLogger(__name__)
 
 _PREFIX = "causal_lm."
+_COUNTED_SIZE = re.compile(r"\bu\d+\b")
 
 
 class _FlatCacheModel(nn.Module):
@@ -92,7 +94,7 @@ def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False
     if short is not None:
         try:
             graph = _traced(short.model, opset, fuse)
-            with unrolled_experts(model):
+            with unrolled_experts(model), unrolled_experts(short.model):
                 repeat_layers(graph, short, model, _PREFIX)
         except (NotRepeatable, ExportError) as reason:
             logger.debug(f"export: all layers are traced, since {reason}")
@@ -141,8 +143,18 @@ def _traced(model: PreTrainedModel, opset: int, fuse: bool) -> ir.Model:
         ) from error
     assert program is not None
     graph = program.model
+    _forget_counted_sizes(graph)
     _simplify(graph, weights=False)
     return graph
+
+
+def _forget_counted_sizes(graph: ir.Model) -> None:
+    """Forget the names of sizes that depend on numbers, such as how many tokens chose an expert: torch counts them through all layers."""
+    for node in graph.graph:
+        for value in node.outputs:
+            for axis, size in enumerate(value.shape or ()):
+                if value.shape is not None and _COUNTED_SIZE.search(str(size)):
+                    value.shape[axis] = None
 
 
 @contextmanager
