@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, ve
 from .configuration.clp_config import CLPConfig
 from .configuration.sizes import main_memory
 from .configuration.stages import QuantizationConfig
+from .disk_room import nothing_half_written, room_for
 from .errors import ConfigurationError, ExportError, ModelError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
@@ -399,23 +400,30 @@ def _take_origin_along(session: Session, folder: Path) -> None:
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.repeatable(), session.report
     session.stages.begin("records")
-    with attempts.stage("origin"):
+    with _record(attempts, "origin", folder):
         _take_origin_along(session, folder)
-    with attempts.stage("recipe"):
+    with _record(attempts, "recipe", folder):
         config.save_pretrained(folder)
     with attempts.stage("environment"):
         report.environment = environment_info(session.cut_model().device)
     with attempts.stage("fingerprints"):
         record_origin(report, session.model, session.cut_model(), session.quiet)
-    with attempts.stage("plots"):
+    with _record(attempts, "plots", folder):
         write_plots(report, folder)
     report.failures = failures_section(attempts.failed, name)
-    with attempts.stage("report page"):
+    with _record(attempts, "report page", folder):
         write_report_page(report, config, folder)
-    with attempts.stage("model card"):
+    with _record(attempts, "model card", folder):
         write_model_card(report, config, folder, model_name=name)
     report.failures = failures_section(attempts.failed, name)
-    with attempts.stage("report"):
+    with _record(attempts, "report", folder):
         report.save(folder)
     report.failures = failures_section(attempts.failed, name)  # the report itself may have failed
     attempts.failed.clear()
+
+
+@contextlib.contextmanager
+def _record(attempts: Attempts, name: str, folder: Path) -> Iterator[None]:
+    """A stage that writes into the folder; of one that fails nothing stays there half-written."""
+    with attempts.stage(name), nothing_half_written(folder), room_for(f"the {name}", folder, None):
+        yield

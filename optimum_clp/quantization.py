@@ -36,6 +36,7 @@ from .checkpoint.files import (
 )
 from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
+from .disk_room import room_for
 from .errors import ConfigurationError, Problem, QuantizationError
 from .forward.memory_bound import free_memory, private_memory
 from .freed_memory import return_freed_memory
@@ -142,7 +143,7 @@ def save_quantized(
     Raises:
         ConfigurationError: If `weights` is neither `"int8"` nor `"int4"`.
         QuantizationError: If there is too little to quantize ([`quanto_obstacle`]), a layer cannot be quantized, or
-            what is read back is not the model. Nothing is left behind.
+            what is read back is not the model, or the disk has no room for it. Nothing is left behind.
         OutputError: If the folder cannot be used.
     """
     kind = _qtype(weights)
@@ -161,7 +162,8 @@ def save_quantized(
                 bar.update(1)
         write_json(staged / CONFIG_FILE, {"model_type": QUANTO_MODEL_TYPE, _CONFIG_KEY: save_configs(model, staged)})
         write_json(staged / QUANTO_MAP_FILE, {n: {"weights": kind.name, "activations": "none"} for n in layers})
-        save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
+        with room_for("the quanto checkpoint", staged, sum(t.nbytes for t in state.values()), QuantizationError):
+            save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
         del state, room
         save_tokenizer(tokenizer, staged)
         _verify(_read(staged, _room(layers, max_memory, Path(rooms))), model, layers, kind)

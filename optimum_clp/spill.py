@@ -80,7 +80,7 @@ class Spill:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             # file systems that cannot reserve anything are used as they are
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return
             assert self.folder is not None
             raise self.no_room(self.folder, size, shutil.disk_usage(self.folder).free) from error

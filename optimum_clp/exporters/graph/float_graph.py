@@ -144,8 +144,25 @@ def _traced(model: PreTrainedModel, opset: int, fuse: bool) -> ir.Model:
     assert program is not None
     graph = program.model
     _forget_counted_sizes(graph)
+    _read_sizes_of_first_inputs(graph)
     _simplify(graph, weights=False)
     return graph
+
+
+def _read_sizes_of_first_inputs(graph: ir.Model) -> None:
+    """Let a size that several inputs have, such as the past's, be read from the first of these: torch takes any of them."""
+    first: dict[tuple, ir.Value] = {}
+    for value in graph.graph.inputs:
+        shape = value.shape or ir.Shape(())
+        for axis, size in enumerate(shape):
+            first.setdefault((len(shape), axis, str(size)), value)
+    for node in graph.graph:
+        value = node.inputs[0] if node.op_type == "Shape" else None
+        start = node.attributes.get_int("start", 0)
+        if value is None or not value.is_graph_input() or value.shape is None:
+            continue
+        if node.attributes.get_int("end", len(value.shape)) == start + 1:
+            node.replace_input_with(0, first[len(value.shape), start, str(value.shape[start])])
 
 
 def _forget_counted_sizes(graph: ir.Model) -> None:

@@ -27,30 +27,36 @@ class NotRepeatable(Exception):
 
 @dataclass
 class _Block:
-    """The nodes of one traced layer, in order.
+    """The nodes of one traced layer, in order, as they were before any layer was put in.
 
     Args:
         index (`int`): Of the layer in the short model.
         nodes (`list[Node]`): Its nodes.
+
+    Attributes:
+        inputs (`list[tuple[Value | None, ...]]`): What goes into each node.
         places (`dict[int, tuple[int, int]]`): By a value's `id`: which node of the block puts it out, and as which output.
+        given (`list[Value]`): What nodes behind the layer take from it.
     """
 
     index: int
     nodes: list[ir.Node]
+    inputs: list[tuple[ir.Value | None, ...]] = field(init=False)
     places: dict[int, tuple[int, int]] = field(init=False)
+    given: list[ir.Value] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.places = {
-            id(value): (n, k) for n, node in enumerate(self.nodes) for k, value in enumerate(node.outputs)
-        }
+        outputs = [(n, k, value) for n, node in enumerate(self.nodes) for k, value in enumerate(node.outputs)]
+        own = set(map(id, self.nodes))
+        self.inputs = [tuple(node.inputs) for node in self.nodes]
+        self.places = {id(value): (n, k) for n, k, value in outputs}
+        self.given = [value for _, _, value in outputs if any(id(use.node) not in own for use in value.uses())]
 
     def handed_on(self) -> ir.Value:
         """The one value that nodes behind the layer take from it."""
-        own = set(map(id, self.nodes))
-        found = [v for node in self.nodes for v in node.outputs if any(id(use.node) not in own for use in v.uses())]
-        if len(found) != 1:
-            raise NotRepeatable(f"layer {self.index} hands on {len(found)} values")
-        return found[0]
+        if len(self.given) != 1:
+            raise NotRepeatable(f"layer {self.index} hands on {len(self.given)} values")
+        return self.given[0]
 
 
 class _Tensors:
@@ -93,22 +99,22 @@ class _Repeater:
         templates = {kind: self._template(kind) for kind in set(kinds) if self._is_repeated(kind)}
         self._check_rest({template.index for template, _ in templates.values()})
         made: dict[int, tuple[ir.Value, ...]] = {}
-        handed_on, last = None, None
+        # of the layer before, where that was put in; the first layer of a kind is always traced
+        handed_on: ir.Value | None = None
+        end = self.blocks[0].nodes[-1]
         for layer, kind in enumerate(kinds):
             if layer in places:
                 block = self.blocks[places[layer]]
                 if handed_on is not None:
-                    _take_instead(block, self.blocks[places[layer] - 1].handed_on(), handed_on)
-                handed_on, last = None, block
+                    _take_instead(block, self.blocks[block.index - 1].handed_on(), handed_on)
+                handed_on, end = None, block.nodes[-1]
                 continue
-            assert last is not None
             template, taken = templates[kind]
-            before = last.handed_on() if handed_on is None else handed_on
-            copied, cached = self._copy(template, layer, taken, before)
-            self.graph.insert_after(last.nodes[-1], copied)
+            before = self.blocks[places[layer - 1]].handed_on() if handed_on is None else handed_on
+            copied, made[layer] = self._copy(template, layer, taken, before)
+            self.graph.insert_after(end, copied)
             number, output = template.places[id(template.handed_on())]
-            handed_on, made[layer] = copied[number].outputs[output], cached
-            last = _Block(last.index, [*last.nodes, *copied])
+            handed_on, end = copied[number].outputs[output], copied[-1]
         self._rename(made)
 
     def _is_repeated(self, kind: int) -> bool:
@@ -139,8 +145,8 @@ class _Repeater:
         known: dict[int, ir.Value] = {id(taken): before}
         known |= {id(self.inputs[name]): past for name, past in zip(names[0], pasts, strict=True)}
         copied: list[ir.Node] = []
-        for node in template.nodes:
-            inputs = [None if value is None else self._counterpart(value, template, layer, known) for value in node.inputs]
+        for node, taken_in in zip(template.nodes, template.inputs, strict=True):
+            inputs = [None if value is None else self._counterpart(value, template, layer, known) for value in taken_in]
             new = ir.Node(
                 node.domain,
                 node.op_type,
