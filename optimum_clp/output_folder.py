@@ -186,9 +186,7 @@ def write_quanto(
         assert target is not None
         limit = main_memory(session.config.max_memory)
         options = {"overwrite": overwrite, "quiet": session.quiet}
-        result = save_quantized(
-            session.cut_model(), session.tokenizer, target, weights, max_memory=limit, **options
-        )
+        result = save_quantized(session.cut_model(), session.tokenizer, target, weights, max_memory=limit, **options)
     session.report.quantization = [*(session.report.quantization or []), result.to_dict()]
     return target
 

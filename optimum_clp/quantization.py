@@ -156,7 +156,9 @@ def save_quantized(
         state, room = _float_tensors(model, layers), _room(layers, max_memory, Path(rooms))
         with progress_bar(len(layers), f"quanto {weights}", quiet) as bar:
             for name, layer in layers.items():
-                state.update({f"{name}.{key}": room.keep(value) for key, value in _quantize(name, layer, kind).items()})
+                state.update(
+                    {f"{name}.{key}": room.keep(value) for key, value in _quantize(name, layer, kind).items()}
+                )
                 # the allocator would keep a float32 copy of each layer
                 return_freed_memory()
                 bar.update(1)

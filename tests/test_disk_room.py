@@ -9,7 +9,7 @@ import pytest
 import torch
 from notices import notice
 from safetensors.torch import save_file
-from tiny_models import random_tokens, tiny_model, tiny_tokenizer
+from tiny_models import tiny_model, tiny_tokenizer
 
 from optimum_clp import CLPConfig, CLPPruner, QuantizationConfig
 from optimum_clp.calibration.sample_cache import save_sample
@@ -118,3 +118,36 @@ def test_what_libraries_say_of_a_full_disk_is_understood(small):
                 save_file({"it": torch.zeros(250_000)}, small.folder / "it.safetensors")
             except Exception as error:
                 raise RuntimeError("a library's own") from error
+
+
+def test_the_same_command_goes_on_once_there_is_room(tmp_path, monkeypatch, caplog):
+    tiny_model(num_layers=4).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    text = {"sequence_length": 24, "train_sequences": 8, "validation_sequences": 4, "test_sequences": 4}
+    config = CLPConfig(
+        0.25,
+        calibration={**text, "cache_dir": str(tmp_path / "cache")},
+        search={"num_sequences": 4},
+        tuning={"epochs": 1, "batch_size": 4, "checkpoint_seconds": 0},
+        evaluation={"generation": False},
+        export={"enabled": False},
+    )
+
+    def prune():
+        caplog.clear()
+        with caplog.at_level("INFO", "optimum_clp"):
+            CLPPruner.from_pretrained(tmp_path / "dense", quiet=True).prune(config, save_directory=tmp_path / "out")
+        return caplog.text
+
+    with monkeypatch.context() as patch:
+        # the trial before the search writes to another disk
+        patch.setattr("optimum_clp.disk_room.free_bytes", lambda folder: 1000 if folder.parent == tmp_path else 10**9)
+        with pytest.raises(
+            OutputError, match=r"no room for the checkpoint: \d\.\d\d MB are needed, 0\.00 MB are free"
+        ):
+            prune()
+        assert not [path for path in tmp_path.iterdir() if path.name not in ("dense", "cache")]
+    told = prune()
+    assert "measurements that an earlier run has made are taken from" in told
+    assert "tuning: goes on from" in told and "where an earlier one ended" in told
+    assert (tmp_path / "out/model.safetensors").is_file() and not list((tmp_path / "cache").rglob("search-*.jsonl"))

@@ -81,7 +81,9 @@ def test_group_sizes_and_dtypes(weights, dtype, tmp_path):
 def test_integers_lie_in_files_where_memory_does_not_hold_them(weights, tmp_path, monkeypatch):
     model, mapped = wide_model(torch.bfloat16, vocab_size=512), []
     from_file = torch.from_file
-    monkeypatch.setattr(torch, "from_file", lambda *args, **options: mapped.append(args) or from_file(*args, **options))
+    monkeypatch.setattr(
+        torch, "from_file", lambda *args, **options: mapped.append(args) or from_file(*args, **options)
+    )
     for name, limit in (("free", None), ("bound", 1)):
         save_quantized(model, None, tmp_path / name, weights, max_memory=limit, quiet=True)
         # what is written, and what is read back to be compared; smaller tensors stay

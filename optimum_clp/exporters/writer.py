@@ -63,7 +63,10 @@ class FileWriter:
             ExportError: If the file does not run, its error is above the tolerance, or the disk has no room for it.
         """
         file = self.staging / precision.onnx_file
-        with nothing_half_written(self.staging), room_for(f"onnx/{file.name}", self.staging, stored_bytes(graph), ExportError):
+        with (
+            nothing_half_written(self.staging),
+            room_for(f"onnx/{file.name}", self.staging, stored_bytes(graph), ExportError),
+        ):
             written = save_graph(graph, file)
         error = self.check.error(file, in_float=precision is FLOAT32)
         check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)

@@ -21,11 +21,11 @@ from ...errors import ExportError
 from ...forward.decoding import cache_keyword, cache_of
 from ...runtime.names import FUSED_ATTENTION, cache_names
 from ..experts import unrolled_experts
+from ..layer_kinds import short_model
 from ..obstacle import key_value_layers, takes_position_ids
 from .file import stored_shape, stored_tensor
 from .fused import FusedAttention, fuse_graph, fused
-from .layer_kinds import short_model
-from .ordered_names import name_in_order
+from .ordered_names import name_in_order, order_by_use
 from .repeated_layers import NotRepeatable, repeat_layers
 from .trace import traceable
 
@@ -273,12 +273,20 @@ def _simplify(graph: ir.Model, weights: bool = True) -> None:
         graph (`onnx_ir.Model`): The graph, changed in place.
         weights (`bool`): Small weights that are equal become one, too.
     """
-    optimizer.fold_constants_ir(graph, should_fold=lambda node: False if transposed_weight(node) is not None else None)
+
+    def folds(node: ir.Node) -> bool | None:
+        """What is computed of weights alone stays where these are to be told apart; `None` leaves it to the optimizer."""
+        kept = transposed_weight(node) is not None or (not weights and any(map(_is_weight, node.inputs)))
+        return False if kept else None
+
+    optimizer.fold_constants_ir(graph, should_fold=folds)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
     )(graph)
     if weights:
+        # of several that are equal the first one stays
+        order_by_use(graph)
         common.DeduplicateInitializersPass()(graph)
     else:
         _merge_constants(graph)
@@ -290,10 +298,14 @@ def _simplify(graph: ir.Model, weights: bool = True) -> None:
     )(graph)
 
 
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and str(value.name).startswith(_PREFIX)
+
+
 def _merge_constants(graph: ir.Model) -> None:
     """Store constants once that are equal, and leave the model's tensors alone, in place."""
     known: dict[tuple, ir.Value] = {}
-    for value in [value for name, value in graph.graph.initializers.items() if not name.startswith(_PREFIX)]:
+    for value in [value for value in graph.graph.initializers.values() if not _is_weight(value)]:
         tensor = stored_tensor(value)
         first = known.setdefault((tensor.dtype, stored_shape(tensor), tensor.tobytes()), value)
         if first is not value and not value.is_graph_output():

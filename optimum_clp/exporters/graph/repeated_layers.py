@@ -13,8 +13,8 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from ...runtime.names import cache_names
+from ..layer_kinds import ShortModel
 from .file import stored_tensor
-from .layer_kinds import ShortModel
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 # larger constants than these are not made one where a graph is simplified
@@ -122,7 +122,9 @@ class _Repeater:
 
     def _template(self, kind: int) -> tuple[_Block, ir.Value]:
         """The second layer of a kind, which must be the last one's equal; and the value that it takes from the one before."""
-        members = [b for b, layer in zip(self.blocks, self.short.traced, strict=True) if self.short.kinds[layer] == kind]
+        members = [
+            b for b, layer in zip(self.blocks, self.short.traced, strict=True) if self.short.kinds[layer] == kind
+        ]
         template, last = members[1:]
         taken = _Comparison(template, last, self.tensors, self.inputs, self.blocks).taken()
         if template.places[id(template.handed_on())] != last.places[id(last.handed_on())]:
@@ -130,7 +132,9 @@ class _Repeater:
         return template, taken
 
     def _check_rest(self, templates: set[int]) -> None:
-        inside = {id(value) for block in self.blocks if block.index in templates for n in block.nodes for value in n.outputs}
+        inside = {
+            id(value) for block in self.blocks if block.index in templates for n in block.nodes for value in n.outputs
+        }
         last = self.blocks[-1]
         inside -= {id(value) for node in last.nodes for value in node.outputs}
         if any(id(value) in inside for node in self.rest for value in node.inputs):
@@ -146,7 +150,9 @@ class _Repeater:
         known |= {id(self.inputs[name]): past for name, past in zip(names[0], pasts, strict=True)}
         copied: list[ir.Node] = []
         for node, taken_in in zip(template.nodes, template.inputs, strict=True):
-            inputs = [None if value is None else self._counterpart(value, template, layer, known) for value in taken_in]
+            inputs = [
+                None if value is None else self._counterpart(value, template, layer, known) for value in taken_in
+            ]
             new = ir.Node(
                 node.domain,
                 node.op_type,

@@ -11,7 +11,10 @@ from optimum_clp.mapped_weights import MappedWeights
 @pytest.mark.parametrize("bits", [8, 4])
 def test_integers_lie_in_files_where_memory_does_not_hold_them(bits, tmp_path):
     model = tiny_model(num_layers=1, hidden_size=256, intermediate_size=512)
-    rounded = [Quanto().round(RoundingProblem(model, bits, {}, 32, room=room)) for room in (ExportRoom(), ExportRoom(tmp_path))]
+    rounded = [
+        Quanto().round(RoundingProblem(model, bits, {}, 32, room=room))
+        for room in (ExportRoom(), ExportRoom(tmp_path))
+    ]
     free, bound = (found.matrices for found in rounded)
     mapped, large = MappedWeights(), 0
     for name, matrix in free.items():

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ...architecture.lookup import cut_config, decoder_layers, decoder_path, describe_layers
-from ...errors import CLPError
-from ...surgery.assembly import assembled
+from ..architecture.lookup import cut_config, cut_obstacle, decoder_layers, decoder_path, describe_layers
+from ..errors import CLPError
+from ..surgery.assembly import assembled
 
 # what every module has, and what says nothing about what it computes
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -51,6 +51,17 @@ def short_model(model: PreTrainedModel) -> ShortModel | None:
     except CLPError:
         return None
     return ShortModel(short, traced, kinds, path)
+
+
+def traced_layers(model: PreTrainedModel) -> int:
+    """How many layers a trace has to see, if those of a kind turn out to be the same nodes.
+
+    Args:
+        model (`PreTrainedModel`): May be on the meta device.
+    """
+    kinds = layer_kinds(model)
+    traced = _first_second_and_last(kinds)
+    return len(kinds) if cut_obstacle(model.config, traced) else len(traced)
 
 
 def layer_kinds(model: PreTrainedModel) -> tuple[int, ...]:
