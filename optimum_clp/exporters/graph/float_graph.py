@@ -157,12 +157,12 @@ def _read_sizes_of_first_inputs(graph: ir.Model) -> None:
         for axis, size in enumerate(shape):
             first.setdefault((len(shape), axis, str(size)), value)
     for node in graph.graph:
-        value = node.inputs[0] if node.op_type == "Shape" else None
+        source = node.inputs[0] if node.op_type == "Shape" else None
         start = node.attributes.get_int("start", 0)
-        if value is None or not value.is_graph_input() or value.shape is None:
+        if source is None or not source.is_graph_input() or source.shape is None:
             continue
-        if node.attributes.get_int("end", len(value.shape)) == start + 1:
-            node.replace_input_with(0, first[len(value.shape), start, str(value.shape[start])])
+        if node.attributes.get_int("end", len(source.shape)) == start + 1:
+            node.replace_input_with(0, first[len(source.shape), start, str(source.shape[start])])
 
 
 def _forget_counted_sizes(graph: ir.Model) -> None:

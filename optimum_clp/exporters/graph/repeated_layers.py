@@ -314,7 +314,8 @@ def _blocks(graph: ir.Graph, path: str, count: int) -> tuple[list[_Block], list[
     """The nodes of each layer, and those behind the layers."""
     nodes, pattern = list(graph), re.compile(rf"'{re.escape(path)}\.(\d+)[.']")
     seen = [set(map(int, pattern.findall(node.metadata_props.get(_SCOPES, "")))) for node in nodes]
-    ends, begin = [], [i for i, found in enumerate(seen) if found == {0}]
+    ends: list[int] = []
+    begin = [i for i, found in enumerate(seen) if found == {0}]
     if not begin:
         raise NotRepeatable("torch does not say which nodes are a layer's")
     for layer in range(count):
