@@ -96,8 +96,9 @@ class _Repeater:
     def repeat(self) -> None:
         traced, kinds = self.short.traced, self.short.kinds
         places = {layer: place for place, layer in enumerate(traced)}
+        self._check_caches()
         templates = {kind: self._template(kind) for kind in set(kinds) if self._is_repeated(kind)}
-        self._check_rest({template.index for template, _ in templates.values()})
+        self._check_neighbours({template.index for template, _ in templates.values()})
         made: dict[int, tuple[ir.Value, ...]] = {}
         # of the layer before, where that was put in; the first layer of a kind is always traced
         handed_on: ir.Value | None = None
@@ -131,14 +132,24 @@ class _Repeater:
             raise NotRepeatable(f"layers {template.index} and {last.index} hand on different values")
         return template, taken
 
-    def _check_rest(self, templates: set[int]) -> None:
-        inside = {
-            id(value) for block in self.blocks if block.index in templates for n in block.nodes for value in n.outputs
-        }
-        last = self.blocks[-1]
-        inside -= {id(value) for node in last.nodes for value in node.outputs}
-        if any(id(value) in inside for node in self.rest for value in node.inputs):
-            raise NotRepeatable("what is behind the layers takes values of single layers")
+    def _check_caches(self) -> None:
+        for index in range(len(self.blocks)):
+            if not {*_cache(index, "past_key_values")} <= self.inputs.keys():
+                raise NotRepeatable(f"layer {index} has no cache of keys and values")
+            if not {*_cache(index, "present")} <= self.outputs.keys():
+                raise NotRepeatable(f"layer {index} puts out no cache of keys and values")
+
+    def _check_neighbours(self, templates: set[int]) -> None:
+        """What a layer hands on must go to the next one alone, if it is repeated, or if others come between the two."""
+        traced = self.short.traced
+        for block in self.blocks:
+            last = block.index + 1 == len(self.blocks)
+            parted = not last and traced[block.index + 1] != traced[block.index] + 1
+            if block.index in templates or parted:
+                following = self.rest if last else self.blocks[block.index + 1].nodes
+                near = {id(node) for node in (*block.nodes, *following)}
+                if any(id(use.node) not in near for use in block.handed_on().uses()):
+                    raise NotRepeatable(f"what layer {block.index} hands on goes further than to the next one")
 
     def _copy(
         self, template: _Block, layer: int, taken: ir.Value, before: ir.Value
@@ -168,9 +179,10 @@ class _Repeater:
                 known[id(old)] = output
             copied.append(new)
         presents = [known.get(id(self.outputs[name])) for name in names[1]]
-        if None in presents:
+        own = [value for value in presents if value is not None]
+        if len(own) < len(presents):
             raise NotRepeatable(f"layer {template.index} puts out no cache of its own")
-        return copied, (*pasts, *[value for value in presents if value is not None])
+        return copied, (*pasts, *own)
 
     def _counterpart(self, value: ir.Value, template: _Block, layer: int, known: dict[int, ir.Value]) -> ir.Value:
         if id(value) not in known:
@@ -202,11 +214,8 @@ class _Repeater:
                 values[name]
                 for kind, values in (("past_key_values", self.inputs), ("present", self.outputs))
                 for name in _cache(place, kind)
-                if name in values
             )
         count = len(self.short.kinds)
-        if any(len(caches[layer]) != 4 for layer in range(count)):
-            raise NotRepeatable("not every layer has a cache of keys and values")
         own = {id(value) for values in caches.values() for value in values}
         for values, kind, part in ((self.graph.inputs, "past_key_values", 0), (self.graph.outputs, "present", 2)):
             others = [value for value in values if id(value) not in own]
@@ -252,7 +261,8 @@ class _Comparison:
         """
         if len(self.first.nodes) != len(self.second.nodes):
             self._refuse("have other numbers of nodes")
-        found: dict[int, tuple[ir.Value, ir.Value]] = {}
+        # a dictionary of pairs, so that a value with two counterparts counts as two
+        found: dict[tuple[int, int], ir.Value] = {}
         for a, b in zip(self.first.nodes, self.second.nodes, strict=True):
             if _said(a) != _said(b):
                 self._refuse(f"have other nodes, such as {a.op_type} and {b.op_type}")
@@ -261,10 +271,10 @@ class _Comparison:
                     if value is None or other is None or not self._from_before(value, other):
                         self._refuse(f"give other inputs to {a.op_type}")
                     assert value is not None and other is not None
-                    found[id(value)] = value, other
+                    found[id(value), id(other)] = value
         if len(found) != 1:
             self._refuse(f"take {len(found)} values from the layers before them")
-        return next(iter(found.values()))[0]
+        return next(iter(found.values()))
 
     def _refuse(self, how: str) -> None:
         raise NotRepeatable(f"layers {self.first.index} and {self.second.index} {how}")

@@ -10,10 +10,10 @@ from tiny_onnx import onnx_test_model
 from zoo import ZOO, zoo_model
 
 from optimum_clp.exporters.float32_copy import float32_copy
-from optimum_clp.exporters.graph import float_graph
+from optimum_clp.exporters.graph import float_graph, repeated_layers
 from optimum_clp.exporters.graph.float_graph import export_float_graph
 from optimum_clp.exporters.graph.fused import fused_obstacle
-from optimum_clp.exporters.graph.repeated_layers import NotRepeatable
+from optimum_clp.exporters.graph.repeated_layers import NotRepeatable, repeat_layers
 from optimum_clp.exporters.layer_kinds import short_model
 from optimum_clp.exporters.obstacle import onnx_obstacle
 
@@ -33,16 +33,26 @@ def both(model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def llama():
-    """Five layers, of which three are traced: both graphs, and how many layers each of torch's traces had."""
+    """Five layers, of which three are traced: both graphs, how many layers each of torch's traces had, and the graph of the three."""
     model, traced, export = float32_copy(onnx_test_model("llama", tied=False, num_layers=5)), [], torch.onnx.export
 
     def counted(whole, *args, **options):
         traced.append(len(whole.causal_lm.model.layers))
         return export(whole, *args, **options)
 
-    with mock.patch.object(torch.onnx, "export", counted), float_graph.quiet_exporter():
+    short = []
+
+    def kept(graph, *args):
+        short.append((graph.clone(), args[0]))
+        repeat_layers(graph, *args)
+
+    with (
+        mock.patch.object(torch.onnx, "export", counted),
+        mock.patch.object(float_graph, "repeat_layers", kept),
+        float_graph.quiet_exporter(),
+    ):
         repeated, whole = (export_float_graph(model, 21, fuse=True, repeat=repeat) for repeat in (True, False))
-    return SimpleNamespace(model=model, repeated=repeated, whole=whole, traced=traced)
+    return SimpleNamespace(model=model, repeated=repeated, whole=whole, traced=traced, short=short[0])
 
 
 def test_repeated_layers_are_those_of_a_whole_trace(llama):
@@ -101,19 +111,43 @@ def test_names_do_not_depend_on_the_trace(llama):
     assert "model.layers.3.input_layernorm.weight" in weights and weights[0] == "model.embed_tokens.weight"
 
 
-def test_where_layers_are_not_alike_all_are_traced(monkeypatch):
-    def refuse(*args):
-        raise NotRepeatable("layer 1 hands on 2 values")
+@pytest.fixture
+def traced(monkeypatch):
+    """The models that are traced, the whole ones of them to an empty graph; and why layers were not repeated."""
+    models, told, trace = [], [], float_graph._traced
 
-    model, told = float32_copy(onnx_test_model("llama", tied=True, num_layers=4)), []
-    traced = []
-    monkeypatch.setattr(float_graph, "repeat_layers", refuse)
-    monkeypatch.setattr(
-        float_graph,
-        "_traced",
-        lambda model, *args: traced.append(model) or ir.Model(ir.Graph([], [], nodes=[]), ir_version=10),
-    )
+    def short_ones(model, *args):
+        models.append(model)
+        return trace(model, *args) if len(models) == 1 else ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)
+
+    monkeypatch.setattr(float_graph, "_traced", short_ones)
     monkeypatch.setattr(float_graph.logger, "debug", told.append)
+    return SimpleNamespace(models=models, told=told)
+
+
+def test_layers_that_were_thought_alike_and_are_not_are_all_traced(traced, monkeypatch):
+    (tiny,) = [tiny for tiny in ZOO if tiny.name == "cohere2"]
+    layers = ["sliding_attention", "full_attention", *["sliding_attention"] * 2]
+    model = float32_copy(zoo_model(tiny, num_hidden_layers=4, layer_types=layers))
+    # kinds that do not look at the config
+    monkeypatch.setattr("optimum_clp.exporters.layer_kinds.layer_kinds", lambda model: (0,) * 4)
     export_float_graph(model, 21)
-    assert told == ["export: all layers are traced, since layer 1 hands on 2 values"]
-    assert [len(model.model.layers) for model in traced] == [3, 4] and traced[1] is model
+    assert len(traced.told) == 1 and traced.told[0].startswith("export: all layers are traced, since layers 1 and 2 ")
+    assert [len(model.model.layers) for model in traced.models] == [3, 4] and traced.models[1] is model
+
+
+def test_what_goes_further_than_to_the_next_layer_is_not_repeated(llama):
+    graph, short = llama.short
+    blocks = repeated_layers._blocks(graph.graph, "causal_lm.model.layers", 3)[0]
+    handed_on = blocks[1].handed_on()
+    graph.graph.append(ir.node("Identity", [handed_on]))
+    with pytest.raises(NotRepeatable, match="what layer 1 hands on goes further than to the next one"):
+        repeat_layers(graph, short, llama.model, "causal_lm.")
+    inner = next(value for node in blocks[1].nodes for value in node.outputs if value is not handed_on)
+    graph.graph.append(ir.node("Identity", [inner]))
+    with pytest.raises(NotRepeatable, match="layer 1 hands on 2 values"):
+        repeat_layers(graph, short, llama.model, "causal_lm.")
+    for node in graph.graph:
+        node.metadata_props.clear()
+    with pytest.raises(NotRepeatable, match="torch does not say which nodes are a layer's"):
+        repeat_layers(graph, short, llama.model, "causal_lm.")
