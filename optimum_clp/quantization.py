@@ -41,7 +41,7 @@ from .errors import ConfigurationError, Problem, QuantizationError
 from .forward.memory_bound import free_memory, private_memory
 from .freed_memory import return_freed_memory
 from .model_files import check_folder, check_model_file, read_model_file, safetensors_header
-from .own_state import in_own_state
+from .own_state import in_own_state, own_state
 from .precisions import PRECISIONS, QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
@@ -168,7 +168,10 @@ def save_quantized(
             save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
         del state, room
         save_tokenizer(tokenizer, staged)
-        _verify(_read(staged, _room(layers, max_memory, Path(rooms))), model, layers, kind)
+        with own_state():
+            reloaded = _read(staged, _room(layers, max_memory, Path(rooms)))
+        _verify(reloaded, model, layers, kind)
+        del reloaded
         size = (staged / QUANTO_FILE).stat().st_size
     return QuantoResult(Path(folder), weights, len(layers), size)
 

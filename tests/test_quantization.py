@@ -271,12 +271,14 @@ def test_folder_that_is_not_empty(tmp_path):
 def test_a_layer_that_is_left_is_named(tmp_path, monkeypatch):
     from optimum_clp import quantization
 
-    def partly(folder):
-        model = load_quantized(folder)
+    read = quantization._read
+
+    def partly(folder, room):
+        model = read(folder, room)
         model.model.layers[1].mlp.up_proj = nn.Linear(32, 56, bias=False)
         return model
 
-    monkeypatch.setattr(quantization, "load_quantized", partly)
+    monkeypatch.setattr(quantization, "_read", partly)
     with pytest.raises(
         QuantizationError, match=r"42 of 43 linear layers are quantized; left are model\.layers\.1\.mlp"
     ):
@@ -299,13 +301,15 @@ def test_a_layer_that_is_left_is_named(tmp_path, monkeypatch):
 def test_a_model_that_is_read_back_wrong_is_found(edit, message, tmp_path, monkeypatch):
     from optimum_clp import quantization
 
-    def wrong(folder):
-        model = load_quantized(folder)
+    read = quantization._read
+
+    def wrong(folder, room):
+        model = read(folder, room)
         with torch.no_grad():
             edit(model)
         return model
 
-    monkeypatch.setattr(quantization, "load_quantized", wrong)
+    monkeypatch.setattr(quantization, "_read", wrong)
     with pytest.raises(QuantizationError, match=f"read back, {message}"):
         save_quantized(tiny_model(), None, tmp_path / "q", quiet=True)
     assert list(tmp_path.iterdir()) == []
