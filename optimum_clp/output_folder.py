@@ -12,7 +12,7 @@ import os
 import shlex
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from .checkpoint.saving import save_checkpoint, save_configs, save_tokenizer, ve
 from .configuration.clp_config import CLPConfig
 from .configuration.sizes import main_memory
 from .configuration.stages import QuantizationConfig
+from .disk_room import nothing_half_written, room_for
 from .errors import ConfigurationError, ExportError, ModelError, QuantizationError
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
@@ -183,8 +184,9 @@ def write_quanto(
         raise ConfigurationError.of("file_prefix", file_prefix, rule, "Leave it out")
     with claimed_output(save_directory, overwrite) as target:
         assert target is not None
+        limit = main_memory(session.config.max_memory)
         options = {"overwrite": overwrite, "quiet": session.quiet}
-        result = save_quantized(session.cut_model(), session.tokenizer, target, weights, **options)
+        result = save_quantized(session.cut_model(), session.tokenizer, target, weights, max_memory=limit, **options)
     session.report.quantization = [*(session.report.quantization or []), result.to_dict()]
     return target
 
@@ -266,9 +268,15 @@ def write_export(session: Session, save_directory: str | os.PathLike, overwrite:
 
 def _quantize_into(session: Session, folder: Path) -> None:
     model, kinds = session.cut_model(), session.config.quantization.weights
+    limit = main_memory(session.config.max_memory)
     session.report.quantization = [
         save_quantized(
-            model, session.tokenizer, folder / PRECISIONS[name].quanto_folder, name, quiet=session.quiet
+            model,
+            session.tokenizer,
+            folder / PRECISIONS[name].quanto_folder,
+            name,
+            max_memory=limit,
+            quiet=session.quiet,
         ).to_dict()
         for name in kinds
         if name in QUANTIZED
@@ -390,23 +398,30 @@ def _take_origin_along(session: Session, folder: Path) -> None:
 def _write_records(session: Session, folder: Path, name: str, attempts: Attempts) -> None:
     config, report = session.repeatable(), session.report
     session.stages.begin("records")
-    with attempts.stage("origin"):
+    with _record(attempts, "origin", folder):
         _take_origin_along(session, folder)
-    with attempts.stage("recipe"):
+    with _record(attempts, "recipe", folder):
         config.save_pretrained(folder)
     with attempts.stage("environment"):
         report.environment = environment_info(session.cut_model().device)
     with attempts.stage("fingerprints"):
         record_origin(report, session.model, session.cut_model(), session.quiet)
-    with attempts.stage("plots"):
+    with _record(attempts, "plots", folder):
         write_plots(report, folder)
     report.failures = failures_section(attempts.failed, name)
-    with attempts.stage("report page"):
+    with _record(attempts, "report page", folder):
         write_report_page(report, config, folder)
-    with attempts.stage("model card"):
+    with _record(attempts, "model card", folder):
         write_model_card(report, config, folder, model_name=name)
     report.failures = failures_section(attempts.failed, name)
-    with attempts.stage("report"):
+    with _record(attempts, "report", folder):
         report.save(folder)
     report.failures = failures_section(attempts.failed, name)  # the report itself may have failed
     attempts.failed.clear()
+
+
+@contextlib.contextmanager
+def _record(attempts: Attempts, name: str, folder: Path) -> Iterator[None]:
+    """A stage that writes into the folder; of one that fails nothing stays there half-written."""
+    with attempts.stage(name), nothing_half_written(folder), room_for(f"the {name}", folder, None):
+        yield

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import os
+import tempfile
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,17 +36,25 @@ from .checkpoint.files import (
 )
 from .checkpoint.output import staged_folder
 from .checkpoint.saving import different_buffer, has_tied_head, save_configs, save_tokenizer
+from .disk_room import room_for
 from .errors import ConfigurationError, Problem, QuantizationError
+from .forward.memory_bound import free_memory, private_memory
+from .freed_memory import return_freed_memory
 from .model_files import check_folder, check_model_file, read_model_file, safetensors_header
-from .own_state import in_own_state
+from .own_state import in_own_state, own_state
 from .precisions import PRECISIONS, QUANTIZED
 from .progress import progress_bar
 from .report.section import Key, to_section
+from .spill import Spill
 
 # the tensors that quanto stores in place of a linear layer's weight
 _PARTS = {"qint8": ("_data", "_scale"), "qint4": ("_data._data", "_scale", "_shift")}
 # config.json of the folder holds the model's own configuration under this key
 _CONFIG_KEY = "model_config"
+# smaller tensors are not worth a mapping
+_SMALLEST = 2**16
+# of the largest layer's float32 size: what exists while it is rounded, or compared with what was read back (estimate)
+_OF_A_LAYER = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +118,13 @@ def save_quantized(
     weights: str = "int8",
     *,
     overwrite: bool = False,
+    max_memory: int | None = None,
     quiet: bool = False,
 ) -> QuantoResult:
     """Write an optimum-quanto checkpoint of a model, and check it by reading it back.
 
     The layers are quantized one at a time from the caller's tensors: the model is not changed and no second float copy
-    is made. Stock transformers refuses the folder with an error that names [`load_quantized`].
+    is made. Integers that memory does not hold lie in files of the folder until it is done. Stock transformers refuses the folder with an error that names [`load_quantized`].
 
     Args:
         model (`PreTrainedModel`): A dense model, on any device.
@@ -124,6 +134,7 @@ def save_quantized(
             inputs, the largest that divides a layer's inputs; per row if there are 128 inputs or fewer, or none
             divides.
         overwrite (`bool`): Replace a folder that is not empty.
+        max_memory (`int`, *optional*): Bytes that this process may hold; what is free now if not given.
         quiet (`bool`): Show no progress bar.
 
     Returns:
@@ -132,26 +143,35 @@ def save_quantized(
     Raises:
         ConfigurationError: If `weights` is neither `"int8"` nor `"int4"`.
         QuantizationError: If there is too little to quantize ([`quanto_obstacle`]), a layer cannot be quantized, or
-            what is read back is not the model. Nothing is left behind.
+            what is read back is not the model, or the disk has no room for it. Nothing is left behind.
         OutputError: If the folder cannot be used.
     """
     kind = _qtype(weights)
     obstacle = quanto_obstacle(model)
     if obstacle is not None:
         raise QuantizationError(obstacle)
-    with staged_folder(folder, overwrite) as staged:
+    with staged_folder(folder, overwrite) as staged, contextlib.ExitStack() as stack:
         layers = _layers_to_quantize(model)
-        state = _float_tensors(model, layers)
+        rooms = stack.enter_context(tempfile.TemporaryDirectory(dir=staged, prefix=".quanto-"))
+        state, room = _float_tensors(model, layers), _room(layers, max_memory, Path(rooms))
         with progress_bar(len(layers), f"quanto {weights}", quiet) as bar:
             for name, layer in layers.items():
-                state.update({f"{name}.{key}": value for key, value in _quantize(name, layer, kind).items()})
+                state.update(
+                    {f"{name}.{key}": room.keep(value) for key, value in _quantize(name, layer, kind).items()}
+                )
+                # the allocator would keep a float32 copy of each layer
+                return_freed_memory()
                 bar.update(1)
         write_json(staged / CONFIG_FILE, {"model_type": QUANTO_MODEL_TYPE, _CONFIG_KEY: save_configs(model, staged)})
         write_json(staged / QUANTO_MAP_FILE, {n: {"weights": kind.name, "activations": "none"} for n in layers})
-        save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
-        del state
+        with room_for("the quanto checkpoint", staged, sum(t.nbytes for t in state.values()), QuantizationError):
+            save_file(state, staged / QUANTO_FILE, metadata={"format": "pt"})
+        del state, room
         save_tokenizer(tokenizer, staged)
-        _verify(load_quantized(staged), model, layers, kind)
+        with own_state():
+            reloaded = _read(staged, _room(layers, max_memory, Path(rooms)))
+        _verify(reloaded, model, layers, kind)
+        del reloaded
         size = (staged / QUANTO_FILE).stat().st_size
     return QuantoResult(Path(folder), weights, len(layers), size)
 
@@ -204,6 +224,13 @@ def quanto_obstacle(model: PreTrainedModel) -> Problem | None:
         f"({in_linear / total:.0%}; most of the rest is in {others.most_common(1)[0][0]})",
         "Use the ONNX files instead, and leave quanto out",
     )
+
+
+def _room(layers: dict[str, nn.Linear], max_memory: int | None, folder: Path) -> Spill:
+    """Main memory as far as it goes, with a layer in work beside it, and files of a folder beyond."""
+    work = _OF_A_LAYER * 4 * max(layer.weight.numel() for layer in layers.values())
+    left = free_memory() if max_memory is None else max_memory - private_memory()
+    return Spill(folder, max(0, left - work), smallest=_SMALLEST)
 
 
 def _qtype(weights: str) -> qtype:
@@ -323,7 +350,11 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     Raises:
         ModelError: If the folder holds no such checkpoint, or its files are missing, truncated, or do not fit.
     """
-    folder = Path(folder)
+    return _read(Path(folder), Spill())
+
+
+def _read(folder: Path, room: Spill) -> PreTrainedModel:
+    """The model of a folder, its tensors where `room` keeps them."""
     config, kinds = _read_description(folder)
     # random weights are not wanted, and transformers 4 cannot make those of some state-space layers without memory
     with init_empty_weights(), mock.patch.object(PreTrainedModel, "initialize_weights", lambda model: None):
@@ -331,7 +362,7 @@ def load_quantized(folder: str | os.PathLike) -> PreTrainedModel:
     for name, kind in kinds.items():
         model.set_submodule(name, QLinear.qcreate(model.get_submodule(name), weights=qtypes[kind], device="meta"))
     # tensors in a file are aligned to 8 bytes; PyTorch's int8 kernel for bfloat16 crashes the process below 16
-    state = {key: tensor.clone() for key, tensor in load_file(folder / QUANTO_FILE).items()}
+    state = {k: room.allocate(t.shape, t.dtype).copy_(t) for k, t in load_file(folder / QUANTO_FILE).items()}
     expected = _expected_keys(model, kinds, config.tie_word_embeddings)
     if expected != state.keys():
         missing, extra = sorted(expected - state.keys()), sorted(state.keys() - expected)

@@ -46,7 +46,7 @@ class Spill:
         size = math.prod(shape) * dtype.itemsize
         if not self._goes_to_disk(size):
             self.free_memory -= size if size >= self.smallest else 0
-            return torch.empty(*shape, dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype)
         assert self.folder is not None
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if (free := shutil.disk_usage(self.folder).free) < size:
@@ -80,7 +80,7 @@ class Spill:
             os.posix_fallocate(descriptor, 0, size)
         except OSError as error:
             # file systems that cannot reserve anything are used as they are
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 return
             assert self.folder is not None
             raise self.no_room(self.folder, size, shutil.disk_usage(self.folder).free) from error

@@ -77,6 +77,21 @@ def test_group_sizes_and_dtypes(weights, dtype, tmp_path):
     assert torch.equal(logits(reloaded, ids), logits(quantized_by_quanto(model, weights, False), ids))
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integers_lie_in_files_where_memory_does_not_hold_them(weights, tmp_path, monkeypatch):
+    model, mapped = wide_model(torch.bfloat16, vocab_size=512), []
+    from_file = torch.from_file
+    monkeypatch.setattr(
+        torch, "from_file", lambda *args, **options: mapped.append(args) or from_file(*args, **options)
+    )
+    for name, limit in (("free", None), ("bound", 1)):
+        save_quantized(model, None, tmp_path / name, weights, max_memory=limit, quiet=True)
+        # what is written, and what is read back to be compared; smaller tensors stay
+        assert len(mapped) == (0 if limit is None else {"int8": 2 * 6 + 1, "int4": 2 * 1 + 1}[weights])
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("free", "bound")]
+    assert files[0] == files[1]
+
+
 def wide_model(dtype, **overrides):
     torch.manual_seed(0)
     config = tiny_config(num_layers=1, hidden_size=256, intermediate_size=384, head_dim=64, **overrides)
@@ -256,12 +271,14 @@ def test_folder_that_is_not_empty(tmp_path):
 def test_a_layer_that_is_left_is_named(tmp_path, monkeypatch):
     from optimum_clp import quantization
 
-    def partly(folder):
-        model = load_quantized(folder)
+    read = quantization._read
+
+    def partly(folder, room):
+        model = read(folder, room)
         model.model.layers[1].mlp.up_proj = nn.Linear(32, 56, bias=False)
         return model
 
-    monkeypatch.setattr(quantization, "load_quantized", partly)
+    monkeypatch.setattr(quantization, "_read", partly)
     with pytest.raises(
         QuantizationError, match=r"42 of 43 linear layers are quantized; left are model\.layers\.1\.mlp"
     ):
@@ -284,13 +301,15 @@ def test_a_layer_that_is_left_is_named(tmp_path, monkeypatch):
 def test_a_model_that_is_read_back_wrong_is_found(edit, message, tmp_path, monkeypatch):
     from optimum_clp import quantization
 
-    def wrong(folder):
-        model = load_quantized(folder)
+    read = quantization._read
+
+    def wrong(folder, room):
+        model = read(folder, room)
         with torch.no_grad():
             edit(model)
         return model
 
-    monkeypatch.setattr(quantization, "load_quantized", wrong)
+    monkeypatch.setattr(quantization, "_read", wrong)
     with pytest.raises(QuantizationError, match=f"read back, {message}"):
         save_quantized(tiny_model(), None, tmp_path / "q", quiet=True)
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..architecture.containers import container_class
+from ..disk_room import write_whole
 from ..model_files import read_model_file, safetensors_header
 from .errors import model_error, quanto_error
 
@@ -86,7 +87,7 @@ _LOCAL_ONLY_KEYS = ("is_local", "local_files_only", "name_or_path", "special_tok
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write an object as indented, sorted JSON."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

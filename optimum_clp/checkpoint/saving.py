@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 
 from ..architecture.containers import reader, text_type
 from ..architecture.lookup import context_limit, text_config, within_context
+from ..disk_room import room_for
 from ..errors import CutError
 from ..forward.hooks import at_rest, evaluation_mode, follows_length
 from ..mapped_weights import MappedWeights
@@ -35,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_LENGTH = 64
 SHARD_SIZE = "5GB"
-
+_ROOM = "Free some space, or write to a larger disk, and give the same command again: search and tuning go on where they were"
 
 PROBE_TEXT = "Once upon  a time, 1234 of them\n\n\tate ten crêpes; they'd had 中文 🙂 too. "
 
@@ -88,18 +89,27 @@ def save_checkpoint(
         tokenizer (`PreTrainedTokenizerBase` or `None`): Its tokenizer.
         folder (`str` or `os.PathLike`): An existing folder, or a new one; see [`~optimum_clp.checkpoint.output.staged_folder`].
         cache_dir (`str`, `os.PathLike` or `None`): The cache of the Hub's files, for what lies beside the dense model there.
+
+    Raises:
+        OutputError: If the disk has no room for the weights.
     """
     folder = Path(folder)
     with transformers_quiet(bars=True), _config_copies(model):
         settings = _unsavable_generation_config(model)
         # tensors are written one at a time, from where they lie
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with room_for("the checkpoint", folder, _weight_bytes(model), remedy=_ROOM):
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         if settings is not None:
             settings.to_json_file(folder / "generation_config.json")
     make_config_portable(folder, has_tied_head(model))
     save_tokenizer(tokenizer, folder, cache_dir)
     if text_type(model.config) is not None:
         copy_processor(model.name_or_path, folder, cache_dir)
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights in a file, tied ones once."""
+    return sum({tensor.data_ptr() or id(tensor): tensor.nbytes for tensor in model.state_dict().values()}.values())
 
 
 def save_configs(model: PreTrainedModel, folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ..mapped_weights import MappedWeights, tensors_of
 from ..progress import say
 from ..spill import Spill
 from ..tuning.activations import layer_activations
+from .layer_kinds import traced_layers
 
 # a norm's weight, and what a trace may fold into a constant, is not worth a mapping
 _SMALLEST = 2**16
@@ -28,7 +29,7 @@ _SMALLEST = 2**16
 _SUMS = 4 * 4 + 8
 # of the largest weight: what was corrected and its integers, or what is written, transposed
 _OF_A_WEIGHT = 2 * 4
-# objects of a trace, and for each layer, and what an allocator keeps of a layer's rounding: measured on LLaMA's of 12 to 148 layers
+# objects of a trace, and for each layer that is traced, and what an allocator keeps of a layer's rounding: measured on LLaMA's of 12 to 148 layers
 _TRACE, _TRACE_OF_A_LAYER, _KEPT = 100 * 2**20, 6 * 2**20, 1.25
 # of text, that run together while rounding looks at them
 _ROWS = 8
@@ -112,7 +113,7 @@ def export_work(model: PreTrainedModel, length: int | None) -> int:
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     # fused experts are taken one by one
     largest = max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices)
-    work = _TRACE + _TRACE_OF_A_LAYER * len(decoder_layers(model)) + _OF_A_WEIGHT * largest
+    work = _TRACE + _TRACE_OF_A_LAYER * traced_layers(model) + _OF_A_WEIGHT * largest
     if length is None:
         return work
     # a layer's modules are sorted by what autograd keeps of some rows

@@ -8,10 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from ..disk_room import nothing_half_written, room_for
+from ..errors import ExportError
 from ..precisions import FLOAT32, Precision
 from .check import FileCheck, check_tolerance
 from .graph.count import QuantizedNodes
-from .graph.file import save_graph
+from .graph.file import save_graph, stored_bytes
 from .result import ExportedFile
 from .rounding.method import ScaleTuning
 
@@ -58,10 +60,14 @@ class FileWriter:
             scale_tuning ([`ScaleTuning`], *optional*): Of their scales.
 
         Raises:
-            ExportError: If the file does not run, or its error is above the tolerance.
+            ExportError: If the file does not run, its error is above the tolerance, or the disk has no room for it.
         """
         file = self.staging / precision.onnx_file
-        written = save_graph(graph, file)
+        with (
+            nothing_half_written(self.staging),
+            room_for(f"onnx/{file.name}", self.staging, stored_bytes(graph), ExportError),
+        ):
+            written = save_graph(graph, file)
         error = self.check.error(file, in_float=precision is FLOAT32)
         check_tolerance(file, error, torch.finfo(torch.float32).max if tolerance is None else tolerance)
         self.written |= dict.fromkeys(written)

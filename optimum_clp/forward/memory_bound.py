@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from ..architecture.lookup import decoder_layers, text_config
 from ..errors import ConfigurationError
 from ..mapped_weights import MappedWeights
+from .control_groups import free_in_control_groups
 from .layer_major import Residence
 from .streamed_layers import ROTATING, LayerCopies, copies_of
 
@@ -27,7 +28,6 @@ _FLOAT, _TEMPORARIES = 4, 5
 _FEWEST_TOKENS = 16  # whose logits exist together
 _ROWS = 8
 _PROBE = 2**26  # bytes that are read to see how fast a disk is
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 @dataclass(frozen=True)
@@ -215,14 +215,7 @@ def private_memory() -> int:
 
 def free_memory() -> int:
     """Bytes that this process can still have, of the machine's memory and of its container's."""
-    free = int(psutil.virtual_memory().available)
-    for file in _LIMITS:
-        try:
-            limit = int(file.read_text())
-        except (OSError, ValueError):
-            continue
-        free = min(free, max(0, limit - private_memory()))
-    return free
+    return int(min(psutil.virtual_memory().available, free_in_control_groups(private_memory())))
 
 
 def free_device_memory(device: torch.device) -> float:

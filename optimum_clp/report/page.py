@@ -18,6 +18,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..disk_room import write_whole
 from . import charts
 from .charts import layers_text
 from .drawings import search_drawings, tuning_drawings
@@ -66,7 +67,7 @@ def write_report_page(report: CLPReport, config: "CLPConfig", folder: str | os.P
     """
     path = Path(folder) / REPORT_PAGE
     # a lone surrogate, which JSON may hold, has no UTF-8
-    path.write_text(report_page(report, config, Path(folder), title=title), encoding="utf-8", errors="replace")
+    write_whole(path, report_page(report, config, Path(folder), title=title), errors="replace")
     return path
 
 

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..disk_room import write_whole
 from ..doors import report_schema
 from ..errors import ConfigurationError
 from ..json_files import JsonProblem, check, read_object
@@ -153,7 +154,7 @@ class CLPReport:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False)
         # the name of a file that is no UTF-8 has half characters, which JSON writes as escapes
-        path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        write_whole(path, text + "\n", errors="backslashreplace")
         return path
 
     @classmethod

@@ -63,12 +63,12 @@ def test_without_a_bound_it_is_what_is_free(mapped, monkeypatch):
     assert residence_under(None, mapped, 32)[1] == Residence(1, 0, pass_memory(mapped, 32).least)
 
 
-def test_free_memory_is_the_containers_if_that_is_less(tmp_path, monkeypatch):
+def test_free_memory_is_the_containers_if_that_is_less(monkeypatch):
     monkeypatch.setattr(memory_bound, "private_memory", lambda: 300)
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "other").write_text("max\n")
-    monkeypatch.setattr(memory_bound, "_LIMITS", (tmp_path / "other", tmp_path / "memory.max", tmp_path / "none"))
+    monkeypatch.setattr(memory_bound, "free_in_control_groups", lambda private: 1000 - private)
     assert memory_bound.free_memory() == 700
+    monkeypatch.setattr(memory_bound, "free_in_control_groups", lambda private: float("inf"))
+    assert 700 < memory_bound.free_memory() <= memory_bound.psutil.virtual_memory().total
 
 
 def test_a_disk_has_a_speed(tmp_path):

@@ -27,7 +27,7 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
         `list[Path]`: The files written.
     """
     weights = [stored_tensor(value) for value in graph.graph.initializers.values()]
-    if sum(tensor.nbytes for tensor in weights) > max_single_file_bytes:
+    if stored_bytes(graph) > max_single_file_bytes:
         data = file.with_name(file.name + "_data")
         ir.save(graph, file, external_data=data.name)
         return [file, data]
@@ -47,6 +47,11 @@ def save_graph(graph: ir.Model, file: Path, *, max_single_file_bytes: int = MAX_
             stream.write(_INITIALIZER + varint(size) + header)
             _write_weight(stream, tensor)
     return [file]
+
+
+def stored_bytes(graph: ir.Model) -> int:
+    """Bytes of the weights in a graph's file; what is around them is not counted."""
+    return sum(stored_tensor(value).nbytes for value in graph.graph.initializers.values())
 
 
 def drop_weights(graph: ir.Model) -> None:

@@ -5,6 +5,7 @@ and `present.{i}.key` / `.value`. Batch, sequence and past are dynamic, and the 
 """
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -20,12 +21,18 @@ from ...errors import ExportError
 from ...forward.decoding import cache_keyword, cache_of
 from ...runtime.names import FUSED_ATTENTION, cache_names
 from ..experts import unrolled_experts
+from ..layer_kinds import short_model
 from ..obstacle import key_value_layers, takes_position_ids
 from .file import stored_shape, stored_tensor
 from .fused import FusedAttention, fuse_graph, fused
+from .ordered_names import name_in_order, order_by_use
+from .repeated_layers import NotRepeatable, repeat_layers
 from .trace import traceable
 
+logger = logging.getLogger(__name__)
+
 _PREFIX = "causal_lm."
+_COUNTED_SIZE = re.compile(r"\bu\d+\b")
 
 
 class _FlatCacheModel(nn.Module):
@@ -62,7 +69,7 @@ def input_names(model: PreTrainedModel) -> tuple[str, ...]:
     )
 
 
-def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False) -> ir.Model:
+def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False, repeat: bool = True) -> ir.Model:
     """Trace a model into an ONNX graph.
 
     Each linear layer stays `MatMul(x, Transpose(weight))`, with the weight under its PyTorch name and in its PyTorch
@@ -73,6 +80,8 @@ def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False
         opset (`int`): ONNX opset, 21 to 23.
         fuse (`bool`): With ONNX Runtime's fused operators, for a model without
             [`~exporters.graph.fused.fused_obstacle`].
+        repeat (`bool`): Trace three layers of each kind and repeat one of them, where that is the same graph; otherwise, and
+            where it is not, all layers.
 
     Returns:
         `onnx_ir.Model`: Without metadata, documentation strings or paths of this machine.
@@ -80,6 +89,31 @@ def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False
     Raises:
         ExportError: If the model's rotary embedding depends on the length of the text, or torch cannot trace it.
     """
+    short = short_model(model) if repeat else None
+    graph = None
+    if short is not None:
+        try:
+            graph = _traced(short.model, opset, fuse)
+            with unrolled_experts(model), unrolled_experts(short.model):
+                repeat_layers(graph, short, model, _PREFIX)
+        except (NotRepeatable, ExportError) as reason:
+            logger.debug(f"export: all layers are traced, since {reason}")
+            graph = None
+    if graph is None:
+        graph = _traced(model, opset, fuse)
+    _simplify(graph)
+    _split_gemms(graph)
+    if fuse:
+        fuse_graph(graph)
+        _simplify(graph)
+    _strip(graph, model)
+    if fuse:
+        graph.metadata_props[FUSED_ATTENTION] = "GroupQueryAttention"
+    return graph
+
+
+def _traced(model: PreTrainedModel, opset: int, fuse: bool) -> ir.Model:
+    """What torch makes of a model, without what each layer computes again; weights that are equal are not made one yet."""
     names = input_names(model)
     attention = FusedAttention(symbolic=True) if fuse else None
     try:
@@ -109,15 +143,35 @@ def export_float_graph(model: PreTrainedModel, opset: int, *, fuse: bool = False
         ) from error
     assert program is not None
     graph = program.model
-    _simplify(graph)
-    _split_gemms(graph)
-    if attention is not None:
-        fuse_graph(graph)
-        _simplify(graph)
-    _strip(graph)
-    if attention is not None:
-        graph.metadata_props[FUSED_ATTENTION] = "GroupQueryAttention"
+    _forget_counted_sizes(graph)
+    _read_sizes_of_first_inputs(graph)
+    _simplify(graph, weights=False)
     return graph
+
+
+def _read_sizes_of_first_inputs(graph: ir.Model) -> None:
+    """Let a size that several inputs have, such as the past's, be read from the first of these: torch takes any of them."""
+    first: dict[tuple, ir.Value] = {}
+    for value in graph.graph.inputs:
+        shape = value.shape or ir.Shape(())
+        for axis, size in enumerate(shape):
+            first.setdefault((len(shape), axis, str(size)), value)
+    for node in graph.graph:
+        source = node.inputs[0] if node.op_type == "Shape" else None
+        start = node.attributes.get_int("start", 0)
+        if source is None or not source.is_graph_input() or source.shape is None:
+            continue
+        if node.attributes.get_int("end", len(source.shape)) == start + 1:
+            node.replace_input_with(0, first[len(source.shape), start, str(source.shape[start])])
+
+
+def _forget_counted_sizes(graph: ir.Model) -> None:
+    """Forget the names of sizes that depend on numbers, such as how many tokens chose an expert: torch counts them through all layers."""
+    for node in graph.graph:
+        for value in node.outputs:
+            for axis, size in enumerate(value.shape or ()):
+                if value.shape is not None and _COUNTED_SIZE.search(str(size)):
+                    value.shape[axis] = None
 
 
 @contextmanager
@@ -209,22 +263,54 @@ def _sample(model: PreTrainedModel, names: tuple[str, ...]) -> tuple[tuple, tupl
     return tuple(inputs), tuple(shapes)
 
 
-def _simplify(graph: ir.Model) -> None:
+def _simplify(graph: ir.Model, weights: bool = True) -> None:
     """Fold constants, but not the transposes of weights, and drop what is stored or computed twice.
 
     This is onnxscript's own optimizer without its rewrite rules, which take a third of the export's time for a graph
     that ONNX Runtime brings to the same size when it loads it.
+
+    Args:
+        graph (`onnx_ir.Model`): The graph, changed in place.
+        weights (`bool`): Small weights that are equal become one, too.
     """
-    optimizer.fold_constants_ir(graph, should_fold=lambda node: False if transposed_weight(node) is not None else None)
+
+    def folds(node: ir.Node) -> bool | None:
+        """What is computed of weights alone stays where these are to be told apart; `None` leaves it to the optimizer."""
+        kept = transposed_weight(node) is not None or (not weights and any(map(_is_weight, node.inputs)))
+        return False if kept else None
+
+    optimizer.fold_constants_ir(graph, should_fold=folds)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.DeduplicateInitializersPass(),
+    )(graph)
+    if weights:
+        # of several that are equal the first one stays
+        order_by_use(graph)
+        common.DeduplicateInitializersPass()(graph)
+    else:
+        _merge_constants(graph)
+    ir.passes.Sequential(
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.OutputFixPass(),
         common.NameFixPass(),
     )(graph)
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and str(value.name).startswith(_PREFIX)
+
+
+def _merge_constants(graph: ir.Model) -> None:
+    """Store constants once that are equal, and leave the model's tensors alone, in place."""
+    known: dict[tuple, ir.Value] = {}
+    for value in [value for value in graph.graph.initializers.values() if not _is_weight(value)]:
+        tensor = stored_tensor(value)
+        first = known.setdefault((tensor.dtype, stored_shape(tensor), tensor.tobytes()), value)
+        if first is not value and not value.is_graph_output():
+            value.replace_all_uses_with(first)
+            del graph.graph.initializers[str(value.name)]
 
 
 def _split_gemms(graph: ir.Model) -> None:
@@ -255,7 +341,7 @@ def _split_gemms(graph: ir.Model) -> None:
         graph.graph.remove(node, safe=True)
 
 
-def _strip(graph: ir.Model) -> None:
+def _strip(graph: ir.Model, model: PreTrainedModel) -> None:
     """Remove stack traces and paths; give the weights the names that they have in the checkpoint."""
     common.ClearMetadataAndDocStringPass()(graph)
     graph.metadata_props.clear()
@@ -265,7 +351,14 @@ def _strip(graph: ir.Model) -> None:
         values += node.outputs
     for value in values:
         value.metadata_props.clear()
-    for name in list(graph.graph.initializers):
-        value = graph.graph.initializers[name]
-        value.name = name.removeprefix(_PREFIX)
-        stored_tensor(value).name = value.name
+    # a norm's weight reaches a fused operator as a tensor without a name
+    known = {(tensor.data_ptr(), tensor.shape): name for name, tensor in model.named_parameters()}
+    names: dict[int, str] = {}
+    for name, value in graph.graph.initializers.items():
+        raw = getattr(stored_tensor(value), "raw", None)
+        place = (raw.data_ptr(), raw.shape) if isinstance(raw, torch.Tensor) else None
+        if ".lifted_tensor_" in name and place in known:
+            names[id(value)] = known[place]
+        elif name.startswith(_PREFIX) and ".lifted_tensor_" not in name:
+            names[id(value)] = name.removeprefix(_PREFIX)
+    name_in_order(graph, names)

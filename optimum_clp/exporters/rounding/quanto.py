@@ -24,5 +24,6 @@ class Quanto(RoundingMethod):
             # int8 is signed in quanto, and MatMulNBits takes unsigned integers
             codes = integers if shifts is not None else (integers.to(torch.int16) + 128).to(torch.uint8)
             offsets = None if shifts is None else shifts.numpy()
-            found[name] = from_integers(codes.numpy(), problem.bits, scales.numpy(), offsets)
+            rounded = from_integers(codes.numpy(), problem.bits, scales.numpy(), offsets)
+            found[name] = rounded.kept(problem.room.keep_array)
         return RoundedWeights(found, only=tuple(problem.model.get_parameter(name) for name in found))
