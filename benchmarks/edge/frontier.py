@@ -147,6 +147,8 @@ class Frontier:
         self.dense = self._load(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(next(iter(self.folders.values())))
         if args.speeds:
+            # a budget's sensitivities take a look at text, whatever it says
+            self.calibration = torch.arange(2 * 64).reshape(2, 64)
             return
         self.calibration = self._text("calibration", TEXT_SEED, args.calibration_rows).tokens
         own = self._text("test", TEST_SEED, 2 * args.rows)
@@ -211,16 +213,11 @@ class Frontier:
             started = time.process_time()
             # as `prune` exports: the dense model is the teacher, a dense one its own
             teacher = None if folder == next(iter(self.folders.values())) else self.dense
-            quantization, text = settings(name), None
+            quantization = settings(name)
             if self.args.speeds:
-                # a budget's sensitivities take a look at text, whatever it says
-                quantization.method, text = "rtn", torch.arange(2 * 64).reshape(2, 64)
+                quantization.method = "rtn"
             result = export_onnx(
-                model,
-                target,
-                quantization=quantization,
-                calibration=self.calibration if text is None else text,
-                teacher=teacher,
+                model, target, quantization=quantization, calibration=self.calibration, teacher=teacher
             )
             model.config.save_pretrained(target)
             written = result.files[-1]

@@ -1,7 +1,6 @@
 """GPTQ: the rounding error of a column is made up for by the columns behind it, for the inputs that a matrix meets on text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +38,9 @@ class Gptq(RoundingMethod):
         # as its modules are visited
         with unrolled_experts(problem.model):
             dtype = product_dtype(problem.model, problem.calibration)
-        options: dict[str, Any] = {"dtype": dtype, "room": problem.room, "quiet": problem.quiet}
-        visit_layers(problem.model, problem.calibration, wanted, quantize, **options)
+        visit_layers(
+            problem.model, problem.calibration, wanted, quantize, dtype=dtype, room=problem.room, quiet=problem.quiet
+        )
         return RoundedWeights(quantize.found)
 
 
