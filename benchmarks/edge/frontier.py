@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.edge.frontier --data DATA --out OUT --off-grid dense=MODEL cut20=FOLDER
 
 The first model is the one that KL is to; the others are cut from it (folders that `optimum-clp prune` wrote). Ours are the
-files of `export`, run by ONNX Runtime, at several budgets of bits; llama.cpp's are its own rounding of the same weights
-(no importance matrix), dequantized and run in PyTorch, so that nothing is lost there to int8 activations; `builder` are the
-files of onnxruntime-genai's own model builder (where it is installed), run as ours are. Bytes are those of the weights and
-graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
+files of `export`, run by ONNX Runtime, at several budgets of bits; llama.cpp's are its own rounding of the same weights,
+without an importance matrix and, by `--imatrix`, with one from the rows that our rounding sees, dequantized and run in PyTorch,
+so that nothing is lost there to int8 activations; `builder` are the files of onnxruntime-genai's own model builder (where it is
+installed), run as ours are. Bytes are those of the weights and graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
 
 `--off-grid` moves every linear weight by uniform noise of half a step of Q4_1, from a fixed seed: the weights that
 `benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss. A cut
@@ -31,11 +31,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks import markdown
-from benchmarks.edge.gguf_files import FORMATS, load_gguf, rounded_gguf, write_gguf
+from benchmarks.edge.gguf_files import FORMATS, gguf_names, load_gguf, rounded_gguf, write_gguf
+from benchmarks.edge.importance import mean_squares
 from benchmarks.edge.speed import Runner, Variant
 from benchmarks.recovery.chat_model.evaluation import Judge, Size
 from benchmarks.recovery.chat_model.text import Text, written_text
@@ -48,6 +50,8 @@ from optimum_clp.report.report import CLPReport
 # of the int4 file; by default all of its matrices have 4 bits and a scale for 32 of them
 BUDGETS = (4.5, 4.75, 5.5, 6.25)
 INT8 = "int8"
+# behind the name of a format of llama.cpp
+IMATRIX = "imatrix"
 # options of onnxruntime-genai's builder: its own, and the best of those that its help names, in our blocks
 BUILDER = {
     "builder": [],
@@ -105,7 +109,7 @@ def main() -> None:
     names = [our_name(plan) for plan in (*args.budgets, INT8)]
     frontier = Frontier(args)
     for model in args.models:
-        for name in [*names, *args.formats, *args.builder]:
+        for name in [*names, *args.formats, *(f"{name} {IMATRIX}" for name in args.imatrix), *args.builder]:
             (frontier.measure_speed if args.speeds else frontier.measure)(model, name)
 
 
@@ -120,6 +124,7 @@ def parsed() -> argparse.Namespace:
         "--budgets", nargs="*", type=float, default=BUDGETS, help="bits for a weight of our int4 files"
     )
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--imatrix", nargs="*", choices=FORMATS, default=[], help="formats with an importance matrix")
     parser.add_argument("--builder", nargs="*", choices=BUILDER, default=[])
     parser.add_argument("--speeds", action="store_true")
     parser.add_argument("--calibration-rows", type=int, default=128)
@@ -197,7 +202,7 @@ class Frontier:
         return self.out / f"{model}-{name.replace(' ', '-')}.json"
 
     def _build(self, name: str) -> Any:
-        return self._llama if name in FORMATS else self._builder if name in BUILDER else self._ours
+        return self._llama if name.split()[0] in FORMATS else self._builder if name in BUILDER else self._ours
 
     def _load(self, folder: str) -> PreTrainedModel:
         model = load(folder)
@@ -247,7 +252,8 @@ class Frontier:
         with tempfile.TemporaryDirectory(dir=self.out) as target:
             source, rounded = Path(target, "float.gguf"), Path(target, "rounded.gguf")
             write_gguf(model, source)
-            rounded_gguf(source, rounded, name)
+            kind, _, guided = name.partition(" ")
+            rounded_gguf(source, rounded, kind, importance_of(model, self.calibration) if guided else None)
             size, types = load_gguf(model, rounded)
             yield Built({"bytes": size, "types": types}, model, "llama", rounded.parent, rounded.name)
 
@@ -258,6 +264,14 @@ def _write(file: Path, record: dict[str, Any]) -> None:
 
 def load(folder: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def importance_of(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, np.ndarray]:
+    """An importance matrix as llama.cpp's own tool collects it, by names in a GGUF file: of all linear layers but a tied head."""
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not tied}
+    names = gguf_names(model)
+    return {names[f"{name}.weight"]: values for name, values in mean_squares(model, linear, rows).items()}
 
 
 def noise_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""LLaMA checkpoints as GGUF files, rounded by llama.cpp's own code, and read back: what its formats make of the weights.
+"""Checkpoints as GGUF files, rounded by llama.cpp's own code, and read back: what its formats make of the weights.
 
-Needs the packages `gguf` and `cyllama` (a wheel that carries llama.cpp). Nothing here runs a model in llama.cpp.
+Needs the packages `gguf` and `llama-cpp-python`. Nothing here runs a model in llama.cpp.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 FORMATS = {
     "Q2_K": 10,
     "Q3_K_M": 12,
+    "IQ2_M": 29,
     "IQ3_M": 27,
     "IQ4_XS": 30,
     "Q4_0": 2,
@@ -21,64 +23,96 @@ FORMATS = {
     "Q6_K": 18,
     "Q8_0": 7,
 }
-_PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
+# model types of transformers, and llama.cpp's names of them
+ARCHITECTURES = {"llama": "LLAMA", "gemma3_text": "GEMMA3"}
 
 
 def write_gguf(model: PreTrainedModel, file: Path) -> None:
-    """The weights of a LLaMA in float32, with a vocabulary of empty words: enough to be rounded, not to be talked to."""
+    """The weights of a model of [`ARCHITECTURES`] in float32, with a vocabulary of empty words: enough to be rounded and
+    timed, not to be talked to.
+
+    Which layers have a sliding window is written layer by layer: what llama.cpp would make of a type's own rule is wrong
+    for a cut model.
+    """
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(str(file), "llama")
+    writer = gguf.GGUFWriter(str(file), gguf.MODEL_ARCH_NAMES[_architecture(model)])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    head_size = config.head_dim or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(head_size)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list([f"<{number}>" for number in range(config.vocab_size)])
     writer.add_token_types([1] * config.vocab_size)
     writer.add_token_merges(["a b"])
+    names = gguf_names(model)
     for name, parameter in model.named_parameters():
         numbers = parameter.detach().float().numpy()
         heads = _heads(config, name)
         if heads:
             numbers = numbers.reshape(heads, 2, -1, numbers.shape[1]).swapaxes(1, 2).reshape(numbers.shape)
-        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(numbers))
+        writer.add_tensor(names[name], np.ascontiguousarray(numbers + _added(config, name)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def rounded_gguf(source: Path, target: Path, name: str) -> None:
-    """A GGUF file in one of [`FORMATS`], without an importance matrix, on one thread."""
-    from cyllama.llama import llama_cpp
+def rounded_gguf(
+    source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray] | None = None, threads: int = 1
+) -> None:
+    """A GGUF file in one of [`FORMATS`], by llama.cpp's own code.
 
-    settings = llama_cpp.LlamaModelQuantizeParams()
-    settings.ftype = FORMATS[name]
-    settings.nthread = 1
-    llama_cpp.model_quantize(str(source), str(target), settings)
+    Args:
+        source (`Path`): In float32.
+        target (`Path`): To write.
+        name (`str`): Of the format.
+        importance (`Mapping[str, np.ndarray]`, *optional*): For tensors by their names in the file, float32 of shape
+            `(inputs,)`: mean square of what each column is multiplied by, an importance matrix.
+        threads (`int`, defaults to 1): To round with.
+
+    Raises:
+        ValueError: If llama.cpp refuses.
+    """
+    import ctypes
+
+    import llama_cpp as api
+
+    @api.llama_log_callback
+    def quiet(level, text, data):
+        pass
+
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    settings = api.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = FORMATS[name], threads
+    # what C reads has to live until it has returned
+    kept = {tensor: np.ascontiguousarray(values, dtype=np.float32) for tensor, values in (importance or {}).items()}
+    if kept:
+        entries = (api.llama_model_imatrix_data * (len(kept) + 1))()
+        for entry, (tensor, values) in zip(entries, kept.items(), strict=False):
+            entry.name, entry.size = tensor.encode(), values.size
+            entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        settings.imatrix = entries
+    status = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    if status:
+        raise ValueError(f"{source}: llama.cpp could not write it as {name} (status {status})")
 
 
 def load_gguf(model: PreTrainedModel, file: Path) -> tuple[int, dict[str, int]]:
@@ -91,13 +125,14 @@ def load_gguf(model: PreTrainedModel, file: Path) -> tuple[int, dict[str, int]]:
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(str(file)).tensors}
     types: dict[str, int] = {}
+    names = gguf_names(model)
     for name, parameter in model.named_parameters():
-        stored = tensors[_gguf_name(name)]
+        stored = tensors[names[name]]
         numbers = gguf.quants.dequantize(stored.data, stored.tensor_type).reshape(tuple(parameter.shape))
         heads = _heads(model.config, name)
         if heads:
             numbers = numbers.reshape(heads, -1, 2, numbers.shape[1]).swapaxes(1, 2).reshape(numbers.shape)
-        parameter.data = torch.from_numpy(np.array(numbers, dtype=np.float32))
+        parameter.data = torch.from_numpy(np.array(numbers - _added(model.config, name), dtype=np.float32))
         kind = stored.tensor_type.name
         types[kind] = types.get(kind, 0) + parameter.numel()
     return sum(tensor.n_bytes for tensor in tensors.values()), types
@@ -105,13 +140,27 @@ def load_gguf(model: PreTrainedModel, file: Path) -> tuple[int, dict[str, int]]:
 
 def _heads(config, name: str) -> int:
     """Heads of a projection whose rows llama.cpp has in another order (pairs of one rotation side by side); else 0."""
+    if config.model_type != "llama":
+        return 0
     if name.endswith("q_proj.weight"):
         return config.num_attention_heads
     return config.num_key_value_heads if name.endswith("k_proj.weight") else 0
 
 
-def _gguf_name(name: str) -> str:
-    if name in _WHOLE:
-        return _WHOLE[name]
-    _, _, layer, part = name.split(".", 3)
-    return f"blk.{layer}.{_PARTS[part.removesuffix('.weight')]}.weight"
+def _added(config, name: str) -> float:
+    """What llama.cpp has in a norm's weight and transformers adds when it runs."""
+    return float(config.model_type.startswith("gemma") and name.endswith("norm.weight"))
+
+
+def _architecture(model: PreTrainedModel):
+    import gguf
+
+    return gguf.MODEL_ARCH[ARCHITECTURES[model.config.model_type]]
+
+
+def gguf_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names in a GGUF file, by the names of parameters."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(_architecture(model), model.config.num_hidden_layers)
+    return {name: table.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}

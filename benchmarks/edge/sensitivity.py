@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks import markdown
-from benchmarks.edge.frontier import load
+from benchmarks.edge.frontier import load, noise_off_grid
+from benchmarks.edge.importance import mean_squares
 from benchmarks.recovery.chat_model.text import load_text
 from optimum_clp.evaluation.tokens import evaluate_tokens
 from optimum_clp.exporters.rounding.nearest import round_to_nearest
@@ -36,7 +37,9 @@ def main() -> None:
     parser.add_argument("--calibration-rows", type=int, default=64)
     args = parser.parse_args()
     tokens = load_text(args.text).tokens
-    model = load(args.model, args.off_grid)
+    model = load(args.model)
+    for name, move in (noise_off_grid(model) if args.off_grid else {}).items():
+        model.get_parameter(name).data += move
     # table and head apart, so that each can be rounded alone
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
     study = Study(model, tokens[-args.rows :], tokens[: args.calibration_rows])
@@ -102,25 +105,6 @@ class FrozenReference(DenseOutputs):
 
     def logits(self, rows: slice | Tensor) -> Tensor:
         return self.found[rows]
-
-
-def mean_squares(model: PreTrainedModel, modules: Mapping[str, nn.Module], rows: Tensor) -> dict[str, np.ndarray]:
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, inputs: Tensor) -> None:
-        sums[name] = sums.get(name, torch.zeros(())) + inputs.reshape(-1, inputs.shape[-1]).square().sum(0)
-
-    hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: add(name, args[0]))
-        for name, module in modules.items()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad():
-        for batch in rows.split(4):
-            model(input_ids=batch, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: total.numpy() for name, total in sums.items()}
 
 
 def nearest(weight: Tensor, importance: np.ndarray | None) -> np.ndarray:
