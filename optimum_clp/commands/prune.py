@@ -124,6 +124,8 @@ def planned(plan: dict[str, Any]) -> str:
         f"{len(cuts)} segments can: {_segments(cuts)}",
         text_table(rows),
     ]
+    if not all(cut["follows_type_rule"] for cut in cuts):
+        lines += ["", _type_rule(cuts, base["layer_period"])]
     if plan["size_target"] is not None:
         lines += ["", _size(plan["size_target"])]
     if plan["speed_target"] is not None:
@@ -140,6 +142,16 @@ def planned(plan: dict[str, Any]) -> str:
     measured = plan["speed_target"] is not None or plan["speed_choice"] is not None
     how = " Speeds are of files with drawn weights." if measured else ""
     return "\n".join([*lines, f"No weight was read, and nothing was written.{how}"])
+
+
+def _type_rule(cuts: list[dict[str, Any]], period: int) -> str:
+    """What other runtimes would make of the kinds of the layers that are left, in two sentences."""
+    following = [cut for cut in cuts if cut["follows_type_rule"]]
+    which = f"only after {_segments(following).removesuffix('.')}" if following else "after none of these cuts"
+    return (
+        f"Kinds of layers alternate. By the rule of the model type they do so {which}; a cut of {period} layers, or of a multiple, always leaves them so. "
+        "After others, runtimes that compute the kinds from a layer's number, such as llama.cpp and mlx-lm, are wrong without a word."
+    )
 
 
 def _size(target: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..architecture.containers import reader
+from ..architecture.layer_pattern import follows_type_rule, layer_period
 from ..architecture.lookup import allowed_segments, cut_config, decoder_layers, num_layers, text_config, within_context
 from ..argument_types import check_arguments
 from ..checkpoint.placement import floating_dtype
@@ -43,6 +44,7 @@ class PlannedCut:
         onnx (`dict[str, int]`): Bytes of the weights in each ONNX file of the recipe, by kind of weights; empty without
             export.
         tuning ([`TuningMemory`] or `None`): What endpoint tuning holds; `None` where the recipe does without.
+        follows_type_rule (`bool`): See [`~optimum_clp.architecture.layer_pattern.follows_type_rule`].
     """
 
     segment: LayerSegment
@@ -50,6 +52,7 @@ class PlannedCut:
     bytes: int
     onnx: dict[str, int]
     tuning: TuningMemory | None
+    follows_type_rule: bool
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class PruningPlan:
         bytes (`int`): Of these.
         layer_parameters (`tuple[int, ...]`): Distinct parameters of each decoder layer.
         layer_bytes (`tuple[int, ...]`): Of these.
+        layer_period (`int` or `None`): After how many layers their kinds come again, where they do.
         memory ([`PlannedStreaming`]): What passes over the dense model hold, and how often its weights are read.
         size_target ([`SizeTarget`] or `None`): What is chosen for the recipe's size target, if it has one.
         speed_target ([`SpeedTarget`] or `None`): What is chosen for its speed target, likewise.
@@ -87,6 +91,7 @@ class PruningPlan:
     bytes: int
     layer_parameters: tuple[int, ...]
     layer_bytes: tuple[int, ...]
+    layer_period: int | None
     memory: PlannedStreaming
     size_target: SizeTarget | None
     speed_target: SpeedTarget | None
@@ -106,6 +111,7 @@ class PruningPlan:
                 "bytes": self.bytes,
                 "layer_parameters": list(self.layer_parameters),
                 "layer_bytes": list(self.layer_bytes),
+                "layer_period": self.layer_period,
             },
             "pruning_ratio": self.pruning_ratio,
             "num_removed": self.num_removed,
@@ -119,6 +125,7 @@ class PruningPlan:
                     "stop": cut.segment.stop,
                     "num_parameters": cut.num_parameters,
                     "bytes": cut.bytes,
+                    "follows_type_rule": cut.follows_type_rule,
                     "onnx": dict(cut.onnx),
                     "tuning": None if cut.tuning is None else cut.tuning.to_dict(),
                 }
@@ -194,6 +201,7 @@ def plan_pruning(
         bytes=count_bytes(dense),
         layer_parameters=tuple(count_parameters(layer) for layer in decoder_layers(dense)),
         layer_bytes=tuple(count_bytes(layer) for layer in decoder_layers(dense)),
+        layer_period=layer_period(config),
         memory=planned_streaming(dense, recipe, removed),
         size_target=None if found is None else found.size,
         speed_target=None if found is None else found.speed,
@@ -259,7 +267,8 @@ def _plan_cuts(dense: PreTrainedModel, segments: Sequence[LayerSegment], recipe:
             cut = cut_model(dense, [segment])
             built[key] = cut, _sizes(cut, recipe)
         tuning = _tuning(dense, kept, segment, activations, recipe) if recipe.tuning.enabled else None
-        cuts.append(PlannedCut(segment=segment, tuning=tuning, **built[key][1]))
+        follows = follows_type_rule(dense.config, kept)
+        cuts.append(PlannedCut(segment=segment, tuning=tuning, follows_type_rule=follows, **built[key][1]))
     return cuts
 
 

@@ -47,10 +47,12 @@ def usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
         imports = [*hub, "from optimum_clp.quantization import load_quantized"]
         load = f'model = load_quantized(f"{{folder}}/{quanto[0]}")'
         parts += ["With optimum-quanto's weights, through optimum-clp:", _python(imports, [place, load])]
-    if any(folder.glob("*.safetensors")):
+    broken = bool(report.type_rule_broken())
+    # of all kinds that alternate, windows alone are what a file can tell llama.cpp of
+    if any(folder.glob("*.safetensors")) and (not broken or _has_windows(folder)):
         parts += [
             "llama.cpp has a converter for checkpoints of this kind; it was not run on this one:",
-            _llama_cpp(name, from_hub, chat),
+            _llama_cpp(name, from_hub, chat, broken),
         ]
     if files or any(folder.glob("*.safetensors")):
         parts += ["Side by side with the dense model, on a local page:", _code("bash", f"optimum-clp chat {name}")]
@@ -124,16 +126,41 @@ def _transformers_js(name: str, weights: str, chat: bool) -> str:
     )
 
 
-def _llama_cpp(name: str, from_hub: bool, chat: bool) -> str:
+def _has_windows(folder: Path) -> bool:
+    try:
+        return "sliding_attention" in json.loads((folder / "config.json").read_text(encoding="utf-8"))["layer_types"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _llama_cpp(name: str, from_hub: bool, chat: bool, broken: bool) -> str:
     # a model with a template begins a conversation by itself
     asked = "" if chat else f' -no-cnv -p "{BEGINNING}"'
     folder = "folder" if from_hub else name
-    return _code(
-        "bash",
+    convert = [
         *([f"hf download {name} --local-dir folder"] if from_hub else []),
         f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile model.gguf",
-        f"llama-cli -m model.gguf{asked}",
+    ]
+    if not broken:
+        return _code("bash", *convert, f"llama-cli -m model.gguf{asked}")
+    # docs/runtimes.md has the same, with what it was checked by
+    told = _python(
+        [
+            "import json",
+            "",
+            "from gguf import GGUFReader, GGUFWriter",
+            "from gguf.scripts.gguf_new_metadata import copy_with_new_metadata",
+        ],
+        [
+            f'kinds = json.load(open("{folder}/config.json"))["layer_types"]',
+            'reader = GGUFReader("model.gguf")',
+            'writer = GGUFWriter("told.gguf", reader.get_field("general.architecture").contents())',
+            'writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])',
+            "copy_with_new_metadata(reader, writer, {}, [])",
+        ],
     )
+    which = "Its file has to be told which layers have a window, or they are wrong (`pip install gguf`):"
+    return "\n\n".join([_code("bash", *convert), which, told, _code("bash", f"llama-cli -m told.gguf{asked}")])
 
 
 def _python(imports: Sequence[str], lines: Sequence[str]) -> str:

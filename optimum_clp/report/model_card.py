@@ -125,6 +125,8 @@ def _removed(report: CLPReport, folder: Path) -> str:
     ]
     if len(cut.get("chain", ())) > 1:
         lines.append(_chain(cut))
+    if report.type_rule_broken():
+        lines.append(report.type_rule_broken())
     search = report.to_dict()["search"]
     if search and search["segments"] == cut["segments"]:  # else the layers were chosen by hand
         lines.append(_choice(report, search, one=len(cut["removed_layers"]) == 1))

@@ -213,8 +213,19 @@ class CLPReport:
             required,
             self.size_reached(),
             self.speed_reached(),
+            self.type_rule_broken(),
         )
         return "".join(f"\n\n{part}" for part in parts if part)
+
+    def type_rule_broken(self) -> str:
+        """What other runtimes should know of the kinds of the layers that are left; empty if there is nothing."""
+        cut = self.cut or {}
+        if cut.get("type_rule") != "broken":
+            return ""
+        return (
+            "Kinds of layers no longer alternate by the rule of this model type. Runtimes that read config.json are right; those that compute "
+            f"the kinds from a layer's number, such as llama.cpp and mlx-lm, are wrong without a word. A cut of {cut['layer_period']} layers, or of a multiple, would keep the rule."
+        )
 
     def size_reached(self) -> str:
         """One sentence on the size that the recipe asked for; empty if it asked for none."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from transformers import PreTrainedModel
 
+from ..architecture.layer_pattern import follows_type_rule, layer_period
 from ..architecture.lookup import num_layers
 from ..report.origin import Origin
 from ..report.section import Key
@@ -57,6 +58,19 @@ class Cut:
         str | None,
         Key("Of a further cut: what it was made like, the `first dense model` or the `given model`.", sparse=True),
     ] = None
+    type_rule: Annotated[
+        str | None,
+        Key(
+            "Where kinds of layers alternate (with a sliding window and without, ...): whether those that are left come as the model "
+            "type's own rule has them. A runtime that computes them from a layer's number, and does not read the config's list, is "
+            "wrong where it is `broken` and not `followed`.",
+            sparse=True,
+        ),
+    ] = None
+    layer_period: Annotated[
+        int | None,
+        Key("After how many layers of the dense model their kinds come again, where they do.", minimum=2, sparse=True),
+    ] = None
     fingerprint: Annotated[str | None, Key("Hash of every bit of the cut model's weights.", sparse=True)] = None
     seal: Annotated[
         str | None, Key("Hash of `segments` and both fingerprints: what a later stage relies on.", sparse=True)
@@ -90,7 +104,7 @@ def describe_cut(dense: PreTrainedModel, cut: PreTrainedModel, segments: Sequenc
         segments (`Sequence[LayerSegment]`): What was removed, sorted.
     """
     total = num_layers(dense.config)
-    kept = kept_layers(segments, total)
+    kept, period = kept_layers(segments, total), layer_period(dense.config)
     return Cut(
         segments=tuple(segments),
         removed_layers=tuple(layer for layer in range(total) if layer not in kept),
@@ -98,4 +112,6 @@ def describe_cut(dense: PreTrainedModel, cut: PreTrainedModel, segments: Sequenc
         num_layers_after=len(kept),
         num_parameters_before=count_parameters(dense),
         num_parameters_after=count_parameters(cut),
+        type_rule=None if period is None else "followed" if follows_type_rule(dense.config, kept) else "broken",
+        layer_period=period,
     )

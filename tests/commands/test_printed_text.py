@@ -54,6 +54,7 @@ PLAN = {
         "bytes": 151_488,
         "layer_parameters": [11_584, 11_584, 10_000, 11_584, 11_584, 11_584],
         "layer_bytes": [23_168, 23_168, 20_000, 23_168, 23_168, 23_168],
+        "layer_period": None,
     },
     "num_removed": 2,
     "memory": {"max_memory": None},
@@ -63,6 +64,7 @@ PLAN = {
             "stop": start + 2,
             "num_parameters": 52_576 + start,
             "bytes": 105_152,
+            "follows_type_rule": True,
             "onnx": {"float32": 210_304, "int8": 70_000 + 900 * start},
             "tuning": {
                 "weights": 151_488,
@@ -139,6 +141,15 @@ def _report_with_gaps():
 TEXTS = {
     "planned": lambda: planned(PLAN),
     "planned without tuning": lambda: planned(SHORT_PLAN),
+    "planned for layers that alternate": lambda: planned(
+        {
+            **SHORT_PLAN,
+            "base_model": {**PLAN["base_model"], "layer_period": 3},
+            "cuts": [
+                {**cut, "tuning": None, "onnx": {}, "follows_type_rule": cut["start"] > 1} for cut in PLAN["cuts"]
+            ],
+        }
+    ),
     "planned for a size": lambda: planned({**SHORT_PLAN, "size_target": SIZE}),
     "planned for a size in given bits": lambda: planned(
         {**SHORT_PLAN, "size_target": SIZE | {"num_removed": 1, "bits_per_weight": None}}

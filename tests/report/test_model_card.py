@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -447,6 +448,29 @@ def test_examples_are_valid_python(name, tmp_path):
     assert all(("snapshot_download" in block) == (name == "me/stories-13l") for block in blocks[1:])
     assert f'AutoModelForCausalLM.from_pretrained("{name or "path/to/this/folder"}")' in blocks[0]
     assert '"onnx/model_q4.onnx"' in blocks[1] and 'load_quantized(f"{folder}/quanto-int8")' in blocks[2]
+
+
+@pytest.mark.parametrize("kind", ["sliding_attention", "linear_attention"])
+def test_a_card_says_where_kinds_of_layers_break_the_rule_of_other_runtimes(kind, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "config.json").write_text(json.dumps({"layer_types": [kind, "full_attention"]}))
+    report = example_report()
+    report.cut.update(type_rule="followed", layer_period=6)
+    plain = write(report, tmp_path, model_name="folder")
+    assert "no longer alternate" not in plain and "llama-cli -m model.gguf" in plain and "told.gguf" not in plain
+    report.cut.update(type_rule="broken", layer_period=6)
+    text = write(report, tmp_path, model_name="folder")
+    assert (
+        "no longer alternate by the rule of this model type" in text and "A cut of 6 layers, or of a multiple," in text
+    )
+    assert "such as llama.cpp and mlx-lm, are wrong without a word" in report.to_table()
+    # windows can be told to llama.cpp, other kinds cannot
+    assert (
+        ("llama-cli -m told.gguf" in text) == ("add_sliding_window_pattern" in text) == (kind == "sliding_attention")
+    )
+    assert "llama-cli -m model.gguf" not in text
+    for block in python_blocks(text):
+        compile(block, "card", "exec")
 
 
 def test_several_segments_and_single_layers_read_well(tmp_path):
