@@ -39,7 +39,7 @@ from benchmarks import markdown
 from benchmarks.edge.gguf_files import FORMATS, gguf_names, load_gguf, rounded_gguf, write_gguf
 from benchmarks.edge.importance import mean_squares
 from benchmarks.edge.speed import Runner, Variant
-from benchmarks.recovery.chat_model.evaluation import Judge, Size
+from benchmarks.recovery.chat_model.evaluation import TASKS, Judge, Size
 from benchmarks.recovery.chat_model.text import Text, written_text
 from optimum_clp import OnnxCausalLM
 from optimum_clp.configuration.stages import QuantizationConfig
@@ -130,6 +130,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--rows", type=int, default=16, help="of each text")
     parser.add_argument("--examples", type=int, default=200, help="of each task; 0 for none")
+    parser.add_argument("--tasks", nargs="*", choices=TASKS, default=["lambada"])
     args = parser.parse_args()
     args.models = dict(model.split("=", 1) for model in args.models)
     if args.table is None and None in (args.data, args.out, *(args.models or [None])):
@@ -159,6 +160,7 @@ class Frontier:
         own = self._text("test", TEST_SEED, 2 * args.rows)
         size = Size(rows=args.rows, examples=args.examples)
         self.judge = Judge(self.dense, self.tokenizer, own, args.data, size, batch_size=4)
+        self.judge.tasks = [task for task in self.judge.tasks if task.name in args.tasks]
 
     def _text(self, name: str, seed: int, rows: int) -> Text:
         file = self.out / f"text-{name}-{rows}.safetensors"

@@ -320,6 +320,13 @@ class TuningConfig:
         "rows in one optimizer step, over all processes",
         more="The last rows of an epoch that do not fill a step are left out of it.",
     )
+    logit_share: float = setting(
+        0.25,
+        between(0.01, 1),
+        "share of the positions of each row whose logits a training step compares",
+        more="A run of neighbours, another one in each step: head and loss are most of a step where the vocabulary is large. "
+        "Validation compares all, and so do steps on rows with a mask, and losses that also look at hidden states.",
+    )
     gradient_accumulation_steps: int = setting(
         1, integer(1, _BATCH), "forward and backward passes in one step of one process: more take less memory"
     )

@@ -17,6 +17,7 @@ from ..out_of_memory import Halving
 from ..processes import broadcast, rank, world_size
 from ..progress import progress_bar
 from ..spill import Spill
+from .head_window import logits_within
 from .hooks import evaluation_mode, recorded_inputs, run_without_head
 from .layer_major import BATCH_SETTINGS, LayerMajorPasses, Residence
 from .layer_stack import LayerStack
@@ -126,8 +127,13 @@ class DenseOutputs:
                 # NCCL sends from the accelerator only
                 stored[rows] = broadcast(stored[rows].to(self.model.device), number % group).cpu()
 
-    def logits(self, rows: slice | Tensor) -> Tensor:
-        """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient."""
+    def logits(self, rows: slice | Tensor, window: slice | None = None) -> Tensor:
+        """Logits `[batch, length, vocab]` of some rows, in the model's dtype and on its device, without gradient.
+
+        Args:
+            rows (`slice` or `Tensor`): Which.
+            window (`slice`, *optional*): Only of these positions, see [`~optimum_clp.forward.head_window.logits_within`].
+        """
         tokens = self.tokens[rows].to(self.model.device)
         last = len(self.stack)
         with (
@@ -135,4 +141,4 @@ class DenseOutputs:
             evaluation_mode(self.model),
             self.stack.resumed(last, self.hidden[last][rows].to(self.model.device)),
         ):
-            return self.model(input_ids=tokens, use_cache=False).logits
+            return logits_within(self.model, tokens, window)

@@ -4,6 +4,7 @@ What is exact here is arithmetic over tensors that another module makes; the tes
 estimate says so.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from typing import Any, cast
@@ -236,6 +237,9 @@ def tuning_memory(
     tokens = min(config.batch_size, train_rows) * sequence_length
     saved = sum(activations[kept[i]][i in endpoints] for i in range(endpoints[0], len(kept)))
     losses = [loss for _, loss in weighted_losses(config.loss_weights()).values()]
+    vocabulary = embedding.weight.shape[0]
+    whole = any(STATES in loss.needs for loss in losses)
+    compared_tokens = tokens if whole else math.ceil(tokens * config.logit_share)
     return TuningMemory(
         weights=count_bytes(dense),
         endpoints=own,
@@ -245,7 +249,11 @@ def tuning_memory(
         moments=2 * in_float32,
         caches=rows * sequence_length * _TOKEN + cached,
         activations=tokens * (saved + norm_activations(hidden)) + products,
-        logits=logit_bytes(tokens, embedding.weight.shape[0], itemsize, losses),
+        logits=max(
+            logit_bytes(compared_tokens, vocabulary, itemsize, losses),
+            # validation looks at all positions
+            logit_bytes(tokens, vocabulary, itemsize, losses, gradient=False),
+        ),
     )
 
 

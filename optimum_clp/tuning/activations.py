@@ -42,17 +42,27 @@ def layer_activations(layer: nn.Module, itemsize: int, *, trained: bool) -> int:
     return total
 
 
-def logit_bytes(tokens: int, vocabulary: int, itemsize: int, losses: Iterable[Loss]) -> int:
+def logit_bytes(tokens: int, vocabulary: int, itemsize: int, losses: Iterable[Loss], *, gradient: bool = True) -> int:
     """Estimate of the bytes that the head and the losses hold at the end of a forward pass.
 
-    The logits that some loss needs, in the model's dtype; float32 probabilities for the backward pass, for each loss as
-    many sets as it needs logits (two for `kd`, one for `ce`); and three float32 copies of the chunk of tokens that is being
-    computed.
+    The logits that some loss needs, in the model's dtype; what is kept for the backward pass: float32 probabilities, for each
+    loss as many sets as it needs logits (one for `ce`), or the gradient in the model's dtype (`kd`); and four float32 copies of
+    the chunk of tokens that is being computed.
+
+    Args:
+        tokens (`int`): Whose logits are made.
+        vocabulary (`int`): Of the model.
+        itemsize (`int`): Bytes in a number of the model's dtype.
+        losses (`Iterable[Loss]`): That have a weight.
+        gradient (`bool`): There is a backward pass.
     """
+    losses = list(losses)
     needs = [loss.needs & {LOGITS, TEACHER_LOGITS} for loss in losses]
-    distributions, logits = sum(map(len, needs)), len(frozenset().union(*needs))
-    chunk = 3 * min(tokens, chunk_tokens(vocabulary))
-    return vocabulary * (tokens * (logits * itemsize + distributions * _FLOAT32) + chunk * _FLOAT32)
+    pairs = zip(losses, needs, strict=True)
+    kept = sum(itemsize if getattr(loss, "keeps_gradient", False) else len(need) * _FLOAT32 for loss, need in pairs)
+    logits = len(frozenset().union(*needs)) * itemsize
+    chunk = 4 * min(tokens, chunk_tokens(vocabulary)) * _FLOAT32
+    return vocabulary * (tokens * (logits + (kept if gradient else 0)) + chunk)
 
 
 def _norm_widths(layer: nn.Module) -> Iterator[int]:

@@ -58,6 +58,7 @@ class LayerMajorStudent(EndpointStudent):
         targets: Mapping[int, Tensor],
         weights: Mapping[str, float] | None = None,
         mask: Tensor | None = None,
+        window: slice | None = None,
     ) -> Tensor:
         """As [`EndpointStudent.forward`]; the dense model's logits are asked for some rows at a time, best as a function of slices.
 
@@ -83,6 +84,7 @@ class LayerMajorStudent(EndpointStudent):
                 {index: target[part] for index, target in targets.items()},
                 _teacher_of(teacher_logits, part) if TEACHER_LOGITS in needs else None,
                 losses,
+                window,
             )
             for part in parts
         ]
@@ -116,10 +118,10 @@ class LayerMajorStudent(EndpointStudent):
         logits = None
         if LOGITS in needs:
             with stack.head(model) as head:
-                logits = head(hidden)
+                logits = head(hidden if rows.window is None else hidden[:, rows.window])
         teacher = None if rows.teacher_logits is None else rows.teacher_logits()
         batch = LossBatch(rows.tokens, logits, teacher, states, rows.targets, rows.mask)
-        return self._total(batch, rows.losses)
+        return self._total(batch.within(rows.window), rows.losses)
 
     @staticmethod
     def _kept(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -150,6 +152,7 @@ class _Rows:
     targets: Mapping[int, Tensor]
     teacher_logits: Callable[[], Tensor] | None
     losses: tuple[tuple[float, Loss], ...]
+    window: slice | None
 
 
 def _teacher_of(logits: TeacherLogits, part: slice) -> Callable[[], Tensor]:

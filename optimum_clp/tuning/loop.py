@@ -5,6 +5,7 @@ untested. A global batch is the same rows whatever the number of processes and o
 """
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..out_of_memory import Halving, device_memory_error, halves, is_out_of_memo
 from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
-from .losses import TEACHER_LOGITS, needs_of
+from .losses import LOGITS, STATES, TEACHER_LOGITS, needs_of
 from .master_adamw import MasterAdamW
 from .overparametrization import Annealing
 from .result import TuningStep, improves
@@ -231,11 +232,11 @@ class TrainingLoop:
         parts = self._passes(rows.split(self.micro_batches[self.state.stage]))
         if self._halving.done:
             accelerator.gradient_accumulation_steps = len(parts)
-        logits = TEACHER_LOGITS in needs_of(stage.loss)
+        logits, window = TEACHER_LOGITS in needs_of(stage.loss), self._window()
         total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(self.student):
-                batch = self.train.batch(part, logits, in_parts=self.in_parts)
+                batch = self.train.batch(part, logits, window=window, in_parts=self.in_parts)
                 # halves of an odd number of rows count by their rows; else it is 1
                 share = len(part) * len(parts) / len(rows)
                 loss = self.student(**batch, weights=stage.loss).mean()
@@ -257,6 +258,17 @@ class TrainingLoop:
         self.state.last_loss = total / (len(parts) // accelerator.num_processes)
         self.state.losses.append(self.state.last_loss)
         return True
+
+    def _window(self) -> slice | None:
+        """The positions whose logits the next step compares; `None` for all. Each window has the same chance."""
+        needs, share = needs_of(self.stages[self.state.stage].loss), self.config.logit_share
+        # of a masked row a window may have nothing that is to be learnt
+        if share == 1 or STATES in needs or LOGITS not in needs or self.train.mask is not None:
+            return None
+        length = self.train.outputs.tokens.shape[1]
+        windows = torch.arange(length).tensor_split(min(length, math.ceil(1 / share)))
+        chosen = windows[random.Random(f"{self.seed}:{self.state.step}").randrange(len(windows))]
+        return slice(int(chosen[0]), int(chosen[-1]) + 1)
 
     def _passes(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The rows of each pass: those of a micro-batch, or half of them."""

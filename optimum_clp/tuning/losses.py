@@ -42,6 +42,13 @@ class LossBatch:
     targets: Mapping[int, Tensor] | None = None
     mask: Tensor | None = None
 
+    def within(self, window: slice | None) -> "LossBatch":
+        """The batch as if its rows had no other positions than those of the window, which logits are of already."""
+        if window is None:
+            return self
+        mask = None if self.mask is None else self.mask[:, window]
+        return replace(self, tokens=self.tokens[:, window], mask=mask)
+
     def only(self, needs: frozenset[str]) -> "LossBatch":
         """The batch without what is not needed."""
         return replace(
@@ -61,6 +68,7 @@ class Loss(Protocol):
     Attributes:
         needs (`frozenset[str]`): Any of `"logits"`, `"teacher_logits"`, `"states"`; also how the memory of a step is
             estimated: float32 probabilities are kept for each of the first two.
+        keeps_gradient (`bool`, *optional*): What is kept instead is the gradient alone, in the dtype of the logits.
     """
 
     needs: frozenset[str]
@@ -100,6 +108,7 @@ class Distillation:
     """`kd`: the mean over all tokens of `KL(dense || cut)`, in nats."""
 
     needs = frozenset({LOGITS, TEACHER_LOGITS})
+    keeps_gradient = True
 
     def __call__(self, batch: LossBatch) -> Tensor:
         assert batch.logits is not None and batch.teacher_logits is not None

@@ -45,25 +45,33 @@ class TuningRows:
         """
         return replace(self, targets={i: self.outputs.hidden[state] for i, state in states.items()})
 
-    def batch(self, rows: Tensor, logits: bool, *, in_parts: bool = False) -> dict[str, Any]:
+    def batch(
+        self, rows: Tensor, logits: bool, *, window: slice | None = None, in_parts: bool = False
+    ) -> dict[str, Any]:
         """The arguments of [`EndpointStudent.forward`] for some rows.
 
         Args:
             rows (`Tensor`): int64.
             logits (`bool`): With the dense model's logits.
+            window (`slice`, *optional*): Positions whose logits are looked at; all if not given.
             in_parts (`bool`): These as a function that makes those of some of the rows.
         """
         device = self.outputs.model.device
         return {
             "tokens": self.outputs.tokens[rows].to(device),
             "hidden": self.inputs[rows].to(device),
-            "teacher_logits": self._teacher_logits(rows, in_parts) if logits else None,
+            "teacher_logits": self._teacher_logits(rows, window, in_parts) if logits else None,
             "targets": {i: states[rows].to(device) for i, states in self.targets.items()},
             "mask": None if self.mask is None else self.mask[rows].to(device),
+            "window": window,
         }
 
-    def _teacher_logits(self, rows: Tensor, in_parts: bool) -> Tensor | Callable[[slice], Tensor]:
-        return (lambda part: self.outputs.logits(rows[part])) if in_parts else self.outputs.logits(rows)
+    def _teacher_logits(
+        self, rows: Tensor, window: slice | None, in_parts: bool
+    ) -> Tensor | Callable[[slice], Tensor]:
+        if in_parts:
+            return lambda part: self.outputs.logits(rows[part], window)
+        return self.outputs.logits(rows, window)
 
 
 def compared_layers(layers: Sequence[int]) -> list[int]:

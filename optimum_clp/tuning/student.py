@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..forward.head_window import logits_within
 from ..forward.hooks import recorded_outputs, run_without_head, stopped_before
 from ..forward.layer_stack import LayerStack
 from ..forward.streamed_layers import recomputed
@@ -57,16 +58,20 @@ class EndpointStudent(nn.Module):
         targets: Mapping[int, Tensor],
         weights: Mapping[str, float] | None = None,
         mask: Tensor | None = None,
+        window: slice | None = None,
     ) -> Tensor:
         """The weighted loss of each row.
 
         Args:
             tokens (`Tensor`): int64 `[batch, length]`.
             hidden (`Tensor`): `[batch, length, hidden]`: what enters the first layer that runs.
-            teacher_logits (`Tensor`, `Callable` or `None`): `[batch, length, vocab]`; for losses that look at the dense model's logits.
+            teacher_logits (`Tensor`, `Callable` or `None`): `[batch, length, vocab]`, of the window alone if there is one; for losses
+                that look at the dense model's logits.
             targets (`Mapping[int, Tensor]`): `[batch, length, hidden]` for each layer of `compared`.
             weights (`dict[str, float]`, *optional*): Of the losses, instead of the student's own.
             mask (`Tensor` or `None`): bool `[batch, length]`: tokens that are to be learnt; `None` for all.
+            window (`slice`, *optional*): Positions whose logits are looked at, as if the rows had no others, though what is before them is
+                read; not for losses that look at hidden states.
 
         Returns:
             `Tensor`: float32 `[batch]`.
@@ -80,9 +85,9 @@ class EndpointStudent(nn.Module):
             stack.resumed(self.first, hidden),
             recorded_outputs(stack.layers, compared) as states,
         ):
-            logits = self._logits(tokens, LOGITS in needs, compared)
+            logits = self._logits(tokens, LOGITS in needs, compared, window)
         teacher = teacher_logits(slice(None)) if callable(teacher_logits) else teacher_logits
-        return self._total(LossBatch(tokens, logits, teacher, states, targets, mask), losses)
+        return self._total(LossBatch(tokens, logits, teacher, states, targets, mask).within(window), losses)
 
     def halve(self) -> None:
         """Compute fewer rows at a time than before, where it is the student that says how many."""
@@ -97,11 +102,11 @@ class EndpointStudent(nn.Module):
                 total = total + weight * part
         return total
 
-    def _logits(self, tokens: Tensor, needed: bool, compared: Iterable[int]) -> Tensor | None:
+    def _logits(self, tokens: Tensor, needed: bool, compared: Iterable[int], window: slice | None) -> Tensor | None:
         """Run the model; to the last layer that is looked at only, and without logits, if no loss needs these."""
         model, stack = self._around
         if needed:
-            return model(input_ids=tokens, use_cache=False).logits
+            return logits_within(model, tokens, window)
         behind = max(compared, default=-1) + 1
         with stopped_before(stack.layers[behind]) if behind < len(stack) else nullcontext():
             run_without_head(model, tokens)

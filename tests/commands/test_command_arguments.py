@@ -159,7 +159,7 @@ def test_every_option_reaches_the_configuration():
         "--text-cache-dir c --strategy exhaustive --search-sequences 6 --search-batch-size 5 --search-budget 7 "
         "--init fold --train-final-norm --train-head --gradient-accumulation-steps 2 --mixed-precision bf16 "
         "--checkpoint-seconds 9 --cache-memory-gib 1 --report-to tensorboard,wandb --logging-dir l "
-        "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --hidden-batch-size 3 --on-policy-rounds 2 --on-policy-sequences 40 --tuning-tokens 9000 --epochs 5 --batch-size 6 --patience 7 "
+        "--num-rescored 3 --search-repair linear_map --loss ce --endpoint-width 2 --overparametrization linear --learning-rate 1e-3 --hidden-learning-rate 2e-3 --hidden-epochs 4 --hidden-batch-size 3 --on-policy-rounds 2 --on-policy-sequences 40 --tuning-tokens 9000 --epochs 5 --batch-size 6 --logit-share 0.5 --patience 7 "
         "--initial-steepness 9 --warmup-ratio 0.5 --weight-decay 0.1 --max-grad-norm 2 --evaluations-per-epoch 3 "
         "--method rtn --bits-per-weight 5 --calibration-sequences 3 --scale-epochs 0 --no-tune --no-export --quanto --weights int4 --group-size 64 --accuracy-level 1 --head-bits 8 --no-quantize-embeddings "
         "--format qdq --opset 22 --tolerance 1e-3 --logits-to-keep 1 --no-float-file "

@@ -19,7 +19,7 @@ LOSSES = [{"kd": 1.0}, {"ce": 1.0}, {"jsd": 1.0}, {"hidden": 1.0}, {"kd": 0.5, "
 BY_LAYERS = [tiny for tiny in ZOO if not find_architecture(zoo_model(tiny).config).threads_state]
 
 
-def problem(kind, model, weights, rows=5, first=1, mask=None, **options):
+def problem(kind, model, weights, rows=5, first=1, mask=None, window=None, **options):
     """A student of two layers, and what it is called with."""
     torch.manual_seed(3)
     trained = list(decoder_layers(model))[first : first + 2]
@@ -30,11 +30,11 @@ def problem(kind, model, weights, rows=5, first=1, mask=None, **options):
     dense = DenseOutputs(model, tokens, inputs_of=[first], quiet=True)
     # some types' states are several streams wide
     hidden, target = dense.hidden[first] + 0.1 * torch.randn_like(dense.hidden[first]), dense.hidden[depth]
-    teacher = torch.randn_like(dense.logits(slice(None)))
+    teacher = torch.randn_like(dense.logits(slice(None)))[:, window or slice(None)]
     student = kind(model, trained, first, weights, [first + 1], **options)
     given = (lambda part: teacher[part]) if kind is LayerMajorStudent else teacher
     arguments = {"tokens": tokens, "hidden": hidden, "teacher_logits": given, "targets": {first + 1: target}}
-    return student, {**arguments, "mask": mask}
+    return student, {**arguments, "mask": mask, "window": window}
 
 
 def step(kind, model, weights, **options):
@@ -62,6 +62,12 @@ def check_same(model, weights, work, **options):
 def test_losses_and_gradients_are_the_plain_students(weights, work):
     mask = torch.rand(5, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.5
     check_same(tiny_model(), weights, work, mask=mask)
+
+
+@pytest.mark.parametrize("weights", [{"kd": 1.0}, {"ce": 1.0}, {"kd": 0.5, "jsd": 0.5}], ids=str)
+def test_a_window_of_positions_has_the_plain_students_losses_and_gradients(weights):
+    mask = torch.rand(5, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.5
+    check_same(tiny_model(), weights, 0, mask=mask, window=slice(3, 8))
 
 
 @pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "gpt2", "falcon", "mamba", "deepseek_v4", "qwen3_next"])

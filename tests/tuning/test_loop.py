@@ -22,6 +22,7 @@ from optimum_clp.segments import LayerSegment
 from optimum_clp.surgery.cut import cut_model
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
+from optimum_clp.tuning.rows import TuningRows
 
 WORKER = str(Path(__file__).parent / "tuning_worker.py")
 SETTINGS = {
@@ -36,6 +37,37 @@ LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_
 FSDP = ["--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"]
 LAUNCH = {"ddp": ["--num_processes", "2", "--multi_gpu"], "fsdp": ["--num_processes", "2", *FSDP]}
 DENSE = tiny_model()
+
+
+def test_each_step_compares_another_window_and_validation_all_positions(monkeypatch):
+    dense, seen = DENSE, {"train": [], "validation": []}
+    batch = TuningRows.batch
+
+    def recorded(self, rows, logits, *, window=None, in_parts=False):
+        seen["train" if len(self) == 8 else "validation"].append(window)
+        return batch(self, rows, logits, window=window, in_parts=in_parts)
+
+    monkeypatch.setattr(TuningRows, "batch", recorded)
+
+    def run(masks=(None, None), **settings):
+        for windows in seen.values():
+            windows.clear()
+        cut = cut_model(dense, [LayerSegment(2, 4)])
+        config = TuningConfig(**{**SETTINGS, "epochs": 12, "patience": 100, **settings})
+        rows = random_tokens(8, 12), random_tokens(4, 12)
+        tune_layers(cut, dense, [1, 2], *rows, config, kept=[0, 1, 4, 5], masks=masks, quiet=True)
+        return list(seen["train"]), list(seen["validation"])
+
+    windows, validation = run(logit_share=0.4)
+    assert len(windows) == 24 and set(validation) == {None}
+    # side by side, no more than was said, each as likely: a pure function of seed and step
+    assert {(w.start, w.stop) for w in windows} == {(0, 4), (4, 8), (8, 12)}
+    assert run(logit_share=0.4)[0] == windows
+    assert {w.stop - w.start for w in run(logit_share=0.01)[0]} == {1} and {w.stop - w.start for w in run()[0]} == {3}
+    # all positions, also where states are compared and where rows have a mask
+    assert set(run(logit_share=1.0)[0]) == {None}
+    assert set(run(loss={"kd": 1.0, "hidden": 1.0})[0]) == {None}
+    assert set(run(masks=(torch.ones(8, 12, dtype=torch.bool), None))[0]) == {None}
 
 
 def environment(dtype="float32"):

@@ -214,6 +214,23 @@ def test_the_student_gives_what_a_whole_pass_gives(name, case):
     torch.testing.assert_close(student_loss(case, {name: 0.3}), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if "states" not in LOSSES.get(name).needs])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_is_as_if_rows_had_no_other_positions(name, masked, case):
+    cut, hidden, whole = case
+    window, mask = slice(3, 9), torch.rand(whole.tokens.shape) > 0.3 if masked else None
+    part = LossBatch(
+        whole.tokens[:, window],
+        whole.logits[:, window],
+        whole.teacher_logits[:, window],
+        mask=None if mask is None else mask[:, window],
+    )
+    student = EndpointStudent(cut, [cut.model.layers[i] for i in (1, 2)], 1, {name: 1.0}, whole.targets)
+    with torch.no_grad():
+        found = student(whole.tokens, hidden, whole.teacher_logits[:, window], whole.targets, mask=mask, window=window)
+    torch.testing.assert_close(found, loss_of(name, part), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_more_of_the_model_is_run_than_is_needed(name, case, monkeypatch):
     cut, needs, run = case[0], LOSSES.get(name).needs, []
