@@ -5,7 +5,6 @@ untested. A global batch is the same rows whatever the number of processes and o
 """
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from ..configuration.stages import TuningConfig
+from ..forward.head_window import drawn_window
 from ..out_of_memory import Halving, device_memory_error, halves, is_out_of_memory
 from ..progress import progress_bar
 from .accelerator import micro_batch_size, shards_weights
@@ -261,14 +261,12 @@ class TrainingLoop:
 
     def _window(self) -> slice | None:
         """The positions whose logits the next step compares; `None` for all. Each window has the same chance."""
-        needs, share = needs_of(self.stages[self.state.stage].loss), self.config.logit_share
+        needs = needs_of(self.stages[self.state.stage].loss)
         # of a masked row a window may have nothing that is to be learnt
-        if share == 1 or STATES in needs or LOGITS not in needs or self.train.mask is not None:
+        if STATES in needs or LOGITS not in needs or self.train.mask is not None:
             return None
-        length = self.train.outputs.tokens.shape[1]
-        windows = torch.arange(length).tensor_split(min(length, math.ceil(1 / share)))
-        chosen = windows[random.Random(f"{self.seed}:{self.state.step}").randrange(len(windows))]
-        return slice(int(chosen[0]), int(chosen[-1]) + 1)
+        length, draw = self.train.outputs.tokens.shape[1], f"{self.seed}:{self.state.step}"
+        return drawn_window(length, self.config.logit_share, draw)
 
     def _passes(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The rows of each pass: those of a micro-batch, or half of them."""
