@@ -24,7 +24,7 @@ from optimum_clp import CalibrationConfig, LayerSegment, TuningConfig
 from optimum_clp.architecture.lookup import decoder_layers
 from optimum_clp.calibration.own import own_rows
 from optimum_clp.segments import endpoint_layers, kept_layers
-from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.cut import cut_model, own_storage
 from optimum_clp.tuning.endpoints import tune_layers
 
 HIDDEN_ROWS, VALIDATION_ROWS, LENGTH = 128, 24, 256
@@ -98,6 +98,8 @@ class Study:
         layers = [decoder_layers(model)[i] for i in self.layers]
         if file.is_file():
             for layer, weights in zip(layers, torch.load(file), strict=True):
+                # a cut model shares the dense one's tensors
+                own_storage(layer)
                 layer.load_state_dict(weights)
         else:
             self._tuned(model, HIDDEN_ROWS, hidden(self.width))

@@ -150,7 +150,7 @@ def _type_rule(cuts: list[dict[str, Any]], period: int) -> str:
     which = f"only after {_segments(following).removesuffix('.')}" if following else "after none of these cuts"
     return (
         f"Kinds of layers alternate. By the rule of the model type they do so {which}; a cut of {period} layers, or of a multiple, always leaves them so. "
-        "After others, runtimes that compute the kinds from a layer's number, such as llama.cpp and mlx-lm, are wrong without a word."
+        "After others, runtimes that compute the kinds from a layer's number, as llama.cpp and mlx-lm do for many types, are wrong without a word."
     )
 
 

@@ -223,8 +223,8 @@ class CLPReport:
         if cut.get("type_rule") != "broken":
             return ""
         return (
-            "Kinds of layers no longer alternate by the rule of this model type. Runtimes that read config.json are right; those that compute "
-            f"the kinds from a layer's number, such as llama.cpp and mlx-lm, are wrong without a word. A cut of {cut['layer_period']} layers, or of a multiple, would keep the rule."
+            "Kinds of layers no longer alternate by the rule of this model type. Runtimes that read them in config.json are right; those that "
+            f"compute them from a layer's number, as llama.cpp and mlx-lm do for many types, are wrong without a word. A cut of {cut['layer_period']} layers, or of a multiple, would keep the rule."
         )
 
     def size_reached(self) -> str:

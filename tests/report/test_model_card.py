@@ -463,7 +463,7 @@ def test_a_card_says_where_kinds_of_layers_break_the_rule_of_other_runtimes(kind
     assert (
         "no longer alternate by the rule of this model type" in text and "A cut of 6 layers, or of a multiple," in text
     )
-    assert "such as llama.cpp and mlx-lm, are wrong without a word" in report.to_table()
+    assert "as llama.cpp and mlx-lm do for many types, are wrong without a word" in report.to_table()
     # windows can be told to llama.cpp, other kinds cannot
     assert (
         ("llama-cli -m told.gguf" in text) == ("add_sliding_window_pattern" in text) == (kind == "sliding_attention")
