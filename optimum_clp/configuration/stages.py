@@ -321,10 +321,10 @@ class TuningConfig:
         more="The last rows of an epoch that do not fill a step are left out of it.",
     )
     logit_share: float = setting(
-        0.25,
+        1.0,
         between(0.01, 1),
         "share of the positions of each row whose logits a training step compares",
-        more="A run of neighbours, another one in each step: head and loss are most of a step where the vocabulary is large. "
+        more="Below 1 a run of neighbours, another one in each step: for large vocabularies, where head and loss are most of a step. "
         "Validation compares all, and so do steps on rows with a mask, and losses that also look at hidden states.",
     )
     gradient_accumulation_steps: int = setting(

@@ -7,11 +7,9 @@ chunks of 1024 (head, loss and gradient together, one thread, bfloat16).
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 CHUNK_PROBABILITIES = 2**22
@@ -32,43 +30,21 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     Returns:
         `Tensor`: float32, shape `[...]`, at least 0 up to rounding.
     """
-    vocabulary = student_logits.shape[-1]
-    flat = (logits.reshape(-1, vocabulary) for logits in (teacher_logits.detach(), student_logits))
-    return _KullbackLeibler.apply(*flat).reshape(student_logits.shape[:-1])
+    return _in_chunks(_kl, teacher_logits, student_logits)
 
 
-class _KullbackLeibler(torch.autograd.Function):
-    """The divergence of each token, and its gradient by the student's logits, which is the difference of the probabilities.
-
-    Autograd would keep two float32 copies of all logits for it, four times what is kept here in 16 bits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, teacher: Tensor, student: Tensor) -> Tensor:
-        size = chunk_tokens(student.shape[-1])
-        found = torch.empty(len(student), dtype=torch.float32, device=student.device)
-        gradient = torch.empty_like(student) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(student), size):
-            part = slice(start, start + size)
-            given, own = (logits[part].float().log_softmax(-1) for logits in (teacher, student))
-            probabilities = given.exp()
-            found[part] = (probabilities * given.sub_(own)).sum(-1)
-            if gradient is not None:
-                gradient[part] = own.exp_().sub_(probabilities)
-        ctx.save_for_backward(gradient)
+def _kl(teacher: Tensor, student: Tensor) -> Tensor:
+    with torch.no_grad():
+        given, own = (logits.float().log_softmax(-1) for logits in (teacher, student))
+        probabilities = given.exp()
+        found = (probabilities * given.sub_(own)).sum(-1)
+    if not (student.requires_grad and torch.is_grad_enabled()):
         return found
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[None, Tensor | None]:
-        (gradient,) = ctx.saved_tensors
-        if gradient is None:
-            return None, None
-        size, scaled = chunk_tokens(gradient.shape[-1]), torch.empty_like(gradient)
-        for start in range(0, len(gradient), size):
-            part = slice(start, start + size)
-            scaled[part] = gradient[part] * outer[part, None]
-        return None, scaled
+    # The gradient is the difference of the probabilities, and is all that is kept, in the dtype of the logits: autograd would
+    # keep two float32 copies of them. What carries it to the student is 0.
+    gradient = own.exp_().sub_(probabilities).to(student.dtype)
+    carried = (student * gradient).sum(-1, dtype=torch.float32)
+    return found + (carried - carried.detach())
 
 
 def jensen_shannon_divergence(teacher_logits: Tensor, student_logits: Tensor, top: int) -> Tensor:

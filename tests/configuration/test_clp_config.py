@@ -80,7 +80,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "on_policy_rounds": 0,
                 "on_policy_sequences": 256,
                 "batch_size": 8,
-                "logit_share": 0.25,
+                "logit_share": 1.0,
                 "gradient_accumulation_steps": 1,
                 "mixed_precision": None,
                 "warmup_ratio": 0.05,

@@ -25,6 +25,26 @@ def test_kl_of_equal_logits_is_zero_and_the_teacher_gets_no_gradient():
     assert teacher.grad is None and student.grad is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_has_autograds_gradient_and_keeps_it_alone(dtype, monkeypatch):
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 2, 5, 11).to(dtype)
+    weights = torch.rand(2, 5)
+    whole = student.double().requires_grad_()
+    p = teacher.double().softmax(-1)
+    (weights * (p * (p.log() - whole.log_softmax(-1))).sum(-1)).sum().backward()
+    monkeypatch.setattr(losses, "CHUNK_PROBABILITIES", 3 * 11)
+    student.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        found = kl_divergence(teacher, student)
+    (weights * found).sum().backward()
+    torch.testing.assert_close(
+        student.grad.double(), whole.grad, atol=2e-3 if dtype == torch.bfloat16 else 1e-6, rtol=2e-2
+    )
+    assert sum(t.numel() for t in kept) == student.numel() and {t.dtype for t in kept} == {dtype}
+
+
 def test_cross_entropy_matches_the_definition(monkeypatch):
     torch.manual_seed(0)
     logits, ids = torch.randn(2, 6, 9), torch.randint(0, 9, (2, 6))

@@ -41,9 +41,11 @@ def registered(monkeypatch):
 def test_a_loss_takes_what_it_needs(registered, needs, sets, states):
     LOSSES.register("theirs", type("Theirs", (), {"needs": frozenset(needs)}))
     found = memory(loss="theirs")
-    # float32 logits, and four copies of the tokens in work; and probabilities of a step that compares all positions
-    assert found.logits == 97 * (TOKENS * sets * (8 if states else 4) + 4 * TOKENS * 4)
-    assert memory(loss="theirs", logit_share=1.0).logits == 97 * (TOKENS * sets * (4 + 4) + 4 * TOKENS * 4)
+    # float32 logits and probabilities, and four copies of the tokens in work
+    assert found.logits == 97 * (TOKENS * sets * (4 + 4) + 4 * TOKENS * 4)
+    # validation compares all positions, and so does a step with states
+    less = memory(loss="theirs", logit_share=0.25).logits
+    assert less == 97 * (TOKENS * sets * (8 if states else 4) + 4 * TOKENS * 4)
     # what enters the first endpoint and leaves the last layer, and what the last of the two endpoints is compared with
     assert found.caches == 8 * 24 * 8 + (2 + states) * STATE
     assert found.closed_form == 0

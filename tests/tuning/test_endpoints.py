@@ -85,7 +85,7 @@ def test_the_reported_losses_are_those_of_the_model(dense):
 
 def test_a_step_equals_plain_adamw_over_the_whole_model(dense):
     """One step through the cached hidden states against one step of ordinary training."""
-    config = settings(epochs=1, batch_size=16, warmup_ratio=0.0, evaluations_per_epoch=1, loss="ce", logit_share=1.0)
+    config = settings(epochs=1, batch_size=16, warmup_ratio=0.0, evaluations_per_epoch=1, loss="ce")
     cut = cut_model(dense, SEGMENTS)
     plain = copy.deepcopy(cut)
     tuned(cut, config, dense=dense)

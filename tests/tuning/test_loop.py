@@ -63,11 +63,11 @@ def test_each_step_compares_another_window_and_validation_all_positions(monkeypa
     # side by side, no more than was said, each as likely: a pure function of seed and step
     assert {(w.start, w.stop) for w in windows} == {(0, 4), (4, 8), (8, 12)}
     assert run(logit_share=0.4)[0] == windows
-    assert {w.stop - w.start for w in run(logit_share=0.01)[0]} == {1} and {w.stop - w.start for w in run()[0]} == {3}
+    assert {w.stop - w.start for w in run(logit_share=0.01)[0]} == {1}
     # all positions, also where states are compared and where rows have a mask
-    assert set(run(logit_share=1.0)[0]) == {None}
-    assert set(run(loss={"kd": 1.0, "hidden": 1.0})[0]) == {None}
-    assert set(run(masks=(torch.ones(8, 12, dtype=torch.bool), None))[0]) == {None}
+    assert set(run()[0]) == {None}
+    assert set(run(logit_share=0.4, loss={"kd": 1.0, "hidden": 1.0})[0]) == {None}
+    assert set(run(logit_share=0.4, masks=(torch.ones(8, 12, dtype=torch.bool), None))[0]) == {None}
 
 
 def environment(dtype="float32"):

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from transformers.pytorch_utils import Conv1D
 
 from ...architecture.lookup import decoder_layers, text_config
-from ...forward.head_window import drawn_window, logits_within
 from ...forward.losses import kl_divergence
 from ...progress import progress_bar
 from ...tuning.activations import layer_activations, logit_bytes
@@ -35,8 +34,6 @@ from .products import product_dtype, products_in
 # of a scale's relative change: three times as much harms, see docs/onnx_lab_notes.md
 _RATE = 1e-3
 _BATCH = 4
-# of the positions whose logits a step compares
-_LOGIT_SHARE = 0.25
 _WARMUP = 0.05
 # of the rows one in so many judges, and no more than so many do
 _JUDGING, _MOST_JUDGES = 8, 16
@@ -98,8 +95,8 @@ def tune_scales(
 ) -> tuple[dict[str, RoundedMatrix], ScaleTuning | None]:
     """Train the scales of rounded weights towards a teacher, by KL on text.
 
-    Steps of Adam on the relative change of every scale, four rows and the logits of a quarter of their positions each, with a
-    warm-up and a cosine; products in bfloat16 where the processor has them. Integers and zero points stay. What is trained is kept if it is better on the last eighth of the
+    Steps of Adam on the relative change of every scale, four rows each, with a warm-up and a cosine; products in bfloat16
+    where the processor has them. Integers and zero points stay. What is trained is kept if it is better on the last eighth of the
     rows (at most 16), which no step sees. Weights are made of their integers whenever they are needed, on the way back too.
 
     Args:
@@ -128,10 +125,9 @@ def tune_scales(
         optimizer = torch.optim.Adam([part.change for part in student.parts], lr=_RATE, betas=(0.9, 0.99))
         schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARMUP * len(steps)), len(steps))
         with progress_bar(len(steps), "Tuning the scales", quiet) as bar:
-            for number, rows in enumerate(steps):
-                window = drawn_window(tokens.shape[1], _LOGIT_SHARE, f"{seed}:{number}")
+            for rows in steps:
                 with student.weights_made_again():
-                    student.loss(train[rows], window).mean().backward()
+                    student.loss(train[rows]).mean().backward()
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -164,10 +160,10 @@ class _Student:
         for part in self.parts:
             part.dtype = self.dtype
 
-    def loss(self, rows: Tensor, window: slice | None = None) -> Tensor:
-        """KL from the teacher, `[rows, length]`, or of the positions of a window."""
+    def loss(self, rows: Tensor) -> Tensor:
+        """KL from the teacher, `[rows, length]`."""
         with products_in(self.dtype):
-            return kl_divergence(self._taught(rows, window), logits_within(self.model, rows, window))
+            return kl_divergence(self._taught(rows), _logits(self.model, rows))
 
     @torch.no_grad()
     def divergence(self, rows: Tensor) -> float:
@@ -196,16 +192,20 @@ class _Student:
         return saved_tensors_hooks(pack, unpack)
 
     @torch.no_grad()
-    def _taught(self, rows: Tensor, window: slice | None) -> Tensor:
+    def _taught(self, rows: Tensor) -> Tensor:
         if self.teacher is not None:
-            return logits_within(self.teacher, rows.to(self.teacher.device), window).to(rows.device)
+            return _logits(self.teacher, rows.to(self.teacher.device)).to(rows.device)
         for part in self.parts:
             part.in_float = True
         try:
-            return logits_within(self.model, rows, window)
+            return _logits(self.model, rows)
         finally:
             for part in self.parts:
                 part.in_float = False
+
+
+def _logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    return model(input_ids=rows, use_cache=False).logits
 
 
 class _Stored(nn.Module):
