@@ -18,7 +18,8 @@ from torch import Tensor
 from ..configuration.stages import TuningConfig
 from ..forward.head_window import drawn_window
 from ..out_of_memory import Halving, device_memory_error, halves, is_out_of_memory
-from ..progress import progress_bar
+from ..processes import broadcast
+from ..progress import progress_bar, say
 from .accelerator import micro_batch_size, shards_weights
 from .checkpoints import BestWeights, Checkpoints, TrainingState
 from .losses import LOGITS, STATES, TEACHER_LOGITS, needs_of
@@ -132,16 +133,37 @@ class TrainingLoop:
 
     def _end_stage(self, stage: Stage, steps: int) -> None:
         state = self.state
+        begun = state.step - state.stage_step
         if state.stopped is None and state.stage_step < steps and state.stage == len(self.stages) - 1:
             state.stopped = "patience"
         state.stage_steps.append(state.stage_step)
         state.stage += 1
         state.stage_step = state.stale = 0
         if state.stage < len(self.stages):
+            if state.best_step <= begun:
+                self._go_back(stage)
             # moments of one loss say nothing about another
             self.optimizer.state.clear()
         if self._checkpoints is not None and self._checkpoints.save_if_due(state):
             self._best.drop_others(state.best_step)
+
+    def _go_back(self, stage: Stage) -> None:
+        """Go on from the best weights, where none of a stage's were better than those that it began with.
+
+        Hidden states can be brought nearer in a measure that the layers above do not share: of Gemma 3's, one channel is nearly
+        all of the length. Weights that an engine deals out, and products, stay as they are.
+        """
+        if shards_weights(self.accelerator) or self.config.overparametrization != "none":
+            return
+        best = self._best.load(self.state.best_step)
+        if not self.quiet and self.accelerator.is_main_process:
+            tried, kept = self.state.history[-1].validation_loss, self.state.best_loss
+            rate = f"{stage.learning_rate:.2g}, half of that or less may do"
+            say(f"tuning: a stage is undone, validation loss {kept:.4f} -> {tried:.4f}; its rate was {rate}")
+        with torch.no_grad():
+            for name, parameter in self.accelerator.unwrap_model(self.student).named_parameters():
+                kept = parameter if best is None else best[name].to(parameter)
+                parameter.copy_(broadcast(kept.detach().clone()))
 
     def _steps(self, stage: Stage) -> int:
         return stage.steps_per_epoch(len(self.train)) * stage.epochs

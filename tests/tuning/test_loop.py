@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -68,6 +69,30 @@ def test_each_step_compares_another_window_and_validation_all_positions(monkeypa
     assert set(run()[0]) == {None}
     assert set(run(logit_share=0.4, loss={"kd": 1.0, "hidden": 1.0})[0]) == {None}
     assert set(run(logit_share=0.4, masks=(torch.ones(8, 12, dtype=torch.bool), None))[0]) == {None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stage_that_harms_is_undone_before_the_next(dtype, capsys):
+    dense = tiny_model().to(dtype)
+
+    def run(quiet=True, **settings):
+        cut = cut_model(dense, [LayerSegment(2, 4)])
+        # one step in an epoch: the order of rows does not matter
+        config = TuningConfig(**{**SETTINGS, "batch_size": 8, "epochs": 4, **settings})
+        rows = random_tokens(8, 12), random_tokens(4, 12, seed=1)
+        return tune_layers(cut, dense, [1, 2], *rows, config, kept=[0, 1, 4, 5], quiet=quiet)
+
+    plain, harmed = run(), run(quiet=False, hidden_epochs=3, hidden_batch_size=8, hidden_learning_rate=5.0)
+    assert [stage.steps for stage in harmed.stages] == [3, 4]
+    worst = max(step.validation_loss for step in harmed.history)
+    assert worst > 1.5 * harmed.initial_validation_loss, "the stage harms"
+    found, expected = ([step.validation_loss for step in result.history][-4:] for result in (harmed, plain))
+    assert found == pytest.approx(expected, rel=1e-3 if dtype == torch.float32 else 2e-2)
+    assert harmed.improved
+    assert re.search(
+        r"tuning: a stage is undone, validation loss \d\.\d{4} -> \d+\.\d{4}; its rate was 5, half of that or less may do",
+        capsys.readouterr().err,
+    )
 
 
 def environment(dtype="float32"):
