@@ -12,7 +12,6 @@ whole call: the dense model's pass over the rows, steps, and the validations bef
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ HIDDEN_ROWS, VALIDATION_ROWS, LENGTH = 128, 24, 256
 
 
 def configurations() -> list:
-    return [hidden(576), logits(0.25), CalibrationConfig()]
+    return [hidden(576), logits(576, 0.25), text()]
 
 
 def hidden(width: int, factor: float = 1.0) -> TuningConfig:
@@ -42,8 +41,14 @@ def hidden(width: int, factor: float = 1.0) -> TuningConfig:
     )
 
 
-def logits(share: float) -> TuningConfig:
-    return TuningConfig(hidden_epochs=0, epochs=1, logit_share=share, evaluations_per_epoch=1)
+def logits(width: int, share: float, factor: float = 1.0) -> TuningConfig:
+    """An epoch of `kd`; the factor is of the default rate."""
+    rate = factor * 0.1 / width
+    return TuningConfig(hidden_epochs=0, epochs=1, learning_rate=rate, logit_share=share, evaluations_per_epoch=1)
+
+
+def text() -> CalibrationConfig:
+    return CalibrationConfig()
 
 
 def main() -> None:
@@ -77,13 +82,12 @@ class Study:
         self.kept, self.layers = kept_layers([segment], depth), endpoint_layers([segment], depth, 1)
         sizes = [max(rows, HIDDEN_ROWS), VALIDATION_ROWS, 1]
         (self.train, self.validation, _), _ = own_rows(
-            CalibrationConfig(), AutoTokenizer.from_pretrained(name), self.dense, sizes, LENGTH, 0
+            text(), AutoTokenizer.from_pretrained(name), self.dense, sizes, LENGTH, 0
         )
 
     def logits(self, rows: int, share: float, factor: float = 1.0) -> list[str]:
         """An epoch of `kd`, from what hidden states have taught."""
-        config = logits(share)
-        config = replace(config, learning_rate=factor * 0.1 / self.width)
+        config = logits(self.width, share, factor)
         started = self._started
         return self._row("kd", rows, share, factor, lambda: self._tuned(started(), rows, config))
 
