@@ -75,10 +75,8 @@ def write_gguf(model: PreTrainedModel, file: Path) -> None:
     writer.close()
 
 
-def rounded_gguf(
-    source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray] | None = None, threads: int = 1
-) -> None:
-    """A GGUF file in one of [`FORMATS`], by llama.cpp's own code.
+def rounded_gguf(source: Path, target: Path, name: str, importance: Mapping[str, np.ndarray] | None = None) -> None:
+    """A GGUF file in one of [`FORMATS`], by llama.cpp's own code, on one thread.
 
     Args:
         source (`Path`): In float32.
@@ -86,7 +84,6 @@ def rounded_gguf(
         name (`str`): Of the format.
         importance (`Mapping[str, np.ndarray]`, *optional*): For tensors by their names in the file, float32 of shape
             `(inputs,)`: mean square of what each column is multiplied by, an importance matrix.
-        threads (`int`, defaults to 1): To round with.
 
     Raises:
         ValueError: If llama.cpp refuses.
@@ -101,7 +98,7 @@ def rounded_gguf(
 
     api.llama_log_set(quiet, ctypes.c_void_p(0))
     settings = api.llama_model_quantize_default_params()
-    settings.ftype, settings.nthread = FORMATS[name], threads
+    settings.ftype, settings.nthread = FORMATS[name], 1
     # what C reads has to live until it has returned
     kept = {tensor: np.ascontiguousarray(values, dtype=np.float32) for tensor, values in (importance or {}).items()}
     if kept:

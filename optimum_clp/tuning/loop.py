@@ -140,7 +140,9 @@ class TrainingLoop:
         state.stage += 1
         state.stage_step = state.stale = 0
         if state.stage < len(self.stages):
-            if state.best_step <= begun:
+            tried = [step.validation_loss for step in state.history if step.step > begun]
+            # one kind of text may be worse off, so that they are not kept, and the next stage may mend that
+            if tried and state.best_step <= begun and min(tried) >= state.best_loss:
                 self._go_back(stage)
             # moments of one loss say nothing about another
             self.optimizer.state.clear()
@@ -148,7 +150,7 @@ class TrainingLoop:
             self._best.drop_others(state.best_step)
 
     def _go_back(self, stage: Stage) -> None:
-        """Go on from the best weights, where none of a stage's were better than those that it began with.
+        """Go on from the best weights, where none of a stage's had a lower loss than those that it began with.
 
         Hidden states can be brought nearer in a measure that the layers above do not share: of Gemma 3's, one channel is nearly
         all of the length. Weights that an engine deals out, and products, stay as they are.

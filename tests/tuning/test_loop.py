@@ -95,6 +95,20 @@ def test_a_stage_that_harms_is_undone_before_the_next(dtype, capsys):
     )
 
 
+def test_a_stage_that_lowers_the_loss_stays_though_its_weights_are_not_kept(monkeypatch, capsys):
+    # as where one kind of text is worse off
+    monkeypatch.setattr("optimum_clp.tuning.loop.improves", lambda *arguments: False)
+    cut = cut_model(DENSE, [LayerSegment(2, 4)])
+    config = TuningConfig(**{**SETTINGS, "hidden_epochs": 3, "hidden_learning_rate": 3e-3})
+    rows = random_tokens(8, 12), random_tokens(4, 12, seed=1)
+    result = tune_layers(cut, DENSE, [1, 2], *rows, config, kept=[0, 1, 4, 5])
+    hidden_steps = result.stages[0].steps
+    assert (
+        min(s.validation_loss for s in result.history if 0 < s.step <= hidden_steps) < result.initial_validation_loss
+    )
+    assert result.best_step == 0 and "a stage is undone" not in capsys.readouterr().err
+
+
 def environment(dtype="float32"):
     """Of a process of its own: this folder's neighbours on its path, one thread, no GPU."""
     path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
