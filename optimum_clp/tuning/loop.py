@@ -159,12 +159,12 @@ class TrainingLoop:
             return
         best = self._best.load(self.state.best_step)
         if not self.quiet and self.accelerator.is_main_process:
-            tried, kept = self.state.history[-1].validation_loss, self.state.best_loss
+            tried, before = self.state.history[-1].validation_loss, self.state.best_loss
             rate = f"{stage.learning_rate:.2g}, half of that or less may do"
-            say(f"tuning: a stage is undone, validation loss {kept:.4f} -> {tried:.4f}; its rate was {rate}")
+            say(f"tuning: a stage is undone, validation loss {before:.4f} -> {tried:.4f}; its rate was {rate}")
         with torch.no_grad():
             for name, parameter in self.accelerator.unwrap_model(self.student).named_parameters():
-                kept = parameter if best is None else best[name].to(parameter)
+                kept: Tensor = parameter if best is None else best[name].to(parameter)
                 parameter.copy_(broadcast(kept.detach().clone()))
 
     def _steps(self, stage: Stage) -> int:
