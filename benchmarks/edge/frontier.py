@@ -5,11 +5,13 @@
 The first model is the one that KL is to; the others are cut from it (folders that `optimum-clp prune` wrote). Ours are the
 files of `export`, run by ONNX Runtime, at several budgets of bits; llama.cpp's are its own rounding of the same weights,
 without an importance matrix and, by `--imatrix`, with one from the rows that our rounding sees, dequantized and run in PyTorch,
-so that nothing is lost there to int8 activations; `builder` are the files of onnxruntime-genai's own model builder (where it is
-installed), run as ours are. Bytes are those of the weights and graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
+so that nothing is lost there to int8 activations, as it is where llama.cpp runs them. So ours are measured with float activations
+too (`texts_float_activations`); `builder` are the files of onnxruntime-genai's own model builder (where it is installed), run as
+ours are. Bytes are those of the weights and graph, without tokenizer. DATA holds the texts and tasks of `recovery/chat_model/evaluation.py`.
 
-`--off-grid` moves every linear weight by uniform noise of half a step of Q4_1, from a fixed seed: the weights that
-`benchmarks.smollm2` makes lie on that format's grid, and finer relatives of it would give them back without a loss. A cut
+`--off-grid` moves every linear weight by uniform noise of half a step of Q4_1, and the table by half a step of Q8_0, from a fixed
+seed: the weights that `benchmarks.smollm2` makes lie on these grids, and the formats and their finer relatives would give them back
+without a loss. A cut
 model's layers are moved as they are in the dense model, by what its report says of the cut.
 
 OUT gets one JSON file for each model and format; what is there is not measured again. `--speeds` adds to each of them the speed
@@ -32,8 +34,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks import markdown
 from benchmarks.edge.gguf_files import FORMATS, gguf_names, load_gguf, rounded_gguf, write_gguf
@@ -78,17 +83,44 @@ class Built:
 
     Args:
         facts (`dict[str, Any]`): Of its size and how it was made.
-        runs (`OnnxCausalLM` or `PreTrainedModel`): What computes its logits.
+        runs (`Callable`): What computes its logits, as a causal language model of transformers does.
         runtime (`str`): What runs it fast, of `runners.py`.
         folder (`Path`): Where it lies.
         file (`str`): In this folder.
+        exact (`Callable` or `None`): The same weights, with activations in float where `runs` rounds them to int8.
     """
 
     facts: dict[str, Any]
-    runs: OnnxCausalLM | PreTrainedModel
+    runs: Any
     runtime: str
     folder: Path
     file: str
+    exact: Any = None
+
+
+class BuilderFile:
+    """A file of onnxruntime-genai's builder, whose inputs and names are not those of ours: the logits of whole rows.
+
+    Args:
+        file (`Path`): ONNX.
+        config (`PretrainedConfig`): The model's.
+    """
+
+    def __init__(self, file: Path, config: PretrainedConfig):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        heads = config.num_key_value_heads
+        self.cache = heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> CausalLMOutput:
+        rows, length = input_ids.shape
+        heads, width = self.cache
+        given = {"input_ids": input_ids.numpy(), "attention_mask": attention_mask.numpy()}
+        given["position_ids"] = np.arange(length)[None].repeat(rows, 0)
+        empty = np.zeros((rows, heads, 0, width), np.float32)
+        feeds = {each.name: given.get(each.name, empty) for each in self.session.get_inputs()}
+        return CausalLMOutput(logits=torch.from_numpy(self.session.run(["logits"], feeds)[0]))
 
 
 def settings(name: str) -> QuantizationConfig:
@@ -176,6 +208,8 @@ class Frontier:
         for built in self._build(name)(self.folders[model], name):
             record = {"model": model, "format": name, "ours": built.runtime == "ours" and name not in BUILDER}
             record |= built.facts | {"texts": self.judge.measure_texts(built.runs)}
+            if built.exact is not None:
+                record["texts_float_activations"] = self.judge.measure_texts(built.exact)
             if self.args.examples:
                 record["tasks"] = self.judge.measure_tasks(built.runs)
             record |= {"seconds": time.perf_counter() - started, "environment": environment_info("cpu")}
@@ -232,8 +266,11 @@ class Frontier:
             facts = {"bytes": written.bytes, "bits_per_weight": written.bits_per_weight}
             facts["scale_tuning"] = None if tuning is None else asdict(tuning)
             facts["export_cpu_seconds"] = time.process_time() - started
-            runs = OnnxCausalLM.from_pretrained(target, written.file)
-            yield Built(facts, runs, "ours", Path(target), written.file)
+            runs, exact = (
+                OnnxCausalLM.from_pretrained(target, file)
+                for file in (written.file, with_float_activations(Path(target), written.file))
+            )
+            yield Built(facts, runs, "ours", Path(target), written.file, exact)
 
     def _builder(self, folder: str, name: str) -> Iterator[Built]:
         with tempfile.TemporaryDirectory(dir=self.out) as place:
@@ -246,7 +283,7 @@ class Frontier:
             subprocess.run([str(part) for part in command], check=True, stdout=subprocess.DEVNULL)
             (target / "config.json").write_bytes((source / "config.json").read_bytes())
             size = sum(file.stat().st_size for file in (target / "onnx").glob("model.onnx*"))
-            runs = OnnxCausalLM.from_pretrained(target, "model.onnx")
+            runs = BuilderFile(target / "onnx" / "model.onnx", self.dense.config)
             yield Built({"bytes": size}, runs, "ours", target, "onnx/model.onnx")
 
     def _llama(self, folder: str, name: str) -> Iterator[Built]:
@@ -258,6 +295,18 @@ class Frontier:
             rounded_gguf(source, rounded, kind, importance_of(model, self.calibration) if guided else None)
             size, types = load_gguf(model, rounded)
             yield Built({"bytes": size, "types": types}, model, "llama", rounded.parent, rounded.name)
+
+
+def with_float_activations(folder: Path, file: str) -> str:
+    """A second graph over the weights of one of our files, whose products are of float activations; its name."""
+    model = onnx.load(folder / file, load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 1
+    name = file.replace(".onnx", "_float_activations.onnx")
+    onnx.save(model, folder / name)
+    return name
 
 
 def _write(file: Path, record: dict[str, Any]) -> None:
@@ -277,7 +326,10 @@ def importance_of(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, np.nd
 
 
 def noise_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> dict[str, torch.Tensor]:
-    """For every linear weight but the head's, by name: noise within half a step of a 4-bit grid over its block's range."""
+    """For every linear weight, by name: noise within half a step of a 4-bit grid over its block's range.
+
+    Of the table, which is the head too, and of a head of its own: of the grid of Q8_0.
+    """
     generator = torch.Generator().manual_seed(seed)
     head, moves = model.get_output_embeddings(), {}
     for name, module in model.named_modules():
@@ -286,6 +338,11 @@ def noise_off_grid(model: PreTrainedModel, seed: int = 0, block: int = 32) -> di
             step = (blocks.amax(-1, keepdim=True) - blocks.amin(-1, keepdim=True)) / 15
             noise = torch.rand(blocks.shape, generator=generator) - 0.5
             moves[f"{name}.weight"] = (noise * step).reshape(module.weight.shape)
+    for name, weight in model.named_parameters():  # a tied one has the table's name
+        if weight is head.weight or weight is model.get_input_embeddings().weight:
+            blocks = weight.data.reshape(len(weight), -1, block)
+            noise = torch.rand(blocks.shape, generator=generator) - 0.5
+            moves[name] = (noise * blocks.abs().amax(-1, keepdim=True) / 127).reshape(weight.shape)
     return moves
 
 

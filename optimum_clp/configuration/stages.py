@@ -294,7 +294,7 @@ class TuningConfig:
         None,
         or_none(positive(_FLOAT)),
         "peak rate of AdamW in these passes",
-        unset="0.18 / root of the hidden size, less for few steps",
+        unset="measured: three times the loss over its slope, less for few steps",
     )
     hidden_batch_size: int | None = setting(
         None,

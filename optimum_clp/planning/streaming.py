@@ -183,8 +183,8 @@ def _steps(dense: PreTrainedModel, recipe: CLPConfig, left: float, started: bool
     found = left * (2 if started else 1)
     for stage in stages_of(config, text_config(dense.config).hidden_size, rows):
         through = left if LOGITS in needs_of(stage.loss) else min(left, width)
-        steps = stage.epochs * stage.steps_per_epoch(rows) * config.gradient_accumulation_steps
-        found += 2 * through * steps + left * stage.evaluations
+        steps = stage.steps(rows) + stage.measuring_steps(rows)
+        found += 2 * through * steps * config.gradient_accumulation_steps + left * stage.evaluations
     return found
 
 

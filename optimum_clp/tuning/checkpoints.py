@@ -44,6 +44,7 @@ class TrainingState:
         history (`list[TuningStep]`): All evaluations.
         losses (`list[float]`): Training losses of this process since the last one.
         last_loss (`float`): The last loss that was looked at.
+        rates (`list[float]`): Peak rate of each stage.
         stopped (`str` or `None`): `"finished"`, `"patience"` or `"nan"` at the end.
     """
 
@@ -56,6 +57,7 @@ class TrainingState:
     history: list[TuningStep] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     last_loss: float = math.nan
+    rates: list[float] = field(default_factory=list)
     stopped: str | None = None
 
     @property

@@ -183,7 +183,7 @@ class _Tuning:
             cache_seconds = time.perf_counter() - start
             init, by_kind = self._started(rows, store)
             with trained.handed_to(accelerator) as modules:
-                student = self._student(modules)
+                student = self._student(modules, rows[0])
                 loop = self._loop(accelerator, student, rows, by_kind)
                 try:
                     with sharded(self._frozen()):
@@ -239,7 +239,7 @@ class _Tuning:
         result = self.start.apply(problem)
         if result is None:
             return None, None
-        student = self._student(layers)
+        student = self._student(layers, rows[0])
         logits = TEACHER_LOGITS in needs_of(self.weights)
         size = len(rows[1]) if self.layer_major else size
         found = _evaluated(student, rows[1], size, logits)
@@ -258,12 +258,16 @@ class _Tuning:
         # FSDP and DDP count on seeing a module's one forward and one backward pass
         return self.residence is not None and self.by_layers and world_size() == 1
 
-    def _student(self, modules: Iterable[nn.Module]) -> EndpointStudent:
+    def _student(self, modules: Iterable[nn.Module], rows: TuningRows) -> EndpointStudent:
         found = self.model, modules, self.layers[0], self.weights, self.loss_targets
-        if not self.layer_major:
-            return EndpointStudent(*found)
-        assert self.residence is not None
-        return LayerMajorStudent(*found, residence=self.residence)
+        if self.layer_major:
+            assert self.residence is not None
+            student: EndpointStudent = LayerMajorStudent(*found, residence=self.residence)
+        else:
+            student = EndpointStudent(*found)
+        # the beginning of a row shows what reads such states
+        student.compare_behind_norms({index: states[:1, :2] for index, states in rows.targets.items()})
+        return student
 
     def _loop(
         self,
@@ -298,7 +302,7 @@ class _Tuning:
             loss=self.weights,
             init=init,
             num_trainable=sum(p.numel() for p in self.trained.parameters),
-            learning_rate=self.stages[-1].learning_rate,
+            learning_rate=state.rates[-1],
             stages=loop.records(),
             steps=state.step,
             best_step=state.best_step,

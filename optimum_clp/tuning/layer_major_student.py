@@ -120,7 +120,7 @@ class LayerMajorStudent(EndpointStudent):
             with stack.head(model) as head:
                 logits = head(hidden if rows.window is None else hidden[:, rows.window])
         teacher = None if rows.teacher_logits is None else rows.teacher_logits()
-        batch = LossBatch(rows.tokens, logits, teacher, states, rows.targets, rows.mask)
+        batch = LossBatch(rows.tokens, logits, teacher, states, rows.targets, rows.mask, self.norms)
         return self._total(batch.within(rows.window), rows.losses)
 
     @staticmethod

@@ -5,10 +5,10 @@ untested. A global batch is the same rows whatever the number of processes and o
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,10 @@ from .master_adamw import MasterAdamW
 from .overparametrization import Annealing
 from .result import TuningStep, improves
 from .rows import TuningRows
-from .schedule import Stage, StageRecord
+from .schedule import Stage, StageRecord, measured_learning_rate
 from .student import EndpointStudent
+
+_Found = TypeVar("_Found")
 
 
 class TrainingLoop:
@@ -76,8 +78,8 @@ class TrainingLoop:
         self.micro_batches = [self._micro_batch(stage) for stage in stages]
         self.total = sum(map(self._steps, stages))
         make = torch.optim.AdamW if shards_weights(accelerator) else MasterAdamW
-        rate = stages[0].learning_rate
-        optimizer = make(list(student.parameters()), lr=rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        # the rate is set before each step
+        optimizer = make(list(student.parameters()), lr=0.0, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
         self.state = TrainingState()
         setting = "tuning.batch_size, or raise tuning.gradient_accumulation_steps"
@@ -95,6 +97,7 @@ class TrainingLoop:
         self._start_trackers()
         if self._checkpoints is not None:
             self.state = self._checkpoints.resume() or self.state
+        self._set_rates()
         with progress_bar(self.total, "Endpoint tuning", self.quiet or not self.accelerator.is_main_process) as bar:
             bar.update(self.state.step)
             if not self.state.history and not self._evaluate(0.0):
@@ -160,7 +163,7 @@ class TrainingLoop:
         best = self._best.load(self.state.best_step)
         if not self.quiet and self.accelerator.is_main_process:
             tried, before = self.state.history[-1].validation_loss, self.state.best_loss
-            rate = f"{stage.learning_rate:.2g}, half of that or less may do"
+            rate = f"{self.state.rates[self.state.stage - 1]:.2g}, half of that or less may do"
             say(f"tuning: a stage is undone, validation loss {before:.4f} -> {tried:.4f}; its rate was {rate}")
         with torch.no_grad():
             for name, parameter in self.accelerator.unwrap_model(self.student).named_parameters():
@@ -168,7 +171,7 @@ class TrainingLoop:
                 parameter.copy_(broadcast(kept.detach().clone()))
 
     def _steps(self, stage: Stage) -> int:
-        return stage.steps_per_epoch(len(self.train)) * stage.epochs
+        return stage.steps(len(self.train))
 
     def _micro_batch(self, stage: Stage) -> int:
         """Rows in one forward pass of one process."""
@@ -195,8 +198,8 @@ class TrainingLoop:
     def records(self) -> tuple[StageRecord, ...]:
         """What each stage has done that was begun."""
         return tuple(
-            StageRecord(dict(stage.loss), steps, stage.learning_rate, self._tokens(stage, steps))
-            for stage, steps in self._done()
+            StageRecord(dict(stage.loss), steps, rate, self._tokens(stage, steps))
+            for (stage, steps), rate in zip(self._done(), self.state.rates, strict=False)
         )
 
     def _done(self) -> list[tuple[Stage, int]]:
@@ -212,14 +215,15 @@ class TrainingLoop:
             share = (step + 1) / warmup
         else:
             share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        rate = self.state.rates[self.state.stage] * share
         for group in self.optimizer.param_groups:
-            group["lr"] = stage.learning_rate * share
-        return stage.learning_rate * share
+            group["lr"] = rate
+        return rate
 
-    def _rows(self) -> Tensor:
-        """The rows of the next global batch, int64 `[batch]`; what does not fill the last one of an epoch is left out."""
+    def _rows(self, step: int) -> Tensor:
+        """The rows of a step of this stage, int64 `[batch]`; what does not fill the last one of an epoch is left out."""
         stage = self.stages[self.state.stage]
-        epoch, place = divmod(self.state.stage_step, stage.steps_per_epoch(len(self.train)))
+        epoch, place = divmod(step, stage.steps_per_epoch(len(self.train)))
         epoch += sum(earlier.epochs for earlier in self.stages[: self.state.stage])
         if self._order is None or self._order[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed)
@@ -233,10 +237,13 @@ class TrainingLoop:
 
         Where a device has no memory for a pass, the step begins again with passes of half as many rows, and so do all after it.
         """
-        rows = self._rows()
+        return self._within_memory(self._step, self._rows(self.state.stage_step))
+
+    def _within_memory(self, step: Callable[[Tensor], _Found], rows: Tensor) -> _Found:
+        """What a function of some rows finds, again with smaller passes where a device has no memory for its own."""
         self._updating = False
         try:
-            return self._step(rows)
+            return step(rows)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -249,15 +256,15 @@ class TrainingLoop:
             parameter.grad = None
         clear_device_cache(garbage_collection=True)
         self.accelerator.step = 0  # accelerate counts the passes of a step
-        return self._train_step()
+        return self._within_memory(step, rows)
 
-    def _step(self, rows: Tensor) -> bool:
+    def _backward(self, rows: Tensor) -> Iterator[float]:
+        """The passes of a step in this process, forward and back: the loss of each, before what accelerate does behind it."""
         accelerator, stage = self.accelerator, self.stages[self.state.stage]
         parts = self._passes(rows.split(self.micro_batches[self.state.stage]))
         if self._halving.done:
             accelerator.gradient_accumulation_steps = len(parts)
         logits, window = TEACHER_LOGITS in needs_of(stage.loss), self._window()
-        total = 0.0
         for part in parts[accelerator.process_index :: accelerator.num_processes]:
             with accelerator.accumulate(self.student):
                 batch = self.train.batch(part, logits, window=window, in_parts=self.in_parts)
@@ -265,23 +272,74 @@ class TrainingLoop:
                 share = len(part) * len(parts) / len(rows)
                 loss = self.student(**batch, weights=stage.loss).mean()
                 loss = loss if share == 1 else share * loss
-                total += loss.item()
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    self._updating = True
-                    norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
-                    # in float16 a step that overflows is skipped, and the scale of the loss is lowered
-                    if accelerator.scaler is None and not math.isfinite(_number(norm)):
-                        self._count_step()
-                        self.state.last_loss = math.nan
-                        self.optimizer.zero_grad(set_to_none=True)
-                        return False
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                yield loss.item()
+
+    def _step(self, rows: Tensor) -> bool:
+        accelerator = self.accelerator
+        losses = []
+        for loss in self._backward(rows):
+            losses.append(loss)
+            if accelerator.sync_gradients:
+                self._updating = True
+                norm = accelerator.clip_grad_norm_(self.student.parameters(), self.config.max_grad_norm)
+                # in float16 a step that overflows is skipped, and the scale of the loss is lowered
+                if accelerator.scaler is None and not math.isfinite(_number(norm)):
+                    self._count_step()
+                    self.state.last_loss = math.nan
+                    self.optimizer.zero_grad(set_to_none=True)
+                    return False
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         self._count_step()
-        self.state.last_loss = total / (len(parts) // accelerator.num_processes)
+        self.state.last_loss = sum(losses) / len(losses)
         self.state.losses.append(self.state.last_loss)
         return True
+
+    def _set_rates(self) -> None:
+        """The peak rate of each stage: what the settings say, or what is measured before the first step."""
+        if not self.state.rates:
+            self.state.rates = [
+                self._measured_rate(stage) if stage.learning_rate is None else stage.learning_rate
+                for stage in self.stages
+            ]
+
+    def _measured_rate(self, stage: Stage) -> float:
+        """By the loss and its slope over the rows of some steps; the last stage's where these say nothing."""
+        count = stage.measuring_steps(len(self.train))
+        found = [self._within_memory(self._loss_and_slope, self._rows(step)) for step in range(count)]
+        loss, slope = (sum(values) / count for values in zip(*found, strict=True))
+        rate = measured_learning_rate(loss, slope, self._steps(stage))
+        if 0 < rate < math.inf:
+            return rate
+        last = self.stages[-1].learning_rate
+        assert last is not None
+        return last
+
+    def _loss_and_slope(self, rows: Tensor) -> tuple[float, float]:
+        """A step's loss, and the sum of its gradient's absolute values, without the step."""
+        losses, scaler = list(self._backward(rows)), self.accelerator.scaler
+        slope = self._slope()
+        self.optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scale = scaler.get_scale()
+            if not math.isfinite(slope) and scale > 1:
+                # float16 overflows: as in a step, but nothing else would lower the scale here
+                scaler.update(scale / 16)
+                return self._loss_and_slope(rows)
+            slope /= scale
+        mean = torch.tensor(sum(losses) / len(losses), device=self.accelerator.device)
+        return self.accelerator.reduce(mean, "mean").item(), slope
+
+    def _slope(self) -> float:
+        """The sum of the gradient's absolute values; 0 where an engine keeps it to itself (DeepSpeed)."""
+        gradients = (parameter.grad for parameter in self.student.parameters() if parameter.grad is not None)
+        sums = [gradient.abs().sum(dtype=torch.float32) for gradient in gradients]
+        parts = [part for part in sums if not hasattr(part, "full_tensor")]
+        whole = sum(_number(part) for part in sums if hasattr(part, "full_tensor"))
+        mine = torch.tensor(sum(map(float, parts)), device=self.accelerator.device)
+        # of FSDP 1 these are this process's share, of all others everybody's
+        return whole + (self.accelerator.reduce(mine, "sum") if shards_weights(self.accelerator) else mine).item()
 
     def _window(self) -> slice | None:
         """The positions whose logits the next step compares; `None` for all. Each window has the same chance."""
@@ -354,6 +412,6 @@ class TrainingLoop:
             self.accelerator.init_trackers("optimum_clp", config=values)
 
 
-def _number(norm: Any) -> float:
-    """A gradient norm as a number, also where it is sharded."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def _number(value: Any) -> float:
+    """A sum over gradients as a number, also where they are sharded."""
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)

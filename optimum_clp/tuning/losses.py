@@ -4,7 +4,7 @@ A loss says what it needs, and is given nothing else: the training loop runs onl
 with a weight need together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -31,6 +31,8 @@ class LossBatch:
         states (`dict[int, Tensor]` or `None`): What leaves the trained layers, `[rows, length, hidden]`, with gradient; of
             neighbours the last one alone, by its index in the cut model. For `"states"`, as `targets`.
         targets (`dict[int, Tensor]` or `None`): What should leave them: the dense model's states, of the same shape.
+        norms (`dict[int, Callable]` or `None`): For `"states"`: the norm through which a layer's output is read first, where there
+            is one: takes float32 `[rows, length, hidden]` and gives as much, and has nothing that is trained.
         mask (`Tensor` or `None`): bool `[rows, length]`: tokens that are to be learnt, `None` for all. What a position says
             counts if the token *after* it, which it predicts, is one of them: see [`row_means`].
     """
@@ -41,6 +43,7 @@ class LossBatch:
     states: Mapping[int, Tensor] | None = None
     targets: Mapping[int, Tensor] | None = None
     mask: Tensor | None = None
+    norms: Mapping[int, Callable[[Tensor], Tensor]] | None = None
 
     def within(self, window: slice | None) -> "LossBatch":
         """The batch as if its rows had no other positions than those of the window, which logits are of already."""
@@ -57,6 +60,7 @@ class LossBatch:
             teacher_logits=self.teacher_logits if TEACHER_LOGITS in needs else None,
             states=self.states if STATES in needs else None,
             targets=self.targets if STATES in needs else None,
+            norms=self.norms if STATES in needs else None,
         )
 
 
@@ -143,10 +147,12 @@ class CrossEntropy:
 
 
 class HiddenStates:
-    """`hidden`: the squared distance of each token's state from the dense model's, over the square of the latter's length.
+    """`hidden`: the squared distance of each token's state from the dense model's, over the square of the latter's length: the mean of
+    that of the states as they are and that behind the norm which reads them first.
 
-    The layers above look at a state's direction alone: they normalize it first. Without the division the few states that
-    are a hundred times as long as the others (that of a row's first token, as a rule) are nearly all of the sum.
+    They go on as they are, but of some models' states a few channels are nearly all, which the norms make small (Gemma 3:
+    `docs/recovery_lab_notes.md`, "A second real model"). Without the division the few states that are a hundred times as long as
+    the others (that of a row's first token, as a rule) would be nearly all of the sum.
 
     Averaged over the layers that are compared, each of which is a part.
     """
@@ -159,12 +165,20 @@ class HiddenStates:
         for index, target in batch.targets.items():
             states = batch.states[index].float()
             target = target.detach().to(states)
-            # a state of zeros is nobody's; it must not make NaN of the rest
-            length = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            error = (states - target).square().sum(-1) / length
+            norm = (batch.norms or {}).get(index)
+            error = relative_distance(states, target)
+            if norm is not None:
+                error = (error + relative_distance(norm(states), norm(target))) / 2
             mask = None if batch.mask is None else batch.mask.to(states.device)
             parts.append((row_means(error, mask) / len(batch.targets)).to(batch.tokens.device))
         return torch.stack(parts)
+
+
+def relative_distance(states: Tensor, targets: Tensor) -> Tensor:
+    """The squared distance of each state from its target, over the square of the latter's length: `[rows, length]`."""
+    # a state of zeros is nobody's; it must not make NaN of the rest
+    length = targets.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (states - targets).square().sum(-1) / length
 
 
 def weighted_losses(weights: Mapping[str, float]) -> dict[str, tuple[float, Loss]]:

@@ -15,7 +15,8 @@ HIDDEN = "hidden"
 # so often is a stage of hidden states judged, and not before so many steps: nothing above the cut runs in it, and a
 # judgement runs all of that
 _JUDGEMENTS_OF_HIDDEN, _STEPS_BETWEEN_JUDGEMENTS = 4, 64
-_STEPS_OF_FULL_RATE = 300
+# of the rate that is measured
+_RATE, _STEPS_OF_FULL_RATE, _MEASURING_STEPS = 3, 300, 4
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,28 @@ class Stage:
     Args:
         loss (`dict[str, float]`): Weights of the losses that a step lowers, by name.
         epochs (`int`): Passes over the rows, at least 1.
-        learning_rate (`float`): Peak rate of AdamW.
+        learning_rate (`float` or `None`): Peak rate of AdamW; `None`, in the first stage alone, for [`measured_learning_rate`].
         evaluations (`int`): How often the weights are judged, evenly, at least 1; at the end in any case.
         batch_size (`int`): Rows in one step of all processes, at least 1; with fewer rows all of them are a step.
     """
 
     loss: Mapping[str, float]
     epochs: int
-    learning_rate: float
+    learning_rate: float | None
     evaluations: int
     batch_size: int
 
     def steps_per_epoch(self, num_rows: int) -> int:
         """Steps of a pass over so many rows; what does not fill the last one is left out."""
         return num_rows // min(self.batch_size, num_rows)
+
+    def steps(self, num_rows: int) -> int:
+        """Steps of all passes over so many rows."""
+        return self.epochs * self.steps_per_epoch(num_rows)
+
+    def measuring_steps(self, num_rows: int) -> int:
+        """Steps whose gradients are taken before the first one, for the rate."""
+        return min(_MEASURING_STEPS, self.steps_per_epoch(num_rows)) if self.learning_rate is None else 0
 
 
 @dataclass(frozen=True)
@@ -76,20 +85,27 @@ def stages_of(config: TuningConfig, hidden_size: int, num_rows: int, num_process
     if batch_size is None:
         half, uneven = divmod(config.batch_size, 2 * config.gradient_accumulation_steps * num_processes)
         batch_size = config.batch_size if uneven or not half else config.batch_size // 2
-    hidden = Stage({HIDDEN: 1.0}, config.hidden_epochs, 0.0, 0, batch_size)
-    steps = config.hidden_epochs * hidden.steps_per_epoch(num_rows)
-    hidden_rate = config.hidden_learning_rate or default_hidden_learning_rate(hidden_size, steps)
-    judgements = max(1, min(_JUDGEMENTS_OF_HIDDEN, steps // _STEPS_BETWEEN_JUDGEMENTS))
-    return replace(hidden, learning_rate=hidden_rate, evaluations=judgements), judged
+    hidden = Stage({HIDDEN: 1.0}, config.hidden_epochs, config.hidden_learning_rate, 0, batch_size)
+    judgements = max(1, min(_JUDGEMENTS_OF_HIDDEN, hidden.steps(num_rows) // _STEPS_BETWEEN_JUDGEMENTS))
+    return replace(hidden, evaluations=judgements), judged
 
 
-def default_hidden_learning_rate(hidden_size: int, steps: int) -> float:
-    """`0.18 / sqrt(hidden_size)`, times `sqrt(steps / 300)` for fewer than 300 steps: 0.016 at width 128, 7.5e-3 at 576.
+def measured_learning_rate(loss: float, slope: float, steps: int) -> float:
+    """`3 * loss / slope`, times `sqrt(steps / 300)` for fewer than 300 steps.
 
-    About a fifth of what a weight is long, which falls with the root of the width: measured at widths 128 and 576
-    (`docs/recovery_lab_notes.md`). Twice as much ended badly at 576, and as much in few steps at 128.
+    Adam's first steps are as long as the rate in every weight, so a rate of `loss / slope` would take the loss to 0 in one of them, if
+    it went on as it begins. How far a weight may go depends on what reads it, how much of it there is, and how long it is: by this
+    measure three models agree, whose best rates differ by fifty (`docs/recovery_lab_notes.md`, "The rate of hidden states").
+
+    Args:
+        loss (`float`): Before the first step, the mean of some steps' rows; at least 0.
+        slope (`float`): Sum over all weights of how long the gradient is, the mean of the same steps.
+        steps (`int`): That will be taken.
+
+    Returns:
+        `float`: 0 or not finite where there is no slope, or no loss.
     """
-    return 0.18 / math.sqrt(hidden_size) * min(1.0, math.sqrt(steps / _STEPS_OF_FULL_RATE))
+    return _RATE * loss / slope * min(1.0, math.sqrt(steps / _STEPS_OF_FULL_RATE)) if slope else 0.0
 
 
 def default_learning_rate(hidden_size: int) -> float:

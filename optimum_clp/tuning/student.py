@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ..forward.head_window import logits_within
 from ..forward.hooks import recorded_outputs, run_without_head, stopped_before
 from ..forward.layer_stack import LayerStack
+from ..forward.reading_norm import reading_norms
 from ..forward.streamed_layers import recomputed
 from .losses import LOGITS, STATES, Loss, LossBatch, weighted_losses
 
@@ -49,6 +50,8 @@ class EndpointStudent(nn.Module):
         self.first = first
         self.losses = tuple(weighted_losses(weights).values())
         self.compared = tuple(compared)
+        # in a mapping they are no submodules
+        self.norms: dict[int, nn.Module] = {}
 
     def forward(
         self,
@@ -87,7 +90,17 @@ class EndpointStudent(nn.Module):
         ):
             logits = self._logits(tokens, LOGITS in needs, compared, window)
         teacher = teacher_logits(slice(None)) if callable(teacher_logits) else teacher_logits
-        return self._total(LossBatch(tokens, logits, teacher, states, targets, mask).within(window), losses)
+        batch = LossBatch(tokens, logits, teacher, states, targets, mask, self.norms)
+        return self._total(batch.within(window), losses)
+
+    def compare_behind_norms(self, states: Mapping[int, Tensor]) -> None:
+        """Let hidden states be compared behind the norms that read them, too, from now on.
+
+        Args:
+            states (`dict[int, Tensor]`): For each layer of `compared`: some states that should leave it, `[rows, length, hidden]`.
+        """
+        found = reading_norms(*self._around, {index + 1: states[index] for index in self.compared})
+        self.norms = {index - 1: norm for index, norm in found.items()}
 
     def halve(self) -> None:
         """Compute fewer rows at a time than before, where it is the student that says how many."""

@@ -190,15 +190,21 @@ def test_wider_models_take_smaller_steps():
 
 @pytest.mark.parametrize("loss", ["hidden", {"kd": 0.5, "hidden": 0.5}], ids=str)
 def test_hidden_states_are_matched_behind_the_trained_layers(dense, loss):
+    weight = dense.model.layers[5].input_layernorm.weight
+    weight.data.copy_(torch.linspace(0.1, 3, len(weight)))
     cut = cut_model(dense, SEGMENTS)
     rows = random_tokens(4, 20, seed=2)
 
-    def error():
-        """Of each state that enters the dense layer 5: its squared distance over the square of its length; whole models."""
+    def entering(model, index):
+        """The states that enter the dense layer 5, whole models; and what its norm makes of them."""
         with torch.no_grad():
-            ours = cut(rows, output_hidden_states=True).hidden_states[3].double()
-            theirs = dense(rows, output_hidden_states=True).hidden_states[5].double()
-        return ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).square().mean().item()
+            states = model(rows, output_hidden_states=True).hidden_states[index].double()
+        return states, weight.detach() * states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def error():
+        """Of each: its squared distance over the square of its length; the mean of both."""
+        pairs = zip(entering(cut, 3), entering(dense, 5), strict=True)
+        return sum(((o - t).norm(dim=-1) / t.norm(dim=-1)).square().mean().item() for o, t in pairs) / 2
 
     before = error()
     result = tune_layers(

@@ -102,6 +102,23 @@ def test_every_row_has_a_finite_float32_loss(name, dtype):
         torch.testing.assert_close(found.double(), PLAIN[name][0](batch_of(dtype)), rtol=tolerance, atol=1e-6)
 
 
+def test_hidden_states_are_compared_as_they_are_and_as_they_are_read():
+    weight = torch.linspace(0.1, 3, WIDTH)
+
+    def read(states):
+        return weight * states / states.norm(dim=-1, keepdim=True)
+
+    batch = batch_of()
+    # of the first layer alone: nothing reads the other's states through a norm
+    behind = {
+        "states": {**batch.states, 1: read(batch.states[1])},
+        "targets": {**batch.targets, 1: read(batch.targets[1])},
+    }
+    expected = (plain_hidden(batch) + plain_hidden(replace(batch, **behind))) / 2
+    torch.testing.assert_close(loss_of("hidden", replace(batch, norms={1: read})).double(), expected)
+    assert not torch.allclose(expected, plain_hidden(batch))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_rows_loss_does_not_depend_on_the_other_rows(name):
     batch = batch_of()

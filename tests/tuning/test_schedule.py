@@ -11,10 +11,10 @@ from optimum_clp.errors import ConfigurationError, TuningError
 from optimum_clp.forward.dense_outputs import DenseOutputs
 from optimum_clp.forward.losses import kl_divergence
 from optimum_clp.segments import LayerSegment
-from optimum_clp.surgery.cut import cut_model
+from optimum_clp.surgery.cut import cut_model, own_storage
 from optimum_clp.tuning.endpoints import tune_layers
 from optimum_clp.tuning.loop import TrainingLoop
-from optimum_clp.tuning.schedule import default_learning_rate, stages_of
+from optimum_clp.tuning.schedule import default_learning_rate, measured_learning_rate, stages_of
 
 DENSE = tiny_model()
 SETTINGS = {"init": "none", "epochs": 2, "hidden_epochs": 3, "batch_size": 4, "learning_rate": 1e-3, "patience": 99}
@@ -88,8 +88,9 @@ def test_in_the_first_stage_nothing_above_the_cut_runs(monkeypatch):
     assert set(seen[0]) == {0} and min(seen[1]) >= 1
 
 
-@pytest.mark.parametrize("stop_at", [5, 23, 24, 25, 31])
-def test_a_run_that_fails_in_any_stage_goes_on_to_the_same_weights(tmp_path, stop_at, monkeypatch, whole):
+@pytest.mark.parametrize(("stop_at", "rate"), [(5, 3e-3), (23, 3e-3), (24, 3e-3), (25, 3e-3), (31, 3e-3), (5, None)])
+def test_a_run_that_fails_in_any_stage_goes_on_to_the_same_weights(tmp_path, stop_at, rate, monkeypatch, whole):
+    whole = whole if rate else tuned(checkpoint_seconds=0, hidden_learning_rate=None)
     step = TrainingLoop._train_step
 
     def failing(loop):
@@ -99,9 +100,9 @@ def test_a_run_that_fails_in_any_stage_goes_on_to_the_same_weights(tmp_path, sto
 
     monkeypatch.setattr(TrainingLoop, "_train_step", failing)
     with pytest.raises(RuntimeError, match="planted"):
-        tuned(tmp_path, checkpoint_seconds=0)
+        tuned(tmp_path, checkpoint_seconds=0, hidden_learning_rate=rate)
     monkeypatch.undo()
-    resumed, again = tuned(tmp_path, checkpoint_seconds=0)
+    resumed, again = tuned(tmp_path, checkpoint_seconds=0, hidden_learning_rate=rate)
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), resumed.parameters(), strict=True))
     assert again == whole[1]
 
@@ -150,14 +151,43 @@ def test_a_batch_that_cannot_be_dealt_out_names_its_setting():
         tuned(**{**settings, "batch_size": 5, "hidden_batch_size": 4})
 
 
-def test_the_rate_of_hidden_states_follows_width_and_steps():
-    def rate(hidden_size, rows, **settings):
-        return stages_of(TuningConfig(**settings), hidden_size, rows)[0].learning_rate
+def test_the_rate_of_hidden_states_is_measured_on_the_first_steps():
+    cut, result = tuned(hidden_learning_rate=None)
+    # by plain autograd, on what the steps of the first epoch see: 16 rows in batches of 2, of which four count
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    fresh, norm = cut_model(DENSE, [LayerSegment(2, 4)]), DENSE.model.layers[5].input_layernorm
+    own_storage(fresh)
 
-    assert rate(576, 1024) == pytest.approx(7.5e-3)
-    assert rate(4 * 576, 1024) == pytest.approx(7.5e-3 / 2)
-    # six passes over 64 rows in batches of 4 are 96 steps of the 300 that take the whole rate
-    assert rate(576, 64) == pytest.approx(7.5e-3 * math.sqrt(96 / 300))
-    assert rate(576, 64, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(48 / 300))
-    assert rate(576, 4, batch_size=16) == pytest.approx(7.5e-3 * math.sqrt(6 / 300))
-    assert rate(576, 64, hidden_learning_rate=1e-3) == 1e-3
+    def distance(ours, theirs):
+        return ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()
+
+    losses, slopes = [], []
+    for rows in order.split(2)[:4]:
+        ours, theirs = (
+            model(TRAIN[rows], output_hidden_states=True).hidden_states[index]
+            for model, index in ((fresh, 3), (DENSE, 5))
+        )
+        loss = (distance(ours, theirs.detach()) + distance(norm(ours), norm(theirs).detach())) / 2
+        trained = [p for i in (1, 2) for p in fresh.model.layers[i].parameters()]
+        slopes.append(sum(g.abs().sum().item() for g in torch.autograd.grad(loss, trained)))
+        losses.append(loss.item())
+    # three passes are 24 steps of the 300 that take the whole rate
+    expected = 3 * sum(losses) / sum(slopes) * math.sqrt(24 / 300)
+    assert result.stages[0].learning_rate == pytest.approx(expected, rel=1e-3)
+    again, _ = tuned(hidden_learning_rate=None)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), cut.parameters(), strict=True))
+
+
+def test_few_steps_take_a_lower_rate():
+    assert measured_learning_rate(0.5, 100, 300) == measured_learning_rate(0.5, 100, 9999) == pytest.approx(0.015)
+    assert measured_learning_rate(0.5, 100, 75) == pytest.approx(0.0075)
+    assert measured_learning_rate(0.0, 0.0, 300) == 0
+
+
+def test_where_there_is_nothing_to_measure_the_rate_is_that_of_the_last_stage():
+    whole = DENSE.__class__(DENSE.config)
+    whole.load_state_dict(DENSE.state_dict())
+    config = TuningConfig(**{**SETTINGS, "learning_rate": 1e-4})
+    result = tune_layers(whole.eval(), DENSE, (1, 2), TRAIN, VALIDATION, config, kept=range(6), quiet=True)
+    assert [stage.learning_rate for stage in result.stages] == [1e-4, 1e-4]
+    assert result.stopped in ("finished", "patience")
