@@ -47,6 +47,7 @@ from benchmarks.edge.speed import Runner, Variant
 from benchmarks.recovery.chat_model.evaluation import TASKS, Judge, Size
 from benchmarks.recovery.chat_model.text import Text, written_text
 from optimum_clp import OnnxCausalLM
+from optimum_clp.calibration.rows import tokenize_dataset
 from optimum_clp.configuration.stages import QuantizationConfig
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.report.environment import environment_info
@@ -160,6 +161,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--builder", nargs="*", choices=BUILDER, default=[])
     parser.add_argument("--speeds", action="store_true")
     parser.add_argument("--calibration-rows", type=int, default=128)
+    parser.add_argument("--given", type=Path, metavar="FILE", help="text that every second calibration row is of")
     parser.add_argument("--rows", type=int, default=16, help="of each text")
     parser.add_argument("--examples", type=int, default=200, help="of each task; 0 for none")
     parser.add_argument("--tasks", nargs="*", choices=TASKS, default=["lambada"])
@@ -189,6 +191,11 @@ class Frontier:
             self.calibration = torch.arange(2 * 64).reshape(2, 64)
             return
         self.calibration = self._text("calibration", TEXT_SEED, args.calibration_rows).tokens
+        if args.given is not None:
+            rows = len(self.calibration[1::2])
+            given = tokenize_dataset(str(args.given), self.tokenizer, sequence_length=256, num_sequences=rows)
+            self.calibration = self.calibration.clone()
+            self.calibration[1::2] = given
         own = self._text("test", TEST_SEED, 2 * args.rows)
         size = Size(rows=args.rows, examples=args.examples)
         self.judge = Judge(self.dense, self.tokenizer, own, args.data, size, batch_size=4)
