@@ -375,19 +375,28 @@ def table(records: list[dict[str, Any]]) -> str:
     titles = [*(f"KL, {text}" for text in texts), *(f"PPL, {text}" for text in texts), *tasks]
     rows = [["model", "file", "MB", *titles, *(f"{part}, tokens/s" for part in speeds)]]
     for record in sorted(records, key=lambda r: (r["model"] != "dense", r["model"], r["bytes"])):
-        kl = [f"{record['texts'][text]['kl']:.4f}" for text in texts]
-        perplexity = [f"{record['texts'][text]['perplexity']:.2f}" for text in texts]
+        figures = _figures(record["texts"])
         scores = [record.get("tasks", {}).get(task) for task in tasks]
         name = f"**ours, {record['format']}**" if record["ours"] else record["format"]
         last = ["" if score is None else f"{score['accuracy']:.3f}" for score in scores]
         speed = record.get("tokens_per_second", {})
         last += [f"{speed[part]['median']:.0f}" if speed else "" for part in speeds]
-        rows.append([record["model"], name, f"{record['bytes'] / 1e6:.1f}", *kl, *perplexity, *last])
+        size = f"{record['bytes'] / 1e6:.1f}"
+        rows.append([record["model"], name, size, *figures, *last])
+        if "texts_float_activations" in record:
+            exact = _figures(record["texts_float_activations"])
+            rows.append([record["model"], "its weights, activations in float", size, *exact, *[""] * len(last)])
     return markdown.table(rows)
 
 
+def _figures(texts: dict[str, Any]) -> list[str]:
+    """KL on each text, then perplexity."""
+    kl = [f"{text['kl']:.4f}" for text in texts.values()]
+    return kl + [f"{text['perplexity']:.2f}" for text in texts.values()]
+
+
 def plot(records: list[dict[str, Any]], file: Path) -> None:
-    """Mean KL of all texts over the file's size: a line for each model, ours and llama.cpp's."""
+    """Mean KL of all texts over the file's size: lines for each model, ours, llama.cpp's and the builder's."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -396,18 +405,18 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5))
     models = sorted({record["model"] for record in records}, key=lambda name: (name != "dense", name))
     for color, model in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], models, strict=False):
-        for ours, style in ((True, "o-"), (False, "s:")):
-            chosen = [r for r in records if (r["model"], r["ours"]) == (model, ours)]
+        for whose, style in (("ours", "o-"), ("llama.cpp", "s:"), (f"llama.cpp, {IMATRIX}", "D--"), ("builder", "^:")):
+            chosen = [r for r in records if (r["model"], maker(r)) == (model, whose)]
             points = sorted((r["bytes"] / 1e6, mean_kl(r), r["format"], decoding(r)) for r in chosen)
             if not points:
                 continue
             sizes, divergences, _, speeds = zip(*points, strict=True)
-            label = f"{model}, {'ours' if ours else 'others'}"
-            axes.plot(sizes, divergences, style, color=color, label=label, markersize=4)
+            axes.plot(sizes, divergences, style, color=color, label=f"{model}, {whose}", markersize=4)
             # the area of a mark is its speed
             axes.scatter(sizes, divergences, s=speeds, color=color, marker=style[0], alpha=0.4)
             for point in points:
-                axes.annotate(point[2], point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
+                name = point[2].removesuffix(f" {IMATRIX}")
+                axes.annotate(name, point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(
         xlabel="MB (area of a mark: tokens for each second of decoding)",
         ylabel="KL to the dense model in float32, mean of all texts",
@@ -417,6 +426,13 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+
+
+def maker(record: dict[str, Any]) -> str:
+    """Whose file a record is of."""
+    if record["ours"] or record["format"] in BUILDER:
+        return "ours" if record["ours"] else "builder"
+    return f"llama.cpp, {IMATRIX}" if record["format"].endswith(IMATRIX) else "llama.cpp"
 
 
 def decoding(record: dict[str, Any]) -> float:
