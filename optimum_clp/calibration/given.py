@@ -88,6 +88,8 @@ def given_rows(
     sizes = fitting_sizes(sizes, len(found), length, config.dataset)
     rows = sum(sizes)
     tokens = found[: rows * length].view(rows, length)
+    if said is None:
+        tokens = opened(tokens, tokenizer)
     _check_vocabulary(tokens, model)
     mask = said[:rows] if said is not None and config.mask == "assistant" else None
     return TextRows(tokens, (GIVEN,) * rows, mask).parted(sizes)
@@ -191,6 +193,21 @@ def joined_tokens(passages: Iterable[Passage], tokenizer: PreTrainedTokenizerBas
         if wanted is not None and count >= wanted:
             break
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def opened(rows: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Rows of joined tokens, each of which begins as a document does: BOS, of most tokenizers that add one, in place of its first token.
+
+    Some models are lost without it: Gemma 3 270M finds rows of C4 three times as perplexing (`docs/calibration.md`).
+
+    Args:
+        rows (`Tensor`): int64 `[rows, length]`; changed in place.
+        tokenizer (`PreTrainedTokenizerBase`): One that puts nothing before a document leaves them as they are.
+    """
+    before = _document_marks(tokenizer)[0][: rows.shape[1]]
+    if before:
+        rows[:, : len(before)] = torch.tensor(before)
+    return rows
 
 
 def _batches(passages: Iterable[Passage]) -> Iterator[list[Passage]]:

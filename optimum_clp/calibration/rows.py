@@ -1,6 +1,7 @@
 """Text to token rows: training, validation and test rows that never share a token of the source.
 
-A document is what the tokenizer makes of it, its own BOS and EOS included; a plain text file is one running document.
+A document is what the tokenizer makes of it, its own BOS and EOS included; a plain text file is one running document. Rows are cut
+from the joined documents, and each begins with the tokenizer's BOS, if it adds one.
 `docs/calibration.md` gives the reasons, with figures.
 """
 
@@ -19,7 +20,7 @@ from ..architecture.lookup import within_context
 from ..configuration.stages import CalibrationConfig
 from ..errors import CalibrationError
 from ..report.section import to_section
-from .given import conversation_rows, given_rows, joined_tokens, require_tokenizer, require_tokens
+from .given import conversation_rows, given_rows, joined_tokens, opened, require_tokenizer, require_tokens
 from .own import own_rows, shared
 from .sources import checked_source, describe, hub_dataset, read_passages
 from .splits import TextRows, joined
@@ -233,7 +234,8 @@ def tokenize_dataset(
     wanted = None if num_sequences is None else num_sequences * sequence_length
     first = next(passages, None)
     passages = itertools.chain([] if first is None else [first], passages)
-    if first is not None and first.messages:
+    spoken = first is not None and bool(first.messages)
+    if spoken:
         template = split_template(tokenizer)
         tokens = conversation_rows(passages, template, tokenizer, num_sequences, sequence_length)[0].flatten()
     else:
@@ -242,4 +244,5 @@ def tokenize_dataset(
     rows = min(num_sequences or len(tokens), len(tokens) // sequence_length)
     if num_sequences is not None and rows < num_sequences:
         logger.warning(f"{name}: the text has {rows} rows of {sequence_length} tokens, not {num_sequences}")
-    return tokens[: rows * sequence_length].view(rows, sequence_length)
+    found = tokens[: rows * sequence_length].view(rows, sequence_length)
+    return found if spoken else opened(found, tokenizer)

@@ -128,7 +128,24 @@ def test_a_plain_text_file_is_one_running_text(tmp_path, adds_bos):
     file.write_bytes("\ufeff".encode() + "\r\n\r\n".join(words(i, i + 5) for i in range(0, 100, 5)).encode())
     rows = tokenize_dataset(str(file), make_tokenizer(adds_bos), sequence_length=9)
     expected = ([BOS] if adds_bos else []) + ids(0, 100)
-    assert rows.flatten().tolist() == expected[: len(expected) // 9 * 9]
+    expected = expected[: len(expected) // 9 * 9]
+    if adds_bos:
+        expected[::9] = [BOS] * (len(expected) // 9)
+    assert rows.flatten().tolist() == expected
+
+
+def test_every_row_begins_as_a_document_does(model):
+    documents = [words(i, i + 7) for i in range(0, NUM_WORDS - 7, 7)]
+    config = config_for(documents, sequence_length=16)
+    plain, marked = (
+        torch.cat(splits(load_calibration(config, make_tokenizer(adds_bos), model, seed=0)))
+        for adds_bos in (False, True)
+    )
+    assert (marked[:, 0] == BOS).all() and (plain != BOS).all()
+    # documents inside a row keep theirs
+    assert ((marked == BOS).sum(1) > 1).all()
+    short = tokenize_dataset(documents, make_tokenizer(adds_bos=True), sequence_length=1, num_sequences=3)
+    assert short.tolist() == [[BOS]] * 3
 
 
 def test_one_endless_line_is_cut_between_words(tokenizer, model, tmp_path):
