@@ -99,7 +99,7 @@ def measured_learning_rate(loss: float, slope: float, steps: int) -> float:
 
     Args:
         loss (`float`): Before the first step, the mean of some steps' rows; at least 0.
-        slope (`float`): Sum over all weights of how long the gradient is, the mean of the same steps.
+        slope (`float`): Sum over all weights of the gradient's absolute value, the mean of the same steps.
         steps (`int`): That will be taken.
 
     Returns:
