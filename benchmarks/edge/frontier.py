@@ -430,8 +430,10 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
 
 def maker(record: dict[str, Any]) -> str:
     """Whose file a record is of."""
-    if record["ours"] or record["format"] in BUILDER:
-        return "ours" if record["ours"] else "builder"
+    if record["ours"]:
+        return "ours"
+    if record["format"] in BUILDER:
+        return "builder"
     return f"llama.cpp, {IMATRIX}" if record["format"].endswith(IMATRIX) else "llama.cpp"
 
 
