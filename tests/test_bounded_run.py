@@ -20,7 +20,9 @@ def prune(place, out, scale_epochs=1, **overrides):
         search={"num_sequences": 8},
         tuning={"epochs": 1, "batch_size": 4, "learning_rate": 3e-3},
         evaluation={"max_new_tokens": 4},
-        quantization={"group_size": 16, "scale_epochs": scale_epochs},
+        # GPTQ carries a last digit of a weight through all that it rounds after it; that a bound changes no byte of what it
+        # makes of one model is tests/exporters/test_room.py's
+        quantization={"method": "rtn", "group_size": 16, "scale_epochs": scale_epochs},
         **overrides,
     )
     CLPPruner.from_pretrained(place / "dense", quiet=True).prune(config, save_directory=place / out)
@@ -45,7 +47,7 @@ def test_a_run_layer_by_layer_gives_the_same_files(tmp_path, monkeypatch):
     rows = {row["name"]: row for row in free["evaluation"]["rows"]}
     for row in found["evaluation"]["rows"]:
         # additions in another order, a last digit of bfloat16 in the tuned weights, and rounding on top of that
-        assert row["perplexity"] == pytest.approx(rows[row["name"]]["perplexity"], rel=3e-2), row["name"]
+        assert row["perplexity"] == pytest.approx(rows[row["name"]]["perplexity"], rel=5e-3), row["name"]
         # models and float weights are as fast as their disk; a file that this process has no room for answers from another one
         assert row["decode_tokens_per_second"] is None, row["name"]
     weights = [AutoModelForCausalLM.from_pretrained(tmp_path / out).state_dict() for out in ("free", "bound")]
