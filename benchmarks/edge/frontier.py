@@ -58,6 +58,8 @@ BUDGETS = (4.5, 4.75, 5.5, 6.25)
 INT8 = "int8"
 # behind the name of a format of llama.cpp
 IMATRIX = "imatrix"
+# behind the name of a budget
+SIX_BITS = "six"
 # options of onnxruntime-genai's builder: its own, and the best of those that its help names, in our blocks
 BUILDER = {
     "builder": [],
@@ -71,11 +73,15 @@ PARTS = {"prompt": "prefill", "decoding": "decode"}
 
 
 def configurations() -> list[QuantizationConfig]:
-    return [settings(name) for name in map(our_name, (*BUDGETS, INT8))]
+    return [settings(name) for name in (*map(our_name, (*BUDGETS, INT8)), *map(with_six_bits, BUDGETS[1:]))]
 
 
 def our_name(plan: float | str) -> str:
     return plan if isinstance(plan, str) else f"int4 {plan:g}"
+
+
+def with_six_bits(budget: float) -> str:
+    return f"{our_name(budget)} {SIX_BITS}"
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,10 @@ class BuilderFile:
 
 def settings(name: str) -> QuantizationConfig:
     """Of one of our files."""
-    kind, _, budget = name.partition(" ")
+    kind, budget, six = (*name.split(), "", "")[:3]
     # 4.5 is what there is without a budget
     bits = None if budget in ("", "4.5") else float(budget)
-    return QuantizationConfig(weights=[kind], bits_per_weight=bits)
+    return QuantizationConfig(weights=[kind], bits_per_weight=bits, six_bits=six == SIX_BITS)
 
 
 def main() -> None:
@@ -139,7 +145,7 @@ def main() -> None:
         print(table(records))
         plot(records, args.table / "frontier.png")
         return
-    names = [our_name(plan) for plan in (*args.budgets, INT8)]
+    names = [*map(our_name, (*args.budgets, INT8)), *map(with_six_bits, args.six_bits)]
     frontier = Frontier(args)
     for model in args.models:
         for name in [*names, *args.formats, *(f"{name} {IMATRIX}" for name in args.imatrix), *args.builder]:
@@ -156,6 +162,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--budgets", nargs="*", type=float, default=BUDGETS, help="bits for a weight of our int4 files"
     )
+    parser.add_argument("--six-bits", nargs="*", type=float, default=[], help="budgets that may give 6 bits too")
     parser.add_argument("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--imatrix", nargs="*", choices=FORMATS, default=[], help="formats with an importance matrix")
     parser.add_argument("--builder", nargs="*", choices=BUILDER, default=[])

@@ -12,7 +12,7 @@ from packaging import version as package_version
 
 from ..doors import ROUNDINGS
 from ..errors import ConfigurationError, Problem
-from ..precisions import INT4
+from ..precisions import INT4, INT4_FLOAT16
 from ..version import __version__
 from .settings import settings_of
 from .stages import STAGES, PlainSettings, all_settings
@@ -160,9 +160,33 @@ def _budget_problems(values: Mapping[str, Any]) -> list[Problem]:
     # the method's code is imported for a budget alone
     obstacle = ROUNDINGS.get(method).budget_obstacle if bits is not None and method in ROUNDINGS else None
     if obstacle is None:
-        return []
+        return _six_bit_problems(values)
     remedy = 'Leave it out, or choose the method "rtn" or "gptq"'
     return [Problem("quantization.bits_per_weight", bits, obstacle, remedy)]
+
+
+def _six_bit_problems(values: Mapping[str, Any]) -> list[Problem]:
+    """Integers of 6 bits need a budget that gives them, and operators that are fast."""
+    quantization, export = values["quantization"], values["export"]
+    if quantization.six_bits is not True:
+        return []
+    leave = "Leave it out"
+    if quantization.bits_per_weight is None and values["target_size_mb"] is None:
+        rule, remedy = "no size budget gives them", f"{leave}, or give quantization.bits_per_weight or target_size_mb"
+    elif export.format != "contrib":
+        rule, remedy = (
+            f'files of the format "{export.format}" have integers of 4 and 8 bits',
+            f'{leave}, or choose "contrib"',
+        )
+    elif quantization.accuracy_level != 4:
+        rule = f"ONNX Runtime has fast products of this kind at accuracy_level 4 alone, and it is {quantization.accuracy_level}"
+        remedy = f"{leave}, or leave accuracy_level as it is"
+    elif isinstance(quantization.weights, list) and INT4_FLOAT16.name in quantization.weights:
+        rule = "graphics processors have no products of this kind, and quantization.weights has the file for them"
+        remedy = f'{leave}, or take "{INT4_FLOAT16.name}" out there'
+    else:
+        return []
+    return [Problem("quantization.six_bits", True, rule, remedy)]
 
 
 def _file_problems(values: Mapping[str, Any]) -> list[Problem]:

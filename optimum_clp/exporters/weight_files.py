@@ -20,6 +20,7 @@ from .graph.norms import spell_out_norms
 from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
+from .graph.six_bits import split_six_bits
 from .room import ExportRoom
 from .rounding.method import RoundedWeights
 from .rounding.weights import round_weights, rounding_method
@@ -155,6 +156,8 @@ class WeightFiles:
                 teacher=self.teacher,
                 seed=self.seed,
                 room=self.room,
+                # between 4 and 8 bits one format alone has operators
+                offered=(6, 8) if self.quantization.six_bits and format == "contrib" else (8,),
                 quiet=self.quiet,
             )
         graph = self.graph.clone()
@@ -165,7 +168,7 @@ class WeightFiles:
             accuracy_level=self.accuracy_level,
             quantize_embeddings=self.quantize_embeddings,
             rounded=rounded.matrices,
-            in_8_bits=rounded.in_8_bits,
+            planned=rounded.planned,
             only_rounded=rounded.only is not None,
             format=format,
             rounding=rounded.rounding,
@@ -173,6 +176,7 @@ class WeightFiles:
         )
         check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
         pack_projections(graph)
+        split_six_bits(graph)
         spell_out_norms(graph)
         store_scales_in_16_bits(graph, self.graph, self.room.keep_array)
         self._last = _QuantizedGraph(precision.bits, format, rounded, graph, nodes, bits_per_weight(self.graph, graph))

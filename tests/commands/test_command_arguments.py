@@ -175,8 +175,9 @@ def test_every_option_reaches_the_configuration():
         for key, value in vars(getattr(config, stage)).items()
         if value == getattr(getattr(default, stage), key)
     }
-    # what is required must be measured, and what is measured is not given
-    assert unchanged == {"evaluation.require_generation", "quantization.tune_for"}
+    # what is required must be measured, what is measured is not given, and standard operators have no 6 bits
+    assert unchanged == {"evaluation.require_generation", "quantization.tune_for", "quantization.six_bits"}
+    assert values("prune --model m --six-bits out")["quantization"] == {"six_bits": True}
     assert values("prune --model m --require-generation 0.8 out")["evaluation"] == {"require_generation": 0.8}
     assert config.evaluation.tasks == ["piqa=p.jsonl", "arc_easy", "boolq"] and config.evaluation.texts == [
         "c4",

@@ -100,6 +100,7 @@ def test_the_recipe_has_these_keys_and_defaults():
                 "weights": ["int8", "int4"],
                 "method": "auto",
                 "bits_per_weight": None,
+                "six_bits": False,
                 "calibration_sequences": 128,
                 "scale_epochs": 1,
                 "group_size": 32,

@@ -64,6 +64,39 @@ def test_problems_come_in_the_order_of_the_settings():
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "rule", "remedy"),
+    [
+        (
+            {"pruning_ratio": 0.2},
+            "no size budget gives them",
+            "Leave it out, or give quantization.bits_per_weight or target_size_mb",
+        ),
+        (
+            {"target_size_mb": 90, "export": {"format": "qdq"}},
+            'files of the format "qdq" have integers of 4 and 8 bits',
+            'Leave it out, or choose "contrib"',
+        ),
+        (
+            {"quantization": {"bits_per_weight": 6, "accuracy_level": 1}},
+            "ONNX Runtime has fast products of this kind at accuracy_level 4 alone, and it is 1",
+            "Leave it out, or leave accuracy_level as it is",
+        ),
+        (
+            {"quantization": {"bits_per_weight": 6, "weights": ["int4", "int4_float16"]}},
+            "graphics processors have no products of this kind, and quantization.weights has the file for them",
+            'Leave it out, or take "int4_float16" out there',
+        ),
+    ],
+)
+def test_integers_of_6_bits_need_a_budget_and_fast_operators(given, rule, remedy):
+    quantization = {**given.get("quantization", {}), "six_bits": True}
+    with pytest.raises(ConfigurationError) as error:
+        CLPConfig(**{**given, "quantization": quantization})
+    (problem,) = error.value.problems
+    assert (problem.name, problem.value, problem.rule, problem.remedy) == ("quantization.six_bits", True, rule, remedy)
+
+
 def test_a_size_budget_needs_precisions_that_can_be_planned():
     for method, rule in (("quanto", "quanto's integers are taken as they are"), ("hqq", "which HQQ has")):
         with pytest.raises(ConfigurationError) as error:

@@ -1,9 +1,12 @@
-"""Quantized nodes as operators of ONNX Runtime: `MatMulNBits` and `GatherBlockQuantized`."""
+"""Quantized nodes as operators of ONNX Runtime: `MatMulNBits` and `GatherBlockQuantized`.
+
+Those of 6 bits are no operators yet: [`~exporters.graph.six_bits.split_six_bits`] makes such of them.
+"""
 
 import numpy as np
 import onnx_ir as ir
 
-from ..rounding.matrices import RoundedMatrix
+from ..rounding.matrices import SIX_BITS, RoundedMatrix
 from .count import QuantizedNodes
 from .node_format import Layout, Store, StoredMatrix, slice_columns
 
@@ -23,13 +26,18 @@ class ContribNodes:
         self.accuracy_level = accuracy_level
 
     def layout(self, matrix: RoundedMatrix, is_embedding: bool) -> Layout:
-        """Integers `[rows, blocks, bytes]`, of an embedding `[rows, bytes]`; the last block of a row filled up."""
+        """Integers `[rows, blocks, bytes]`, of an embedding `[rows, bytes]`; the last block of a row filled up.
+
+        Of 6 bits as [`~exporters.graph.six_bits.split_six_bits`] takes them.
+        """
+        if matrix.bits == SIX_BITS:
+            return Layout(matrix.integers, -matrix.scales, matrix.zero_points)
         integers = matrix.integers if is_embedding else matrix.integers.reshape(*matrix.scales.shape, -1)
         return Layout(integers, matrix.scales, matrix.zero_points)
 
     def product(self, name: str, inputs: ir.Value, matrix: StoredMatrix) -> list[ir.Node]:
         nodes, integers = [], matrix.integers
-        if matrix.is_embedding:
+        if matrix.is_embedding and matrix.bits != SIX_BITS:
             # a view of the embedding's integers for a tied head, made when the file is loaded
             shape = self.store(f"{name}_blocks", np.array([matrix.rows, matrix.blocks, -1], dtype=np.int64))
             nodes.append(ir.node("Reshape", [integers, shape], name=f"{name}_reshape"))

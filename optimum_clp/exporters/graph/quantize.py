@@ -4,14 +4,14 @@ What is quantized and with which integers is decided here; `contrib` and `qdq` s
 Everything that is no linear layer and no embedding, such as the norms' weights, stays in float32.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from ...errors import QuantizationError
-from ..rounding.matrices import GraphMatrix, RoundedMatrix, Rounding
+from ..rounding.matrices import GraphMatrix, IntegerForm, RoundedMatrix, Rounding
 from ..rounding.nearest import NEAREST, round_to_nearest
 from .contrib import ContribNodes
 from .count import QuantizedNodes
@@ -64,7 +64,7 @@ def quantize_graph(
     accuracy_level: int,
     quantize_embeddings: bool,
     rounded: Mapping[str, RoundedMatrix] | None = None,
-    in_8_bits: Collection[str] = (),
+    planned: Mapping[str, IntegerForm] | None = None,
     only_rounded: bool = False,
     format: str = "contrib",
     rounding: Rounding | None = None,
@@ -84,7 +84,7 @@ def quantize_graph(
         quantize_embeddings (`bool`): Also the embedding.
         rounded (`Mapping[str, RoundedMatrix]`, *optional*): Weights that were rounded before, by name; the others are
             rounded to nearest. A matrix that chooses experts is taken from here in 8 bits only.
-        in_8_bits (`Collection[str]`): Names of weights that get 8 bits whatever `bits` is.
+        planned (`Mapping[str, IntegerForm]`, *optional*): Of weights that have other bits than `bits`, by their names.
         only_rounded (`bool`): Leave weights in float32 that are not in `rounded`.
         format (`str`): `"contrib"` for operators of ONNX Runtime, `"qdq"` for standard ones, `"unpacked"` for such that make float32
             of the weights at load.
@@ -111,7 +111,7 @@ def quantize_graph(
         bits,
         block_size,
         rounded,
-        in_8_bits,
+        planned or {},
         rounding or round_to_nearest,
         keep or (lambda x: x),
     )
@@ -214,7 +214,7 @@ class _GraphQuantizer:
         bits: int,
         block_size: int,
         rounded: Mapping[str, RoundedMatrix],
-        in_8_bits: Collection[str],
+        planned: Mapping[str, IntegerForm],
         rounding: Rounding,
         keep: Callable[[np.ndarray], np.ndarray],
     ):
@@ -225,7 +225,7 @@ class _GraphQuantizer:
         self.bits = bits
         self.block_size = block_size
         self.rounded = rounded
-        self.in_8_bits = in_8_bits
+        self.planned = planned
         self.rounding = rounding
         self.done: dict[str, StoredMatrix] = {}
         # one matrix may be given under all the names that share it
@@ -285,9 +285,11 @@ class _GraphQuantizer:
             if given.bits == 8 or not is_router:
                 return given
         matrix = stored_tensor(weight).numpy()
-        bits = 8 if is_router or _name(weight) in self.in_8_bits else self.bits
-        rounding = self.rounding if bits == self.bits and _name(weight) not in self.looked_up else round_to_nearest
-        return rounding(matrix if transposed else matrix.T, bits, self.block_size).kept(self.keep)
+        form = self.planned.get(_name(weight), IntegerForm(8 if is_router else self.bits, self.block_size))
+        rounding = (
+            self.rounding if form.bits == self.bits and _name(weight) not in self.looked_up else round_to_nearest
+        )
+        return rounding(matrix if transposed else matrix.T, form.bits, form.block_size).kept(self.keep)
 
     def _kept(self, array: np.ndarray | ir.TensorProtocol, of: np.ndarray) -> np.ndarray | ir.TensorProtocol:
         """What a format stores, where it may stay; a view of what was kept before is there already."""

@@ -1,7 +1,9 @@
-"""Which matrices of an int4 file get 8 bits: where a byte more lowers the divergence from the float model most."""
+"""Which matrices of an int4 file get more bits: where a byte more lowers the divergence from the float model most."""
 
-from collections.abc import Callable, Collection, Mapping
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from ...forward.hooks import hooked
 from ...progress import progress_bar
 from ..experts import unrolled_experts
 from .input_grams import linear_matrix, weight_names
-from .matrices import GraphMatrix, RoundedMatrix
+from .matrices import GraphMatrix, IntegerForm, RoundedMatrix
 from .nearest import round_to_nearest
 
 # Tokens whose gradients are looked at; a cost is a mean over them, and only the order of the costs is used.
@@ -22,40 +24,65 @@ _TOKENS = 4096
 
 
 def plan_bits(
-    matrices: Mapping[str, GraphMatrix], costs: Mapping[str, float], block_size: int, bits_per_weight: float
-) -> tuple[str, ...]:
-    """The matrices that get 8 bits, the most divergence for each byte first, as long as the budget lasts.
+    matrices: Mapping[str, GraphMatrix],
+    costs: Mapping[str, float],
+    block_size: int,
+    bits_per_weight: float,
+    offered: Sequence[int] = (8,),
+) -> dict[str, IntegerForm]:
+    """The matrices that get more than 4 bits, the most divergence for each byte first, as long as the budget lasts.
 
     Args:
         matrices (`Mapping[str, GraphMatrix]`): All that are stored in integers.
         costs (`Mapping[str, float]`): From [`rounding_costs`]; a matrix without a cost keeps 4 bits.
         block_size (`int`): Weights that share a scale.
         bits_per_weight (`float`): Largest allowed mean over all these weights, scales included.
+        offered (`Sequence[int]`): Bits that a matrix may have instead of 4, ascending.
 
     Returns:
-        `tuple[str, ...]`: Names, in the order in which they were chosen.
+        `dict[str, IntegerForm]`: By name, in the order in which names were first chosen.
 
     Raises:
         QuantizationError: If the matrices take more in 4 bits already.
     """
     weights = sum(matrix.rows * matrix.columns for matrix in matrices.values())
     left = bits_per_weight * weights / 8
-    extra: dict[str, int] = {}
-    for name, matrix in matrices.items():
-        least, most = (8 if matrix.is_router else 4, 8)
-        left -= matrix.stored_bytes(least, block_size)
-        extra[name] = matrix.stored_bytes(most, block_size) - matrix.stored_bytes(least, block_size)
+    forms = {name: matrix.forms(block_size, offered) for name, matrix in matrices.items()}
+    left -= sum(matrix.stored_bytes(forms[name][0]) for name, matrix in matrices.items())
     if left < 0:
         least_bits = bits_per_weight - 8 * left / weights
         rule = f"in 4 bits with groups of {block_size} this model takes {least_bits:.3f}, scales included"
         remedy = "Give at least that, or a larger quantization.group_size"
         raise QuantizationError.of("quantization.bits_per_weight", bits_per_weight, rule, remedy)
-    chosen = []
-    for name in sorted(costs, key=lambda n: -costs[n] / extra[n] if extra.get(n) else 0.0):
-        if extra.get(name) and costs[name] > 0 and extra[name] <= left:
-            left -= extra[name]
-            chosen.append(name)
-    return tuple(chosen)
+    steps = [
+        _Step(name, less, more, matrices[name].stored_bytes(more) - matrices[name].stored_bytes(less), cost)
+        for name, cost in costs.items()
+        if cost > 0 and name in forms
+        for less, more in itertools.pairwise(forms[name])
+    ]
+    found: dict[str, IntegerForm] = {}
+    for step in sorted(steps, key=lambda step: -step.gain / step.extra):
+        # a second step gains less for a byte than the first, so it comes after it
+        if step.extra <= left and found.get(step.name, forms[step.name][0]) == step.less:
+            left -= step.extra
+            found[step.name] = step.more
+    return found
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A larger form of a matrix, which takes `extra` bytes more, where its rounding to 4 bits costs `cost`."""
+
+    name: str
+    less: IntegerForm
+    more: IntegerForm
+    extra: int
+    cost: float
+
+    @property
+    def gain(self) -> float:
+        """Of divergence, up to a factor that all steps share: what a rounding costs goes with its squared error."""
+        return self.cost * (self.less.error - self.more.error)
 
 
 def rounding_costs(

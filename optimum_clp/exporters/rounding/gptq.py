@@ -8,7 +8,7 @@ import torch
 from ..experts import unrolled_experts
 from .drift_correction import InputGrams, corrected_weights
 from .input_grams import Dequantize, NamedWeight, visit_layers
-from .matrices import RoundedMatrix, dequantize_blocks, fits_16_bits, pack, reciprocal, row_pieces
+from .matrices import RoundedMatrix, dequantize_blocks, fits_16_bits, integer_range, pack, reciprocal, row_pieces
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
 from .nearest import round_blocks, round_to_nearest
 from .products import product_dtype
@@ -55,8 +55,10 @@ class _Quantize:
     def __call__(self, weights: Sequence[NamedWeight], sums: InputGrams | None, tied: bool) -> list[Dequantize]:
         problem = self.problem
         if sums is None:  # an embedding, whose rows are looked up
+            forms = [problem.form_of(weight.names) for weight in weights]
             return [
-                round_to_nearest(w.weight, problem.bits_of(w.names), problem.block_size).dequantize for w in weights
+                round_to_nearest(w.weight, form.bits, form.block_size).dequantize
+                for w, form in zip(weights, forms, strict=True)
             ]
         new = [weight for weight in weights if weight.address not in self.by_storage]
         rounded = self._together(new, sums, _TIED_DAMPING if tied else DAMPING)
@@ -72,9 +74,9 @@ class _Quantize:
             return []
         corrected = corrected_weights([weight.weight for weight in weights], sums)
         rounding = FeedbackRounding(sums.take_gram(), damping)
-        in_bits = [self.problem.bits_of(weight.names) for weight in weights]
-        pairs = zip(corrected, in_bits, strict=True)
-        rounded = (rounding.round(values, bits, self.problem.block_size) for values, bits in pairs)
+        forms = [self.problem.form_of(weight.names) for weight in weights]
+        pairs = zip(corrected, forms, strict=True)
+        rounded = (rounding.round(values, form.bits, form.block_size) for values, form in pairs)
         return [matrix.kept(self.problem.room.keep_array) for matrix in rounded]
 
 
@@ -102,7 +104,7 @@ class FeedbackRounding:
 
         Args:
             weight (`np.ndarray` of shape `[rows, columns]`, float32): One row for each output feature.
-            bits (`int`): 4 or 8.
+            bits (`int`): 4, 6 or 8.
             block_size (`int`): Weights that share a scale, even.
 
         Returns:
@@ -154,10 +156,10 @@ def _round_columns(
     weight: np.ndarray, factor: np.ndarray, bits: int, block_size: int, narrow: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes, uint8 `[rows, blocks, block_size]`, and scales, float32; `weight`, float64, is overwritten."""
-    half = 2 ** (bits - 1)
+    least, most = integer_range(bits)
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
-    codes = np.full((rows, blocks * block_size), half, dtype=np.uint8)
+    codes = np.full((rows, blocks * block_size), -least, dtype=np.uint8)
     scales = np.empty((rows, blocks), dtype=np.float32)
     # an error costs its square over this square, once the columns behind have made up for it
     importance = 1 / np.square(np.diagonal(factor))
@@ -170,8 +172,8 @@ def _round_columns(
         inverse = reciprocal(scale)
         errors = np.empty((rows, stop - start))
         for column in range(start, stop):
-            code = np.clip(np.rint(weight[:, column] * inverse), -half, half - 1)
-            codes[:, column] = code + half
+            code = np.clip(np.rint(weight[:, column] * inverse), least, most)
+            codes[:, column] = code - least
             error = (weight[:, column] - code * scale) / factor[column, column]
             weight[:, column:stop] -= error[:, None] * factor[column, column:stop]
             errors[:, column - start] = error

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...report.section import Key
 from ..room import ExportRoom
-from .matrices import GraphMatrix, RoundedMatrix, Rounding
+from .matrices import GraphMatrix, IntegerForm, RoundedMatrix, Rounding
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class RoundingProblem:
 
     Args:
         model ([`~transformers.PreTrainedModel`]): In float32 on the CPU, in evaluation mode; to be left as it was.
-        bits (`int`): 4 or 8.
+        bits (`int`): Of the file, 4 or 8.
         matrices (`Mapping[str, GraphMatrix]`): What the graph stores in integers, by the weight's name in the graph.
         block_size (`int`): Weights that share a scale.
         calibration (`Tensor` or `None`): int64 `[rows, length]`, without padding.
-        in_8_bits (`Collection[str]`): Weights of an int4 file that a budget gives 8 bits, by their names in the graph.
+        planned (`Mapping[str, IntegerForm]`): Of the weights of an int4 file that are to have more bits, by their names in the graph.
         seed (`int`): For whatever is drawn.
         quiet (`bool`): No progress bar.
         room ([`~exporters.room.ExportRoom`]): Where large arrays may lie that stay for long: `matrix.kept(problem.room.keep_array)`.
@@ -34,14 +34,15 @@ class RoundingProblem:
     matrices: Mapping[str, GraphMatrix]
     block_size: int
     calibration: Tensor | None = None
-    in_8_bits: Collection[str] = ()
+    planned: Mapping[str, IntegerForm] = field(default_factory=dict)
     seed: int = 0
     quiet: bool = False
     room: ExportRoom = field(default_factory=ExportRoom)
 
-    def bits_of(self, names: Collection[str]) -> int:
-        """Bits of a weight, which has all these names."""
-        return 8 if any(name in self.in_8_bits for name in names) else self.bits
+    def form_of(self, names: Collection[str]) -> IntegerForm:
+        """Bits and block size of a weight, which has all these names."""
+        planned = [self.planned[name] for name in names if name in self.planned]
+        return planned[0] if planned else IntegerForm(self.bits, self.block_size)
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class RoundedWeights:
             up is rounded to nearest in any case.
         only (`tuple[Tensor, ...]`, *optional*): The model's weights that are quantized, if it is not all of them; these are
             then all in `matrices`.
-        in_8_bits (`tuple[str, ...]`): Weights of an int4 file that get 8 bits; a method leaves it alone.
+        planned (`Mapping[str, IntegerForm]`): Of the weights of an int4 file that have more than 4 bits; a method leaves it alone.
         method (`str`, *optional*): Name of the method that has rounded, where the choice was left to another one.
         scale_tuning ([`ScaleTuning`], *optional*): Of the scales, after the method; a method leaves it alone.
     """
@@ -82,7 +83,7 @@ class RoundedWeights:
     matrices: dict[str, RoundedMatrix] = field(default_factory=dict)
     rounding: Rounding | None = None
     only: tuple[Tensor, ...] | None = None
-    in_8_bits: tuple[str, ...] = ()
+    planned: Mapping[str, IntegerForm] = field(default_factory=dict)
     method: str | None = None
     scale_tuning: ScaleTuning | None = None
 

@@ -26,7 +26,7 @@ from ...tuning.activations import layer_activations, logit_bytes
 from ...tuning.losses import Distillation
 from ..experts import unrolled_experts
 from .input_grams import linear_matrix, weight_names
-from .matrices import RoundedMatrix, fits_16_bits, narrowed
+from .matrices import RoundedMatrix, fits_16_bits, narrowed, unpack, zero_point
 from .method import RoundingProblem, ScaleTuning
 from .nearest import round_to_nearest
 from .products import product_dtype, products_in
@@ -77,8 +77,8 @@ def complete(problem: RoundingProblem, matrices: Mapping[str, RoundedMatrix]) ->
         for module, names in _holders(problem.model, wanted):
             if not found.keys() & names:
                 weight = module.weight.detach() if isinstance(module, nn.Embedding) else linear_matrix(module)
-                bits = problem.bits_of(names)
-                rounded = round_to_nearest(cast(Tensor, weight).numpy(), bits, problem.block_size)
+                form = problem.form_of(names)
+                rounded = round_to_nearest(cast(Tensor, weight).numpy(), form.bits, form.block_size)
                 found |= dict.fromkeys(names, rounded.kept(problem.room.keep_array))
     return found
 
@@ -225,9 +225,8 @@ class _Stored(nn.Module):
     def __init__(self, matrix: RoundedMatrix):
         super().__init__()
         self.bits, self.columns = matrix.bits, matrix.columns
-        self.integers = torch.from_numpy(matrix.integers)
-        half = 2 ** (matrix.bits - 1)
-        self.zero_points: Tensor | int = half
+        self.integers = matrix.integers
+        self.zero_points: Tensor | int = zero_point(matrix.bits)
         if matrix.zero_points is not None:
             self.zero_points = torch.from_numpy(matrix.zero_points)[..., None]
         self.start = torch.from_numpy(matrix.scales)
@@ -246,9 +245,7 @@ class _Stored(nn.Module):
 
     def signed(self) -> Tensor:
         """The integers less their zero points, float32 `[rows, blocks, block size]`."""
-        codes = self.integers
-        if self.bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), -1)
+        codes = torch.from_numpy(unpack(self.integers, self.bits))
         # in place: of what is as large as a matrix it is new memory that costs most
         return codes.reshape(*self.start.shape, -1).float().sub_(self.zero_points)
 

@@ -1,7 +1,7 @@
 """The weights of an ONNX file, rounded as `quantization.method`, `bits_per_weight` and `scale_epochs` say."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ...errors import ConfigurationError
 from ...precisions import INT4, PRECISIONS
 from ..room import ExportRoom
 from .bit_plan import plan_bits, rounding_costs
-from .matrices import GraphMatrix
+from .matrices import GraphMatrix, IntegerForm
 from .method import RoundedWeights, RoundingMethod, RoundingProblem
 from .nearest import NEAREST
 from .scale_tuning import complete, judging_rows, tune_scales, tuning_bytes
@@ -58,6 +58,7 @@ def round_weights(
     teacher: PreTrainedModel | None = None,
     seed: int = 0,
     room: ExportRoom | None = None,
+    offered: Sequence[int] = (8,),
     quiet: bool = False,
 ) -> RoundedWeights:
     """Round the weights of a model by the method of the configuration, within its budget.
@@ -71,28 +72,29 @@ def round_weights(
         teacher ([`~transformers.PreTrainedModel`], *optional*): Towards which scales are trained; `model` if not given.
         seed (`int`): Of the sensitivities of a budget, and of the order of rows.
         room ([`~exporters.room.ExportRoom`], *optional*): Where what is rounded lies; main memory if not given.
+        offered (`Sequence[int]`): Bits that a budget may give a weight instead of 4, ascending.
         quiet (`bool`): No progress bar.
 
     Returns:
-        [`RoundedWeights`]: With the weights that the budget gives 8 bits, and the name of the method that has rounded.
+        [`RoundedWeights`]: With the forms of the weights that the budget gives more bits, and the name of the method that has rounded.
 
     Raises:
         QuantizationError: If the budget is too small, or the model's hidden states are not finite.
     """
     block_size = quantization.group_size
-    fixed = tuple(matrices.keys() & head_names(model)) if quantization.head_bits == 8 else ()
-    in_8_bits = fixed if bits == INT4.bits else ()
+    fixed = matrices.keys() & head_names(model) if quantization.head_bits == 8 and bits == INT4.bits else ()
+    more_bits = dict.fromkeys(sorted(fixed), IntegerForm(8, block_size))
     if bits == INT4.bits and quantization.bits_per_weight is not None:
         assert calibration is not None
         costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
         # what has 8 bits in any case, as a router has
         planned = {name: replace(m, is_router=m.is_router or name in fixed) for name, m in matrices.items()}
-        in_8_bits += plan_bits(planned, costs, block_size, quantization.bits_per_weight)
+        more_bits |= plan_bits(planned, costs, block_size, quantization.bits_per_weight, offered)
     room = room or ExportRoom()
-    problem = RoundingProblem(model, bits, matrices, block_size, calibration, in_8_bits, seed, quiet, room)
+    problem = RoundingProblem(model, bits, matrices, block_size, calibration, more_bits, seed, quiet, room)
     method, tunes = rounding_method(quantization), _tunes_scales(problem, quantization)
     rounded = method.round(_with_some_rows(problem) if tunes else problem)
-    rounded = replace(rounded, in_8_bits=in_8_bits, method=rounded.method or quantization.method)
+    rounded = replace(rounded, planned=more_bits, method=rounded.method or quantization.method)
     return _with_tuned_scales(problem, rounded, teacher, quantization.scale_epochs) if tunes else rounded
 
 

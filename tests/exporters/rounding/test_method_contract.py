@@ -128,9 +128,9 @@ def test_a_budget_is_planned_or_refused_with_the_methods_reason(name):
         return
     assert CLPConfig(quantization={"method": name, "bits_per_weight": 6}).quantization.bits_per_weight == 6
     made, _ = rounded(name, INT4.bits, bits_per_weight=6)
-    assert made.in_8_bits
+    assert {form.bits for form in made.planned.values()} == {8}
     for key, matrix in made.matrices.items():
-        assert matrix.bits == (8 if key in made.in_8_bits else 4)
+        assert matrix.bits == (8 if key in made.planned else 4)
 
 
 @every_method

@@ -24,7 +24,7 @@ from optimum_clp.exporters.obstacle import onnx_obstacle
 from optimum_clp.exporters.rounding.bit_plan import plan_bits, rounding_costs
 from optimum_clp.exporters.rounding.half_quadratic import round_half_quadratic
 from optimum_clp.exporters.rounding.input_grams import visit_layers, weight_names
-from optimum_clp.exporters.rounding.matrices import GraphMatrix
+from optimum_clp.exporters.rounding.matrices import GraphMatrix, IntegerForm
 from optimum_clp.exporters.rounding.nearest import round_to_nearest
 from optimum_clp.exporters.rounding.weights import round_weights
 from optimum_clp.quantization import load_quantized, save_quantized, without_compiler
@@ -326,18 +326,37 @@ def test_plan_spends_the_budget_on_what_costs_most():
 
     def spent(names):
         bits = {n: 8 if n in names or m.is_router else 4 for n, m in matrices.items()}
-        return 8 * sum(m.stored_bytes(bits[n], 32) for n, m in matrices.items()) / weights
+        return 8 * sum(m.stored_bytes(IntegerForm(bits[n], 32)) for n, m in matrices.items()) / weights
 
-    assert plan_bits(matrices, costs, 32, spent(()) + 1e-9) == ()
-    assert plan_bits(matrices, costs, 32, spent(("small",))) == ("small",)
+    assert plan_bits(matrices, costs, 32, spent(()) + 1e-9) == {}
+    assert plan_bits(matrices, costs, 32, spent(("small",))) == {"small": IntegerForm(8, 32)}
     # the small one gains more for a byte, and both fit
-    assert plan_bits(matrices, costs, 32, spent(("small", "large"))) == ("small", "large")
+    assert list(plan_bits(matrices, costs, 32, spent(("small", "large")))) == ["small", "large"]
     # the small one alone fits
-    assert plan_bits(matrices, {"small": 1.0, "large": 8.0}, 32, spent(("small",)) + 0.1) == ("small",)
+    assert list(plan_bits(matrices, {"small": 1.0, "large": 8.0}, 32, spent(("small",)) + 0.1)) == ["small"]
     with pytest.raises(
         QuantizationError, match=r"bits_per_weight is 4\.25: in 4 bits with groups of 32 this model takes 4\.67"
     ):
         plan_bits(matrices, costs, 32, 4.25)
+
+
+def test_plan_gives_many_6_bits_before_it_gives_some_8():
+    """And scales for 64 weights where there are more than 4 bits, until there is room for more of them."""
+    matrices = {name: GraphMatrix(16, 128) for name in ("a", "b", "c")} | {"odd": GraphMatrix(16, 96)}
+    costs = {"a": 1.2, "b": 1.1, "c": 1.0, "odd": 0.6}
+    found = {
+        bits: plan_bits(matrices, costs, 32, bits, offered=(6, 8)) for bits in (4.5, 5.0, 6.0, 6.3, 7.0, 8.4, 8.5, 10)
+    }
+    six, eight = IntegerForm(6, 64), IntegerForm(8, 64)
+    assert found[4.5] == {}
+    assert found[5.0] == {"a": six}
+    assert found[6.0] == {"a": six, "b": six, "c": six}
+    assert found[6.3] == {"a": six, "b": six, "c": six, "odd": IntegerForm(6, 32)}
+    assert {name: form.bits for name, form in found[7.0].items()} == {"a": 8, "b": 6, "c": 6, "odd": 6}
+    assert set(found[8.4].values()) >= {eight}
+    assert found[8.5] == found[10] == dict.fromkeys(matrices, IntegerForm(8, 32))
+    # without it as before
+    assert plan_bits(matrices, costs, 32, 6.3) == {"a": eight, "odd": IntegerForm(8, 32)}
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
