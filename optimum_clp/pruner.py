@@ -217,6 +217,7 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         self,
         text: Any = None,
         *,
+        num_sequences: int | None = None,
         reference: PreTrainedModel | str | os.PathLike | None = None,
         file_name: str | None = None,
         tasks: Mapping[str, str | os.PathLike | list[dict[str, Any]]] | list[Any] | None = None,
@@ -226,15 +227,14 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
         """Measure the cut model (or the dense one if nothing is cut, or an ONNX file) on a text, on tasks, and by what it says.
 
         Args:
-            text (`str`, `os.PathLike` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if neither text
-                nor tasks are given.
+            text (`str`, `os.PathLike` or `list[str]`, *optional*): As `calibration.dataset`; the recipe's own test rows if no text, no tasks.
+            num_sequences (`int`, *optional*): Only so many rows of the text, from the start; at least 1.
             reference (`PreTrainedModel`, `str` or `os.PathLike`, *optional*): The dense model; the pruner's if it is loaded.
             file_name (`str`, *optional*): An ONNX file of the folder that was opened or saved last.
             tasks (`Mapping[str, str | os.PathLike | list[dict]]` or `list`, *optional*): For each task's name a JSON lines file or
                 its rows, see [`load_task`]; or a list of names of lm-eval's tasks and of `NAME=FILE`. Needs a tokenizer.
             task_limit (`int`, *optional*): Only so many examples of each task, from the start; at least 1.
-            generation (`bool`, *optional*): Let it answer, see [`measure_generation`]; if not given, as the recipe says,
-                and not where only tasks are measured.
+            generation (`bool`, *optional*): Let it answer; if not given, as the recipe says, and not where only tasks are measured.
 
         Returns:
             `dict`: Figures of [`Evaluation`], unless only tasks are measured; for each name in `tasks` the values of
@@ -242,11 +242,11 @@ class CLPPruner(SessionAttributes, OptimumQuantizer):
 
         Raises:
             CalibrationError: If the text or a task cannot be read or tokenized.
-            ConfigurationError: If `task_limit` is below 1, `file_name` has no folder, or the prompts cannot be used.
+            ConfigurationError: If `num_sequences` or `task_limit` is below 1, `file_name` has no folder, or the prompts cannot be used.
         """
         session, loaded = self._session, load_tasks(tasks or {}, self.config.evaluation)
         model, dense = session.measured_model(file_name), session.reference(reference)
-        rows = None if text is None and loaded else session.rows(text, model)
+        rows = None if text is None and loaded else session.rows(text, model, num_sequences)
         asked = (rows is not None and self.config.evaluation.generation) if generation is None else generation
         more = {"task_limit": task_limit, "generation": self.config if asked else None, **session.evaluation_options()}
         return evaluate_model(model, dense, rows, loaded, self.tokenizer, **more)

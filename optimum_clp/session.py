@@ -445,14 +445,17 @@ class Session:
         rows = None if self.report.tuning else self.config.quantization.calibration_sequences
         return self.calibration(rows, dealt=False)
 
-    def rows(self, text: Any, model: Any) -> torch.Tensor:
-        """Token rows to measure a model on: of a given text, or else the recipe's own test rows; int64 `[rows, length]`."""
+    def rows(self, text: Any, model: Any, most: int | None = None) -> torch.Tensor:
+        """Token rows to measure a model on: of a given text, or else the recipe's own test rows; int64 `[rows, length]`, no more than `most`."""
+        if most is not None and most < 1:
+            raise ConfigurationError.of("num_sequences", most, "it must be at least 1", "Leave it out to measure all")
         if text is None:
-            return self._test_rows()
+            return self._test_rows()[:most]
         settings = self.config.calibration
         length = within_context(settings.sequence_length, model.config)
         column = settings.text_column
-        return tokenize_dataset(text, self.tokenizer, sequence_length=length, text_column=column, name="text")
+        limits = {"sequence_length": length, "num_sequences": most}
+        return tokenize_dataset(text, self.tokenizer, **limits, text_column=column, name="text")
 
     def _test_rows(self) -> torch.Tensor:
         """The recipe's test rows, for which no other rows are written."""

@@ -226,6 +226,10 @@ def test_given_text_is_used(dense_folder, tmp_path):
     assert pruner.report.calibration["source"].endswith("text.txt and self-written")
     result = pruner.evaluate([words], reference=pruner.model)
     assert result["kl"] == pytest.approx(0, abs=1e-6) and result["num_tokens"] > 500
+    length = pruner.config.calibration.sequence_length
+    assert pruner.evaluate([words], num_sequences=3)["num_tokens"] == 3 * (length - 1)
+    with pytest.raises(ConfigurationError, match="num_sequences is 0: it must be at least 1. Leave it out to measure"):
+        pruner.evaluate([words], num_sequences=0)
 
 
 def test_nothing_is_cut_before_there_is_a_segment(tmp_path):

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> Answer:
         raise ConfigurationError.of("--dataset", text, rule, "Name the text to measure on, or give --tasks")
     result = pruner.evaluate(
         text,
+        # what a recipe says is of its own text
+        num_sequences=getattr(args, "calibration.test_sequences"),
         reference=args.reference,
         tasks=tasks or None,
         task_limit=pruner.config.evaluation.task_limit if tasks else None,

@@ -278,9 +278,11 @@ def test_evaluate_measures_a_file_against_the_dense_model(pruner, capsys):
     )
     assert main(line.split()) == 0
     options = {"reference": "dense", "file_name": None, "tasks": None, "task_limit": None, "generation": None}
-    assert pruner.calls[-1] == ("evaluate", "d.txt", options)
+    assert pruner.calls[-1] == ("evaluate", "d.txt", {"num_sequences": None, **options})
     assert pruner.calls[0][2]["file_name"] == "onnx/model_q4.onnx"
     assert json.loads(capsys.readouterr().out) == {"name": "cut", "perplexity": 12.5, "num_tokens": 6120, "kl": 0.41}
+    main(f"{line} --test-sequences 7".split())
+    assert pruner.calls[-1] == ("evaluate", "d.txt", {"num_sequences": 7, **options})
 
 
 OF_TASKS = "".join(f"  {title}: {WORDS[title]}\n" for title in ("accuracy", "plain", "chance"))
@@ -338,6 +340,7 @@ def test_evaluate_prints_a_line_for_each_task(pruner, tmp_path, capsys):
     assert main(line.split()) == 0
     tasks = [load_task("lambada", "words.jsonl"), load_task("piqa", "piqa.jsonl")]
     options = {"reference": "dense", "file_name": None, "tasks": tasks, "task_limit": 5, "generation": None}
+    options["num_sequences"] = None
     assert pruner.calls[-1] == ("evaluate", None, options)
     assert capsys.readouterr().out == (
         "task     examples  accuracy  std. error   plain  chance  perplexity   dense\n"

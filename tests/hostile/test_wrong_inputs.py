@@ -567,6 +567,7 @@ ARGUMENTS = {
     "evaluate": {
         "text": ["true", "int", "float", "bytes", "dict", "set", "object", "nul", "empty", "half"],
         "tasks": ["int", "word", "list", "dict", "bytes"],
+        "num_sequences": ["true", "float", "word", "negative"],
         "task_limit": ["true", "float", "word", "negative"],
         "generation": ["int", "word"],
         "file_name": ["int", "bytes", "word"],
