@@ -454,8 +454,9 @@ class Session:
         settings = self.config.calibration
         length = within_context(settings.sequence_length, model.config)
         column = settings.text_column
-        limits = {"sequence_length": length, "num_sequences": most}
-        return tokenize_dataset(text, self.tokenizer, **limits, text_column=column, name="text")
+        return tokenize_dataset(
+            text, self.tokenizer, sequence_length=length, num_sequences=most, text_column=column, name="text"
+        )
 
     def _test_rows(self) -> torch.Tensor:
         """The recipe's test rows, for which no other rows are written."""
