@@ -32,6 +32,7 @@ from .errors import ConfigurationError, ExportError, ModelError, QuantizationErr
 from .evaluation.deployment import DeploymentChecks
 from .evaluation.outcome import measure_outcome
 from .exporters.export import export_onnx, write_runtime_configs
+from .exporters.graph.six_bits import six_bits_obstacle
 from .exporters.obstacle import onnx_obstacle
 from .exporters.probe import WeightForm
 from .exporters.result import ExportResult, ReachedSize, ReachedSpeed
@@ -94,8 +95,10 @@ def check_writable(session: Session) -> None:
     config = session.config
     if config.quantization.quanto and (problem := quanto_obstacle(session.dense())) is not None:
         raise QuantizationError(problem)
-    if config.export.enabled and (problem := onnx_obstacle(session.dense())) is not None:
-        raise ExportError(problem)
+    if config.export.enabled:
+        problem = six_bits_obstacle(config.quantization) or onnx_obstacle(session.dense())
+        if problem is not None:
+            raise ExportError(problem)
     _deployment_checks(session)
 
 

@@ -25,6 +25,7 @@ from .graph.float_graph import export_float_graph, fold_weight_transposes, quiet
 from .graph.fused import fused_obstacle
 from .graph.logits import choose_positions
 from .graph.norms import spell_out_norms
+from .graph.six_bits import six_bits_obstacle
 from .obstacle import onnx_obstacle
 from .result import ExportResult
 from .room import export_room
@@ -92,7 +93,7 @@ def export_onnx(
         progress_bar(2 + len(quantization.weights), "Exporting to ONNX", quiet) as bar,
     ):
         started = time.perf_counter()
-        obstacle = onnx_obstacle(model)
+        obstacle = six_bits_obstacle(quantization) or onnx_obstacle(model)
         if obstacle is not None:
             raise ExportError(obstacle)
         asked = [PRECISIONS[name] for name in quantization.weights]

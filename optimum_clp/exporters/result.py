@@ -32,6 +32,8 @@ class ExportedFile:
         seconds (`float`): Time to make, write and check the file.
         rounding (`str` or `None`): Name of the method that has rounded the weights; `None` in a float file.
         scale_tuning ([`ScaleTuning`] or `None`): What training the scales has come to, where that was done.
+        least_onnxruntime (`str` or `None`): ONNX Runtime's oldest version that runs it as fast as it should; `None` where it is any that
+            this package takes.
     """
 
     file: Annotated[str, Key("Relative to the output folder.")]
@@ -56,6 +58,9 @@ class ExportedFile:
     )
     scale_tuning: Annotated[
         ScaleTuning | None, Key("Of the scales, after rounding; null where none was done.", added=True)
+    ] = None
+    least_onnxruntime: Annotated[
+        str | None, Key("ONNX Runtime's oldest version that is fast with it; null: any that has its opset.", added=True)
     ] = None
 
 

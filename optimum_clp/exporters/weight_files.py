@@ -20,7 +20,7 @@ from .graph.norms import spell_out_norms
 from .graph.packing import pack_projections
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
-from .graph.six_bits import split_six_bits
+from .graph.six_bits import LEAST_ONNXRUNTIME, split_six_bits
 from .room import ExportRoom
 from .rounding.method import RoundedWeights
 from .rounding.weights import round_weights, rounding_method
@@ -38,6 +38,7 @@ class _QuantizedGraph:
     graph: ir.Model
     nodes: QuantizedNodes
     bits_per_weight: float
+    least_onnxruntime: str | None
 
 
 class WeightFiles:
@@ -113,6 +114,7 @@ class WeightFiles:
             "bits_per_weight": made.bits_per_weight,
             "rounding": made.rounded.method,
             "scale_tuning": made.rounded.scale_tuning,
+            "least_onnxruntime": made.least_onnxruntime,
         }
         if precision.floats == 16:
             self._write_in_16_bits(precision, made.graph, started, **said)
@@ -176,8 +178,9 @@ class WeightFiles:
         )
         check_quantized_nodes(graph, nodes, expected_nodes(self.model, self.quantize_embeddings, rounded.only))
         pack_projections(graph)
-        split_six_bits(graph)
+        least = LEAST_ONNXRUNTIME if split_six_bits(graph) else None
         spell_out_norms(graph)
         store_scales_in_16_bits(graph, self.graph, self.room.keep_array)
-        self._last = _QuantizedGraph(precision.bits, format, rounded, graph, nodes, bits_per_weight(self.graph, graph))
+        bits = bits_per_weight(self.graph, graph)
+        self._last = _QuantizedGraph(precision.bits, format, rounded, graph, nodes, bits, least)
         return self._last

@@ -46,6 +46,7 @@ class FileWriter:
         tolerance: float | None = None,
         rounding: str | None = None,
         scale_tuning: ScaleTuning | None = None,
+        least_onnxruntime: str | None = None,
     ) -> None:
         """Write and check one graph.
 
@@ -58,6 +59,7 @@ class FileWriter:
             tolerance (`float`, *optional*): Of the relative error; if not given, finite logits are enough.
             rounding (`str`, *optional*): Name of the method that has rounded the weights.
             scale_tuning ([`ScaleTuning`], *optional*): Of their scales.
+            least_onnxruntime (`str`, *optional*): The oldest version that is fast with it.
 
         Raises:
             ExportError: If the file does not run, its error is above the tolerance, or the disk has no room for it.
@@ -83,6 +85,7 @@ class FileWriter:
                 seconds=time.perf_counter() - started,
                 rounding=rounding,
                 scale_tuning=scale_tuning,
+                least_onnxruntime=least_onnxruntime,
             )
         )
 

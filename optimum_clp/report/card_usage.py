@@ -38,7 +38,9 @@ def usage(report: CLPReport, model_name: str | None, folder: Path) -> str:
     if files:
         imports = [*hub, "from optimum_clp import OnnxCausalLM", "from transformers import AutoTokenizer"]
         load = f'model = OnnxCausalLM.from_pretrained(folder, "{smallest["file"]}")'
-        parts += ["In ONNX Runtime, with optimum-clp:", _python(imports, [place, load, *_generation("folder", chat)])]
+        least = smallest.get("least_onnxruntime")
+        runtime = "ONNX Runtime" if least is None else f"ONNX Runtime {least} or later"
+        parts += [f"In {runtime}, with optimum-clp:", _python(imports, [place, load, *_generation("folder", chat)])]
     if runtimes.get("genai", "not asked") is None:
         parts += ["In onnxruntime-genai, which reads `genai_config.json`:", _genai(hub, place, chat)]
     if from_hub and files and runtimes.get("transformers_js", "not asked") is None:

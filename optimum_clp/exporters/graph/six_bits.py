@@ -6,9 +6,16 @@ stored. What is stored are the lower part's scales, the matrix's turned round; t
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
+from packaging.version import Version
 
+from ...configuration.stages import QuantizationConfig
+from ...errors import Problem
 from ..rounding.matrices import SIX_BITS, parts_of_six_bits
 from .file import store_tensor, stored_shape, stored_tensor
+
+LEAST_ONNXRUNTIME = "1.30"
+"""The first version that was measured to have fast products of 2 bits: docs/onnx_lab_notes.md, "Between 4 and 8 bits"."""
 
 _CONTRIB = "com.microsoft"
 _PRODUCT, _LOOK_UP = "MatMulNBits", "GatherBlockQuantized"
@@ -16,11 +23,22 @@ _PRODUCT, _LOOK_UP = "MatMulNBits", "GatherBlockQuantized"
 _PARTS = (4, 2)
 
 
-def split_six_bits(graph: ir.Model) -> None:
+def six_bits_obstacle(quantization: QuantizationConfig) -> Problem | None:
+    """Why the ONNX Runtime that is installed is none for such files, if they are asked for."""
+    if not quantization.six_bits or Version(onnxruntime.__version__) >= Version(LEAST_ONNXRUNTIME):
+        return None
+    rule = f"ONNX Runtime has fast products of this kind from {LEAST_ONNXRUNTIME} on, and {onnxruntime.__version__} is installed"
+    return Problem("quantization.six_bits", True, rule, "Upgrade onnxruntime, or leave it out")
+
+
+def split_six_bits(graph: ir.Model) -> int:
     """Replace the products and look-ups whose integers have 6 bits, which no runtime knows, by such as it has; in place.
 
     Args:
         graph (`onnx_ir.Model`): From [`~exporters.graph.quantize.quantize_graph`] in the format `"contrib"`, its projections packed.
+
+    Returns:
+        `int`: How many there were.
     """
     nodes = [
         node for node in graph.graph if node.domain == _CONTRIB and node.attributes.get_int("bits", 0) == SIX_BITS
@@ -30,6 +48,7 @@ def split_six_bits(graph: ir.Model) -> None:
         splitter.split(node)
     for name in splitter.done:
         del graph.graph.initializers[name]
+    return len(nodes)
 
 
 class _Splitter:

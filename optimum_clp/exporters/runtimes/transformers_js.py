@@ -17,7 +17,9 @@ class TransformersJs:
     """transformers.js; a [`~exporters.runtimes.runtime.Runtime`]. It takes one file by itself, here the one with the fewest bits."""
 
     def obstacle(self, model: PreTrainedModel, result: ExportResult) -> str | None:
-        return None
+        if (least := result.smallest.least_onnxruntime) is None:
+            return None
+        return f"{result.smallest.file} has products of 2 bits, which are for ONNX Runtime {least} on CPUs: transformers.js has others"
 
     def write(self, folder: Path, model: PreTrainedModel, result: ExportResult) -> None:
         """Write `transformers.js_config` to `config.json`: which file to take by default, and which have a data file.

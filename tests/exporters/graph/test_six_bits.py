@@ -2,6 +2,8 @@
 
 import collections
 import copy
+import dataclasses
+import json
 
 import numpy as np
 import onnx
@@ -12,7 +14,9 @@ from quantized_files import logits_of, relative_difference
 from quantized_graphs import traced
 from tiny_models import random_tokens, tiny_model
 
+from optimum_clp import CLPConfig, CLPPruner, OnnxCausalLM
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
+from optimum_clp.errors import ExportError
 from optimum_clp.exporters.export import export_onnx
 from optimum_clp.exporters.graph.packing import pack_projections
 from optimum_clp.exporters.graph.quantize import graph_matrices, quantize_graph
@@ -109,3 +113,43 @@ def test_other_formats_have_4_and_8_bits(format, tmp_path):
     export_onnx(model, tmp_path, ExportConfig(format=format), settings, calibration=random_tokens(8, 24), quiet=True)
     names = [tensor.name for tensor in onnx.load(tmp_path / "onnx/model_q4.onnx").graph.initializer]
     assert {name.rsplit("_int", 1)[1][0] for name in names if "_int" in name} == {"4", "8"}
+
+
+def test_an_onnx_runtime_without_fast_products_is_told_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_clp.exporters.graph.six_bits.onnxruntime.__version__", "1.29.0")
+    settings = QuantizationConfig(weights=["int4"], method="rtn", bits_per_weight=6.5, six_bits=True)
+    told = (
+        "quantization.six_bits is True: ONNX Runtime has fast products of this kind from 1.30 on, and 1.29.0 is installed. "
+        "Upgrade onnxruntime, or leave it out."
+    )
+    model, tokens = tiny_model(num_layers=2, hidden_size=64), random_tokens(8, 24)
+    with pytest.raises(ExportError) as error:
+        export_onnx(model, tmp_path, ExportConfig(), settings, calibration=tokens, quiet=True)
+    assert str(error.value) == told and list(tmp_path.iterdir()) == []
+    pruner = CLPPruner.from_pretrained(model, quiet=True)
+    with pytest.raises(ExportError) as error:
+        pruner.prune(CLPConfig(0.5, quantization=dataclasses.asdict(settings)), tmp_path / "out")
+    assert str(error.value) == told and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_says_what_its_file_needs(tmp_path):
+    """In the report and the card; transformers.js is not led to it."""
+    text = {"sequence_length": 24, "train_sequences": 12, "validation_sequences": 4, "test_sequences": 4}
+    config = CLPConfig(
+        0.5,
+        calibration={**text, "cache_dir": str(tmp_path / "cache")},
+        tuning={"enabled": False},
+        evaluation={"generation": False},
+        quantization={"method": "rtn", "weights": ["int4"], "bits_per_weight": 7.0, "six_bits": True},
+    )
+    pruner = CLPPruner(tiny_model(num_layers=4, hidden_size=64, intermediate_size=128), quiet=True)
+    pruner.prune(config, tmp_path / "out")
+    report = json.loads((tmp_path / "out/clp_report.json").read_text())
+    assert [file["least_onnxruntime"] for file in report["export"]["files"]] == [None, "1.30"]
+    assert report["export"]["runtimes"]["transformers_js"] == (
+        "onnx/model_q4.onnx has products of 2 bits, which are for ONNX Runtime 1.30 on CPUs: transformers.js has others"
+    )
+    assert "transformers.js_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert "In ONNX Runtime 1.30 or later, with optimum-clp:" in (tmp_path / "out/README.md").read_text()
+    model = OnnxCausalLM.from_pretrained(tmp_path / "out", "onnx/model_q4.onnx")
+    assert model.generate(random_tokens(1, 5), max_new_tokens=4).shape == (1, 9)
