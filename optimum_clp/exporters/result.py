@@ -60,7 +60,8 @@ class ExportedFile:
         ScaleTuning | None, Key("Of the scales, after rounding; null where none was done.", added=True)
     ] = None
     least_onnxruntime: Annotated[
-        str | None, Key("ONNX Runtime's oldest version that is fast with it; null: any that has its opset.", added=True)
+        str | None,
+        Key("ONNX Runtime's oldest version that is fast with it; null: any that has its opset.", added=True),
     ] = None
 
 

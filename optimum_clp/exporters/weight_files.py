@@ -17,7 +17,7 @@ from .graph.file import drop_weights
 from .graph.float_graph import fold_weight_transposes
 from .graph.half import to_float16
 from .graph.norms import spell_out_norms
-from .graph.packing import pack_projections
+from .graph.packing import pack_projections, packable_weights
 from .graph.quantize import check_quantized_nodes, graph_matrices, quantize_graph
 from .graph.scales import store_scales_in_16_bits
 from .graph.six_bits import LEAST_ONNXRUNTIME, split_six_bits
@@ -159,6 +159,7 @@ class WeightFiles:
                 seed=self.seed,
                 room=self.room,
                 # between 4 and 8 bits one format alone has operators
+                together=packable_weights(self.graph),
                 offered=(6, 8) if self.quantization.six_bits and format == "contrib" else (8,),
                 quiet=self.quiet,
             )

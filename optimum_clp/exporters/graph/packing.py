@@ -6,11 +6,28 @@ import numpy as np
 import onnx_ir as ir
 
 from .file import store_tensor, stored_shape, stored_tensor
+from .float_graph import stored_weight
 
 _CONTRIB = "com.microsoft"
 # what may lie between a projection and the attention
 _BETWEEN = ("Add", "Reshape", "RotaryEmbedding", "SimplifiedLayerNormalization")
 _NUMBERS = ("K", "bits", "block_size", "accuracy_level")
+
+
+def packable_weights(graph: ir.Model) -> list[frozenset[str]]:
+    """The weights whose products [`pack_projections`] makes one if they are rounded alike, by their names.
+
+    Args:
+        graph (`onnx_ir.Model`): From [`~exporters.graph.float_graph.export_float_graph`], not quantized.
+    """
+    found = []
+    for node in graph.graph:
+        products = _projections(node, "MatMul")
+        weights = [stored_weight(product.inputs[1])[0] for product in products]
+        names = frozenset(str(weight.name) for weight in weights if weight is not None)
+        if len(names) == 3 and len({product.inputs[0] for product in products}) == 1:
+            found.append(names)
+    return found
 
 
 def pack_projections(graph: ir.Model) -> None:
@@ -24,19 +41,26 @@ def pack_projections(graph: ir.Model) -> None:
         graph (`onnx_ir.Model`): From [`~exporters.graph.quantize.quantize_graph`].
     """
     for node in list(graph.graph):
-        found = [_projection(value) for value in node.inputs[:3]] if node.op_type == "GroupQueryAttention" else []
-        products = [product for product in found if product is not None]
+        products = _projections(node, "MatMulNBits")
         if len(set(products)) == 3 and len({_kind(product) for product in products}) == 1:
             _pack(graph, products)
 
 
-def _projection(value: ir.Value | None) -> ir.Node | None:
+def _projections(attention: ir.Node, kind: str) -> list[ir.Node]:
+    """The products of a kind that make an attention's queries, keys and values; of any other node none."""
+    if attention.op_type != "GroupQueryAttention":
+        return []
+    found = [_projection(value, kind) for value in attention.inputs[:3]]
+    return [product for product in found if product is not None]
+
+
+def _projection(value: ir.Value | None, kind: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     while node is not None and node.op_type in _BETWEEN:
         # a bias may be on either side of its Add
         computed = [value for value in node.inputs if value is not None and value.producer() is not None]
         node = computed[0].producer() if computed else None
-    return node if node is not None and node.op_type == "MatMulNBits" else None
+    return node if node is not None and node.op_type == kind else None
 
 
 def _kind(product: ir.Node) -> tuple:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ def plan_bits(
     block_size: int,
     bits_per_weight: float,
     offered: Sequence[int] = (8,),
+    together: Collection[Collection[str]] = (),
 ) -> dict[str, IntegerForm]:
     """The matrices that get more than 4 bits, the most divergence for each byte first, as long as the budget lasts.
 
@@ -38,6 +40,7 @@ def plan_bits(
         block_size (`int`): Weights that share a scale.
         bits_per_weight (`float`): Largest allowed mean over all these weights, scales included.
         offered (`Sequence[int]`): Bits that a matrix may have instead of 4, ascending.
+        together (`Collection[Collection[str]]`): Matrices of as many columns that are to have one form, by their names.
 
     Returns:
         `dict[str, IntegerForm]`: By name, in the order in which names were first chosen.
@@ -54,26 +57,31 @@ def plan_bits(
         rule = f"in 4 bits with groups of {block_size} this model takes {least_bits:.3f}, scales included"
         remedy = "Give at least that, or a larger quantization.group_size"
         raise QuantizationError.of("quantization.bits_per_weight", bits_per_weight, rule, remedy)
-    steps = [
-        _Step(name, less, more, matrices[name].stored_bytes(more) - matrices[name].stored_bytes(less), cost)
-        for name, cost in costs.items()
-        if cost > 0 and name in forms
-        for less, more in itertools.pairwise(forms[name])
-    ]
+    leaders = {name: tuple(sorted(group)) for group in together for name in group}
+    units = dict.fromkeys(leaders.get(name, (name,)) for name in matrices)
+    steps = []
+    for names in units:
+        cost, bytes_of = sum(costs.get(name, 0.0) for name in names), partial(_stored_bytes, matrices, names)
+        pairs = itertools.pairwise(forms[names[0]]) if cost > 0 else ()
+        steps += [_Step(names, less, more, bytes_of(more) - bytes_of(less), cost) for less, more in pairs]
     found: dict[str, IntegerForm] = {}
     for step in sorted(steps, key=lambda step: -step.gain / step.extra):
         # a second step gains less for a byte than the first, so it comes after it
-        if step.extra <= left and found.get(step.name, forms[step.name][0]) == step.less:
+        if step.extra <= left and found.get(step.names[0], forms[step.names[0]][0]) == step.less:
             left -= step.extra
-            found[step.name] = step.more
+            found |= dict.fromkeys(step.names, step.more)
     return found
+
+
+def _stored_bytes(matrices: Mapping[str, GraphMatrix], names: Collection[str], form: IntegerForm) -> int:
+    return sum(matrices[name].stored_bytes(form) for name in names)
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A larger form of a matrix, which takes `extra` bytes more, where its rounding to 4 bits costs `cost`."""
+    """A larger form of matrices, which takes `extra` bytes more, where their rounding to 4 bits costs `cost`."""
 
-    name: str
+    names: tuple[str, ...]
     less: IntegerForm
     more: IntegerForm
     extra: int

@@ -1,7 +1,7 @@
 """The weights of an ONNX file, rounded as `quantization.method`, `bits_per_weight` and `scale_epochs` say."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -59,6 +59,7 @@ def round_weights(
     seed: int = 0,
     room: ExportRoom | None = None,
     offered: Sequence[int] = (8,),
+    together: Collection[Collection[str]] = (),
     quiet: bool = False,
 ) -> RoundedWeights:
     """Round the weights of a model by the method of the configuration, within its budget.
@@ -73,6 +74,7 @@ def round_weights(
         seed (`int`): Of the sensitivities of a budget, and of the order of rows.
         room ([`~exporters.room.ExportRoom`], *optional*): Where what is rounded lies; main memory if not given.
         offered (`Sequence[int]`): Bits that a budget may give a weight instead of 4, ascending.
+        together (`Collection[Collection[str]]`): Weights of as many columns that a budget gives the same bits, by their names.
         quiet (`bool`): No progress bar.
 
     Returns:
@@ -89,7 +91,7 @@ def round_weights(
         costs = rounding_costs(model, calibration, matrices, block_size, seed=seed, quiet=quiet)
         # what has 8 bits in any case, as a router has
         planned = {name: replace(m, is_router=m.is_router or name in fixed) for name, m in matrices.items()}
-        more_bits |= plan_bits(planned, costs, block_size, quantization.bits_per_weight, offered)
+        more_bits |= plan_bits(planned, costs, block_size, quantization.bits_per_weight, offered, together)
     room = room or ExportRoom()
     problem = RoundingProblem(model, bits, matrices, block_size, calibration, more_bits, seed, quiet, room)
     method, tunes = rounding_method(quantization), _tunes_scales(problem, quantization)

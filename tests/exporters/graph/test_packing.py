@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from tiny_models import tiny_model
 
 from optimum_clp.configuration.stages import ExportConfig, QuantizationConfig
@@ -81,3 +82,16 @@ def test_projections_of_different_kinds_stay_apart():
     first.attributes["accuracy_level"] = onnx_packing.ir.AttrInt64("accuracy_level", 0)
     onnx_packing.pack_projections(graph)
     assert collections.Counter(node.op_type for node in graph.graph)["Split"] == 1
+
+
+@pytest.mark.parametrize("six_bits", [False, True])
+def test_a_size_budget_gives_projections_that_can_be_packed_the_same_bits(six_bits, tmp_path):
+    settings = QuantizationConfig(
+        weights=["int4"], method="rtn", group_size=16, bits_per_weight=6.5, six_bits=six_bits
+    )
+    model = tiny_model("llama", num_layers=6)
+    export_onnx(model, tmp_path, ExportConfig(), settings, calibration=torch.from_numpy(TOKENS), quiet=True)
+    nodes = onnx.load(tmp_path / "onnx/model_q4.onnx").graph.node
+    bits = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "bits"}
+    assert collections.Counter(node.op_type for node in nodes)["Split"] == 6
+    assert bits == ({2, 4, 8} if six_bits else {4, 8})

@@ -355,6 +355,10 @@ def test_plan_gives_many_6_bits_before_it_gives_some_8():
     assert {name: form.bits for name, form in found[7.0].items()} == {"a": 8, "b": 6, "c": 6, "odd": 6}
     assert set(found[8.4].values()) >= {eight}
     assert found[8.5] == found[10] == dict.fromkeys(matrices, IntegerForm(8, 32))
+    # what is to have one form costs what all of it costs, and fits as a whole or not at all
+    group = [frozenset({"b", "c"})]
+    assert plan_bits(matrices, costs, 32, 5.0, (6, 8), group) == {"a": six}
+    assert plan_bits(matrices, {"b": 5.0}, 32, 5.4, (6, 8), group) == {"b": six, "c": six}
     # without it as before
     assert plan_bits(matrices, costs, 32, 6.3) == {"a": eight, "odd": IntegerForm(8, 32)}
 
