@@ -358,7 +358,7 @@ def test_plan_gives_many_6_bits_before_it_gives_some_8():
     # what is to have one form costs what all of it costs, and fits as a whole or not at all
     group = [frozenset({"b", "c"})]
     assert plan_bits(matrices, costs, 32, 5.0, (6, 8), group) == {"a": six}
-    assert plan_bits(matrices, {"b": 5.0}, 32, 5.4, (6, 8), group) == {"b": six, "c": six}
+    assert plan_bits(matrices, {"b": 5.0}, 32, 5.5, (6, 8), group) == {"b": six, "c": six}
     # without it as before
     assert plan_bits(matrices, costs, 32, 6.3) == {"a": eight, "odd": IntegerForm(8, 32)}
 
