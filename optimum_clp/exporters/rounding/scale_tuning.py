@@ -31,8 +31,9 @@ from .method import RoundingProblem, ScaleTuning
 from .nearest import round_to_nearest
 from .products import product_dtype, products_in
 
-# of a scale's relative change: three times as much harms, see docs/onnx_lab_notes.md
-_RATE = 1e-3
+# Of a scale's relative change, at this divergence and above: three times as much harms. Nearer to the teacher it goes with the root of the
+# divergence, which goes with the size of rounding's errors: docs/onnx_lab_notes.md, "Scales, trained".
+_RATE, _AT = 1e-3, 0.16
 _BATCH = 4
 _WARMUP = 0.05
 # of the rows one in so many judges, and no more than so many do
@@ -95,7 +96,7 @@ def tune_scales(
 ) -> tuple[dict[str, RoundedMatrix], ScaleTuning | None]:
     """Train the scales of rounded weights towards a teacher, by KL on text.
 
-    Steps of Adam on the relative change of every scale, four rows each, with a warm-up and a cosine; products in bfloat16
+    Steps of Adam on the relative change of every scale, four rows each, with a warm-up and a cosine, the smaller the nearer it is already; products in bfloat16
     where the processor has them. Integers and zero points stay. What is trained is kept if it is better on the last eighth of the
     rows (at most 16), which no step sees. Weights are made of their integers whenever they are needed, on the way back too.
 
@@ -122,7 +123,10 @@ def tune_scales(
     with unrolled_experts(model), _as_stored(model, matrices) as stored, torch.enable_grad():
         student = _Student(model, stored, teacher, judges)
         before = student.divergence(judges)
-        optimizer = torch.optim.Adam([part.change for part in student.parts], lr=_RATE, betas=(0.9, 0.99))
+        if not math.isfinite(before):
+            return dict(matrices), None
+        rate = _RATE * min(1.0, before / _AT) ** 0.5
+        optimizer = torch.optim.Adam([part.change for part in student.parts], lr=rate, betas=(0.9, 0.99))
         schedule = get_cosine_schedule_with_warmup(optimizer, round(_WARMUP * len(steps)), len(steps))
         with progress_bar(len(steps), "Tuning the scales", quiet) as bar:
             for rows in steps:
@@ -136,7 +140,7 @@ def tune_scales(
             part.narrow()
         after = student.divergence(judges)
         tuned = {name: replace(matrix, scales=stored[name].start.numpy()) for name, matrix in matrices.items()}
-    if not (math.isfinite(before) and math.isfinite(after)):
+    if not math.isfinite(after):
         return dict(matrices), None
     seen = sum(len(rows) for rows in steps) * tokens.shape[1]
     return tuned if after < before else dict(matrices), ScaleTuning(seen, before, after, after < before)
