@@ -14,7 +14,7 @@ seed: the weights that `benchmarks.smollm2` makes lie on these grids, and the fo
 without a loss. A cut
 model's layers are moved as they are in the dense model, by what its report says of the cut.
 
-OUT gets one JSON file for each model and format; what is there is not measured again. `--speeds` adds to each of them the speed
+OUT gets one JSON file for each model and format; what is there is not measured again. `--six-bits` are budgets that may give 6 bits too. `--speeds` adds to each of them the speed
 of the file on one thread, in tokens for each second of the processor: a prompt of 256 tokens and 63 steps, llama.cpp's files by
 `llama-cpp-python`, all others by ONNX Runtime. Ours are rounded to nearest there, which takes seconds and runs alike. `--table OUT`
 prints the table and draws `OUT/frontier.png`.
@@ -60,6 +60,9 @@ INT8 = "int8"
 IMATRIX = "imatrix"
 # behind the name of a budget
 SIX_BITS = "six"
+# whose lines the plot has, and how
+OURS_OF_SIX, LLAMA_OF_MATRIX = "ours, 6 bits too", f"llama.cpp, {IMATRIX}"
+STYLES = {"ours": "o-", OURS_OF_SIX: "P-.", "llama.cpp": "s:", LLAMA_OF_MATRIX: "D--", "builder": "^:"}
 # options of onnxruntime-genai's builder: its own, and the best of those that its help names, in our blocks
 BUILDER = {
     "builder": [],
@@ -412,7 +415,7 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 5.5))
     models = sorted({record["model"] for record in records}, key=lambda name: (name != "dense", name))
     for color, model in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], models, strict=False):
-        for whose, style in (("ours", "o-"), ("llama.cpp", "s:"), (f"llama.cpp, {IMATRIX}", "D--"), ("builder", "^:")):
+        for whose, style in STYLES.items():
             chosen = [r for r in records if (r["model"], maker(r)) == (model, whose)]
             points = sorted((r["bytes"] / 1e6, mean_kl(r), r["format"], decoding(r)) for r in chosen)
             if not points:
@@ -422,7 +425,7 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
             # the area of a mark is its speed
             axes.scatter(sizes, divergences, s=speeds, color=color, marker=style[0], alpha=0.4)
             for point in points:
-                name = point[2].removesuffix(f" {IMATRIX}")
+                name = point[2].removesuffix(f" {IMATRIX}").removesuffix(f" {SIX_BITS}")
                 axes.annotate(name, point[:2], fontsize=7, xytext=(3, 3), textcoords="offset points")
     axes.set(
         xlabel="MB (area of a mark: tokens for each second of decoding)",
@@ -438,10 +441,10 @@ def plot(records: list[dict[str, Any]], file: Path) -> None:
 def maker(record: dict[str, Any]) -> str:
     """Whose file a record is of."""
     if record["ours"]:
-        return "ours"
+        return OURS_OF_SIX if record["format"].endswith(f" {SIX_BITS}") else "ours"
     if record["format"] in BUILDER:
         return "builder"
-    return f"llama.cpp, {IMATRIX}" if record["format"].endswith(IMATRIX) else "llama.cpp"
+    return LLAMA_OF_MATRIX if record["format"].endswith(IMATRIX) else "llama.cpp"
 
 
 def decoding(record: dict[str, Any]) -> float:
