@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from notices import notice
 from tiny_models import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +11,7 @@ from optimum_clp import CLPConfig, CLPPruner
 from optimum_clp.forward.layer_major import Residence
 
 
-def prune(place, out, scale_epochs=1, **overrides):
+def prune(place, out, **overrides):
     text = {"sequence_length": 24, "train_sequences": 12, "validation_sequences": 4, "test_sequences": 4}
     config = CLPConfig(
         0.33,
@@ -22,7 +21,7 @@ def prune(place, out, scale_epochs=1, **overrides):
         evaluation={"max_new_tokens": 4},
         # GPTQ carries a last digit of a weight through all that it rounds after it; that a bound changes no byte of what it
         # makes of one model is tests/exporters/test_room.py's
-        quantization={"method": "rtn", "group_size": 16, "scale_epochs": scale_epochs},
+        quantization={"method": "rtn", "group_size": 16},
         **overrides,
     )
     CLPPruner.from_pretrained(place / "dense", quiet=True).prune(config, save_directory=place / out)
@@ -33,15 +32,13 @@ def test_a_run_layer_by_layer_gives_the_same_files(tmp_path, monkeypatch):
     tiny_model(tie_word_embeddings=True, dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     monkeypatch.setattr("optimum_clp.evaluation.outcome.NEW_TOKENS", 3)
-    free = prune(tmp_path, "free", scale_epochs=0)
+    free = prune(tmp_path, "free")
     # no model of a test is larger than memory: the bound is met, and everything goes as if it were not
     bound = Residence(1, state_memory=0, work_memory=0, folder=tmp_path / "states")
     decide = "optimum_clp.session.residence_under"
     monkeypatch.setattr(decide, lambda limit, model, *_, **__: (None, bound))
     monkeypatch.setattr("optimum_clp.exporters.room.free_memory", lambda: 0)
-    # what trains the scales holds all layers' activations: without it the file is that of a run that trains none
-    with notice("quantization.scale_epochs: .* the scales of the int4 file stay"):
-        found = prune(tmp_path, "bound")
+    found = prune(tmp_path, "bound")
     assert found["search"]["segments"] == free["search"]["segments"]
     assert found["tuning"]["best_validation_loss"] == pytest.approx(free["tuning"]["best_validation_loss"], rel=2e-2)
     rows = {row["name"]: row for row in free["evaluation"]["rows"]}
