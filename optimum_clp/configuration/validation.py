@@ -181,6 +181,8 @@ def _six_bit_problems(values: Mapping[str, Any]) -> list[Problem]:
     elif quantization.accuracy_level != 4:
         rule = f"ONNX Runtime has fast products of this kind at accuracy_level 4 alone, and it is {quantization.accuracy_level}"
         remedy = f"{leave}, or leave accuracy_level as it is"
+    elif quantization.tune_for == "speed":
+        rule, remedy = 'quantization.tune_for is "speed", and they are slower', "Leave one of the two out"
     elif isinstance(quantization.weights, list) and INT4_FLOAT16.name in quantization.weights:
         rule = "graphics processors have no products of this kind, and quantization.weights has the file for them"
         remedy = f'{leave}, or take "{INT4_FLOAT16.name}" out there'

@@ -158,8 +158,8 @@ class WeightFiles:
                 teacher=self.teacher,
                 seed=self.seed,
                 room=self.room,
-                # between 4 and 8 bits one format alone has operators
                 together=packable_weights(self.graph),
+                # between 4 and 8 bits one format alone has operators
                 offered=(6, 8) if self.quantization.six_bits and format == "contrib" else (8,),
                 quiet=self.quiet,
             )

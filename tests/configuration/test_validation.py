@@ -83,6 +83,11 @@ def test_problems_come_in_the_order_of_the_settings():
             "Leave it out, or leave accuracy_level as it is",
         ),
         (
+            {"quantization": {"bits_per_weight": 6, "tune_for": "speed"}},
+            'quantization.tune_for is "speed", and they are slower',
+            "Leave one of the two out",
+        ),
+        (
             {"quantization": {"bits_per_weight": 6, "weights": ["int4", "int4_float16"]}},
             "graphics processors have no products of this kind, and quantization.weights has the file for them",
             'Leave it out, or take "int4_float16" out there',

@@ -57,8 +57,8 @@ def plan_bits(
         rule = f"in 4 bits with groups of {block_size} this model takes {least_bits:.3f}, scales included"
         remedy = "Give at least that, or a larger quantization.group_size"
         raise QuantizationError.of("quantization.bits_per_weight", bits_per_weight, rule, remedy)
-    leaders = {name: tuple(sorted(group)) for group in together for name in group}
-    units = dict.fromkeys(leaders.get(name, (name,)) for name in matrices)
+    group_of = {name: tuple(sorted(group)) for group in together for name in group}
+    units = dict.fromkeys(group_of.get(name, (name,)) for name in matrices)
     steps = []
     for names in units:
         cost, bytes_of = sum(costs.get(name, 0.0) for name in names), partial(_stored_bytes, matrices, names)
